@@ -1,0 +1,55 @@
+"""Backends: the slab loop, forward and backward. One interface, chosen in one function.
+
+    forward(x, weight, targets, plan, *, need_pull) -> Sums
+    backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad) -> None
+
+x (N, D): what is multiplied with the unit class rows, in plan.wide.  weight (C, D): raw rows, any float dtype and strides.
+targets (N,) int64: the column left out of a row's sums; -1 for none.  With E_nj = 2^{k x_n·ŵ_j - shift_n}, E_n,target = 0:
+
+    forward    total_n = Σ_j E_nj        pull_n = Σ_j E_nj ŵ_j / total_n        (pull is 0 where total is 0)
+    backward   dŴ = Eᵀ diag(row_scale) x · unscale,  dw_j = (dŵ_j - ŵ_j (ŵ_j·dŵ_j)) / ‖w_j‖ + target_sums[i] where target_classes[i] = j
+
+A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is deterministic:
+no atomics, every sum in a fixed order. To add one: a module with these two functions, a line in `choose`, a row in tests/cases.py.
+"""
+
+import importlib.util
+from typing import NamedTuple
+
+import torch
+
+
+class Sums(NamedTuple):
+    shift: torch.Tensor  # (N,) plan.wide
+    total: torch.Tensor  # (N,) plan.wide
+    pull: torch.Tensor  # (N, D) plan.wide, or (0, D) when not needed
+    kept: torch.Tensor  # 1-D, plan.dtype: slab i's exponentials, N x plan.slab, from i * N * plan.slab on
+
+
+def choose(name, device, dtype):
+    """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
+    if name == "auto":
+        name = "torch" if device.type != "cuda" or unusable("triton", device, dtype) else "triton"
+    why = unusable(name, device, dtype)
+    if why:
+        raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
+    if name == "triton":
+        from . import triton_backend as module
+    else:
+        from . import torch_backend as module
+    return module
+
+
+def unusable(name, device, dtype=torch.float32):
+    """Why backend `name` cannot compute in `dtype` on `device`, or None when it can."""
+    if name == "torch":
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if dtype == torch.float64:
+        return "its kernels compute in float32 and bfloat16, not float64"
+    from .triton_backend import INTERPRETED
+
+    if device.type == "cuda" or INTERPRETED:
+        return None
+    return f"it needs tensors on a GPU, these are on {device.type} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"

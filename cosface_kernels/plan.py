@@ -1,0 +1,88 @@
+"""How one call goes over the class table: precision, the exponentials' shift, slab size, and which slabs are kept.
+
+Everything here is a pure function of sizes, dtypes and the device, never of its load, so results never depend on load.
+"""
+
+import functools
+import math
+import os
+from typing import NamedTuple
+
+import torch
+
+# E_nj = 2^{k cos - h} with a constant h needs no running maximum while every E, and a sum of C of them, is a normal number with
+# room to spare for the products of backward: k |cos| + log2(C) / 2 within this many powers of two.
+CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloat16: 112.0}
+# A bfloat16 unit row may be 0.4% too long, so a cosine of two may reach 1.008.
+COSINE_LIMIT = 1.008
+
+# Elements of one slab of exponentials, N x B. On a CPU they should stay in cache; on a GPU a slab must fill the machine.
+SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+SLAB_CLASSES_MIN = 256
+SLAB_CLASSES_MAX = 2**16
+# A slab's width divides by this, so that rows of E start aligned for vector loads and tensor cores.
+SLAB_ALIGNMENT = 128
+
+
+class Plan(NamedTuple):
+    """What a backend is told, beside its tensors."""
+
+    log2_scale: float  # k = s log2(e): e^{s cos} = 2^{k cos}
+    shift: float | None  # h in E = 2^{k cos - h}; None: logits are too wide for a constant, so each row's maximum is found first
+    dtype: torch.dtype  # what the matrix products read: bfloat16, float32 or float64
+    slab: int  # B, classes per slab, a multiple of SLAB_ALIGNMENT; the last slab may be shorter
+    kept_slabs: int  # exponentials of this many slabs, the first ones, are kept from forward for backward
+
+    @property
+    def wide(self):
+        """What the matrix products accumulate and return."""
+        return wide_dtype(self.dtype)
+
+    def slabs(self, num_classes):
+        """(index, first class, one past the last class) of every slab."""
+        for index, start in enumerate(range(0, num_classes, self.slab)):
+            yield index, start, min(start + self.slab, num_classes)
+
+
+def make_plan(features, weight, *, scale, dtype, memory_budget, keep):
+    """The plan for unit features (N, D) and a class table (C, D). keep: whether backward will want exponentials."""
+    num_classes = weight.shape[0]
+    log2_scale = scale * math.log2(math.e)
+    half = math.log2(num_classes) / 2
+    bounded = log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
+    return Plan(
+        log2_scale=log2_scale,
+        shift=float(round(half)) if bounded else None,
+        dtype=dtype,
+        slab=slab_classes(features, weight),
+        kept_slabs=kept_slabs(features, weight, dtype, memory_budget) if keep else 0,
+    )
+
+
+def slab_classes(features, weight):
+    """B: as many classes as fill a slab of N x B elements, within bounds, and no more than there are."""
+    elements = SLAB_ELEMENTS.get(features.device.type, SLAB_ELEMENTS["cpu"])
+    wanted = elements // max(features.shape[0], 1)
+    wanted = min(max(wanted, SLAB_CLASSES_MIN), SLAB_CLASSES_MAX, weight.shape[0])
+    return -(-wanted // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
+
+
+def kept_slabs(features, weight, dtype, memory_budget):
+    """How many slabs of exponentials fit the budget in bytes; None: what the weight's gradient takes, at most an eighth of memory."""
+    if memory_budget is None:
+        memory_budget = min(weight.numel() * weight.element_size(), total_memory(features.device) // 8)
+    slab = slab_classes(features, weight)
+    slab_bytes = max(features.shape[0], 1) * slab * dtype.itemsize
+    return min(memory_budget // slab_bytes, -(-weight.shape[0] // slab))
+
+
+def wide_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def total_memory(device):
+    """Bytes of the device's memory; for a device that does not tell, the host's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,48 @@
+"""LMCL written plainly: the specification of the package, and the oracle that every backend is tested against.
+
+    loss_n = -log( e^{s(cos_ny - m)} / ( e^{s(cos_ny - m)} + Σ_{j≠y} e^{s cos_nj} ) ),    cos_nj = x̂_n · ŵ_j
+
+Large Margin Cosine Loss, CosFace, arXiv 1801.09414, eq. 4. Holds several N x C matrices, so it is for small C. Runs in any
+float dtype; in float64 it is exact enough to judge the others. Arguments and results are those of the public functions.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def unit_rows(rows):
+    """rows / ‖rows‖. A row shorter than 1e-12 becomes zero with zero gradient (F.normalize would return 1e12 times it)."""
+    norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    tiny = norm < 1e-12
+    return torch.where(tiny, 0.0, rows / torch.where(tiny, 1.0, norm))
+
+
+def logits(features, weight, *, scale=64.0):
+    """s cos_nj, (N, C)."""
+    return scale * (unit_rows(features) @ unit_rows(weight).T)
+
+
+def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100):
+    """(log Σ_{j≠y} e^{s cos_nj}, cos_ny), two (N,) tensors; ignored rows give (0, 0) and take no part in any gradient."""
+    counted = labels.long() != ignore_index
+    features = torch.where(counted[:, None], features, 0.0)
+    target = torch.where(counted, labels.long(), 0)
+    scaled = logits(features, weight, scale=scale)
+    negatives = scaled.scatter(1, target[:, None], -torch.inf).logsumexp(1)
+    cosines = scaled.gather(1, target[:, None]).squeeze(1) / scale
+    return torch.where(counted, negatives, 0.0), torch.where(counted, cosines, 0.0)
+
+
+def cosface_loss(features, weight, labels, *, scale=64.0, margin=0.35, reduction="mean", ignore_index=-100):
+    """The loss above; the mean is over the rows that are not ignored, and 0 over none."""
+    negatives, cosines = cosine_lse(features, weight, labels, scale=scale, ignore_index=ignore_index)
+    counted = labels.long() != ignore_index
+    losses = torch.where(counted, F.softplus(negatives - scale * (cosines - margin), threshold=40), 0.0)
+    if reduction == "none":
+        return losses
+    return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+
+
+def topk(features, weight, k, *, scale=64.0):
+    """(values, indices) of each row's k largest logits, descending."""
+    return logits(features, weight, scale=scale).topk(k)

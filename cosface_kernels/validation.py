@@ -1,0 +1,94 @@
+"""What callers may pass. Every message names the argument, what it got and what it takes."""
+
+import math
+import numbers
+
+import torch
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
+REDUCTIONS = ("mean", "sum", "none")
+BACKENDS = ("auto", "torch", "triton")
+
+
+def check_tensors(features, weight, labels):
+    """features (N, D) and weight (C, D) of any float dtype, labels (N,) of any integer dtype, all on one device."""
+    check_features(features, weight)
+    if not isinstance(labels, torch.Tensor):
+        raise TypeError(f"labels must be a tensor of shape (N,), got {type(labels).__name__}")
+    if labels.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
+        raise ValueError(
+            f"labels must have shape (N,) = ({features.shape[0]},), one class index for each row of features, "
+            f"got {tuple(labels.shape)}"
+        )
+    if labels.device != features.device:
+        raise ValueError(f"labels must be on the device of features ({features.device}), got {labels.device}")
+
+
+def check_features(features, weight):
+    """features (N, D) and weight (C, D) of any float dtype on one device."""
+    for name, shape, tensor in (("features", "(N, D)", features), ("weight", "(C, D)", weight)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+        if tensor.dim() != 2:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    if weight.shape[0] < 1 or weight.shape[1] < 1:
+        raise ValueError(f"weight must have at least one class and one dimension, got shape {tuple(weight.shape)}")
+    if features.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"features must have the embedding size of weight, D = {weight.shape[1]}, got shape {tuple(features.shape)}"
+        )
+    if weight.device != features.device:
+        raise ValueError(f"weight must be on the device of features ({features.device}), got {weight.device}")
+
+
+def check_scale(scale):
+    _check_number("scale", scale)
+    if not 0 < scale <= 1e30:
+        raise ValueError(f"scale must be in (0, 1e30], got {scale}")
+
+
+def check_margin(margin):
+    _check_number("margin", margin)
+
+
+def check_ignore_index(ignore_index):
+    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+
+
+def check_reduction(reduction):
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+
+
+def check_memory_budget(memory_budget):
+    if memory_budget == "auto":
+        return
+    if not isinstance(memory_budget, numbers.Integral) or isinstance(memory_budget, bool):
+        raise TypeError(f'memory_budget must be "auto" or a number of bytes (an int), got {memory_budget!r}')
+    if memory_budget < 0:
+        raise ValueError(f"memory_budget must be 0 bytes or more, got {memory_budget}")
+
+
+def check_backend(backend):
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def check_size(name, size):
+    if not isinstance(size, numbers.Integral) or isinstance(size, bool):
+        raise TypeError(f"{name} must be an int, got {size!r}")
+    if size < 1:
+        raise ValueError(f"{name} must be 1 or more, got {size}")
+
+
+def _check_number(name, value):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a real number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
