@@ -1,0 +1,116 @@
+"""Inputs of every kind, and the one rule of accuracy that every backend is held to.
+
+Rule: the error of each output against the float64 reference is at most that of the plain reference run in the same low precision
+(float32; or under bfloat16 autocast for 16-bit products), plus one rounding of the output, for the whole tensor and for its worst row.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from cosface_kernels import cosface_loss, reference
+
+BACKENDS = ("torch", "triton")
+
+# Two float32 computations of one thing differ by luck, most of all in their worst row (a 16-bit operand would show as a factor of
+# 10^4). Against a low-precision reference no luck is needed.
+FLOAT32_LUCK = {"": 3.0, " in the worst row": 4.0}
+
+
+def draws(kind, shape, *dtypes):
+    """Enough draws of (features, weight, labels) that an error is no accident; dtypes: of features and weight."""
+    count = max(2, min(32, 2000 // (shape[0] * shape[1])))
+    made = (make(kind, *shape, seed=seed) for seed in range(count))
+    return [(features.to(dtypes[0]), weight.to(dtypes[1]), labels) for features, weight, labels in made]
+
+
+def make(kind, num_rows, num_classes, size, seed=0):
+    """(features, weight, labels) in float32 on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    labels = torch.randint(num_classes, (num_rows,), generator=generator)
+    features, weight = normal(num_rows, size), normal(num_classes, size)
+    if kind == "peaked":  # a trained table: target cosine 0.9
+        features = _at_cosine(0.9, weight[labels], features)
+    elif kind == "hard":  # classes in groups of four around one direction: three negatives near cosine 0.8
+        directions = normal(-(-num_classes // 4), size)[torch.arange(num_classes) // 4]
+        weight = _at_cosine(math.sqrt(0.8), directions, weight)
+        features = _at_cosine(math.sqrt(0.8), directions[labels], features)
+    elif kind == "adversarial":
+        features, weight = _adversarial(features, weight, labels)
+    return features, weight, labels
+
+
+def _at_cosine(cosine, direction, noise):
+    """Rows at about this cosine from `direction`, exactly so where the noise has an orthogonal part, with norms of 1 to 3."""
+    unit = F.normalize(direction)
+    noise = F.normalize(noise - unit * (noise * unit).sum(1, keepdim=True))
+    rows = cosine * unit + math.sqrt(1 - cosine**2) * noise
+    return rows * torch.linspace(1, 3, len(rows))[:, None]
+
+
+def _adversarial(features, weight, labels):
+    """Identical, zero, huge and tiny rows, and cosines of exactly 1 and -1, each wherever the sizes leave room for it."""
+    weight[6::7] = weight[0]  # identical classes
+    weight[2::11] = 0
+    weight[3::7] *= 1e15
+    weight[4::7] *= 1e-9
+    weight[5::13] *= 1e-20  # below the norm that counts
+    features[0::5] = 3 * weight[labels[0::5]]
+    features[1::5] = -weight[labels[1::5]]
+    features[2::7] = 0
+    features[3::7] *= 1e15
+    features[4::7] *= 1e-9
+    return features, weight
+
+
+def evaluate(loss, features, weight, labels, upstream):
+    """(losses, dX, dW) of loss(features, weight, labels) -> (N,) for the upstream gradient of each row."""
+    features, weight = features.detach().requires_grad_(), weight.detach().requires_grad_()
+    losses = loss(features, weight, labels)
+    return losses.detach(), *torch.autograd.grad(losses, (features, weight), upstream.to(losses.dtype))
+
+
+def check_accuracy(backend, draws, *, device="cpu", memory_budget="auto", scale=64.0, margin=0.35, autocast=False):
+    """The rule for one backend, over draws [(features, weight, labels), ...] of one shape that carry the dtypes to test."""
+    constants = {"scale": scale, "margin": margin, "reduction": "none"}
+    dtypes = {draws[0][0].dtype, draws[0][1].dtype}
+    low = autocast or draws[0][0].dtype in (torch.bfloat16, torch.float16)
+    bound_dtype = torch.float64 if torch.float64 in dtypes else torch.float32
+
+    def ours(x, w, y):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
+            return cosface_loss(x, w, y, backend=backend, memory_budget=memory_budget, **constants)
+
+    def plain(x, w, y):
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low and x.dtype == torch.float32):
+            return reference.cosface_loss(x, w, y, **constants)
+
+    results = []
+    for features, weight, labels in draws:
+        upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1))
+        got = evaluate(ours, *(tensor.to(device) for tensor in (features, weight, labels, upstream)))
+        exact = evaluate(plain, features.double(), weight.double(), labels, upstream)
+        bound = evaluate(plain, features.to(bound_dtype), weight.to(bound_dtype), labels, upstream)
+        results.append([[tensor.cpu() for tensor in three] for three in zip(got, exact, bound, strict=True)])
+    for name, triples in zip(("loss", "dX", "dW"), zip(*results, strict=True), strict=True):
+        assert_as_accurate(name, *(torch.cat(tensors) for tensors in zip(*triples, strict=True)), luck=not low)
+
+
+def assert_as_accurate(name, ours, exact, bound, *, luck):
+    """‖ours - exact‖ <= ‖bound - exact‖ + one rounding of the output, over the tensor and over its worst row."""
+    assert torch.isfinite(exact).all() and torch.isfinite(ours).all(), f"{name} is not finite"
+    rounding = torch.finfo(ours.dtype).eps / 2
+    for what, norm in (("", lambda t: t.double().norm()), (" in the worst row", _largest_row)):
+        factor = FLOAT32_LUCK[what] if luck else 1.0
+        error, allowed = norm(ours.double() - exact), factor * norm(bound.double() - exact) + rounding * norm(exact)
+        assert error <= allowed, f"{name}{what}: error {error:.3e}, allowed {allowed:.3e}, size {norm(exact):.3e}"
+
+
+def _largest_row(tensor):
+    rows = tensor.double().reshape(len(tensor), -1)
+    return rows.norm(dim=1).amax() if rows.numel() else rows.new_zeros(())
