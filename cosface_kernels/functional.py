@@ -29,15 +29,16 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Precision follows PyTorch's switches: products read the autocast dtype where autocast is on, else bfloat16 where the features
     have 16 bits, else float32 under `torch.backends.*.matmul.fp32_precision`; float64 if an input is. 16 bits always means
-    bfloat16 there, because exponentials need its range. Sums are float32. A row shorter than 1e-12 counts as zero, with zero gradient.
+    bfloat16 there, because exponentials need its range. Sums are float32. A row shorter than 1e-12 counts as zero, with zero
+    gradient.
 
     Returns:
         (negative_lse, target_cosine): two (N,) float32 tensors (float64 for float64). With C = 1 negative_lse is -inf.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
-        IndexError: a label that is neither in [0, C) nor ignore_index. On a GPU, where that check would wait for the device, such a
-            row's results and gradients are NaN instead, unless COSFACE_CHECK_LABELS=1 is set.
+        IndexError: a label that is neither in [0, C) nor ignore_index. On a GPU, where that check would wait for the device, such
+            a row's results and gradients are NaN instead, unless COSFACE_CHECK_LABELS=1 is set.
         RuntimeError: a second derivative.
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
@@ -47,8 +48,8 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
     validation.check_ignore_index(ignore_index)
     validation.check_memory_budget(memory_budget)
     validation.check_backend(backend)
-    dtype = _product_dtype(features, weight)
-    labels = labels.long()
+    scale, dtype = float(scale), _product_dtype(features, weight)
+    labels = _class_indices(labels)
     counted = labels != ignore_index
     # Ignored rows leave by selection, so that a NaN in one reaches nothing.
     unit, _ = unit_rows(torch.where(counted[:, None], features, 0.0).to(wide_dtype(dtype)))
@@ -57,10 +58,10 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
         unit,
         weight,
         labels,
-        float(scale),
+        scale,
         int(ignore_index),
         dtype,
-        None if memory_budget == "auto" else int(memory_budget),
+        None if memory_budget == "auto" else min(int(memory_budget), 2**62),
         backend,
         grad_mode and features.requires_grad,
         grad_mode and weight.requires_grad,
@@ -70,7 +71,16 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
 
 def cosface_loss(
-    features, weight, labels, *, scale=64.0, margin=0.35, reduction="mean", ignore_index=-100, memory_budget="auto", backend="auto"
+    features,
+    weight,
+    labels,
+    *,
+    scale=64.0,
+    margin=0.35,
+    reduction="mean",
+    ignore_index=-100,
+    memory_budget="auto",
+    backend="auto",
 ):
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
 
@@ -97,12 +107,20 @@ def cosface_loss(
     lse, cosine = cosine_lse(
         features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
     )
-    counted = labels.long() != ignore_index
+    counted = _class_indices(labels) != ignore_index
     # 1 - p_y is never formed by subtraction: a converged row keeps its relative accuracy.
-    losses = torch.where(counted, F.softplus(lse - scale * (cosine - margin), threshold=40), 0.0)
+    losses = torch.where(counted, F.softplus(lse - float(scale) * (cosine - float(margin)), threshold=40), 0.0)
     if reduction == "none":
         return losses
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+
+
+def _class_indices(labels):
+    """labels as int64. A uint64 past its range becomes the largest int64, which is no class either, not a negative number."""
+    if labels.dtype != torch.uint64:
+        return labels.long()
+    wrapped = labels.view(torch.int64)
+    return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
 
 
 def _product_dtype(features, weight):
@@ -110,8 +128,5 @@ def _product_dtype(features, weight):
     device_type = features.device.type
     if torch.float64 in (features.dtype, weight.dtype):
         return torch.float64
-    if torch.is_autocast_enabled(device_type):
-        wanted = torch.get_autocast_dtype(device_type)
-    else:
-        wanted = features.dtype
+    wanted = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
     return torch.float32 if wanted == torch.float32 else torch.bfloat16

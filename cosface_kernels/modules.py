@@ -85,8 +85,7 @@ class CosFaceLoss(nn.Module):
         """
         validation.check_features(features, self.weight)
         num_classes = self.weight.shape[0]
-        if not 0 <= k <= num_classes:
-            raise ValueError(f"k must be from 0 to the number of classes, {num_classes}, got {k}")
+        validation.check_k(k, num_classes)
         dtype = torch.promote_types(features.dtype, self.weight.dtype)
         values = torch.empty(features.shape[0], 0, dtype=dtype, device=features.device)
         indices = torch.empty(features.shape[0], 0, dtype=torch.int64, device=features.device)

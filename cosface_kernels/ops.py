@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .plan import kept_slabs, make_plan, slab_classes, wide_dtype
+from .plan import kept_elements, make_plan, wide_dtype
 
 
 @torch.library.custom_op("cosface_kernels::negative_lse", mutates_args=())
@@ -38,7 +38,7 @@ def negative_lse(
     """
     plan = make_plan(x, weight, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_weight_grad)
     targets, outside = _resolve(labels, weight.shape[0], ignore_index, check=True)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         chosen = backends.choose(backend, x.device, dtype)
         sums = chosen.forward(x, weight, targets, plan, need_pull=need_x_grad)
         lse = torch.where(outside, torch.nan, (sums.total.log2() + sums.shift) * math.log(2))
@@ -52,7 +52,7 @@ def negative_lse(
 def _(x, weight, labels, scale, ignore_index, dtype, memory_budget, backend, need_x_grad, need_weight_grad):
     num_rows, size = x.shape
     wide = wide_dtype(dtype)
-    slabs = kept_slabs(x, weight, dtype, memory_budget) if need_weight_grad else 0
+    kept = kept_elements(x, weight, dtype, memory_budget) if need_weight_grad else 0
     row = x.new_empty(num_rows, dtype=wide)
     return (
         row,
@@ -60,17 +60,18 @@ def _(x, weight, labels, scale, ignore_index, dtype, memory_budget, backend, nee
         x.new_empty(num_rows if need_x_grad else 0, size, dtype=wide),
         torch.empty_like(row),
         torch.empty_like(row),
-        x.new_empty(slabs * num_rows * slab_classes(x, weight), dtype=dtype),
+        x.new_empty(kept, dtype=dtype),
     )
 
 
-@torch.library.custom_op("cosface_kernels::negative_lse_weight_grad", mutates_args=())
-def negative_lse_weight_grad(
+@torch.library.custom_op("cosface_kernels::negative_lse_backward", mutates_args=())
+def negative_lse_backward(
     lse_grad: Tensor,
     target_grad: Tensor,
     x: Tensor,
     weight: Tensor,
     labels: Tensor,
+    pull: Tensor,
     shift: Tensor,
     total: Tensor,
     kept: Tensor,
@@ -79,42 +80,51 @@ def negative_lse_weight_grad(
     dtype: torch.dtype,
     memory_budget: int | None,
     backend: str,
-) -> Tensor:
-    """dW (C, D) in the weight's dtype, from the gradients of negative_lse's two differentiable outputs (N,) and (N, D)."""
+    need_x_grad: bool,
+    need_weight_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    """(dX (N, D), dW (C, D) in the weight's dtype) from the gradients of the lse (N,) and of the target rows (N, D).
+
+    What is not needed comes back empty. Both are one op, of x and weight, so that no second derivative can miss one of them.
+    """
+    x_grad = (scale * lse_grad)[:, None] * pull if need_x_grad else x.new_empty(0)
+    if not need_weight_grad:
+        return x_grad, weight.new_empty(0)
     plan = make_plan(x, weight, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True)
     targets, _ = _resolve(labels, weight.shape[0], ignore_index, check=False)
     weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         chosen = backends.choose(backend, x.device, dtype)
         power = _power_of_two(lse_grad)
         row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)
         classes, sums = _sum_by_class(targets, target_grad, weight.shape[0])
         chosen.backward(x, weight, targets, row_scale, scale / power, shift, classes, sums, kept, plan, weight_grad)
-    return weight_grad
+    return x_grad, weight_grad
 
 
-@negative_lse_weight_grad.register_fake
-def _(lse_grad, target_grad, x, weight, labels, shift, total, kept, scale, ignore_index, dtype, memory_budget, backend):
-    return torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+@negative_lse_backward.register_fake
+def _(lse_grad, target_grad, x, weight, *rest):
+    *_, need_x_grad, need_weight_grad = rest
+    weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    return torch.empty_like(x) if need_x_grad else x.new_empty(0), weight_grad if need_weight_grad else weight.new_empty(0)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, labels, scale, *constants, _, need_weight_grad = inputs
+    x, weight, labels, *constants = inputs
     ctx.mark_non_differentiable(*output[2:])
+    # Else autograd would hand backward a zero tensor as large as `kept`.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, labels, *output[2:])
-    ctx.scale, ctx.constants = scale, (scale, *constants)
-    # The saved exponentials are only there if the caller asked for them.
-    assert need_weight_grad or not ctx.needs_input_grad[1]
+    ctx.constants = constants[:-2]
 
 
 def _backward(ctx, lse_grad, target_grad, *_):
-    x, weight, labels, pull, shift, total, kept = ctx.saved_tensors
-    x_grad = weight_grad = None
-    if ctx.needs_input_grad[0]:
-        x_grad = (ctx.scale * lse_grad)[:, None] * pull
-    if ctx.needs_input_grad[1]:
-        weight_grad = negative_lse_weight_grad(lse_grad, target_grad, x, weight, labels, shift, total, kept, *ctx.constants)
-    return x_grad, weight_grad, *[None] * 8
+    x, total = ctx.saved_tensors[0], ctx.saved_tensors[5]
+    lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
+    target_grad = torch.zeros_like(x) if target_grad is None else target_grad
+    need = ctx.needs_input_grad[:2]
+    grads = negative_lse_backward(lse_grad, target_grad, *ctx.saved_tensors, *ctx.constants, *need)
+    return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *[None] * 8
 
 
 negative_lse.register_autograd(_backward, setup_context=_setup_context)
@@ -126,7 +136,7 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-negative_lse_weight_grad.register_autograd(_no_second_derivative)
+negative_lse_backward.register_autograd(_no_second_derivative)
 
 
 def _resolve(labels, num_classes, ignore_index, *, check):
@@ -146,14 +156,17 @@ def _resolve(labels, num_classes, ignore_index, *, check):
 
 
 def _power_of_two(lse_grad):
-    """A power of two (0-dim) that brings the largest finite |lse_grad| to [0.5, 1): E may reach 2^119, so its factor must not be tiny."""
+    """A power of two (0-dim) that brings the largest finite |lse_grad| to [0.5, 1).
+
+    total may reach 2^119, so that an upstream gradient of 2^-16 over it would leave float32, and bfloat16 with it.
+    """
     finite = torch.where(lse_grad.isfinite(), lse_grad.abs(), 0.0)
     largest = torch.cat([finite, finite.new_zeros(1)]).amax()
     return torch.exp2(-torch.frexp(largest).exponent.clamp(-126, 126).to(lse_grad.dtype))
 
 
 def _sum_by_class(targets, rows, num_classes):
-    """The rows of each class added up in row order: (classes (N,) ascending, padded with num_classes; sums (N, D), padded with 0)."""
+    """The rows of each class added up in row order: (classes (N,) ascending, padded with num_classes; sums (N, D))."""
     keys, order = torch.where(targets < 0, num_classes, targets).sort(stable=True)
     slot = (keys.diff(prepend=keys.new_full((1,), -1)) != 0).cumsum(0) - 1
     classes = torch.full_like(keys, num_classes).scatter_(0, slot, keys)

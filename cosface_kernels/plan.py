@@ -20,8 +20,10 @@ COSINE_LIMIT = 1.008
 SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 SLAB_CLASSES_MIN = 256
 SLAB_CLASSES_MAX = 2**16
-# A slab's width divides by this, so that rows of E start aligned for vector loads and tensor cores.
+# B is a multiple of this, a tile of every kernel; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E
+# starts aligned for vector loads and tensor cores.
 SLAB_ALIGNMENT = 128
+ROW_ALIGNMENT = 16
 
 
 class Plan(NamedTuple):
@@ -32,6 +34,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # what the matrix products read: bfloat16, float32 or float64
     slab: int  # B, classes per slab, a multiple of SLAB_ALIGNMENT; the last slab may be shorter
     kept_slabs: int  # exponentials of this many slabs, the first ones, are kept from forward for backward
+    kept_elements: int  # how many numbers that is
 
     @property
     def wide(self):
@@ -42,6 +45,13 @@ class Plan(NamedTuple):
         """(index, first class, one past the last class) of every slab."""
         for index, start in enumerate(range(0, num_classes, self.slab)):
             yield index, start, min(start + self.slab, num_classes)
+
+    def kept_view(self, kept, index, num_rows, width):
+        """Slab `index` of kept exponentials (N, width), or None when it is not kept."""
+        if index >= self.kept_slabs:
+            return None
+        start = index * num_rows * self.slab
+        return kept[start : start + num_rows * width].view(num_rows, width)
 
 
 def make_plan(features, weight, *, scale, dtype, memory_budget, keep):
@@ -56,6 +66,7 @@ def make_plan(features, weight, *, scale, dtype, memory_budget, keep):
         dtype=dtype,
         slab=slab_classes(features, weight),
         kept_slabs=kept_slabs(features, weight, dtype, memory_budget) if keep else 0,
+        kept_elements=kept_elements(features, weight, dtype, memory_budget) if keep else 0,
     )
 
 
@@ -68,12 +79,26 @@ def slab_classes(features, weight):
 
 
 def kept_slabs(features, weight, dtype, memory_budget):
-    """How many slabs of exponentials fit the budget in bytes; None: what the weight's gradient takes, at most an eighth of memory."""
+    """How many slabs of exponentials fit the budget in bytes.
+
+    None: at most what the weight's gradient takes and at most an eighth of the device's memory.
+    """
     if memory_budget is None:
         memory_budget = min(weight.numel() * weight.element_size(), total_memory(features.device) // 8)
     slab = slab_classes(features, weight)
     slab_bytes = max(features.shape[0], 1) * slab * dtype.itemsize
     return min(memory_budget // slab_bytes, -(-weight.shape[0] // slab))
+
+
+def kept_elements(features, weight, dtype, memory_budget):
+    """How many numbers those slabs hold."""
+    classes = kept_slabs(features, weight, dtype, memory_budget) * slab_classes(features, weight)
+    return features.shape[0] * min(classes, aligned(weight.shape[0]))
+
+
+def aligned(classes):
+    """The width of a slab's rows of E: its classes, rounded up."""
+    return -(-classes // ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def wide_dtype(dtype):

@@ -57,8 +57,9 @@ def check_margin(margin):
 
 
 def check_ignore_index(ignore_index):
-    if not isinstance(ignore_index, numbers.Integral) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    _check_int("ignore_index", ignore_index)
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
 
 
 def check_reduction(reduction):
@@ -80,9 +81,14 @@ def check_backend(backend):
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
+def check_k(k, num_classes):
+    _check_int("k", k)
+    if not 0 <= k <= num_classes:
+        raise ValueError(f"k must be from 0 to the number of classes, {num_classes}, got {k}")
+
+
 def check_size(name, size):
-    if not isinstance(size, numbers.Integral) or isinstance(size, bool):
-        raise TypeError(f"{name} must be an int, got {size!r}")
+    _check_int(name, size)
     if size < 1:
         raise ValueError(f"{name} must be 1 or more, got {size}")
 
@@ -90,5 +96,17 @@ def check_size(name, size):
 def _check_number(name, value):
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}")
-    if not math.isfinite(value):
+    if not _is_finite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _is_finite(value):
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _check_int(name, value):
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")

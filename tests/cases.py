@@ -1,7 +1,8 @@
 """Inputs of every kind, and the one rule of accuracy that every backend is held to.
 
 Rule: the error of each output against the float64 reference is at most that of the plain reference run in the same low precision
-(float32; or under bfloat16 autocast for 16-bit products), plus one rounding of the output, for the whole tensor and for its worst row.
+(float32; or under bfloat16 autocast for 16-bit products), plus one rounding of the output, for the whole tensor and for its worst
+row.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Is every backend as accurate as it promises, on every kind of input, shape, precision and plan?
 
-Shapes (N, C, D), each for what it breaks: ragged tiles of 64 and 128 rows and classes, slabs of 128 classes (the fixture), embedding
-sizes below, at and past the 64 columns that rows are padded to, primes throughout.
+Shapes (N, C, D), each for what it breaks: ragged tiles of 64 and 128 rows and classes, slabs of 128 classes (the fixture),
+embedding sizes below, at and past the 64 columns that rows are padded to, primes throughout.
 """
 
 from functools import partial

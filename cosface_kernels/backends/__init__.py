@@ -7,10 +7,12 @@ x (N, D): what is multiplied with the unit class rows, in plan.wide.  weight (C,
 targets (N,) int64: the column left out of a row's sums; -1 for none.  With E_nj = 2^{k x_n·ŵ_j - shift_n}, E_n,target = 0:
 
     forward    total_n = Σ_j E_nj        pull_n = Σ_j E_nj ŵ_j / total_n        (pull is 0 where total is 0)
-    backward   dŴ = Eᵀ diag(row_scale) x · unscale,  dw_j = (dŵ_j - ŵ_j (ŵ_j·dŵ_j)) / ‖w_j‖ + target_sums[i] where target_classes[i] = j
+    backward   dŴ = Eᵀ diag(row_scale) x · unscale
+               dw_j = (dŵ_j - ŵ_j (ŵ_j·dŵ_j)) / ‖w_j‖, plus target_sums[i] where target_classes[i] = j
 
-A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is deterministic:
-no atomics, every sum in a fixed order. To add one: a module with these two functions, a line in `choose`, a row in tests/cases.py.
+A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is
+deterministic: no atomics, every sum in a fixed order. To add one: a module with these two functions, a line in `choose`, its name
+in validation.BACKENDS and in tests/cases.py.
 """
 
 import importlib.util
@@ -23,7 +25,7 @@ class Sums(NamedTuple):
     shift: torch.Tensor  # (N,) plan.wide
     total: torch.Tensor  # (N,) plan.wide
     pull: torch.Tensor  # (N, D) plan.wide, or (0, D) when not needed
-    kept: torch.Tensor  # 1-D, plan.dtype: slab i's exponentials, N x plan.slab, from i * N * plan.slab on
+    kept: torch.Tensor  # 1-D, plan.dtype: the kept slabs' exponentials one after another, see Plan.kept_view
 
 
 def choose(name, device, dtype):

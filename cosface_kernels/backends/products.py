@@ -4,7 +4,7 @@ import torch
 
 
 def cosines(x, unit):
-    """x unitᵀ, accumulated and returned wide: a cosine rounded to bfloat16 would be off by 0.4% of s = 64, a factor 1.3 in its exponential."""
+    """x unitᵀ, accumulated and returned wide: rounding a cosine of 0.9 to bfloat16 may cost 0.002, 13% of e^{64 cos}."""
     if x.dtype != torch.bfloat16:
         return x @ unit.T
     if x.is_cuda:

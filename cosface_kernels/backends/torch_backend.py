@@ -3,11 +3,12 @@
 Per slab of B classes, nothing larger than N x B or B x D:
 
     ŵ = unit rows of the slab          E = 2^{k x ŵᵀ - shift}, E[n, y_n] = 0          total += Σ_j E          U += E ŵ
-    backward: E again (or kept)        dŵ = Eᵀ diag(row_scale) x                      dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share
+    backward: E again (or kept)        dŵ = Eᵀ diag(row_scale) x        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share
 """
 
 import torch
 
+from ..plan import aligned
 from ..unit import unit_rows
 from . import Sums
 from .products import accumulated, cosines
@@ -20,12 +21,12 @@ def forward(x, weight, targets, plan, *, need_pull):
     # Sums over up to 10^5 slabs: in float32 they would lose three digits.
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
-    kept = torch.empty(plan.kept_slabs * num_rows * plan.slab, dtype=plan.dtype, device=x.device)
+    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     for index, start, stop in plan.slabs(weight.shape[0]):
         unit = unit_rows(weight[start:stop].to(plan.wide))[0].to(plan.dtype)
         e = _exponentials(low, unit, shift, targets - start, plan)
         total += e.sum(1)
-        e = _store(e, kept, index, plan)
+        e = _stored(e, plan.kept_view(kept, index, num_rows, aligned(stop - start)), plan.dtype)
         if need_pull:
             pull += accumulated(e, unit)
     if need_pull:
@@ -38,11 +39,10 @@ def backward(x, weight, targets, row_scale, unscale, shift, target_classes, targ
     scaled = (x * row_scale[:, None]).to(plan.dtype)
     for index, start, stop in plan.slabs(weight.shape[0]):
         unit, inverse_norm = unit_rows(weight[start:stop].to(plan.wide))
-        if index < plan.kept_slabs:
-            e = _view(kept, index, x.shape[0], plan)[:, : stop - start]
-        else:
+        e = plan.kept_view(kept, index, len(x), aligned(stop - start))
+        if e is None:
             e = _exponentials(low, unit.to(plan.dtype), shift, targets - start, plan).to(plan.dtype)
-        grad = accumulated(e.T, scaled)
+        grad = accumulated(e[:, : stop - start].T, scaled)
         grad = (grad - unit * (unit * grad).sum(1, keepdim=True)) * (inverse_norm * unscale)
         weight_grad[start:stop] = _add_rows(grad, target_classes - start, target_sums)
 
@@ -79,16 +79,12 @@ def _add_rows(grad, rows, sums):
     return spare[:-1]
 
 
-def _store(e, kept, index, plan):
-    """E in plan.dtype, in its place in `kept` when it has one there."""
-    if index >= plan.kept_slabs:
-        return e.to(plan.dtype)
-    return _view(kept, index, e.shape[0], plan)[:, : e.shape[1]].copy_(e)
-
-
-def _view(kept, index, num_rows, plan):
-    elements = num_rows * plan.slab
-    return kept[index * elements : (index + 1) * elements].view(num_rows, plan.slab)
+def _stored(e, place, dtype):
+    """E in the products' dtype, in its place among the kept when it has one there."""
+    if place is None:
+        return e.to(dtype)
+    place[:, e.shape[1] :] = 0
+    return place[:, : e.shape[1]].copy_(e)
 
 
 def _sum_dtype(x):

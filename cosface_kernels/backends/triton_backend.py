@@ -7,6 +7,7 @@ was not kept, dŵ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the resu
 import torch
 import triton
 
+from ..plan import aligned
 from . import Sums
 from .products import accumulated
 from .triton_kernels import exponentials, normalize_rows, project_rows
@@ -39,14 +40,15 @@ def forward(x, weight, targets, plan, *, need_pull):
     shift = _shift(slab, plan, num_rows)
     total = torch.zeros(num_rows, dtype=torch.float64, device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, low.shape[1], dtype=torch.float32, device=x.device)
-    kept = torch.empty(plan.kept_slabs * num_rows * plan.slab, dtype=plan.dtype, device=x.device)
+    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     for index, start, stop in plan.slabs(weight.shape[0]):
         unit = slab.unit(start, stop)
-        e = _view(kept, index, num_rows, plan) if index < plan.kept_slabs else slab.scratch if need_pull else None
+        e = plan.kept_view(kept, index, num_rows, len(unit))
+        if e is None and need_pull:
+            e = slab.scratch(len(unit))
         total += slab.exponentials(unit, start, stop, shift, store=e).sum(0, dtype=torch.float64)
         if need_pull:
-            width = unit.shape[0]
-            pull += accumulated(e[:, :width], unit)
+            pull += accumulated(e, unit)
     if need_pull:
         pull = pull[:, :size] / torch.where(total == 0, 1.0, total).float()[:, None]
     return Sums(shift, total.float(), pull[:, :size], kept)
@@ -57,10 +59,9 @@ def backward(x, weight, targets, row_scale, unscale, shift, target_classes, targ
     slab = _Slab(_padded(x, plan.dtype), weight, targets, plan)
     scaled = _padded(x * row_scale[:, None], plan.dtype)
     for index, start, stop in plan.slabs(weight.shape[0]):
-        if index < plan.kept_slabs:
-            e = _view(kept, index, num_rows, plan)
-        else:
-            e = slab.scratch
+        e = plan.kept_view(kept, index, num_rows, aligned(stop - start))
+        if e is None:
+            e = slab.scratch(aligned(stop - start))
             slab.exponentials(slab.unit(start, stop), start, stop, shift, store=e)
         grad = accumulated(e[:, : stop - start].T, scaled)
         rows = weight[start:stop]
@@ -92,17 +93,16 @@ class _Slab:
         self._unit = torch.empty(plan.slab, low.shape[1], dtype=plan.dtype, device=low.device)
         self._scratch = None
 
-    @property
-    def scratch(self):
-        """(N, B) exponentials of a slab that is not kept."""
+    def scratch(self, width):
+        """(N, width) exponentials of a slab that is not kept."""
         if self._scratch is None:
-            self._scratch = torch.empty(len(self.low), self.plan.slab, dtype=self.plan.dtype, device=self.low.device)
-        return self._scratch
+            self._scratch = torch.empty(len(self.low) * self.plan.slab, dtype=self.plan.dtype, device=self.low.device)
+        return self._scratch[: len(self.low) * width].view(len(self.low), width)
 
     def unit(self, start, stop):
         """ŵ of classes start .. stop, with zero rows up to an aligned number of them."""
         rows = self.weight[start:stop]
-        width = triton.cdiv(stop - start, 16) * 16
+        width = aligned(stop - start)
         unit = self._unit[:width]
         blocks = row_blocks(unit.shape[1])
         normalize_rows[(triton.cdiv(width, blocks["BLOCK_R"]),)](
@@ -111,7 +111,7 @@ class _Slab:
         return unit
 
     def exponentials(self, unit, start, stop, shift, *, store=None, maximum=False):
-        """(tiles, N) row sums of E, or row maxima of k cos; E goes to `store` (N, B) when given."""
+        """(tiles, N) row sums of E, or row maxima of k cos; E goes to `store` (N, width) when given, zero past `stop`."""
         num_rows, plan, config = len(self.low), self.plan, tiles(self.plan.dtype)
         class_tiles = triton.cdiv(unit.shape[0], config["BLOCK_C"])
         partial = torch.empty(class_tiles, num_rows, dtype=torch.float32, device=self.low.device)
@@ -128,7 +128,7 @@ class _Slab:
                 unit.shape[1],
                 start,
                 plan.log2_scale,
-                plan.slab,
+                len(unit),
                 STORE=store is not None,
                 MAXIMUM=maximum,
                 PRECISION=_precision(),
@@ -153,11 +153,6 @@ def _shift(slab, plan, num_rows):
 def _padded(rows, dtype):
     """rows in dtype, with zero columns up to a multiple of D_ALIGNMENT."""
     return torch.nn.functional.pad(rows.to(dtype), (0, -rows.shape[1] % D_ALIGNMENT)).contiguous()
-
-
-def _view(kept, index, num_rows, plan):
-    elements = num_rows * plan.slab
-    return kept[index * elements : (index + 1) * elements].view(num_rows, plan.slab)
 
 
 def _precision():

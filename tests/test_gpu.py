@@ -1,0 +1,82 @@
+"""What differs on a GPU: labels that cannot be checked without waiting for the device, graph capture, several devices.
+
+The first runs everywhere: it takes the check away on a CPU.
+"""
+
+import pytest
+import torch
+from cases import BACKENDS, make
+from conftest import HAS_GPU
+
+from cosface_kernels import cosface_loss, ops
+
+needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    resolve = ops._resolve
+    monkeypatch.setattr(ops, "_resolve", lambda *arguments, check: resolve(*arguments, check=False))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("outside", [300, 10**12, -1, -(2**63)])
+def test_label_outside_is_nan_in_its_row_alone(device, backend, outside, unchecked):
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 7, 300, 19))
+    features.requires_grad_()
+    labels[3] = outside
+    losses = cosface_loss(features, weight, labels, reduction="none", backend=backend)
+    losses.sum().backward()
+    others = torch.arange(7, device=device) != 3
+    assert torch.equal(losses.isnan(), ~others)
+    assert torch.equal(features.grad.isnan().all(1), ~others)
+    assert features.grad[others].isfinite().all()
+    alone = cosface_loss(features[others], weight, labels[others], reduction="none", backend=backend)
+    torch.testing.assert_close(losses[others], alone)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_label_check_on_request(monkeypatch):
+    features, weight, labels = (tensor.to("cuda") for tensor in make("uniform", 7, 300, 19))
+    labels[3] = 300
+    assert cosface_loss(features, weight, labels).isnan()
+    monkeypatch.setenv("COSFACE_CHECK_LABELS", "1")
+    with pytest.raises(IndexError, match=r"labels\[3\] is 300"):
+        cosface_loss(features, weight, labels)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graph_capture(backend):
+    """A captured step, replayed on new inputs, gives the eager step's bits."""
+    features, weight, labels = (tensor.to("cuda") for tensor in make("hard", 67, 1009, 70))
+    features.requires_grad_()
+    weight.requires_grad_()
+
+    def step():
+        loss = cosface_loss(features, weight, labels, backend=backend)
+        return loss, *torch.autograd.grad(loss, (features, weight))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        features.copy_(features.flip(0))
+        labels.copy_(labels.flip(0))
+    graph.replay()
+    for got, expected in zip(captured, step(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.gpu
+def test_device_that_is_not_current():
+    features, weight, labels = (tensor.to("cuda:1") for tensor in make("uniform", 7, 300, 19))
+    loss = cosface_loss(features, weight, labels)
+    assert loss.device.index == 1 and loss.isfinite()

@@ -1,0 +1,71 @@
+"""Does importing the package touch nothing that the caller did not ask for, and export what it says?"""
+
+import os
+import subprocess
+import sys
+from importlib import metadata, resources
+
+import cosface_kernels
+
+
+def run(script):
+    """What `script` prints in a fresh interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split()
+
+
+def test_import_brings_no_triton_and_no_compiler():
+    assert run("""
+import sys, torch
+before = set(sys.modules)
+import cosface_kernels
+new = {name.partition(".")[0] for name in set(sys.modules) - before}
+new |= {name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "torch._inductor"))}
+print(*sorted(name for name in new - set(sys.stdlib_module_names) if name != "torch"))
+""") == ["cosface_kernels"]
+
+
+def test_import_touches_no_gpu():
+    # Recorded, because a machine without a GPU would hide a question about it.
+    assert run("""
+import torch
+def record(name):
+    function = getattr(torch.cuda, name)
+    def asked(*arguments):
+        print(name)
+        return function(*arguments)
+    setattr(torch.cuda, name, asked)
+for name in ("_lazy_init", "is_available", "device_count", "current_device", "get_device_properties"):
+    record(name)
+import cosface_kernels
+print(torch.cuda.is_initialized())
+""") == ["False"]
+
+
+def test_a_machine_without_triton():
+    """As on macOS: everything but the triton backend works."""
+    assert run("""
+import sys
+sys.modules["triton"] = None
+import torch
+from cosface_kernels import CosFaceLoss
+head = CosFaceLoss(3, 5)
+head(torch.ones(2, 3), torch.tensor([0, 1])).backward()
+print(head.weight.grad.isfinite().all().item())
+""") == ["True"]
+
+
+def test_exports():
+    assert {"CosFaceLoss", "cosface_loss", "cosine_lse", "reference"} <= set(cosface_kernels.__all__)
+    assert all(hasattr(cosface_kernels, name) for name in cosface_kernels.__all__)
+
+
+def test_version():
+    assert isinstance(cosface_kernels.__version__, str)
+    assert cosface_kernels.__version__ == metadata.version("cosface-kernels")
+
+
+def test_is_typed():
+    assert resources.files(cosface_kernels).joinpath("py.typed").is_file()

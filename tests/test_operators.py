@@ -1,0 +1,130 @@
+"""Do the operators keep PyTorch's promises: opcheck, torch.compile, nothing read or returned that was never written?"""
+
+import sysconfig
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cases import evaluate
+from compare import NUM_CLASSES, assert_close, draw, tolerance
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.exc import InvalidCxxCompiler
+
+from cosface_kernels import cosface_loss
+
+negative_lse = torch.ops.cosface_kernels.negative_lse.default
+negative_lse_backward = torch.ops.cosface_kernels.negative_lse_backward.default
+ALL = 2**40  # bytes: keep every slab
+
+pytestmark = pytest.mark.usefixtures("small_slabs")
+
+
+OP_CASES = {
+    "keep all": (torch.float64, ALL, True, True),
+    "keep some": (torch.float32, 2 * 7 * 128 * 4, True, True),
+    "keep auto": (torch.bfloat16, None, True, True),
+    "recompute": (torch.bfloat16, 0, True, True),
+    "frozen features": (torch.float32, 0, False, True),
+    "frozen weight": (torch.float32, 0, True, False),
+}
+
+
+def op_arguments(case, device):
+    dtype, memory_budget, need_x_grad, need_weight_grad = OP_CASES[case]
+    features, weight, labels = draw(device, torch.promote_types(dtype, torch.float32))
+    labels[3] = -100
+    features.requires_grad_(need_x_grad)
+    weight = weight.to(dtype).requires_grad_(need_weight_grad)
+    return features, weight, labels, 8.0, -100, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_opcheck_forward(case, device):
+    torch.library.opcheck(negative_lse, op_arguments(case, device))
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_opcheck_backward(case, device):
+    with torch.no_grad():
+        x, weight, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
+        inputs = x.detach(), weight.detach(), labels
+        lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
+        gradients = torch.ones_like(lse), torch.ones_like(rows)
+        arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
+        torch.library.opcheck(negative_lse_backward, arguments)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # an error on a GPU would be about cuBLAS, not about memory
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", OP_CASES)
+def test_no_output_is_left_unwritten(case, device, poisoned_memory):
+    *outputs, kept = negative_lse(*op_arguments(case, device))
+    for output in (*outputs, kept):
+        assert not output.isnan().any()
+
+
+@pytest.mark.parametrize("memory_budget", [0, ALL])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_unwritten_memory_reaches_nothing(dtype, memory_budget, device, poisoned_memory):
+    loss = partial(cosface_loss, memory_budget=memory_budget)
+    for tensor in evaluate(loss, *draw(device, dtype), torch.ones((), device=device)):
+        assert not tensor.isnan().any()
+
+
+def can_generate_code():
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return False
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+def batches(device):
+    """The first is compiled for its own size, the second for any; then a short one, and one of a single row. Whether none, some
+    or all slabs are kept is a guard too: the second and the third keep some, in either precision."""
+    for num_rows in (64, 35, 28, 1):
+        features, weight, labels = draw(device, torch.float32, num_rows=num_rows)
+        labels[num_rows // 2] = 2  # the index ignored below; alone in the last batch
+        yield features, weight, labels
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compile(autocast, device):
+    torch._dynamo.reset()
+    # aot_eager is all of torch.compile but the generated code, which needs a compiler.
+    counter = CompileCounterWithBackend("aot_eager")
+    eager = partial(cosface_loss, ignore_index=2)
+    compiled = torch.compile(eager, fullgraph=True, backend=counter)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocast):
+        for tensors in batches(device):
+            upstream = torch.ones((), device=device)
+            for ours, wanted in zip(evaluate(compiled, *tensors, upstream), evaluate(eager, *tensors, upstream), strict=True):
+                assert_close(ours, wanted.double(), tolerance(torch.float32))
+    # A size of 1 is always compiled for itself.
+    assert counter.frame_count <= 3
+    features, weight, labels = tensors
+    if device.type == "cpu":
+        with pytest.raises(IndexError, match=rf"labels\[0\] is {NUM_CLASSES}"):
+            compiled(features, weight, torch.full_like(labels, NUM_CLASSES))
+
+
+@pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
+def test_compile_to_code(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(cosface_loss, fullgraph=True)
+    tensors = *draw(device, torch.float32), torch.ones((), device=device)
+    # Code cached by an earlier run may fit the operators as they were then.
+    with torch._inductor.config.patch(force_disable_caches=True):
+        results = evaluate(compiled, *tensors)
+    for ours, wanted in zip(results, evaluate(cosface_loss, *tensors), strict=True):
+        assert_close(ours, wanted.double(), tolerance(torch.float32))

@@ -1,0 +1,42 @@
+"""Do the README's examples run, and do they say what is true?"""
+
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from cosface_kernels import cosface_loss, cosine_lse, reference
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+REPLACED, _, USAGE, ARCFACE = re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def problem():
+    torch.manual_seed(0)
+    features, weight = torch.randn(8, 16, dtype=torch.float64), torch.randn(50, 16, dtype=torch.float64)
+    return features.requires_grad_(), weight.requires_grad_(), torch.randint(50, (8,))
+
+
+def test_expression_that_it_replaces():
+    x, w, y = problem()
+    theirs = eval(REPLACED.split("#")[0], {"F": F, "x": x, "w": w, "y": y, "s": 64.0, "m": 0.35, "C": len(w)})
+    torch.testing.assert_close(cosface_loss(x, w, y), theirs)
+
+
+def test_usage_example():
+    names = {}
+    torch.manual_seed(0)
+    exec(USAGE, names)
+    assert names["loss"].isfinite() and names["head"].weight.grad.any()
+    assert names["nearest"].shape == (32, 5)
+
+
+def test_another_margin_in_three_lines():
+    features, weight, labels = problem()
+    names = {"features": features, "weight": weight, "labels": labels, "cosine_lse": cosine_lse, "F": F}
+    exec(ARCFACE, names)
+    logits = reference.logits(features, weight, scale=1.0)
+    angle = logits.gather(1, labels[:, None]).acos()
+    expected = F.cross_entropy(64.0 * logits.scatter(1, labels[:, None], (angle + 0.5).cos()), labels)
+    torch.testing.assert_close(names["loss"], expected)

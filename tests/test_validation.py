@@ -1,0 +1,199 @@
+"""Is every wrong argument refused, by name, with what it got and what it takes, and with nothing modified?"""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse
+
+EMBEDDING_SIZE, NUM_CLASSES, NUM_ROWS = 3, 5, 4
+
+WRONG_TENSORS = {
+    "features a list": ("features", lambda t: t.tolist(), TypeError, r"tensor of shape \(N, D\), got list"),
+    "weight None": ("weight", lambda t: None, TypeError, r"tensor of shape \(C, D\), got NoneType"),
+    "labels a list": ("labels", lambda t: t.tolist(), TypeError, r"tensor of shape \(N,\), got list"),
+    "features int64": ("features", lambda t: t.long(), TypeError, r"float32 or float64, got torch\.int64"),
+    "features bool": ("features", lambda t: t > 0, TypeError, r"float32 or float64, got torch\.bool"),
+    "weight complex64": ("weight", lambda t: t.cfloat(), TypeError, r"float32 or float64, got torch\.complex64"),
+    "labels float32": ("labels", lambda t: t.float(), TypeError, r"integer dtype, got torch\.float32"),
+    "labels bool": ("labels", lambda t: t > 0, TypeError, r"integer dtype, got torch\.bool"),
+    "features 1-D": ("features", lambda t: t[0], ValueError, r"shape \(N, D\), got \(3,\)"),
+    "features 3-D": ("features", lambda t: t[..., None], ValueError, r"shape \(N, D\), got \(4, 3, 1\)"),
+    "weight 1-D": ("weight", lambda t: t[0], ValueError, r"shape \(C, D\), got \(3,\)"),
+    "weight without classes": ("weight", lambda t: t[:0], ValueError, r"at least one class .* got shape \(0, 3\)"),
+    "weight without dimensions": ("weight", lambda t: t[:, :0], ValueError, r"at least .* one dimension, got shape \(5, 0\)"),
+    "features wider": ("features", lambda t: t.repeat(1, 2), ValueError, r"embedding size of weight, D = 3, got shape \(4, 6\)"),
+    "labels too short": ("labels", lambda t: t[1:], ValueError, r"shape \(N,\) = \(4,\), .* got \(3,\)"),
+    "labels a column": ("labels", lambda t: t[:, None], ValueError, r"shape \(N,\) = \(4,\), .* got \(4, 1\)"),
+    "labels 0-D": ("labels", lambda t: t[0], ValueError, r"shape \(N,\) = \(4,\), .* got \(\)"),
+    "weight elsewhere": ("weight", lambda t: t.to("meta"), ValueError, r"device of features \((cpu|cuda:0)\), got meta"),
+    "labels elsewhere": ("labels", lambda t: t.to("meta"), ValueError, r"device of features \((cpu|cuda:0)\), got meta"),
+}
+
+# All three callables take these.
+WRONG_OPTIONS = [
+    *[("scale", value, ValueError) for value in (0, -1.0, math.nan, math.inf, -math.inf, 1e31, 10**400)],
+    *[("scale", value, TypeError) for value in (True, "64", None, 64j, torch.tensor(64.0))],
+    *[("ignore_index", value, TypeError) for value in (1.5, "none", None, True)],
+    ("ignore_index", 2**63, ValueError),
+    *[("memory_budget", value, TypeError) for value in (1.5, "all", None, True)],
+    ("memory_budget", -1, ValueError),
+    *[("backend", value, ValueError) for value in ("cuda", "", None, 0)],
+]
+# cosine_lse takes neither of these.
+WRONG_LOSS_OPTIONS = [
+    *[("margin", value, ValueError) for value in (math.nan, math.inf, -math.inf, 10**400)],
+    *[("margin", value, TypeError) for value in (True, "0.35", None)],
+    *[("reduction", value, ValueError) for value in ("avg", "MEAN", None, 0)],
+]
+
+
+def name_of_case(value):
+    return repr(value)[:20] if not isinstance(value, type) else value.__name__
+
+
+@pytest.fixture
+def arguments(device):
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(NUM_ROWS, EMBEDDING_SIZE, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(NUM_CLASSES, EMBEDDING_SIZE, generator=generator).to(device).requires_grad_()
+    features.grad, weight.grad = torch.ones_like(features), torch.ones_like(weight)
+    return {"features": features, "weight": weight, "labels": torch.tensor([0, 4, 2, 2], device=device)}
+
+
+def assert_refused(error, message, arguments, call):
+    """call() raises, and leaves the arguments and their gradients as they were."""
+    tensors = [tensor for argument in arguments.values() for tensor in (argument, argument.grad) if tensor is not None]
+    before = [(tensor, tensor.detach().clone(), tensor._version) for tensor in tensors]
+    with pytest.raises(error, match=message):
+        call()
+    for tensor, value, version in before:
+        assert tensor._version == version and torch.equal(tensor.detach(), value)
+
+
+@pytest.mark.parametrize("function", [cosface_loss, cosine_lse])
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_wrong_tensor(function, case, arguments):
+    name, change, error, message = WRONG_TENSORS[case]
+    changed = {**arguments, name: change(arguments[name])}
+    assert_refused(error, f"^{name} must .*{message}", arguments, lambda: function(**changed))
+
+
+@pytest.mark.parametrize("function", [cosface_loss, cosine_lse])
+@pytest.mark.parametrize("name, value, error", WRONG_OPTIONS, ids=name_of_case)
+def test_wrong_option(function, name, value, error, arguments):
+    message = rf"^{name} must .*got {re.escape(repr(value))}"
+    assert_refused(error, message, arguments, lambda: function(**arguments, **{name: value}))
+
+
+@pytest.mark.parametrize("name, value, error", WRONG_LOSS_OPTIONS, ids=name_of_case)
+def test_wrong_loss_option(name, value, error, arguments):
+    message = rf"^{name} must .*got {re.escape(repr(value))}"
+    assert_refused(error, message, arguments, lambda: cosface_loss(**arguments, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    "name, value, error",
+    [
+        *WRONG_OPTIONS,
+        *WRONG_LOSS_OPTIONS,
+        *[(size, value, ValueError) for size in ("embedding_size", "num_classes") for value in (0, -1)],
+        *[(size, value, TypeError) for size in ("embedding_size", "num_classes") for value in (1.5, "3", None, True)],
+    ],
+    ids=name_of_case,
+)
+def test_module_refuses_at_construction(name, value, error):
+    with pytest.raises(error, match=rf"^{name} must "):
+        CosFaceLoss(**{"embedding_size": EMBEDDING_SIZE, "num_classes": NUM_CLASSES, name: value})
+
+
+LABELS_OUTSIDE = [
+    (NUM_CLASSES, torch.int64),
+    (-1, torch.int64),
+    (2**40, torch.int64),  # 0 when cut to 32 bits
+    (200, torch.uint8),
+    (-5, torch.int8),
+    (2**64 - 100, torch.uint64),  # -100 when its bits are read as int64
+]
+
+
+# With ignore_index = 3, row 1 is wrong in no way and -100 is a label like any other.
+@pytest.mark.parametrize("ignore_index", [-100, 3])
+@pytest.mark.parametrize("label, dtype", LABELS_OUTSIDE, ids=name_of_case)
+def test_label_outside(label, dtype, ignore_index, arguments, monkeypatch):
+    # On a GPU the check waits for the device, so there it is on request.
+    monkeypatch.setenv("COSFACE_CHECK_LABELS", "1")
+    arguments["labels"] = torch.tensor([0, 3, label, label], dtype=dtype).to(arguments["labels"].device)
+    shown = r"\d+" if label >= 2**63 else label  # PyTorch computes with such labels as little as it can
+    message = rf"labels\[2\] is {shown}, .*\[0, {NUM_CLASSES}\).*ignore_index = {ignore_index}"
+    assert_refused(IndexError, message, arguments, lambda: cosface_loss(**arguments, ignore_index=ignore_index))
+
+
+WRONG_K = [(-1, ValueError), (NUM_CLASSES + 1, ValueError), (2.5, TypeError), ("3", TypeError), (None, TypeError)]
+
+
+@pytest.mark.parametrize("k, error", WRONG_K, ids=name_of_case)
+def test_wrong_k(k, error, arguments):
+    head = CosFaceLoss(EMBEDDING_SIZE, NUM_CLASSES, device=arguments["features"].device)
+    assert_refused(error, rf"^k must .*got {k!r}", arguments, lambda: head.topk(arguments["features"], k))
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG_TENSORS if case.startswith("features")])
+def test_module_methods_refuse_wrong_features(case, arguments):
+    head = CosFaceLoss(EMBEDDING_SIZE, NUM_CLASSES, device=arguments["features"].device)
+    name, change, error, message = WRONG_TENSORS[case]
+    features = change(arguments[name])
+    for call in (lambda: head(features, arguments["labels"]), lambda: head.logits(features), lambda: head.topk(features, 2)):
+        assert_refused(error, f"^{name} must .*{message}", arguments, call)
+
+
+def test_triton_needs_a_gpu():
+    # In a process of its own: this one may run Triton's interpreter, which takes CPU tensors.
+    script = """
+import torch
+from cosface_kernels import cosface_loss
+try:
+    cosface_loss(torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1]), backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert re.search(r'backend "triton" .*on a GPU, these are on cpu.*"auto"', run.stdout)
+
+
+def test_triton_not_installed(arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    message = 'backend "triton" .*pip install triton'
+    assert_refused(ValueError, message, arguments, lambda: cosface_loss(**arguments, backend="triton"))
+
+
+@pytest.mark.parametrize("name", ["features", "weight"])
+def test_triton_refuses_float64(name, arguments):
+    arguments[name] = arguments[name].detach().double()
+    message = 'backend "triton" .*not float64'
+    assert_refused(ValueError, message, arguments, lambda: cosface_loss(**arguments, backend="triton"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scale": 64, "margin": 1},
+        {"scale": np.float32(64), "margin": np.float64(0.35), "ignore_index": np.int32(2), "memory_budget": np.int64(100)},
+        {"scale": Fraction(64), "margin": Fraction(7, 20)},
+        {"scale": 10**30},
+        {"memory_budget": 10**30},
+    ],
+    ids=str,
+)
+def test_any_real_number_is_accepted(options, arguments):
+    plain = {name: int(value) if name in ("ignore_index", "memory_budget") else float(value) for name, value in options.items()}
+    plain["memory_budget"] = min(plain.get("memory_budget", 2**40), 2**40)
+    assert torch.equal(cosface_loss(**arguments, **options), cosface_loss(**arguments, **plain))
