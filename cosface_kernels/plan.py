@@ -17,7 +17,7 @@ CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloa
 COSINE_LIMIT = 1.008
 
 # Elements of one slab of exponentials, N x B. On a CPU they should stay in cache; on a GPU a slab must fill the machine.
-SLAB_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
 SLAB_CLASSES_MIN = 256
 SLAB_CLASSES_MAX = 2**16
 # B is a multiple of this, a tile of every kernel; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E
@@ -107,7 +107,9 @@ def wide_dtype(dtype):
 
 @functools.cache
 def total_memory(device):
-    """Bytes of the device's memory; for a device that does not tell, the host's."""
+    """Bytes of the device's memory; for a device that does not tell, the host's, and 8 GiB where that does not tell either."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):
+        return 2**33
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

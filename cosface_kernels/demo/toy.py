@@ -1,0 +1,184 @@
+"""The paper's toy experiment (CosFace, arXiv 1801.09414, fig. 4) on real images: what the margin does to 2-D features.
+
+Eight identities, the handwritten digits 0 to 7 of scikit-learn (8 x 8 pixels), a small CNN with two features, trained four times
+from the same seed with the same recipe: plain softmax cross-entropy on the features as they are, and LMCL with a growing margin.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import nn
+from tqdm import tqdm
+
+from .. import CosFaceLoss
+
+IDENTITIES = 8
+# None is plain softmax. In two dimensions the paper bounds the margin of eight classes by 1 - cos(2π/8) = 0.29.
+MARGINS = (None, 0.0, 0.1, 0.2)
+# Twice the paper's lower bound, (C-1)/C log((C-1) P/(1-P)) = 7.7 for a probability P = 0.999 at the class centres.
+SCALE = 16.0
+EPOCHS, BATCH, LEARNING_RATE, PIXEL_NOISE = 60, 128, 5e-3, 0.1
+
+
+class Result(NamedTuple):
+    loss: str
+    smallest_gap: float  # degrees between the regions of neighbouring identities, the narrowest; negative where they overlap
+    intra_class_angle: float  # degrees between a feature and the mean direction of its identity, on average
+    held_out_accuracy: float
+
+
+class Trained(NamedTuple):
+    result: Result
+    features: torch.Tensor  # (N, 2), of the training images
+    labels: torch.Tensor  # (N,)
+    weight: torch.Tensor  # (8, 2)
+
+
+class SoftmaxLoss(nn.Module):
+    """The baseline: cross-entropy of a linear layer, with the interface of CosFaceLoss."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(nn.Linear(2, IDENTITIES).weight.detach())
+
+    def forward(self, features, labels):
+        return F.cross_entropy(self.logits(features), labels)
+
+    def logits(self, features):
+        return F.linear(features, self.weight)
+
+
+def run(out, device):
+    """Train all four, draw toy_features.png into `out`, return the four Results."""
+    trained = train_all(device)
+    draw(trained).savefig(out / "toy_features.png")
+    return [each.result for each in trained]
+
+
+def train_all(device, seed=0):
+    """The four experiments, as Trained tuples on the CPU."""
+    data = [part.to(device) for part in _digits(seed)]
+    batches = len(data[2]) // BATCH
+    with tqdm(total=len(MARGINS) * EPOCHS * batches, desc="toy experiment", unit="step") as bar:
+        return [_train(margin, *data, seed=seed, bar=bar) for margin in MARGINS]
+
+
+def _digits(seed):
+    """(training images, held-out images, their labels): (N, 1, 8, 8) in [0, 1], three to one."""
+    images, labels = load_digits(n_class=IDENTITIES, return_X_y=True)
+    images = torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8)
+    return train_test_split(images, torch.tensor(labels), test_size=0.25, random_state=seed, stratify=labels)
+
+
+def _train(margin, images, held_out_images, labels, held_out_labels, *, seed, bar):
+    torch.manual_seed(seed)
+    net = _network().to(images.device)
+    head = SoftmaxLoss() if margin is None else CosFaceLoss(2, IDENTITIES, scale=SCALE, margin=margin)
+    head.to(images.device)
+    steps = EPOCHS * (len(labels) // BATCH)
+    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(labels), device=labels.device)
+        for batch in order[: steps // EPOCHS * BATCH].split(BATCH):
+            noisy = images[batch] + PIXEL_NOISE * torch.randn_like(images[batch])
+            optimizer.zero_grad()
+            head(net(noisy), labels[batch]).backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    net.eval()
+    with torch.no_grad():
+        accuracy = (head.logits(net(held_out_images)).argmax(1) == held_out_labels).float().mean().item()
+        features, labels = net(images).cpu(), labels.cpu()
+    name = "softmax" if margin is None else f"LMCL, m = {margin:g}"
+    result = Result(name, smallest_gap(features, labels), intra_class_angle(features, labels), accuracy)
+    return Trained(result, features, labels, head.weight.detach().cpu())
+
+
+def _network():
+    def convolution(inputs, outputs, stride):
+        layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        return layer, nn.BatchNorm2d(outputs), nn.PReLU(outputs)
+
+    hidden = nn.Linear(64 * 2 * 2, 128), nn.BatchNorm1d(128), nn.PReLU(128)
+    return nn.Sequential(
+        *convolution(1, 32, 1), *convolution(32, 64, 2), *convolution(64, 64, 2), nn.Flatten(), *hidden, nn.Linear(128, 2)
+    )
+
+
+def smallest_gap(features, labels):
+    """Degrees. An identity's region spans the middle 95% of its features' angles, so single strays do not decide."""
+    regions = sorted(_region(features[labels == identity]) for identity in range(IDENTITIES))
+    first_again = tuple(angle + 360 for angle in regions[0])
+    ends_and_starts = zip(regions, [*regions[1:], first_again], strict=True)
+    return min(start - end for (_, _, end), (_, start, _) in ends_and_starts)
+
+
+def intra_class_angle(features, labels):
+    """Degrees."""
+    return torch.cat([_deviations(features[labels == identity])[1].abs() for identity in range(IDENTITIES)]).mean().item()
+
+
+def _region(features):
+    """(centre, start, end) of the region of one identity, degrees, counterclockwise."""
+    centre, deviations = _deviations(features)
+    start, end = deviations.quantile(torch.tensor([0.025, 0.975], dtype=deviations.dtype)).tolist()
+    return centre, centre + start, centre + end
+
+
+def _deviations(features):
+    """(mean direction, each feature's signed angle from it (N,)), degrees."""
+    mean = F.normalize(features.double()).mean(0)
+    centre = math.degrees(math.atan2(mean[1], mean[0]))
+    angles = torch.atan2(features[:, 1], features[:, 0]).double().rad2deg()
+    return centre, torch.remainder(angles - centre + 180, 360) - 180
+
+
+def draw(trained):
+    """The paper's figure 4: features as they are above, their directions below."""
+    figure = Figure(figsize=(12, 6.6), dpi=100, layout="constrained")
+    figure.suptitle(f"Features of eight identities (digits 0 to 7) in two dimensions; LMCL with s = {SCALE:g}", fontsize=14)
+    legend = "Above: the features. Below: their directions, the class weights (lines), and 95% of each identity (arcs)."
+    figure.supxlabel(legend, fontsize=11)
+    for column, each in enumerate(trained):
+        plane, circle = (figure.add_subplot(2, len(trained), row * len(trained) + column + 1, aspect="equal") for row in (0, 1))
+        plane.set_title(each.result.loss, fontsize=13)
+        limit = 1.05 * each.features.abs().max().item()
+        plane.set(xlim=(-limit, limit), ylim=(-limit, limit))
+        plane.tick_params(labelsize=8)
+        circle.set(xlim=(-1.32, 1.32), ylim=(-1.32, 1.32))
+        circle.axis("off")
+        circle.set_title(
+            f"gap {each.result.smallest_gap:.1f}°, within identity {each.result.intra_class_angle:.1f}°", y=-0.08, fontsize=11
+        )
+        for identity in range(IDENTITIES):
+            _draw_identity(plane, circle, each, identity)
+    return figure
+
+
+def _draw_identity(plane, circle, each, identity):
+    color = f"C{identity}"
+    features = each.features[each.labels == identity]
+    unit, direction = F.normalize(features), F.normalize(each.weight[identity], dim=0)
+    plane.scatter(*features.T, s=5, color=color, alpha=0.6, linewidths=0)
+    circle.plot([0, direction[0]], [0, direction[1]], color=color, linewidth=1.2)
+    circle.scatter(*unit.T, s=22, color=color, alpha=0.35, linewidths=0)
+    centre, start, end = _region(features)
+    arc = torch.linspace(start, end, 50).deg2rad()
+    circle.plot(1.09 * arc.cos(), 1.09 * arc.sin(), color=color, linewidth=3.5, solid_capstyle="butt")
+    x, y = 1.23 * math.cos(math.radians(centre)), 1.23 * math.sin(math.radians(centre))
+    circle.text(x, y, str(identity), color=color, ha="center", va="center", fontsize=12)
+
+
+def table(results):
+    """Lines of text."""
+    yield f"Toy experiment of the paper: digits 0 to 7, 2-D features, s = {SCALE:g} (toy_features.png)"
+    yield f"  {'loss':<14}{'smallest gap':>14}{'intra-class angle':>20}{'held-out accuracy':>20}"
+    for loss, gap, angle, accuracy in results:
+        yield f"  {loss:<14}{gap:>13.1f}°{angle:>19.2f}°{accuracy:>20.1%}"

@@ -1,0 +1,89 @@
+"""Does the `cosface` command do what it says, and refuse clearly what it cannot do?"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cosface_kernels import __version__, cli
+from cosface_kernels.demo import million, toy
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "demo" in text and "info" in text
+
+
+def test_no_command_is_wrong_usage(capsys):
+    assert cli.main([]) == 2
+    assert "usage: cosface" in capsys.readouterr().out
+
+
+def test_info_says_what_is_usable():
+    """Without the interpreter, as a user has it, and as `python -m cosface_kernels`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "cosface_kernels", "info"]
+    text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    lines = {line.split("  ")[1].strip(): line for line in text.splitlines() if line.startswith("  ")}
+    assert __version__ in lines["cosface_kernels"] and torch.__version__ in lines["torch"]
+    assert lines["torch on cpu"].endswith("usable")
+    assert "needs tensors on a GPU" in lines["triton on cpu"]
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "sklearn", "tqdm"])
+def test_demo_without_its_extras(monkeypatch, capsys, tmp_path, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [name for name in sys.modules if name.startswith(("cosface_kernels.demo", f"{missing}."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("cosface_kernels.demo", raising=False)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    message = capsys.readouterr().err
+    assert missing in message and 'pip install "cosface-kernels[demo]"' in message and message.count("\n") == 1
+
+
+def test_demo_refuses_an_out_that_is_a_file(capsys, tmp_path):
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert cli.main(["demo", "--out", str(path)]) == 1
+    assert f"cannot write to --out {path}" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_demo_says_before_any_work_that_memory_is_short(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(million, "available_bytes", lambda device: 10**9)
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 1
+    assert "1.00 GB" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_demo_in_small(monkeypatch, capsys, tmp_path):
+    """All of it, with fewer epochs and identities: the files, the table, and a loss that falls."""
+    monkeypatch.setattr(toy, "EPOCHS", 2)
+    monkeypatch.setattr(million, "CLASSES", 5000)
+    monkeypatch.setattr(million, "STEPS", {"cpu": 8, "cuda": 8})
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"toy_features.png", "million_loss.png", "summary.json"}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [row["loss"] for row in summary["toy"]] == ["softmax", "LMCL, m = 0", "LMCL, m = 0.1", "LMCL, m = 0.2"]
+    losses = summary["million"]["losses"]
+    assert len(losses) == 8 and losses[-1] < losses[0]
+    printed = capsys.readouterr().out
+    assert "LMCL, m = 0.2" in printed and "5,000 identities" in printed
+
+
+@pytest.mark.parametrize(("spread", "gap"), [(0.0, 45.0), (4.0, 37.4), (30.0, -12.0)])
+def test_angles_of_the_toy_experiment(spread, gap):
+    """Eight fans of directions, 45 degrees apart: the middle 95% of each spans 2 * 0.95 * spread."""
+    offsets = torch.linspace(-spread, spread, 101)
+    angles = (45 * torch.arange(8)[:, None] + offsets).flatten().deg2rad()
+    features = torch.stack([angles.cos(), angles.sin()], 1) * torch.linspace(1, 9, len(angles))[:, None]
+    labels = torch.arange(8).repeat_interleave(101)
+    assert math.isclose(toy.smallest_gap(features, labels), gap, abs_tol=0.01)
+    assert math.isclose(toy.intra_class_angle(features, labels), offsets.abs().mean(), abs_tol=0.05)
