@@ -38,30 +38,27 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         IndexError: a label that is neither in [0, C) nor ignore_index. On a GPU, where that check would wait for the device, such
-            a row's results and gradients are NaN instead, unless COSFACE_CHECK_LABELS=1 is set.
+            a row's results are NaN instead, and with them its row of dX and all of dW, unless COSFACE_CHECK_LABELS=1 is set.
         RuntimeError: a second derivative.
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
     validation.check_tensors(features, weight, labels)
-    validation.check_scale(scale)
-    validation.check_ignore_index(ignore_index)
-    validation.check_memory_budget(memory_budget)
-    validation.check_backend(backend)
+    validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
     scale, dtype = float(scale), _product_dtype(features, weight)
     labels = _class_indices(labels)
     counted = labels != ignore_index
     # Ignored rows leave by selection, so that a NaN in one reaches nothing.
-    unit, _ = unit_rows(torch.where(counted[:, None], features, 0.0).to(wide_dtype(dtype)))
+    wide = torch.where(counted[:, None], features, 0.0).to(wide_dtype(dtype))
     grad_mode = torch.is_grad_enabled()
-    lse, target_rows, *_ = negative_lse(
-        unit,
+    lse, target_rows, unit, *_ = negative_lse(
+        wide,
         weight,
         labels,
         scale,
         int(ignore_index),
         dtype,
-        None if memory_budget == "auto" else min(int(memory_budget), 2**62),
+        None if memory_budget == "auto" else min(int(memory_budget), 2**62),  # an operator takes 64-bit integers
         backend,
         grad_mode and features.requires_grad,
         grad_mode and weight.requires_grad,

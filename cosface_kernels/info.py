@@ -45,7 +45,7 @@ def _devices():
 
 
 def _backends(devices):
-    for name in ("torch", "triton"):
+    for name in backends.NAMES:
         for device in devices:
             yield _line(f"{name} on {device.type}", _why_unusable(name, device) or "usable")
 
@@ -66,10 +66,7 @@ def _cpu_model():
 
 
 def _cpu_memory():
-    try:
-        return f"{total_memory(torch.device('cpu')) / 2**30:.0f} GiB"
-    except (AttributeError, OSError, ValueError):  # os.sysconf is POSIX, its names are the system's
-        return "memory unknown"
+    return f"{total_memory(torch.device('cpu')) / 2**30:.0f} GiB" if hasattr(os, "sysconf") else "memory unknown"
 
 
 def _line(name, value):

@@ -3,9 +3,10 @@
 import torch
 from torch import nn
 
-from . import reference, validation
+from . import validation
 from .functional import cosface_loss
-from .plan import slab_classes
+from .plan import slab_classes, wide_dtype
+from .unit import unit_rows
 
 
 class CosFaceLoss(nn.Module):
@@ -38,18 +39,17 @@ class CosFaceLoss(nn.Module):
         super().__init__()
         validation.check_size("embedding_size", embedding_size)
         validation.check_size("num_classes", num_classes)
-        validation.check_scale(scale)
-        validation.check_margin(margin)
-        validation.check_reduction(reduction)
-        validation.check_ignore_index(ignore_index)
-        validation.check_memory_budget(memory_budget)
-        validation.check_backend(backend)
-        self.scale = scale
-        self.margin = margin
-        self.reduction = reduction
-        self.ignore_index = ignore_index
-        self.memory_budget = memory_budget
-        self.backend = backend
+        options = {
+            "scale": scale,
+            "margin": margin,
+            "reduction": reduction,
+            "ignore_index": ignore_index,
+            "memory_budget": memory_budget,
+            "backend": backend,
+        }
+        validation.check_options(**options)
+        for name, value in options.items():
+            setattr(self, name, value)
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -71,33 +71,37 @@ class CosFaceLoss(nn.Module):
         )
 
     def logits(self, features):
-        """s cos_nj without margin, (N, C), materialised and differentiable: for small C."""
-        validation.check_features(features, self.weight)
-        dtype = torch.promote_types(features.dtype, self.weight.dtype)
-        return reference.logits(features.to(dtype), self.weight.to(dtype), scale=self.scale)
+        """s cos_nj without margin, (N, C) float32 (float64), materialised and differentiable: for small C."""
+        return self._logits(self._unit(features), 0, len(self.weight))
 
     @torch.no_grad()
     def topk(self, features, k):
         """(values, indices), each (N, k): the k largest of `logits(features)`, descending, slab by slab, never N x C.
 
         Raises:
-            ValueError: k is negative or larger than the number of classes.
+            TypeError, ValueError: k is no int, negative, or larger than the number of classes.
         """
-        validation.check_features(features, self.weight)
-        num_classes = self.weight.shape[0]
-        validation.check_k(k, num_classes)
-        dtype = torch.promote_types(features.dtype, self.weight.dtype)
-        values = torch.empty(features.shape[0], 0, dtype=dtype, device=features.device)
-        indices = torch.empty(features.shape[0], 0, dtype=torch.int64, device=features.device)
+        unit = self._unit(features)
+        validation.check_k(k, len(self.weight))
+        values = unit.new_empty(len(unit), 0)
+        indices = torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)
         slab = slab_classes(features, self.weight)
-        for start in range(0, num_classes, slab):
-            rows = self.weight[start : start + slab].to(dtype)
-            found = reference.logits(features.to(dtype), rows, scale=self.scale)
+        for start in range(0, len(self.weight), slab):
+            found = self._logits(unit, start, start + slab)
             best = found.topk(min(k, found.shape[1]))
-            candidates = torch.cat([values, best.values.to(dtype)], 1)
+            candidates = torch.cat([values, best.values], 1)
             values, order = candidates.topk(min(k, candidates.shape[1]))
             indices = torch.cat([indices, best.indices + start], 1).gather(1, order)
         return values, indices
+
+    def _unit(self, features):
+        validation.check_features(features, self.weight)
+        return unit_rows(features.to(wide_dtype(torch.promote_types(features.dtype, self.weight.dtype))))[0]
+
+    def _logits(self, unit, start, stop):
+        """Outside autocast: rounded to 16 bits, many of a million cosines would be equal."""
+        with torch.autocast(unit.device.type, enabled=False):
+            return self.scale * (unit @ unit_rows(self.weight[start:stop].to(unit.dtype))[0].T)
 
     def extra_repr(self):
         num_classes, embedding_size = self.weight.shape

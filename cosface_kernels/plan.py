@@ -56,17 +56,17 @@ class Plan(NamedTuple):
 
 def make_plan(features, weight, *, scale, dtype, memory_budget, keep):
     """The plan for unit features (N, D) and a class table (C, D). keep: whether backward will want exponentials."""
-    num_classes = weight.shape[0]
     log2_scale = scale * math.log2(math.e)
-    half = math.log2(num_classes) / 2
+    half = math.log2(len(weight)) / 2
     bounded = log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
+    kept_slabs, kept_elements = kept_size(features, weight, dtype, memory_budget) if keep else (0, 0)
     return Plan(
         log2_scale=log2_scale,
         shift=float(round(half)) if bounded else None,
         dtype=dtype,
         slab=slab_classes(features, weight),
-        kept_slabs=kept_slabs(features, weight, dtype, memory_budget) if keep else 0,
-        kept_elements=kept_elements(features, weight, dtype, memory_budget) if keep else 0,
+        kept_slabs=kept_slabs,
+        kept_elements=kept_elements,
     )
 
 
@@ -78,22 +78,16 @@ def slab_classes(features, weight):
     return -(-wanted // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
 
 
-def kept_slabs(features, weight, dtype, memory_budget):
-    """How many slabs of exponentials fit the budget in bytes.
+def kept_size(features, weight, dtype, memory_budget):
+    """(slabs, elements) of exponentials that fit the budget in bytes.
 
     None: at most what the weight's gradient takes and at most an eighth of the device's memory.
     """
     if memory_budget is None:
         memory_budget = min(weight.numel() * weight.element_size(), total_memory(features.device) // 8)
-    slab = slab_classes(features, weight)
-    slab_bytes = max(features.shape[0], 1) * slab * dtype.itemsize
-    return min(memory_budget // slab_bytes, -(-weight.shape[0] // slab))
-
-
-def kept_elements(features, weight, dtype, memory_budget):
-    """How many numbers those slabs hold."""
-    classes = kept_slabs(features, weight, dtype, memory_budget) * slab_classes(features, weight)
-    return features.shape[0] * min(classes, aligned(weight.shape[0]))
+    num_rows, slab = features.shape[0], slab_classes(features, weight)
+    slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), -(-weight.shape[0] // slab))
+    return slabs, num_rows * min(slabs * slab, aligned(weight.shape[0]))
 
 
 def aligned(classes):

@@ -1,4 +1,4 @@
-"""Unit rows at any magnitude, in plain differentiable PyTorch."""
+"""Unit rows at any magnitude, in plain differentiable PyTorch, and the gradient written out for where autograd is not."""
 
 import torch
 
@@ -13,8 +13,13 @@ def unit_rows(rows):
     on that divisor, so autograd rightly sees a constant.
     """
     largest = rows.detach().abs().amax(1, keepdim=True)
-    scaled = rows / torch.where(largest == 0, 1.0, largest)
-    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    divisor = torch.where(largest == 0, 1.0, largest)
+    scaled = rows / divisor
+    length = torch.where(largest == 0, 1.0, scaled.square().sum(1, keepdim=True)).sqrt()
     tiny = length * largest < TINY_NORM
-    length = torch.where(tiny, 1.0, length)
-    return torch.where(tiny, 0.0, scaled / length), torch.where(tiny, 0.0, 1.0 / (length * largest))
+    return torch.where(tiny, 0.0, scaled / length), torch.where(tiny, 0.0, 1.0 / (length * divisor))
+
+
+def project(unit, inverse_norm, unit_grad):
+    """The gradient of rows from that of their unit rows: what is orthogonal to the row, over its norm."""
+    return (unit_grad - unit * (unit * unit_grad).sum(1, keepdim=True)) * inverse_norm

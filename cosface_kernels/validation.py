@@ -5,10 +5,12 @@ import numbers
 
 import torch
 
+from . import backends
+
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "torch", "triton")
+BACKENDS = ("auto", *backends.NAMES)
 
 
 def check_tensors(features, weight, labels):
@@ -79,6 +81,16 @@ def check_memory_budget(memory_budget):
 def check_backend(backend):
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+
+
+def check_options(*, scale, ignore_index, memory_budget, backend, margin=0.0, reduction="none"):
+    """What the functions and the module have in common."""
+    check_scale(scale)
+    check_margin(margin)
+    check_reduction(reduction)
+    check_ignore_index(ignore_index)
+    check_memory_budget(memory_budget)
+    check_backend(backend)
 
 
 def check_k(k, num_classes):

@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors, so 
 triton; with one they are compiled.
 """
 
+import importlib.util
 import os
 
 # Inductor's cache does not see a change of an operator's autograd formula, so it would run yesterday's. Torch reads this once.
@@ -11,6 +12,8 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+
+from cosface_kernels import backends
 
 HAS_GPU = torch.cuda.is_available()
 os.environ["TRITON_INTERPRET"] = "0" if HAS_GPU else "1"
@@ -21,7 +24,7 @@ GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GP
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-    if not HAS_GPU:
+    if not HAS_GPU and importlib.util.find_spec("triton"):
         import interpreter_rounding
 
         interpreter_rounding.install()
@@ -30,6 +33,14 @@ def pytest_configure(config):
 @pytest.fixture(params=["cpu", GPU])
 def device(request):
     return torch.device(request.param)
+
+
+@pytest.fixture(params=backends.NAMES)
+def backend(request, device):
+    why = backends.unusable(request.param, device)
+    if why:
+        pytest.skip(why)
+    return request.param
 
 
 @pytest.fixture

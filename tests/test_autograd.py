@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from compare import assert_close, draw, tolerance
+from rounding import assert_close, draw, tolerance
+from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import cosface_loss, cosine_lse, reference
 
@@ -144,3 +145,19 @@ def test_upstream_gradients_of_very_different_sizes(device):
     for row in range(len(labels)):
         assert_close(ours[1][row], exact[1][row], tolerance(torch.float32))
     assert_close(ours[2], exact[2], tolerance(torch.float32))
+
+
+def test_activation_checkpointing(device):
+    """Recomputes forward in backward, and lets each saved tensor be unpacked once."""
+    features, weight, labels = draw(device)
+    upstream = torch.ones((), device=device)
+
+    def checkpointed(*tensors):
+        return checkpoint(cosface_loss, *tensors, use_reentrant=False)
+
+    for ours, wanted in zip(
+        evaluate(checkpointed, features, weight, labels, upstream),
+        evaluate(cosface_loss, features, weight, labels, upstream),
+        strict=True,
+    ):
+        assert torch.equal(ours, wanted)

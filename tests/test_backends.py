@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BACKENDS, check_accuracy, draws, evaluate
+from cases import check_accuracy, draws, evaluate
 from conftest import HAS_GPU
 
 from cosface_kernels import cosface_loss, cosine_lse, reference
@@ -29,14 +29,7 @@ PRECISIONS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _small_slabs(small_slabs):
-    pass
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
+pytestmark = pytest.mark.usefixtures("small_slabs")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from compare import SIZE, assert_close, assert_equals_reference, draw, tolerance
+from rounding import SIZE, assert_close, assert_equals_reference, draw, tolerance
 
 from cosface_kernels import cosface_loss, cosine_lse, reference
 

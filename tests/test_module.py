@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from compare import NUM_CLASSES, SIZE, draw
+from rounding import NUM_CLASSES, SIZE, draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import CosFaceLoss, cosface_loss, reference
@@ -187,3 +187,19 @@ def test_training_equals_the_references(device):
     torch.testing.assert_close(*(torch.tensor(history, dtype=torch.float64) for history in losses), rtol=relative, atol=0)
     for ours, wanted in (tables, embeddings):
         assert (ours - wanted).norm() <= relative * wanted.norm()
+
+
+def test_logits_and_topk_are_float32_whatever_the_norm_or_autocast(device):
+    """A hundred classes within 1e-4 of each other: rounded to bfloat16 they would be a few ties."""
+    head = CosFaceLoss(16, 100, device=device)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(16, generator=generator)
+    with torch.no_grad():
+        head.weight.copy_(direction + 1e-2 * torch.randn(100, 16, generator=generator))
+    features = 1e25 * direction.to(device)[None]
+    exact = reference.logits(features.double(), head.weight.detach().double(), scale=head.scale)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        logits, (values, indices) = head.logits(features), head.topk(features, 5)
+    assert logits.dtype == values.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-6, atol=0)
+    assert torch.equal(indices, exact.topk(5).indices)

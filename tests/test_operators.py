@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import evaluate
-from compare import NUM_CLASSES, assert_close, draw, tolerance
+from rounding import NUM_CLASSES, assert_close, draw, tolerance
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -45,13 +45,15 @@ def test_opcheck_forward(case, device):
     torch.library.opcheck(negative_lse, op_arguments(case, device))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("case", OP_CASES)
-def test_opcheck_backward(case, device):
+def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
         x, weight, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
+        x = x.T.contiguous().T if transposed else x
         inputs = x.detach(), weight.detach(), labels
-        lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
-        gradients = torch.ones_like(lse), torch.ones_like(rows)
+        lse, rows, unit, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
+        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(unit)
         arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
         torch.library.opcheck(negative_lse_backward, arguments)
 
@@ -119,12 +121,12 @@ def test_compile(autocast, device):
 
 
 @pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
-def test_compile_to_code(device):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_compile_to_code(device, transposed):
     torch._dynamo.reset()
     compiled = torch.compile(cosface_loss, fullgraph=True)
-    tensors = *draw(device, torch.float32), torch.ones((), device=device)
-    # Code cached by an earlier run may fit the operators as they were then.
-    with torch._inductor.config.patch(force_disable_caches=True):
-        results = evaluate(compiled, *tensors)
+    features, *tensors = *draw(device, torch.float32), torch.ones((), device=device)
+    tensors = features.T.contiguous().T if transposed else features, *tensors
+    results = evaluate(compiled, *tensors)
     for ours, wanted in zip(results, evaluate(cosface_loss, *tensors), strict=True):
         assert_close(ours, wanted.double(), tolerance(torch.float32))

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import evaluate
-from compare import assert_equals_reference, draw
+from rounding import assert_equals_reference, draw
 
 from cosface_kernels import backends, cosface_loss
 

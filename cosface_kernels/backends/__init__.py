@@ -11,10 +11,11 @@ targets (N,) int64: the column left out of a row's sums; -1 for none.  With E_nj
                dw_j = (dŵ_j - ŵ_j (ŵ_j·dŵ_j)) / ‖w_j‖, plus target_sums[i] where target_classes[i] = j
 
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is
-deterministic: no atomics, every sum in a fixed order. To add one: a module with these two functions, a line in `choose`, its name
-in validation.BACKENDS and in tests/cases.py.
+deterministic: no atomics, every sum in a fixed order. To add one: a module <name>_backend with these two functions, its name in
+NAMES, and in `unusable` where it cannot run; the tests then hold it to the same rule as the others.
 """
 
+import importlib
 import importlib.util
 from typing import NamedTuple
 
@@ -28,6 +29,10 @@ class Sums(NamedTuple):
     kept: torch.Tensor  # 1-D, plan.dtype: the kept slabs' exponentials one after another, see Plan.kept_view
 
 
+# Each is a module of this package, <name>_backend.
+NAMES = ("torch", "triton")
+
+
 def choose(name, device, dtype):
     """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
     if name == "auto":
@@ -35,23 +40,26 @@ def choose(name, device, dtype):
     why = unusable(name, device, dtype)
     if why:
         raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
-    if name == "triton":
-        from . import triton_backend as module
-    else:
-        from . import torch_backend as module
-    return module
+    return importlib.import_module(f".{name}_backend", __package__)
 
 
 def unusable(name, device, dtype=torch.float32):
     """Why backend `name` cannot compute in `dtype` on `device`, or None when it can."""
-    if name == "torch":
-        return None
+    return _triton_unusable(device, dtype) if name == "triton" else None
+
+
+def _triton_unusable(device, dtype):
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if dtype == torch.float64:
         return "its kernels compute in float32 and bfloat16, not float64"
+    if device.type == "cuda":
+        if torch.version.hip:
+            return "its kernels are written and compiled for NVIDIA GPUs, this is an AMD one"
+        chip = torch.cuda.get_device_capability(device)
+        return None if chip >= (8, 0) else f"it needs a GPU of compute capability 8.0 or later, this has {chip[0]}.{chip[1]}"
     from .triton_backend import INTERPRETED
 
-    if device.type == "cuda" or INTERPRETED:
+    if INTERPRETED:
         return None
     return f"it needs tensors on a GPU, these are on {device.type} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"

@@ -9,7 +9,7 @@ Per slab of B classes, nothing larger than N x B or B x D:
 import torch
 
 from ..plan import aligned
-from ..unit import unit_rows
+from ..unit import project, unit_rows
 from . import Sums
 from .products import accumulated, cosines
 
@@ -26,9 +26,12 @@ def forward(x, weight, targets, plan, *, need_pull):
         unit = unit_rows(weight[start:stop].to(plan.wide))[0].to(plan.dtype)
         e = _exponentials(low, unit, shift, targets - start, plan)
         total += e.sum(1)
-        e = _stored(e, plan.kept_view(kept, index, num_rows, aligned(stop - start)), plan.dtype)
+        place = plan.kept_view(kept, index, num_rows, aligned(stop - start))
+        if place is not None:
+            place[:, stop - start :] = 0
+            e = place[:, : stop - start].copy_(e)
         if need_pull:
-            pull += accumulated(e, unit)
+            pull += accumulated(e.to(plan.dtype), unit)
     if need_pull:
         pull /= torch.where(total == 0, 1.0, total)[:, None]
     return Sums(shift, total.to(plan.wide), pull.to(plan.wide), kept)
@@ -42,8 +45,7 @@ def backward(x, weight, targets, row_scale, unscale, shift, target_classes, targ
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
             e = _exponentials(low, unit.to(plan.dtype), shift, targets - start, plan).to(plan.dtype)
-        grad = accumulated(e[:, : stop - start].T, scaled)
-        grad = (grad - unit * (unit * grad).sum(1, keepdim=True)) * (inverse_norm * unscale)
+        grad = project(unit, inverse_norm * unscale, accumulated(e[:, : stop - start].T, scaled))
         weight_grad[start:stop] = _add_rows(grad, target_classes - start, target_sums)
 
 
@@ -73,18 +75,9 @@ def _replace_targets(slab, columns, value):
 
 
 def _add_rows(grad, rows, sums):
-    """grad[rows[i]] += sums[i] for the rows inside grad. Those are distinct, so the order of additions is fixed."""
-    spare = torch.cat([grad, grad.new_zeros(1, grad.shape[1])])
-    spare.index_add_(0, torch.where((rows >= 0) & (rows < len(grad)), rows, len(grad)), sums)
-    return spare[:-1]
-
-
-def _stored(e, place, dtype):
-    """E in the products' dtype, in its place among the kept when it has one there."""
-    if place is None:
-        return e.to(dtype)
-    place[:, e.shape[1] :] = 0
-    return place[:, : e.shape[1]].copy_(e)
+    """grad[rows[i]] += sums[i] for the rows inside grad, which are distinct; the others add zero to the first, in any order."""
+    inside = (rows >= 0) & (rows < len(grad))
+    return grad.index_add_(0, torch.where(inside, rows, 0), torch.where(inside[:, None], sums, 0.0))
 
 
 def _sum_dtype(x):

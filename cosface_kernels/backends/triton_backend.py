@@ -8,9 +8,8 @@ import torch
 import triton
 
 from ..plan import aligned
-from . import Sums
+from . import Sums, triton_kernels
 from .products import accumulated
-from .triton_kernels import exponentials, normalize_rows, project_rows
 
 # TRITON_INTERPRET=1 runs the kernels on CPU tensors; a GPU build of them refuses such tensors.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -39,7 +38,7 @@ def forward(x, weight, targets, plan, *, need_pull):
     slab = _Slab(low, weight, targets, plan)
     shift = _shift(slab, plan, num_rows)
     total = torch.zeros(num_rows, dtype=torch.float64, device=x.device)
-    pull = torch.zeros(num_rows if need_pull else 0, low.shape[1], dtype=torch.float32, device=x.device)
+    pull = torch.zeros(num_rows if need_pull else 0, size, dtype=torch.float64, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     for index, start, stop in plan.slabs(weight.shape[0]):
         unit = slab.unit(start, stop)
@@ -48,10 +47,10 @@ def forward(x, weight, targets, plan, *, need_pull):
             e = slab.scratch(len(unit))
         total += slab.exponentials(unit, start, stop, shift, store=e).sum(0, dtype=torch.float64)
         if need_pull:
-            pull += accumulated(e, unit)
+            pull += accumulated(e, unit)[:, :size]
     if need_pull:
-        pull = pull[:, :size] / torch.where(total == 0, 1.0, total).float()[:, None]
-    return Sums(shift, total.float(), pull[:, :size], kept)
+        pull /= torch.where(total == 0, 1.0, total)[:, None]
+    return Sums(shift, total.float(), pull.float(), kept)
 
 
 def backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad):
@@ -67,7 +66,7 @@ def backward(x, weight, targets, row_scale, unscale, shift, target_classes, targ
         rows = weight[start:stop]
         slots = torch.searchsorted(target_classes, torch.arange(start, stop, device=x.device))
         blocks = row_blocks(grad.shape[1])
-        project_rows[(triton.cdiv(stop - start, blocks["BLOCK_R"]),)](
+        triton_kernels.project_rows[(triton.cdiv(stop - start, blocks["BLOCK_R"]),)](
             rows,
             grad,
             unscale,
@@ -90,22 +89,23 @@ class _Slab:
 
     def __init__(self, low, weight, targets, plan):
         self.low, self.weight, self.targets, self.plan = low, weight, targets, plan
-        self._unit = torch.empty(plan.slab, low.shape[1], dtype=plan.dtype, device=low.device)
-        self._scratch = None
+        self._unit = self._scratch = None
 
     def scratch(self, width):
         """(N, width) exponentials of a slab that is not kept."""
         if self._scratch is None:
-            self._scratch = torch.empty(len(self.low) * self.plan.slab, dtype=self.plan.dtype, device=self.low.device)
+            self._scratch = self.low.new_empty(len(self.low) * self.plan.slab)
         return self._scratch[: len(self.low) * width].view(len(self.low), width)
 
     def unit(self, start, stop):
         """ŵ of classes start .. stop, with zero rows up to an aligned number of them."""
         rows = self.weight[start:stop]
         width = aligned(stop - start)
+        if self._unit is None:
+            self._unit = self.low.new_empty(self.plan.slab, self.low.shape[1])
         unit = self._unit[:width]
         blocks = row_blocks(unit.shape[1])
-        normalize_rows[(triton.cdiv(width, blocks["BLOCK_R"]),)](
+        triton_kernels.normalize_rows[(triton.cdiv(width, blocks["BLOCK_R"]),)](
             rows, unit, stop - start, width, rows.shape[1], *rows.stride(), unit.shape[1], **blocks
         )
         return unit
@@ -116,7 +116,7 @@ class _Slab:
         class_tiles = triton.cdiv(unit.shape[0], config["BLOCK_C"])
         partial = torch.empty(class_tiles, num_rows, dtype=torch.float32, device=self.low.device)
         if num_rows:
-            exponentials[(triton.cdiv(num_rows, config["BLOCK_N"]) * class_tiles,)](
+            triton_kernels.exponentials[(triton.cdiv(num_rows, config["BLOCK_N"]) * class_tiles,)](
                 self.low,
                 unit,
                 self.targets,

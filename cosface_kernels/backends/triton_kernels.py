@@ -1,6 +1,6 @@
 """The Triton kernels of the slab loop: three, each reading the class table or its slab once.
 
-    normalize_rows      ŵ = w / ‖w‖ of a slab, in 16 bits or float32, its columns padded with zeros to a multiple of BLOCK_D
+    normalize_rows      ŵ = w / ‖w‖ of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
     exponentials        E = 2^{k x ŵᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.
                         Row sums (or row maxima of k cos) of each tile leave as one float32 per row; E is stored only if asked for
     project_rows        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, in float32 from the raw rows, rounded once on the way out
@@ -11,7 +11,9 @@ No atomics: a tile writes its own partial sums, and their reduction is a plain s
 import triton
 import triton.language as tl
 
-TINY_NORM = tl.constexpr(1e-12)
+from ..unit import TINY_NORM as _TINY_NORM
+
+TINY_NORM = tl.constexpr(_TINY_NORM)
 
 
 @triton.jit
@@ -94,8 +96,10 @@ def exponentials(
         cosine = tl.dot(x, unit.T, cosine, input_precision=PRECISION)
 
     live = row < N
-    own = (tl.load(target_ptr + row, mask=live, other=-1) - first_class)[:, None] == column[None, :]
-    dropped = own | (column >= B)[None, :]
+    target = tl.load(target_ptr + row, mask=live, other=-1) - first_class
+    # 64-bit comparisons for each row, 32-bit ones for each element.
+    target = tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
+    dropped = (target[:, None] == column[None, :]) | (column >= B)[None, :]
     partial = partial_ptr + tile.to(tl.int64) * N + row
     if MAXIMUM:
         tl.store(partial, tl.max(tl.where(dropped, float("-inf"), cosine * log2_scale), 1), mask=live)

@@ -33,13 +33,15 @@ def assert_close(ours, exact, relative, what="result", size=0.0):
     assert error <= allowed, f"{what}: error {error:.3e}, allowed {allowed:.3e}"
 
 
-def assert_equals_reference(features, weight, labels, upstream=None, product_dtype=None, scale=64.0, cancels=False, **options):
+def assert_equals_reference(
+    features, weight, labels, upstream=None, product_dtype=None, scale=64.0, cancels=False, backend="auto", **options
+):
     """Loss, dX and dW of cosface_loss, against the reference in float64. cancels: dX is a difference of equal vectors."""
     if upstream is None:
         shape = labels.shape if options.get("reduction") == "none" else ()
         upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(features.device)
     options["scale"] = scale
-    ours = evaluate(partial(cosface_loss, **options), features, weight, labels, upstream)
+    ours = evaluate(partial(cosface_loss, backend=backend, **options), features, weight, labels, upstream)
     exact = evaluate(partial(reference.cosface_loss, **options), features.double(), weight.double(), labels, upstream)
     relative = tolerance(product_dtype or features.dtype, scale)
     # s / ‖x‖ times a difference of two vectors no longer than 1.
