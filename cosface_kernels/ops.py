@@ -35,7 +35,8 @@ def negative_lse(
     """(lse (N,), target rows (N, D), unit x (N, D)), and what backward reuses: pull (N, D), shift (N,), total (N,), kept (1-D).
 
     x (N, D) in the wide dtype, any norms; weight (C, D); labels (N,) int64. A row labelled ignore_index has no target: every
-    class counts as a negative and its target row is zero. dtype: what the products read. memory_budget: bytes of kept exponentials.
+    class counts as a negative and its target row is zero. dtype: what the products read. memory_budget: bytes of kept
+    exponentials.
     """
     plan = make_plan(x, weight, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_weight_grad)
     targets, outside = _resolve(labels, weight.shape[0], ignore_index, check=True)
