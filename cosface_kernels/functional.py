@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from . import validation
 from .ops import negative_lse
@@ -39,13 +40,15 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
         IndexError: a label that is neither in [0, C) nor ignore_index. On a GPU, where that check would wait for the device, such
             a row's results are NaN instead, and with them its row of dX and all of dW, unless COSFACE_CHECK_LABELS=1 is set.
-        RuntimeError: a second derivative.
+        RuntimeError: a second derivative, or a forward-mode one.
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
     validation.check_tensors(features, weight, labels)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
     scale, dtype = float(scale), _product_dtype(features, weight)
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(features, weight)
     labels = _class_indices(labels)
     counted = labels != ignore_index
     # Ignored rows leave by selection, so that a NaN in one reaches nothing.
@@ -105,11 +108,20 @@ def cosface_loss(
         features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
     )
     counted = _class_indices(labels) != ignore_index
-    # 1 - p_y is never formed by subtraction: a converged row keeps its relative accuracy.
-    losses = torch.where(counted, F.softplus(lse - float(scale) * (cosine - float(margin)), threshold=40), 0.0)
+    # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
+    # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.
+    losses = torch.where(counted, -F.logsigmoid(float(scale) * (cosine - float(margin)) - lse), 0.0)
     if reduction == "none":
         return losses
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+
+
+def _refuse_forward_mode(*tensors):
+    """A custom operator would silently drop the tangents."""
+    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError(
+            "cosface_kernels has no forward-mode derivative; use cosface_kernels.reference, which is plain PyTorch, or reverse mode"
+        )
 
 
 def _class_indices(labels):

@@ -21,5 +21,6 @@ def unit_rows(rows):
 
 
 def project(unit, inverse_norm, unit_grad):
-    """The gradient of rows from that of their unit rows: what is orthogonal to the row, over its norm."""
-    return (unit_grad - unit * (unit * unit_grad).sum(1, keepdim=True)) * inverse_norm
+    """The gradient of rows from that of their unit rows: what is orthogonal to the row, over its norm; 0 where that is 0."""
+    grad = (unit_grad - unit * (unit * unit_grad).sum(1, keepdim=True)) * inverse_norm
+    return torch.where(inverse_norm == 0, 0.0, grad)

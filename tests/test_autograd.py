@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import evaluate
 from rounding import assert_close, draw, tolerance
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import cosface_loss, cosine_lse, reference
@@ -161,3 +162,11 @@ def test_activation_checkpointing(device):
         strict=True,
     ):
         assert torch.equal(ours, wanted)
+
+
+def test_forward_mode_raises(device):
+    features, weight, labels = draw(device)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda rows: cosface_loss(rows, weight, labels), (features,), (features,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        cosface_loss(features, forward_ad.make_dual(weight, weight), labels)

@@ -124,3 +124,18 @@ def test_nan_and_infinity_come_out_as_nan(scale, which, value, dtype, device):
         assert wanted.isnan().any()
         assert torch.equal(tensor.isnan(), wanted.isnan())
         assert_close(tensor[~wanted.isnan()], wanted[~wanted.isnan()], tolerance(dtype, scale))
+
+
+def test_huge_upstream_gradient_of_rows_that_are_wrong_by_far(device, backend):
+    """Its product with e^z, z about 40, is no float32."""
+    features, weight, labels = draw(device, torch.float32)
+    assert_equals_reference(features, weight, labels, torch.full((7,), 1e30, device=device), reduction="none", backend=backend)
+
+
+def test_zero_class_row_has_zero_gradient_even_beside_nan(device, backend):
+    features, weight, labels = draw(device, torch.float32)
+    weight[5] = 0
+    features[0, 0] = torch.nan
+    *_, weight_grad = evaluate(partial(cosface_loss, backend=backend), features, weight, labels, torch.ones((), device=device))
+    assert not weight_grad[5].any()
+    assert weight_grad[4].isnan().all()

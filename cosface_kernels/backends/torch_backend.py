@@ -45,7 +45,7 @@ def backward(x, weight, targets, row_scale, unscale, shift, target_classes, targ
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
             e = _exponentials(low, unit.to(plan.dtype), shift, targets - start, plan).to(plan.dtype)
-        grad = project(unit, inverse_norm * unscale, accumulated(e[:, : stop - start].T, scaled))
+        grad = project(unit, inverse_norm, accumulated(e[:, : stop - start].T, scaled)) * unscale
         weight_grad[start:stop] = _add_rows(grad, target_classes - start, target_sums)
 
 

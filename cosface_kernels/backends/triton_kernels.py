@@ -140,7 +140,8 @@ def project_rows(
     rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + row[:, None] * D_padded + column[None, :], mask=inside, other=0.0)
     unit, inverse = _unit_and_inverse(rows.to(tl.float32))
-    out = (grad - unit * tl.sum(unit * grad, 1)[:, None]) * (inverse * tl.load(unscale_ptr))[:, None]
+    out = (grad - unit * tl.sum(unit * grad, 1)[:, None]) * inverse[:, None] * tl.load(unscale_ptr)
+    out = tl.where((inverse == 0.0)[:, None], 0.0, out)
     slot = tl.load(slot_ptr + row, mask=row < R, other=0)
     held = slot < N
     held = held & (tl.load(target_class_ptr + slot, mask=held, other=-1) == row + first_class) & (row < R)

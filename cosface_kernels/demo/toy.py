@@ -1,7 +1,8 @@
 """The paper's toy experiment (CosFace, arXiv 1801.09414, fig. 4) on real images: what the margin does to 2-D features.
 
-Eight identities, the handwritten digits 0 to 7 of scikit-learn (8 x 8 pixels), a small CNN with two features, trained four times
-from the same seed with the same recipe: plain softmax cross-entropy on the features as they are, and LMCL with a growing margin.
+Eight identities, the handwritten digits 0 to 7 of scikit-learn (8 x 8 pixels), and a small CNN with two features, trained with
+one recipe for four losses: plain softmax cross-entropy on the features as they are, and LMCL with a growing margin. In a plane
+one identity can get stuck behind another, so each loss is trained from three seeds, and the run with the middle gap is shown.
 """
 
 import math
@@ -22,7 +23,8 @@ IDENTITIES = 8
 MARGINS = (None, 0.0, 0.1, 0.2)
 # Twice the paper's lower bound, (C-1)/C log((C-1) P/(1-P)) = 7.7 for a probability P = 0.999 at the class centres.
 SCALE = 16.0
-EPOCHS, BATCH, LEARNING_RATE, PIXEL_NOISE = 60, 128, 5e-3, 0.1
+SEEDS = (0, 1, 2)
+EPOCHS, BATCH, LEARNING_RATE, PIXEL_NOISE = 50, 128, 5e-3, 0.1
 
 
 class Result(NamedTuple):
@@ -54,18 +56,23 @@ class SoftmaxLoss(nn.Module):
 
 
 def run(out, device):
-    """Train all four, draw toy_features.png into `out`, return the four Results."""
-    trained = train_all(device)
+    """Train all, draw toy_features.png into `out`, return the Result of each loss."""
+    threads = torch.get_num_threads()
+    # Work this small gains little from a second thread, and on a busy machine waits for it.
+    torch.set_num_threads(1)
+    try:
+        trained = train_all(device)
+    finally:
+        torch.set_num_threads(threads)
     draw(trained).savefig(out / "toy_features.png")
     return [each.result for each in trained]
 
 
-def train_all(device, seed=0):
-    """The four experiments, as Trained tuples on the CPU."""
-    data = [part.to(device) for part in _digits(seed)]
-    batches = len(data[2]) // BATCH
-    with tqdm(total=len(MARGINS) * EPOCHS * batches, desc="toy experiment", unit="step") as bar:
-        return [_train(margin, *data, seed=seed, bar=bar) for margin in MARGINS]
+def train_all(device, seeds=SEEDS):
+    """For each margin the run whose smallest gap is the middle one of the seeds', on the CPU."""
+    with tqdm(total=len(MARGINS) * len(seeds) * EPOCHS, desc="toy experiment", unit="epoch") as bar:
+        runs = [[_train(margin, device, seed, bar) for seed in seeds] for margin in MARGINS]
+    return [sorted(each, key=lambda run: run.result.smallest_gap)[len(seeds) // 2] for each in runs]
 
 
 def _digits(seed):
@@ -75,23 +82,27 @@ def _digits(seed):
     return train_test_split(images, torch.tensor(labels), test_size=0.25, random_state=seed, stratify=labels)
 
 
-def _train(margin, images, held_out_images, labels, held_out_labels, *, seed, bar):
+def _train(margin, device, seed, bar):
+    images, held_out_images, labels, held_out_labels = (part.to(device) for part in _digits(seed))
     torch.manual_seed(seed)
-    net = _network().to(images.device)
+    net = _network().to(device)
     head = SoftmaxLoss() if margin is None else CosFaceLoss(2, IDENTITIES, scale=SCALE, margin=margin)
-    head.to(images.device)
+    head.to(device)
+    # The same start for all four: who is whose neighbour decides how hard the plane is to share.
+    angles = torch.arange(IDENTITIES) * (2 * math.pi / IDENTITIES)
+    head.weight.data.copy_(torch.stack([angles.cos(), angles.sin()], 1))
     steps = EPOCHS * (len(labels) // BATCH)
     optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], LEARNING_RATE, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for _ in range(EPOCHS):
-        order = torch.randperm(len(labels), device=labels.device)
+        order = torch.randperm(len(labels), device=device)
         for batch in order[: steps // EPOCHS * BATCH].split(BATCH):
             noisy = images[batch] + PIXEL_NOISE * torch.randn_like(images[batch])
             optimizer.zero_grad()
             head(net(noisy), labels[batch]).backward()
             optimizer.step()
             schedule.step()
-            bar.update()
+        bar.update()
     net.eval()
     with torch.no_grad():
         accuracy = (head.logits(net(held_out_images)).argmax(1) == held_out_labels).float().mean().item()
@@ -106,9 +117,9 @@ def _network():
         layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         return layer, nn.BatchNorm2d(outputs), nn.PReLU(outputs)
 
-    hidden = nn.Linear(64 * 2 * 2, 128), nn.BatchNorm1d(128), nn.PReLU(128)
+    hidden = nn.Linear(32 * 2 * 2, 128), nn.BatchNorm1d(128), nn.PReLU(128)
     return nn.Sequential(
-        *convolution(1, 32, 1), *convolution(32, 64, 2), *convolution(64, 64, 2), nn.Flatten(), *hidden, nn.Linear(128, 2)
+        *convolution(1, 16, 1), *convolution(16, 32, 2), *convolution(32, 32, 2), nn.Flatten(), *hidden, nn.Linear(128, 2)
     )
 
 
@@ -178,7 +189,7 @@ def _draw_identity(plane, circle, each, identity):
 
 def table(results):
     """Lines of text."""
-    yield f"Toy experiment of the paper: digits 0 to 7, 2-D features, s = {SCALE:g} (toy_features.png)"
+    yield f"Toy experiment of the paper: digits 0 to 7, 2-D features, s = {SCALE:g}, the middle of three runs (toy_features.png)"
     yield f"  {'loss':<14}{'smallest gap':>14}{'intra-class angle':>20}{'held-out accuracy':>20}"
     for loss, gap, angle, accuracy in results:
         yield f"  {loss:<14}{gap:>13.1f}°{angle:>19.2f}°{accuracy:>20.1%}"
