@@ -119,9 +119,7 @@ def cosface_loss(
 def _refuse_forward_mode(*tensors):
     """A custom operator would silently drop the tangents."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError(
-            "cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference"
-        )
+        raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
 
 
 def _class_indices(labels):
