@@ -12,14 +12,14 @@ import math
 import os
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from . import backends
 from .plan import kept_size, make_plan, wide_dtype
 from .unit import project, unit_rows
 
 
-@torch.library.custom_op("cosface_kernels::negative_lse", mutates_args=())
+@library.custom_op("cosface_kernels::negative_lse", mutates_args=())
 def negative_lse(
     x: Tensor,
     weight: Tensor,
@@ -67,7 +67,7 @@ def _(x, weight, labels, scale, ignore_index, dtype, memory_budget, backend, nee
     )
 
 
-@torch.library.custom_op("cosface_kernels::negative_lse_backward", mutates_args=())
+@library.custom_op("cosface_kernels::negative_lse_backward", mutates_args=())
 def negative_lse_backward(
     lse_grad: Tensor,
     target_grad: Tensor,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import evaluate
 from rounding import NUM_CLASSES, assert_close, draw, tolerance
+from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
@@ -42,7 +43,7 @@ def op_arguments(case, device):
 
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_forward(case, device):
-    torch.library.opcheck(negative_lse, op_arguments(case, device))
+    library.opcheck(negative_lse, op_arguments(case, device))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -55,7 +56,7 @@ def test_opcheck_backward(case, device, transposed):
         lse, rows, unit, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
         gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(unit)
         arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
-        torch.library.opcheck(negative_lse_backward, arguments)
+        library.opcheck(negative_lse_backward, arguments)
 
 
 @pytest.fixture
