@@ -105,7 +105,7 @@ def check_accuracy(backend, draws, *, device="cpu", memory_budget="auto", scale=
 
 
 def assert_as_accurate(name, ours, exact, bound, *, luck, rounded):
-    """‖ours - exact‖ <= ‖bound - exact‖ + one rounding of the output + rounded ‖exact‖, over the tensor and over its worst row."""
+    """‖ours - exact‖ <= ‖bound - exact‖ + (one rounding of the output + rounded) ‖exact‖, for all of it and for its worst row."""
     assert torch.isfinite(exact).all() and torch.isfinite(ours).all(), f"{name} is not finite"
     rounding = torch.finfo(ours.dtype).eps / 2 + rounded
     for what, norm in (("", lambda t: t.double().norm()), (" in the worst row", _largest_row)):
