@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test test-sanitize lint bench clean
 
 help:
-	@echo "make demo | test | lint | bench | clean"
+	@echo "make demo | test | test-sanitize | lint | bench | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -16,6 +16,13 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
+# The native kernels' own tests, and a grid of the backend's, with the library compiled for AddressSanitizer and
+# UndefinedBehaviorSanitizer. Python's own leaks at exit are none of its business.
+test-sanitize: $(READY)
+	COSFACE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
+	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/libcosface_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) $(BIN)/python -m pytest -n 2 tests/test_native.py tests/test_backends.py -k "native or cpu-cpu"
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,7 +30,7 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m benchmarks.compare
 
-$(READY): requirements.txt pyproject.toml setup.py
+$(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14)' 2>/dev/null || \
 		{ echo "cosface-kernels needs Python 3.10 to 3.13; $(PYTHON) is $$($(PYTHON) --version 2>&1). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,5 +1,57 @@
-"""All metadata is in pyproject.toml; this file is where native sources from csrc/ will be declared."""
+"""Metadata is in pyproject.toml. This file builds csrc/cpu into one shared library, where a compiler is; without it the package
+works with its other backends, and `cosface info` says so.
+"""
 
-from setuptools import setup
+import os
+import platform
 
-setup()
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import BaseError
+
+SOURCE = "csrc/cpu/kernels.cpp"
+FLAGS = [
+    "-std=c++17",
+    "-fno-exceptions",
+    "-O3",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+]
+# One binary for every processor: the source is compiled once for each set, and native.py picks one when it is loaded.
+INSTRUCTION_SETS = {"portable": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
+    INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
+    INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"] if os.environ.get("COSFACE_SANITIZE") else []
+
+
+class BuildNative(build_ext):
+    def get_ext_filename(self, fullname):
+        return os.path.join(*fullname.split(".")) + ".so"  # loaded with ctypes: no Python module, no ABI tag
+
+    def build_extension(self, extension):
+        try:
+            objects = []
+            for name, flags in INSTRUCTION_SETS.items():
+                objects += self.compiler.compile(
+                    extension.sources,
+                    output_dir=os.path.join(self.build_temp, name),
+                    macros=[("INSTRUCTION_SET", name)],
+                    extra_preargs=[*FLAGS, *flags, *SANITIZERS],
+                    depends=extension.depends,
+                )
+            path = self.get_ext_fullpath(extension.name)
+            self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp", *SANITIZERS])
+        except (BaseError, OSError) as error:
+            print(f"cosface_kernels: native CPU kernels are left out ({error}); the package works without them, more slowly")
+
+
+setup(
+    ext_modules=[Extension("cosface_kernels.libcosface_cpu", [SOURCE], depends=["csrc/cpu/vector.h"], optional=True)],
+    cmdclass={"build_ext": BuildNative},
+)

@@ -26,12 +26,12 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
         ignore_index: rows with this label give (0, 0) and no gradient, whatever their features hold.
         memory_budget: bytes for exponentials kept from forward for backward: 0 recomputes them all. "auto": at most what the
             weight's gradient takes and at most an eighth of the device's memory. Results do not depend on it beyond rounding.
-        backend: "auto", "torch" (any device) or "triton" (GPU).
+        backend: "auto", "torch" (any device), "cpu" (native CPU kernels) or "triton" (GPU).
 
     Precision follows PyTorch's switches: products read the autocast dtype where autocast is on, else bfloat16 where the features
-    have 16 bits, else float32 under `torch.backends.*.matmul.fp32_precision`; float64 if an input is. 16 bits always means
-    bfloat16 there, because exponentials need its range. Sums are float32. A row shorter than 1e-12 counts as zero, with zero
-    gradient.
+    have 16 bits, else float32 (on a GPU under `torch.backends.cuda.matmul.fp32_precision`); float64 if an input is. 16 bits
+    always means bfloat16 there, because exponentials need its range. Sums are float32. A row shorter than 1e-12 counts as zero,
+    with zero gradient.
 
     Returns:
         (negative_lse, target_cosine): two (N,) float32 tensors (float64 for float64). With C = 1 negative_lse is -inf.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from . import backends
-from .plan import total_memory
+from . import backends, native
+from .memory import total_memory
 from .version import __version__
 
 
@@ -35,6 +35,7 @@ def _devices():
     capability = torch.backends.cpu.get_cpu_capability()
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
     yield _line("cpu", f"{_cpu_model()}, {threads}, {_cpu_memory()}, {capability}")
+    yield _line("native kernels", native.unavailable() or f"{native.available()[0]}, {native.LIBRARY}")
     if not torch.cuda.is_available():
         yield _line("cuda", "none" if torch.version.cuda else "none (this torch is built without CUDA)")
         return

@@ -3,12 +3,12 @@
 Everything here is a pure function of sizes, dtypes and the device, never of its load, so results never depend on load.
 """
 
-import functools
 import math
-import os
 from typing import NamedTuple
 
 import torch
+
+from .memory import total_memory
 
 # E_nj = 2^{k cos - h} with a constant h needs no running maximum while every E, and a sum of C of them, is a normal number with
 # room to spare for the products of backward: k |cos| + log2(C) / 2 within this many powers of two.
@@ -97,13 +97,3 @@ def aligned(classes):
 
 def wide_dtype(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-@functools.cache
-def total_memory(device):
-    """Bytes of the device's memory; for a device that does not tell, the host's, and 8 GiB where that does not tell either."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    if not hasattr(os, "sysconf"):
-        return 2**33
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from .. import native
+
 
 class Sums(NamedTuple):
     shift: torch.Tensor  # (N,) plan.wide
@@ -30,13 +32,14 @@ class Sums(NamedTuple):
 
 
 # Each is a module of this package, <name>_backend.
-NAMES = ("torch", "triton")
+NAMES = ("torch", "cpu", "triton")
 
 
 def choose(name, device, dtype):
     """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
     if name == "auto":
-        name = "torch" if device.type != "cuda" or unusable("triton", device, dtype) else "triton"
+        fastest = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
+        name = "torch" if unusable(fastest, device, dtype) else fastest
     why = unusable(name, device, dtype)
     if why:
         raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
@@ -45,7 +48,19 @@ def choose(name, device, dtype):
 
 def unusable(name, device, dtype=torch.float32):
     """Why backend `name` cannot compute in `dtype` on `device`, or None when it can."""
-    return _triton_unusable(device, dtype) if name == "triton" else None
+    return {"torch": _torch_unusable, "cpu": _cpu_unusable, "triton": _triton_unusable}[name](device, dtype)
+
+
+def _torch_unusable(device, dtype):
+    return None
+
+
+def _cpu_unusable(device, dtype):
+    if device.type != "cpu":
+        return f"it needs tensors on the CPU, these are on {device.type}"
+    if dtype == torch.float64:
+        return "its kernels compute in float32 and bfloat16, not float64"
+    return f"its native library cannot be used: {native.unavailable()}" if native.unavailable() else None
 
 
 def _triton_unusable(device, dtype):

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import CosFaceLoss, reference
-from ..plan import total_memory
+from ..memory import total_memory
 
 CLASSES, EMBEDDING, ROWS = 1_000_000, 128, 256
 POOL, LATENT, VIEW, NOISE = 2048, 64, 256, 0.5

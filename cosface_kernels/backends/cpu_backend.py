@@ -1,0 +1,132 @@
+"""The slab loop around the native CPU kernels of csrc/cpu: bfloat16 products with float32 cosines, or float32.
+
+Per slab: normalize, exponentials (matmul, exponential and row sums in one), accumulate U += E ŵ; in backward the first two again
+where E was not kept, then table_gradient (matmul, projection and the targets' share in one). E is stored transposed, (B, N).
+Memory beyond the results: one slab each of ŵ and E, each in the two layouts that the products read, and x twice.
+"""
+
+import torch
+
+from .. import memory, native
+from ..plan import aligned
+from . import Sums
+
+# Enough for the panels of every instruction set, and the classes whose exponentials one partial sum adds (csrc/cpu/kernels.cpp).
+PANEL = 32
+SUM_CLASSES = 64
+# Class rows whose gradient a thread holds before it projects them.
+CACHED_CLASSES = 32
+
+
+def forward(x, weight, targets, plan, *, need_pull):
+    num_rows, size = x.shape
+    slab = _Slab(x, weight, targets, plan)
+    shift = _shift(slab, plan, num_rows)
+    total = torch.zeros(num_rows, dtype=torch.float64)
+    pull = torch.zeros(num_rows if need_pull else 0, padded(size), dtype=torch.float64)
+    kept = memory.empty(plan.kept_elements, plan.dtype, x.device)
+    e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
+    unit_panels = slab.panels(plan.slab, size) if need_pull else None
+    for index, start, stop in plan.slabs(weight.shape[0]):
+        slab.normalize(start, stop, unit_panels)
+        e = _kept(plan, kept, index, start, stop, num_rows)
+        if e is not None:
+            e[stop - start :] = 0
+        total += slab.exponentials(start, stop, shift, e, e_panels).sum(0, dtype=torch.float64)
+        if need_pull:
+            slab.kernels.accumulate(e_panels, unit_panels, stop - start, num_rows, size, pull)
+    pull = pull[:, :size]
+    if need_pull:
+        pull = pull / torch.where(total == 0, 1.0, total)[:, None]
+    return Sums(shift, total.float(), pull.float(), kept)
+
+
+def backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad):
+    num_rows, size = x.shape
+    slab = _Slab(x, weight, targets, plan)
+    scaled = slab.panels(num_rows, size)
+    slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
+    scratch = torch.empty(torch.get_num_threads() * CACHED_CLASSES * padded(size))
+    for index, start, stop in plan.slabs(weight.shape[0]):
+        e = _kept(plan, kept, index, start, stop, num_rows)
+        if e is None:
+            e = slab.scratch()
+            slab.normalize(start, stop, None)
+            slab.exponentials(start, stop, shift, e, None)
+        grad = weight_grad[start:stop]
+        out = grad if grad.dtype == torch.float32 else torch.empty(grad.shape)
+        slab.kernels.table_gradient(
+            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size),
+            *(float(unscale), start, target_classes, target_sums, scratch, out),
+        )
+        if out is not grad:
+            grad.copy_(out)
+
+
+class _Slab:
+    """x as the kernels read it, and the buffers that every slab reuses."""
+
+    def __init__(self, x, weight, targets, plan):
+        self.kernels = native.kernels(plan.dtype)
+        self.weight, self.targets, self.plan = weight, targets, plan
+        self.num_rows, self.size = x.shape
+        self.x_panels = self.panels(self.size, self.num_rows)
+        self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
+        self.unit = torch.empty(plan.slab, self.size, dtype=plan.dtype)
+        self.partial = torch.empty(-(-plan.slab // SUM_CLASSES), self.num_rows)
+        self._e = None
+
+    def panels(self, summed, columns):
+        """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+        per_word = 4 // self.plan.dtype.itemsize
+        return torch.empty(-(-summed // per_word) * padded(columns), dtype=torch.int32)
+
+    def scratch(self):
+        """Room for the exponentials of a slab that is not kept."""
+        if self._e is None:
+            self._e = torch.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
+        return self._e
+
+    def rows(self, start, stop):
+        return self.weight[start:stop].to(torch.float32).contiguous()
+
+    def normalize(self, start, stop, panels):
+        self.kernels.normalize(self.rows(start, stop), stop - start, self.size, self.unit, panels)
+
+    def exponentials(self, start, stop, shift, e, panels):
+        """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
+        self.kernels.exponentials(
+            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
+            *(self.plan.log2_scale, e, panels, self.partial),
+        )
+        return self.partial[: -(-(stop - start) // SUM_CLASSES)]
+
+    def maxima(self, start, stop):
+        """Row maxima of k cos in pieces (pieces, N)."""
+        self.kernels.maxima(
+            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, self.plan.log2_scale),
+            self.partial,
+        )
+        return self.partial[: -(-(stop - start) // SUM_CLASSES)]
+
+
+def _shift(slab, plan, num_rows):
+    """(N,): the plan's constant, or each row's largest k cos_nj (0 for a row without negatives)."""
+    if plan.shift is not None:
+        return torch.full((num_rows,), plan.shift, dtype=torch.float32)
+    largest = torch.full((num_rows,), -torch.inf)
+    for _, start, stop in plan.slabs(slab.weight.shape[0]):
+        slab.normalize(start, stop, None)
+        largest = torch.maximum(largest, slab.maxima(start, stop).amax(0))
+    return torch.where(largest == -torch.inf, 0.0, largest)
+
+
+def _kept(plan, kept, index, start, stop, num_rows):
+    """(B, N): where the slab's exponentials are kept, its classes rounded up; or None."""
+    width = aligned(stop - start)
+    place = plan.kept_view(kept, index, num_rows, width)
+    return None if place is None else place.view(width, num_rows)
+
+
+def padded(columns):
+    return -(-columns // PANEL) * PANEL

@@ -1,0 +1,82 @@
+"""The native CPU kernels of csrc/cpu: a shared library that setup.py builds, loaded with ctypes when first asked for."""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+# The variable is for a library built elsewhere or with other flags (make test-sanitize).
+LIBRARY = Path(os.environ.get("COSFACE_CPU_LIBRARY") or Path(__file__).with_name("libcosface_cpu.so"))
+# What the library may have been compiled for, best first.
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
+
+_POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "row_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
+    "column_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
+    "normalize": [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER],
+    "exponentials": [
+        *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE],
+        *[_POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER],
+    ],
+    "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, ctypes.c_float, _POINTER],
+    "accumulate": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
+    "table_gradient": [
+        *[_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_double, _SIZE],
+        *[_POINTER, _POINTER, _POINTER, _POINTER],
+    ],
+}
+_NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+
+
+class Kernels:
+    """The steps as csrc/cpu/kernels.cpp declares them, for one number type and instruction set: tensors are passed as their
+    pointers, None as null, and the number of threads is PyTorch's.
+    """
+
+    def __init__(self, dtype, instruction_set):
+        library, _ = _load()
+        for step, types in _ARGUMENTS.items():
+            function = getattr(library, f"cosface_{step}_{_NUMBERS[dtype]}_{instruction_set}")
+            function.argtypes, function.restype = [*types, ctypes.c_int], None
+            setattr(self, step, functools.partial(_call, function))
+
+
+def _call(function, *arguments):
+    function(*(_pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments), torch.get_num_threads())
+
+
+def _pointer(tensor):
+    assert tensor.is_contiguous() and tensor.device.type == "cpu"
+    return tensor.data_ptr()
+
+
+@functools.cache
+def kernels(dtype):
+    """The kernels for the best instruction set that both the library and this processor have."""
+    return Kernels(dtype, available()[0])
+
+
+@functools.cache
+def available():
+    """Every instruction set that can run here, best first; none without a library."""
+    library, _ = _load()
+    return tuple(name for name in INSTRUCTION_SETS if getattr(library, f"cosface_supported_{name}", lambda: False)())
+
+
+def unavailable():
+    """Why there is no library, or None."""
+    return _load()[1]
+
+
+@functools.cache
+def _load():
+    """(library or None, why there is none)."""
+    if not LIBRARY.exists():
+        return None, "it was not built: installing the package needs a C++ compiler with OpenMP for that"
+    try:
+        return ctypes.CDLL(str(LIBRARY)), None
+    except OSError as error:
+        return None, str(error)

@@ -1,0 +1,391 @@
+// The slab loop's four steps on a CPU, for bfloat16 and float32. Compiled once for each instruction set; plain C boundary.
+//
+//     normalize           ŵ = w / ‖w‖
+//     exponentials        Eᵀ = 2^{k ŵ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
+//     accumulate          U += E ŵ, in float64
+//     table_gradient      dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the target's share, dŵ = Eᵀ a x̂: the epilogue of that matmul
+//
+// Matrix products are sums over words of 32 bits (two bfloat16, or one float32). One operand is read a word at a time and spread
+// over a vector's lanes; the other lies in panels of PANEL columns, one word of each next to each other. With that:
+//
+//     cosines (class, n)  words along D:  ŵ as it is,   x in row panels, packed once a call
+//     dŵ (class, d)       words along N:  Eᵀ as it is,  a x̂ in column panels, packed once a call
+//     U (n, d)            words along C:  both in column panels, packed slab by slab
+//
+// So E is stored transposed, (classes, N). Every result has one owner and one order of summation: the same bits whatever the number
+// of threads.
+
+#include <math.h>
+#include <omp.h>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int TILE = LANES == 16 ? 8 : 4;  // rows of a register tile
+constexpr int VECTORS = 2;                 // vectors in each of its rows
+constexpr int PANEL = VECTORS * LANES;
+constexpr int WIDEST_PANEL = 32;           // of any instruction set: callers leave room for it
+constexpr int64_t SUM_WORDS = 64;          // products added one after another in float32
+constexpr int64_t SUM_CLASSES = 64;        // exponentials added in float32 before their sum leaves the kernel
+constexpr int64_t CACHED_CLASSES = 32;     // class rows that a thread makes at a time, to be read again while in its cache
+constexpr double TINY_NORM = 1e-12;        // unit.py: a shorter row has no direction
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+struct Accumulator {
+    Vector at[TILE][VECTORS];
+};
+
+// sum[i] += word · panel, for the word of each row.
+template <class Number, class Word>
+inline void add_words(Accumulator &sum, const Number *const row[TILE], int64_t offset, const uint32_t *panel) {
+    Words right[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; v++) right[v] = load<Words>(panel + v * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE; i++) {
+        const Words left = splat_word(load<Word>(row[i] + offset));
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) sum.at[i][v] = add_product<Number>(sum.at[i][v], left, right[v]);
+    }
+}
+
+// Σ_k row[i][k·step] · panel[k][:] over `count` numbers; a last odd bfloat16 is paired with 0. A function of its own, so that the
+// compiler gives it all the registers; summed in blocks, because a long float32 sum loses digits with every term.
+template <class Number>
+__attribute__((noinline)) Accumulator product(const Number *const row[TILE], int64_t step, const uint32_t *panel, int64_t count) {
+    Accumulator sum = {};
+    const int64_t words = count / PER_WORD<Number>;
+    for (int64_t first = 0; first < words; first += SUM_WORDS) {
+        Accumulator part = {};
+        for (int64_t k = first; k < smaller(first + SUM_WORDS, words); k++)
+            add_words<Number, uint32_t>(part, row, k * step, panel + k * PANEL);
+#pragma GCC unroll 8
+        for (int i = 0; i < TILE; i++)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; v++) sum.at[i][v] += part.at[i][v];
+    }
+    if (count % PER_WORD<Number>) add_words<Number, uint16_t>(sum, row, words * step, panel + words * PANEL);
+    return sum;
+}
+
+// Word `k` of row n, zero past the edges.
+template <class Number>
+inline uint32_t row_word(const Number *rows, int64_t num_rows, int64_t size, int64_t n, int64_t k) {
+    uint32_t word = 0;
+    const int64_t first = k * PER_WORD<Number>;
+    if (n < num_rows) memcpy(&word, rows + n * size + first, sizeof(Number) * smaller(PER_WORD<Number>, size - first));
+    return word;
+}
+
+template <class Number>
+void row_panels(const Number *rows, int64_t num_rows, int64_t size, uint32_t *panels, int threads) {
+    const int64_t words = ceil_div(size, PER_WORD<Number>);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t p = 0; p < ceil_div(num_rows, PANEL); p++)
+        for (int64_t k = 0; k < words; k++)
+            for (int i = 0; i < PANEL; i++)
+                panels[(p * words + k) * PANEL + i] = row_word(rows, num_rows, size, p * PANEL + i, k);
+}
+
+// The words that pair an element, or a vector of them, with the one in the next row, or with 0 where there is none. A float32 is
+// alone in its word.
+inline uint32_t word(const float *here, const float *) { return load<uint32_t>(here); }
+inline uint32_t word(const bfloat16 *here, const bfloat16 *next) {
+    return here->bits | (next ? (uint32_t)next->bits << 16 : 0);
+}
+inline void put_words(uint32_t *to, const float *here, const float *) { memcpy(to, here, 4 * LANES); }
+inline void put_words(uint32_t *to, const bfloat16 *here, const bfloat16 *next) {
+    Words words = __builtin_convertvector(load<Halves>(here), Words);
+    if (next) words |= __builtin_convertvector(load<Halves>(next), Words) << 16;
+    memcpy(to, &words, sizeof words);
+}
+
+// Columns p·PANEL .. of rows (num_rows, stride) with `size` columns, as [word along rows][column].
+template <class Number>
+inline void column_panel(const Number *rows, int64_t num_rows, int64_t stride, int64_t size, int64_t p, uint32_t *panel) {
+    const int64_t width = smaller(PANEL, size - p * PANEL);
+    for (int64_t n = 0; n < num_rows; n += PER_WORD<Number>, panel += PANEL) {
+        const Number *here = rows + n * stride + p * PANEL, *next = n + 1 < num_rows ? here + stride : nullptr;
+        if (width == PANEL) {
+            for (int v = 0; v < VECTORS; v++) put_words(panel + v * LANES, here + v * LANES, next ? next + v * LANES : nullptr);
+        } else {
+            for (int64_t i = 0; i < PANEL; i++) panel[i] = i < width ? word(here + i, next ? next + i : nullptr) : 0;
+        }
+    }
+}
+
+template <class Number>
+void column_panels(const Number *rows, int64_t num_rows, int64_t size, uint32_t *panels, int threads) {
+    const int64_t words = ceil_div(num_rows, PER_WORD<Number>);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t p = 0; p < ceil_div(size, PANEL); p++)
+        column_panel(rows, num_rows, size, size, p, panels + p * words * PANEL);
+}
+
+// A factor of any magnitude that a row of any magnitude can be multiplied with in float32: first by a power of two, which is
+// exact, then by what remains.
+struct Factor {
+    float power = 0, rest = 0;
+
+    explicit Factor(double value) {
+        if (value == 0) return;
+        const int32_t exponent = (int32_t)(load<uint64_t>(&value) >> 52 & 0x7ff) - 1023, half = (exponent / 2 + 127) << 23;
+        power = load<float>(&half);
+        rest = (float)(value / power);
+    }
+    Vector operator*(Vector x) const { return x * power * rest; }
+    float operator*(float x) const { return x * power * rest; }
+};
+
+// 1 / ‖row‖, 0 for a row without direction, NaN for an infinite one. In double: the square of 1e20 is no float.
+inline double inverse_norm(const float *row, int64_t size) {
+    Doubles sums[2] = {};
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) {
+        for (int half = 0; half < 2; half++) {
+            const Doubles part = widen(row + d + half * LANES / 2);
+            sums[half] += part * part;
+        }
+    }
+    double sum = 0;
+    for (; d < size; d++) sum += (double)row[d] * row[d];
+    for (int i = 0; i < LANES / 2; i++) sum += sums[0][i] + sums[1][i];
+    const double norm = sqrt(sum);
+    return norm < TINY_NORM ? 0.0 : isinf(norm) ? NAN : 1.0 / norm;
+}
+
+template <class Number>
+void normalize(const float *weight, int64_t classes, int64_t size, Number *unit, uint32_t *panels, int threads) {
+    const int64_t words = ceil_div(classes, PER_WORD<Number>) * PANEL;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
+        const int64_t last = smaller(first + CACHED_CLASSES, classes);
+        for (int64_t j = first; j < last; j++) {
+            const double inverse = inverse_norm(weight + j * size, size);
+            const Factor factor(inverse);
+            for (int64_t d = 0; d < size; d += LANES) {
+                const Vector row = load_lanes(weight + j * size + d, size - d);
+                store(unit + j * size + d, inverse == 0 ? Vector{} : factor * row, size - d);
+            }
+        }
+        for (int64_t q = 0; panels && q < ceil_div(size, PANEL); q++)
+            column_panel(unit + first * size, last - first, size, size, q, panels + q * words + first / PER_WORD<Number> * PANEL);
+    }
+}
+
+// Rows first .. of a matrix (count, stride); past its end the last one, whose products are dropped.
+template <class Number>
+inline void tile_rows(const Number *row[TILE], const Number *matrix, int64_t stride, int64_t first, int64_t count) {
+    for (int i = 0; i < TILE; i++) row[i] = matrix + smaller(first + i, count - 1) * stride;
+}
+
+// Class j's lanes into a row of words.
+inline void put_word(uint32_t *words, float *, int64_t, Vector x) { memcpy(words, &x, sizeof x); }
+inline void put_word(uint32_t *words, bfloat16 *, int64_t j, Vector x) {
+    const Words bits = __builtin_convertvector(to_bfloat16(x), Words);
+    const Words word = j % 2 ? load<Words>(words) | bits << 16 : bits;
+    memcpy(words, &word, sizeof word);
+}
+
+template <class Number, bool MAXIMUM>
+void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,
+                  const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e, uint32_t *e_panels,
+                  float *partial, int threads) {
+    const int64_t panel_words = ceil_div(size, PER_WORD<Number>) * PANEL, e_words = ceil_div(classes, PER_WORD<Number>) * PANEL;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t first = 0; first < classes; first += SUM_CLASSES) {
+        for (int64_t p = 0; p < ceil_div(num_rows, PANEL); p++) {
+            Vector shift[VECTORS], sum[VECTORS];
+            Integers target[VECTORS];
+            for (int v = 0; v < VECTORS; v++) {
+                sum[v] = MAXIMUM ? splat(-INFINITY) : Vector{};
+                for (int i = 0; i < LANES; i++) {
+                    const int64_t n = smaller(p * PANEL + v * LANES + i, num_rows - 1), column = targets[n] - first_class;
+                    target[v][i] = column >= 0 && column < classes ? (int32_t)column : -1;
+                    shift[v][i] = MAXIMUM ? 0.0f : shifts[n];
+                }
+            }
+            for (int64_t tile = first; tile < smaller(first + SUM_CLASSES, classes); tile += TILE) {
+                const Number *row[TILE];
+                tile_rows(row, unit, size, tile, classes);
+                const Accumulator cosines = product(row, PER_WORD<Number>, x_panels + p * panel_words, size);
+                for (int64_t j = tile; j < smaller(tile + TILE, classes); j++) {
+#pragma GCC unroll 4
+                    for (int v = 0; v < VECTORS; v++) {
+                        const Vector exponent = cosines.at[j - tile][v] * log2_scale - shift[v];
+                        if (MAXIMUM) {
+                            const Vector other = target[v] == (int32_t)j ? splat(-INFINITY) : exponent;
+                            sum[v] = other > sum[v] ? other : sum[v];
+                            continue;
+                        }
+                        const Vector one = target[v] == (int32_t)j ? Vector{} : exp2(exponent);
+                        sum[v] += one;
+                        const int64_t n = p * PANEL + v * LANES;
+                        if (e && n < num_rows) store(e + j * num_rows + n, one, num_rows - n);
+                        if (e_panels) put_word(e_panels + p * e_words + j / PER_WORD<Number> * PANEL + v * LANES, (Number *)nullptr, j, one);
+                    }
+                }
+            }
+            for (int v = 0; v < VECTORS; v++) {
+                const int64_t n = p * PANEL + v * LANES;
+                if (n < num_rows) store(partial + first / SUM_CLASSES * num_rows + n, sum[v], num_rows - n);
+            }
+        }
+    }
+}
+
+// Both operands in column panels of a slab; pull (N, D rounded up to WIDEST_PANEL).
+template <class Number>
+void accumulate(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t classes, int64_t num_rows, int64_t size,
+                double *pull, int threads) {
+    const int64_t words = ceil_div(classes, PER_WORD<Number>) * PANEL, width = ceil_div(size, WIDEST_PANEL) * WIDEST_PANEL;
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+    for (int64_t p = 0; p < ceil_div(num_rows, PANEL); p++) {
+        for (int64_t q = 0; q < ceil_div(size, PANEL); q++) {
+            for (int64_t first = p * PANEL; first < smaller((p + 1) * PANEL, num_rows); first += TILE) {
+                const Number *row[TILE];
+                tile_rows(row, (const Number *)(e_panels + p * words), PER_WORD<Number>, first - p * PANEL, PANEL);
+                for (int64_t n = first; n < smaller(first + TILE, num_rows); n++)
+                    for (int i = 0; i < PANEL; i += 8) __builtin_prefetch(pull + n * width + q * PANEL + i, 1);
+                // An odd class is paired with zeros.
+                const int64_t padded = words / PANEL * PER_WORD<Number>;
+                const Accumulator sum = product(row, PANEL * PER_WORD<Number>, unit_panels + q * words, padded);
+                for (int64_t n = first; n < smaller(first + TILE, num_rows); n++) {
+                    const float *from = (const float *)sum.at[n - first];
+                    double *to = pull + n * width + q * PANEL;
+                    for (int i = 0; i < PANEL; i += LANES / 2) {
+                        const Doubles total = load<Doubles>(to + i) + widen(from + i);
+                        memcpy(to + i, &total, sizeof total);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// dw of one class from dŵ; share: what its targets add, or null.
+inline void project(const float *row, const float *unit_grad, int64_t size, double unscale, const float *share, float *grad) {
+    const double inverse = inverse_norm(row, size);
+    const Factor normalize(inverse), factor(inverse * unscale);
+    Vector sums = {};
+    for (int64_t d = 0; d < size; d += LANES)
+        sums += normalize * load_lanes(row + d, size - d) * load_lanes(unit_grad + d, size - d);
+    float along = 0;
+    for (int i = 0; i < LANES; i++) along += sums[i];
+    for (int64_t d = 0; d < size; d += LANES) {
+        const Vector across = load_lanes(unit_grad + d, size - d) - normalize * load_lanes(row + d, size - d) * along;
+        Vector out = inverse == 0 ? Vector{} : factor * across;
+        if (share) out += load_lanes(share + d, size - d);
+        store(grad + d, out, size - d);
+    }
+}
+
+// The first of `count` ascending classes that is not below `wanted`.
+inline int64_t lower_bound(const int64_t *classes, int64_t count, int64_t wanted) {
+    int64_t low = 0;
+    while (low < count) {
+        const int64_t middle = (low + count) / 2;
+        if (classes[middle] < wanted) low = middle + 1;
+        else count = middle;
+    }
+    return low;
+}
+
+template <class Number>
+void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight, int64_t classes, int64_t size,
+                    double unscale, int64_t first_class, const int64_t *target_classes, const float *target_sums,
+                    float *scratch, float *grad, int threads) {
+    const int64_t words = ceil_div(num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(size, PANEL) * PANEL;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
+        const int64_t last = smaller(first + CACHED_CLASSES, classes);
+        float *unit_grad = scratch + omp_get_thread_num() * CACHED_CLASSES * width;
+        for (int64_t q = 0; q < width / PANEL; q++) {
+            for (int64_t tile = first; tile < last; tile += TILE) {
+                const Number *row[TILE];
+                tile_rows(row, e, num_rows, tile, classes);
+                const Accumulator sum = product(row, PER_WORD<Number>, x_panels + q * words, num_rows);
+                for (int64_t j = tile; j < smaller(tile + TILE, last); j++)
+                    for (int v = 0; v < VECTORS; v++)
+                        store(unit_grad + (j - first) * width + q * PANEL + v * LANES, sum.at[j - tile][v], LANES);
+            }
+        }
+        for (int64_t j = first; j < last; j++) {
+            const int64_t slot = lower_bound(target_classes, num_rows, first_class + j);
+            const bool held = slot < num_rows && target_classes[slot] == first_class + j;
+            project(weight + j * size, unit_grad + (j - first) * width, size, unscale, held ? target_sums + slot * size : nullptr,
+                    grad + j * size);
+        }
+    }
+}
+
+}  // namespace
+
+// What the library exports for each instruction set: cosface_<step>_<number>_<set>, and cosface_supported_<set>.
+#define JOIN_(name, set) cosface_##name##_##set
+#define JOIN(name, set) JOIN_(name, set)
+#define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
+
+// Whether this processor can run what this file was compiled to.
+EXPORT(int, supported)() {
+#if defined(__AVX512F__)
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+#if defined(__AVX512BF16__)
+    return avx512 && __builtin_cpu_supports("avx512bf16");
+#elif defined(__AVX512F__)
+    return avx512;
+#elif defined(__AVX2__)
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+    return 1;
+#endif
+}
+
+#define EXPORT_ALL(Number)                                                                                                         \
+    EXPORT(void, row_panels_##Number)(const Number *rows, int64_t num_rows, int64_t size, uint32_t *panels, int threads) {         \
+        row_panels(rows, num_rows, size, panels, threads);                                                                         \
+    }                                                                                                                              \
+    EXPORT(void, column_panels_##Number)(const Number *rows, int64_t num_rows, int64_t size, uint32_t *panels, int threads) {      \
+        column_panels(rows, num_rows, size, panels, threads);                                                                      \
+    }                                                                                                                              \
+    EXPORT(void, normalize_##Number)(const float *weight, int64_t classes, int64_t size, Number *unit, uint32_t *panels, int threads) {\
+        normalize(weight, classes, size, unit, panels, threads);                                                                   \
+    }                                                                                                                              \
+    EXPORT(void, exponentials_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,\
+                                 const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e,    \
+                                 uint32_t *e_panels, float *partial, int threads) {                                                \
+        exponentials<Number, false>(x_panels, num_rows, unit, classes, size, targets, first_class, shifts, log2_scale, e, e_panels,\
+                                    partial, threads);                                                                             \
+    }                                                                                                                              \
+    EXPORT(void, maxima_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,   \
+                           const int64_t *targets, int64_t first_class, float log2_scale, float *partial, int threads) {           \
+        exponentials<Number, true>(x_panels, num_rows, unit, classes, size, targets, first_class, nullptr, log2_scale, nullptr, nullptr,\
+                                   partial, threads);                                                                              \
+    }                                                                                                                              \
+    EXPORT(void, accumulate_##Number)(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t classes, int64_t num_rows,    \
+                               int64_t size, double *pull, int threads) {                                                          \
+        accumulate<Number>(e_panels, unit_panels, classes, num_rows, size, pull, threads);                                         \
+    }                                                                                                                              \
+    EXPORT(void, table_gradient_##Number)(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight,        \
+                                   int64_t classes, int64_t size, double unscale, int64_t first_class,                             \
+                                   const int64_t *target_classes, const float *target_sums, float *scratch, float *grad,           \
+                                   int threads) {                                                                                  \
+        table_gradient(e, num_rows, x_panels, weight, classes, size, unscale, first_class, target_classes, target_sums, scratch,   \
+                       grad, threads);                                                                                             \
+    }
+
+EXPORT_ALL(bfloat16)
+EXPORT_ALL(float)
+
+// The two elementary functions, for tests.
+EXPORT(void, exp2)(const float *x, int64_t count, float *out) {
+    for (int64_t i = 0; i < count; i += LANES) store(out + i, exp2(load_lanes(x + i, count - i)), count - i);
+}
+EXPORT(void, to_bfloat16)(const float *x, int64_t count, bfloat16 *out) {
+    for (int64_t i = 0; i < count; i += LANES) store(out + i, load_lanes(x + i, count - i), count - i);
+}

@@ -1,0 +1,126 @@
+// One vector type for every instruction set, and what the kernels need beyond + and *: 2^x, bfloat16, a dot product of words.
+//
+// This header is compiled once for each instruction set (see setup.py), so everything in it is local to its translation unit:
+// a shared inline function would be merged by the linker, and the machine without AVX-512 might be given the copy that uses it.
+
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef float Pieces __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many as a Vector has lanes, from Pieces
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+// Matrix products read words of 32 bits: one float32, or two bfloat16 that are neighbours along the summed dimension.
+template <class Number> constexpr int PER_WORD = 4 / sizeof(Number);
+
+template <class To, class From> inline To load(const From *from) {
+    To to;
+    memcpy(&to, from, sizeof to);
+    return to;
+}
+
+inline Doubles widen(const float *from) { return __builtin_convertvector(load<Pieces>(from), Doubles); }
+inline Vector splat(float value) { return Vector{} + value; }
+inline Words splat_word(uint32_t value) { return Words{} + value; }
+
+// sum + a·b, a word at a time.
+template <class Number> inline Vector add_product(Vector sum, Words a, Words b);
+
+template <> inline Vector add_product<float>(Vector sum, Words a, Words b) { return sum + (Vector)a * (Vector)b; }
+
+template <> inline Vector add_product<bfloat16>(Vector sum, Words a, Words b) {
+#ifdef __AVX512BF16__
+    return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (Vector)(a << 16) * (Vector)(b << 16);
+    return sum + (Vector)(a & 0xffff0000u) * (Vector)(b & 0xffff0000u);
+#endif
+}
+
+// Rounded to nearest even; NaN stays NaN.
+inline Halves to_bfloat16(Vector x) {
+#ifdef __AVX512BF16__
+    return (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+    Words bits = (Words)x;
+    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves);
+#endif
+}
+
+inline bfloat16 to_bfloat16(float x) {
+    uint32_t bits = load<uint32_t>(&x);
+    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {(uint16_t)(x == x ? rounded : (bits >> 16) | 0x40)};
+}
+
+// `count` floats, then zeros.
+inline Vector load_lanes(const float *from, int64_t count) {
+    if (count >= LANES) return load<Vector>(from);
+    Vector x = {};
+    memcpy(&x, from, sizeof(float) * count);
+    return x;
+}
+
+// The first `count` lanes of x, as floats or rounded to bfloat16.
+template <class Lanes, class Number> inline void store_lanes(Number *to, Lanes lanes, int64_t count) {
+    if (count >= LANES) memcpy(to, &lanes, sizeof lanes);
+    else memcpy(to, &lanes, count * sizeof(Number));
+}
+
+inline void store(float *to, Vector x, int64_t count) { store_lanes(to, x, count); }
+inline void store(bfloat16 *to, Vector x, int64_t count) { store_lanes(to, to_bfloat16(x), count); }
+
+// 2^x within 1 ulp, subnormal results included; 0 for -inf, inf above 128, NaN for NaN.
+inline Vector exp2(Vector x) {
+#ifdef __AVX512F__
+    Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    // 2^-inf and 2^inf: inf - inf would be NaN.
+    Vector fraction = (Vector)_mm512_maskz_sub_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)whole, _CMP_NEQ_UQ), (__m512)x, (__m512)whole);
+#else
+    x = x < -160.0f ? splat(-160.0f) : x;
+    x = x > 130.0f ? splat(130.0f) : x;
+    const float magic = 0x1.8p23f;  // float32 has no bits below 1 there, so that adding it rounds to an integer
+    Vector whole = (x + magic) - magic;
+    Vector fraction = x - whole;
+#endif
+    // Minimax for the relative error (2e-9) on [-1/2, 1/2].
+    Vector power = splat(0x1.41d334p-13f);
+    power = power * fraction + 0x1.5f456ap-10f;
+    power = power * fraction + 0x1.3b2dbcp-7f;
+    power = power * fraction + 0x1.c6aed4p-5f;
+    power = power * fraction + 0x1.ebfbdap-3f;
+    power = power * fraction + 0x1.62e430p-1f;
+    power = power * fraction + 1.0f;
+#ifdef __AVX512F__
+    return (Vector)_mm512_scalef_ps((__m512)power, (__m512)whole);
+#else
+    // In two factors: 2^-149 and 2^128 are not normal numbers.
+    Integers exponent = __builtin_convertvector(whole, Integers), half = exponent >> 1;
+    return power * (Vector)((half + 127) << 23) * (Vector)((exponent - half + 127) << 23);
+#endif
+}
+
+}  // namespace

@@ -1,0 +1,119 @@
+"""Are the native CPU kernels right for every instruction set that they are compiled for, not only for this processor's best?"""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cases import check_accuracy, draws, evaluate, make
+
+from cosface_kernels import cosface_loss, native
+
+if not native.available():
+    pytest.skip("the native library was not built here: that needs a C++ compiler", allow_module_level=True)
+
+
+@pytest.fixture(params=native.INSTRUCTION_SETS)
+def instruction_set(request, monkeypatch):
+    if request.param not in native.available():
+        pytest.skip(f"this processor or this compiler has no {request.param}")
+    monkeypatch.setattr(native, "kernels", lambda dtype: native.Kernels(dtype, request.param))
+    return request.param
+
+
+def elementary(name, instruction_set, x, out):
+    """exp2 or to_bfloat16, as the kernels compute it, of a float32 array."""
+    function = getattr(ctypes.CDLL(str(native.LIBRARY)), f"cosface_{name}_{instruction_set}")
+    function(ctypes.c_void_p(x.ctypes.data), ctypes.c_int64(len(x)), ctypes.c_void_p(out.ctypes.data))
+    return out
+
+
+def every_kind_of_float():
+    """Each 1009th of all 2^32 bit patterns, a prime so that every low bit occurs, and the ends of every range of 2^x."""
+    patterns = np.arange(0, 2**32, 1009, dtype=np.uint64).astype(np.uint32).view(np.float32)
+    ends = np.float32(
+        [0, 0.5, -0.5, 127.99999, 128, 129, 1e30, -125.99999, -126, -149, -149.5, -150, -151, -1e30, np.inf, -np.inf]
+    )
+    quiet, all_ones = np.uint32([0x7FC00000, 0x7FFFFFFF]).view(np.float32)
+    return np.concatenate([patterns, ends, np.nextafter(ends, np.float32(0)), [quiet, all_ones, -all_ones]])
+
+
+def test_exp2_within_two_ulp(instruction_set):
+    x = every_kind_of_float()
+    got = elementary("exp2", instruction_set, x, np.empty_like(x))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        exact = np.exp2(x.astype(np.float64))
+        nearest = exact.astype(np.float32)
+        ulp = np.spacing(np.clip(nearest, 0, np.finfo(np.float32).max)).astype(np.float64)
+    assert np.array_equal(np.isnan(got), np.isnan(x))
+    number = ~np.isnan(x) & np.isfinite(nearest)
+    assert (np.abs(got[number] - exact[number]) <= 2 * ulp[number]).all()
+    overflow = np.isinf(nearest)
+    assert np.isinf(got[overflow & (x >= 128)]).all()
+    assert (got[x == -np.inf] == 0).all() and (got[x == np.inf] == np.inf).all()
+
+
+def test_rounding_to_bfloat16(instruction_set):
+    x = every_kind_of_float()
+    got = torch.from_numpy(elementary("to_bfloat16", instruction_set, x, np.empty(len(x), np.int16))).view(torch.bfloat16)
+    wanted = torch.from_numpy(x).bfloat16()
+    assert torch.equal(got.isnan(), wanted.isnan())
+    normal = ~wanted.isnan() & (torch.from_numpy(x).abs() >= 2.0**-126)  # the instruction takes a subnormal for 0
+    assert torch.equal(got[normal], wanted[normal])
+    subnormal = torch.from_numpy(x).abs() < 2.0**-126
+    assert (got[subnormal].float().abs() <= 2.0**-126).all()
+
+
+# (N, C, D): odd ones, where words of two bfloat16 have an empty half; one past a panel of 32 rows and a tile of 8 classes;
+# several pieces of 64 summed classes and of 32 cached ones.
+@pytest.mark.parametrize("shape", [(1, 2, 1), (7, 17, 3), (33, 265, 65), (131, 521, 70)], ids=str)
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("scale", [64.0, 1000.0])
+@pytest.mark.usefixtures("small_slabs")
+def test_accuracy(instruction_set, shape, autocast, scale):
+    for budget in (0, "auto"):
+        inputs = draws("hard", shape, torch.float32, torch.float32)
+        check_accuracy("cpu", inputs, autocast=autocast, scale=scale, memory_budget=budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_same_bits_for_any_number_of_threads(instruction_set, dtype):
+    features, weight, labels = make("hard", 67, 1009, 70)
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            inputs = features.to(dtype), weight, labels, torch.ones(67)
+            results.append(evaluate(lambda x, w, y: cosface_loss(x, w, y, reduction="none", backend="cpu"), *inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(one, same) for one, same in zip(results[0], other, strict=True))
+
+
+THREADS = """
+import os, torch
+from cosface_kernels import cosface_loss
+threads = lambda: len(os.listdir("/proc/self/task"))
+inputs = torch.randn(64, 32), torch.randn(1000, 32), torch.zeros(64, dtype=torch.long)
+torch.set_num_threads(1)
+torch.randn(500, 500) @ torch.randn(500, 500)
+alone = threads()
+cosface_loss(*inputs, backend="cpu")
+assert threads() == alone, "threads in spite of set_num_threads(1)"
+torch.set_num_threads(3)
+torch.randn(500, 500) @ torch.randn(500, 500)
+pool = threads()
+cosface_loss(*inputs, backend="cpu")
+assert threads() == pool > alone, "a pool beside PyTorch's"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc, which only Linux has")
+def test_runs_in_pytorchs_threads():
+    run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
