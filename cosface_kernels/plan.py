@@ -16,8 +16,9 @@ CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloa
 # A bfloat16 unit row may be 0.4% too long, so a cosine of two may reach 1.008.
 COSINE_LIMIT = 1.008
 
-# Elements of one slab of exponentials, N x B. On a CPU they should stay in cache; on a GPU a slab must fill the machine.
-SLAB_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+# Numbers in one slab: E (N x B), and B rows of D in the two forms that a backend may hold. On a CPU they should stay in cache,
+# and be enough that the threads rarely wait for each other; on a GPU a slab must fill the machine.
+SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 SLAB_CLASSES_MIN = 256
 SLAB_CLASSES_MAX = 2**16
 # B is a multiple of this, a tile of every kernel; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E
@@ -71,9 +72,10 @@ def make_plan(features, weight, *, scale, dtype, memory_budget, keep):
 
 
 def slab_classes(features, weight):
-    """B: as many classes as fill a slab of N x B elements, within bounds, and no more than there are."""
+    """B: as many classes as fill a slab, within bounds, and no more than there are."""
     elements = SLAB_ELEMENTS.get(features.device.type, SLAB_ELEMENTS["cpu"])
-    wanted = elements // max(features.shape[0], 1)
+    num_rows, size = features.shape
+    wanted = elements // (num_rows + 2 * size)
     wanted = min(max(wanted, SLAB_CLASSES_MIN), SLAB_CLASSES_MAX, weight.shape[0])
     return -(-wanted // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import check_accuracy, draws, evaluate, make
 
-from cosface_kernels import cosface_loss, native
+from cosface_kernels import backends, cosface_loss, info, native
 
 if not native.available():
     pytest.skip("the native library was not built here: that needs a C++ compiler", allow_module_level=True)
@@ -117,3 +117,32 @@ assert threads() == pool > alone, "a pool beside PyTorch's"
 def test_runs_in_pytorchs_threads():
     run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "available, dtype, backend",
+    [
+        (("avx2", "portable"), torch.float32, "cpu"),
+        (("avx2", "portable"), torch.bfloat16, "cpu"),
+        (("avx2", "portable"), torch.float64, "torch"),
+        (("portable",), torch.float32, "torch"),  # slower than PyTorch's vector instructions
+    ],
+)
+def test_chosen_where_it_is_faster(monkeypatch, available, dtype, backend):
+    monkeypatch.setattr(native, "available", lambda: available)
+    assert backends.choose("auto", torch.device("cpu"), dtype).__name__.endswith(f".{backend}_backend")
+
+
+def test_missing_library(monkeypatch, tmp_path):
+    """No library, or one that does not load: `auto` goes on without it, and asking for it says what is wrong."""
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    for path, why in ((tmp_path / "missing.so", "it was not built"), (broken, str(broken))):
+        monkeypatch.setattr(native, "LIBRARY", path)
+        monkeypatch.setattr(native, "_load", native._load.__wrapped__)
+        monkeypatch.setattr(native, "available", native.available.__wrapped__)
+        assert backends.choose("auto", torch.device("cpu"), torch.float32).__name__.endswith(".torch_backend")
+        with pytest.raises(ValueError, match=f'backend "cpu" cannot be used here.*{why}'):
+            cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long), backend="cpu")
+        assert why in info.report()
+        monkeypatch.undo()

@@ -38,12 +38,19 @@ NAMES = ("torch", "cpu", "triton")
 def choose(name, device, dtype):
     """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
     if name == "auto":
-        fastest = {"cuda": "triton", "cpu": "cpu"}.get(device.type, "torch")
-        name = "torch" if unusable(fastest, device, dtype) else fastest
+        name = _fastest(device)
+        name = "torch" if unusable(name, device, dtype) else name
     why = unusable(name, device, dtype)
     if why:
         raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
     return importlib.import_module(f".{name}_backend", __package__)
+
+
+def _fastest(device):
+    if device.type == "cuda":
+        return "triton"
+    # Without vector instructions of its own the native library is slower than PyTorch's.
+    return "cpu" if device.type == "cpu" and native.available()[:1] != ("portable",) else "torch"
 
 
 def unusable(name, device, dtype=torch.float32):

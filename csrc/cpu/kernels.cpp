@@ -46,7 +46,7 @@ inline void add_words(Accumulator &sum, const Number *const row[TILE], int64_t o
     for (int v = 0; v < VECTORS; v++) right[v] = load<Words>(panel + v * LANES);
 #pragma GCC unroll 8
     for (int i = 0; i < TILE; i++) {
-        const Words left = splat_word(load<Word>(row[i] + offset));
+        const Words left = splat((uint32_t)load<Word>(row[i] + offset));
 #pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) sum.at[i][v] = add_product<Number>(sum.at[i][v], left, right[v]);
     }
@@ -90,17 +90,14 @@ void row_panels(const Number *rows, int64_t num_rows, int64_t size, uint32_t *pa
                 panels[(p * words + k) * PANEL + i] = row_word(rows, num_rows, size, p * PANEL + i, k);
 }
 
-// The words that pair an element, or a vector of them, with the one in the next row, or with 0 where there is none. A float32 is
-// alone in its word.
+// The word that pairs an element with the one in the next row, or with 0 where there is none. A float32 is alone in its word.
 inline uint32_t word(const float *here, const float *) { return load<uint32_t>(here); }
 inline uint32_t word(const bfloat16 *here, const bfloat16 *next) {
     return here->bits | (next ? (uint32_t)next->bits << 16 : 0);
 }
-inline void put_words(uint32_t *to, const float *here, const float *) { memcpy(to, here, 4 * LANES); }
-inline void put_words(uint32_t *to, const bfloat16 *here, const bfloat16 *next) {
-    Words words = __builtin_convertvector(load<Halves>(here), Words);
-    if (next) words |= __builtin_convertvector(load<Halves>(next), Words) << 16;
-    memcpy(to, &words, sizeof words);
+inline Words words(const float *here, const float *) { return load<Words>(here); }
+inline Words words(const bfloat16 *here, const bfloat16 *next) {
+    return pair(load<Halves>(here), next ? load<Halves>(next) : Halves{});
 }
 
 // Columns p·PANEL .. of rows (num_rows, stride) with `size` columns, as [word along rows][column].
@@ -110,7 +107,10 @@ inline void column_panel(const Number *rows, int64_t num_rows, int64_t stride, i
     for (int64_t n = 0; n < num_rows; n += PER_WORD<Number>, panel += PANEL) {
         const Number *here = rows + n * stride + p * PANEL, *next = n + 1 < num_rows ? here + stride : nullptr;
         if (width == PANEL) {
-            for (int v = 0; v < VECTORS; v++) put_words(panel + v * LANES, here + v * LANES, next ? next + v * LANES : nullptr);
+            for (int i = 0; i < PANEL; i += LANES) {
+                const Words packed = words(here + i, next ? next + i : nullptr);
+                memcpy(panel + i, &packed, sizeof packed);
+            }
         } else {
             for (int64_t i = 0; i < PANEL; i++) panel[i] = i < width ? word(here + i, next ? next + i : nullptr) : 0;
         }
@@ -182,14 +182,6 @@ inline void tile_rows(const Number *row[TILE], const Number *matrix, int64_t str
     for (int i = 0; i < TILE; i++) row[i] = matrix + smaller(first + i, count - 1) * stride;
 }
 
-// Class j's lanes into a row of words.
-inline void put_word(uint32_t *words, float *, int64_t, Vector x) { memcpy(words, &x, sizeof x); }
-inline void put_word(uint32_t *words, bfloat16 *, int64_t j, Vector x) {
-    const Words bits = __builtin_convertvector(to_bfloat16(x), Words);
-    const Words word = j % 2 ? load<Words>(words) | bits << 16 : bits;
-    memcpy(words, &word, sizeof word);
-}
-
 template <class Number, bool MAXIMUM>
 void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,
                   const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e, uint32_t *e_panels,
@@ -212,20 +204,26 @@ void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit
                 const Number *row[TILE];
                 tile_rows(row, unit, size, tile, classes);
                 const Accumulator cosines = product(row, PER_WORD<Number>, x_panels + p * panel_words, size);
-                for (int64_t j = tile; j < smaller(tile + TILE, classes); j++) {
+                for (int64_t j = tile; j < smaller(tile + TILE, classes); j += PER_WORD<Number>) {
 #pragma GCC unroll 4
                     for (int v = 0; v < VECTORS; v++) {
-                        const Vector exponent = cosines.at[j - tile][v] * log2_scale - shift[v];
-                        if (MAXIMUM) {
-                            const Vector other = target[v] == (int32_t)j ? splat(-INFINITY) : exponent;
-                            sum[v] = other > sum[v] ? other : sum[v];
-                            continue;
-                        }
-                        const Vector one = target[v] == (int32_t)j ? Vector{} : exp2(exponent);
-                        sum[v] += one;
                         const int64_t n = p * PANEL + v * LANES;
-                        if (e && n < num_rows) store(e + j * num_rows + n, one, num_rows - n);
-                        if (e_panels) put_word(e_panels + p * e_words + j / PER_WORD<Number> * PANEL + v * LANES, (Number *)nullptr, j, one);
+                        Vector ones[PER_WORD<Number>] = {};  // of the classes that share a word
+#pragma GCC unroll 2
+                        for (int i = 0; i < PER_WORD<Number>; i++) {
+                            if (j + i == classes) break;
+                            const Vector exponent = cosines.at[j + i - tile][v] * log2_scale - shift[v];
+                            const auto is_target = target[v] == (int32_t)(j + i);
+                            if (MAXIMUM) {
+                                const Vector other = is_target ? splat(-INFINITY) : exponent;
+                                sum[v] = other > sum[v] ? other : sum[v];
+                                continue;
+                            }
+                            ones[i] = is_target ? Vector{} : exp2(exponent);
+                            sum[v] += ones[i];
+                            if (e && n < num_rows) store(e + (j + i) * num_rows + n, ones[i], num_rows - n);
+                        }
+                        if (e_panels) put_words<Number>(e_panels + p * e_words + j / PER_WORD<Number> * PANEL + v * LANES, ones);
                     }
                 }
             }

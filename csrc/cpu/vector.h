@@ -43,7 +43,7 @@ template <class To, class From> inline To load(const From *from) {
 
 inline Doubles widen(const float *from) { return __builtin_convertvector(load<Pieces>(from), Doubles); }
 inline Vector splat(float value) { return Vector{} + value; }
-inline Words splat_word(uint32_t value) { return Words{} + value; }
+inline Words splat(uint32_t value) { return Words{} + value; }
 
 // sum + a·b, a word at a time.
 template <class Number> inline Vector add_product(Vector sum, Words a, Words b);
@@ -70,12 +70,6 @@ inline Halves to_bfloat16(Vector x) {
 #endif
 }
 
-inline bfloat16 to_bfloat16(float x) {
-    uint32_t bits = load<uint32_t>(&x);
-    uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return {(uint16_t)(x == x ? rounded : (bits >> 16) | 0x40)};
-}
-
 // `count` floats, then zeros.
 inline Vector load_lanes(const float *from, int64_t count) {
     if (count >= LANES) return load<Vector>(from);
@@ -92,6 +86,26 @@ template <class Lanes, class Number> inline void store_lanes(Number *to, Lanes l
 
 inline void store(float *to, Vector x, int64_t count) { store_lanes(to, x, count); }
 inline void store(bfloat16 *to, Vector x, int64_t count) { store_lanes(to, to_bfloat16(x), count); }
+
+inline Words pair(Halves low, Halves high) {
+    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+}
+
+// A word of each lane: one float, or two rounded to bfloat16, the first in the low half.
+template <class Number> inline void put_words(uint32_t *to, const Vector *numbers);
+
+template <> inline void put_words<float>(uint32_t *to, const Vector *numbers) { memcpy(to, numbers, sizeof(Vector)); }
+
+template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *numbers) {
+#ifdef __AVX512BF16__
+    const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                                23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]));
+#else
+    const Words words = pair(to_bfloat16(numbers[0]), to_bfloat16(numbers[1]));
+#endif
+    memcpy(to, &words, sizeof words);
+}
 
 // 2^x within 1 ulp, subnormal results included; 0 for -inf, inf above 128, NaN for NaN.
 inline Vector exp2(Vector x) {
