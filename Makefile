@@ -39,4 +39,4 @@ $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output
+	rm -rf .venv build dist *.egg-info demo-output cosface_kernels/*.so
