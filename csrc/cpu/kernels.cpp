@@ -26,7 +26,7 @@ constexpr int TILE = LANES == 16 ? 8 : 4;  // rows of a register tile
 constexpr int VECTORS = 2;                 // vectors in each of its rows
 constexpr int PANEL = VECTORS * LANES;
 constexpr int WIDEST_PANEL = 32;           // of any instruction set: callers leave room for it
-constexpr int64_t SUM_WORDS = 64;          // products added one after another in float32
+constexpr int64_t SUM_WORDS = 128;         // products added one after another in float32
 constexpr int64_t SUM_CLASSES = 64;        // exponentials added in float32 before their sum leaves the kernel
 constexpr int64_t CACHED_CLASSES = 32;     // class rows that a thread makes at a time, to be read again while in its cache
 constexpr double TINY_NORM = 1e-12;        // unit.py: a shorter row has no direction
