@@ -1,7 +1,6 @@
 """The `cosface` command. Exit status: 0 done, 1 it cannot be done here (one line says why), 2 wrong usage."""
 
 import argparse
-import importlib.util
 import sys
 import tempfile
 from pathlib import Path
@@ -99,14 +98,14 @@ def _demo(arguments):
 
 def _bench(arguments):
     checkout = Path(__file__).parents[1]
-    if importlib.util.find_spec("benchmarks") is None and (checkout / "benchmarks" / "bench.py").exists():
-        sys.path.append(str(checkout))  # a command does not search the directory it is run from
+    if (checkout / "benchmarks" / "bench.py").exists():
+        sys.path.insert(0, str(checkout))  # a command does not search the directory it is run from
     try:
         from benchmarks import bench
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # also another package of that name
         if (error.name or "").partition(".")[0] != "benchmarks":
             raise
-        return _fail("bench needs a source checkout: it is not part of the installed package")
+        return _fail("bench needs a source checkout, it is not installed with the package; `python -m benchmarks` runs it there")
     return bench.main(arguments)
 
 

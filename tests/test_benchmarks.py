@@ -71,6 +71,18 @@ def test_the_op_is_there_with_every_backend_and_plan():
     assert all(peer.missing for peer in peers.peers("cpu") if "triton" in peer.name)  # never its interpreter
 
 
+def test_what_the_op_is_called_with(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        peers, "cosface_loss", lambda *tensors, **options: calls.append((options, torch.is_autocast_enabled("cpu")))
+    )
+    for peer in peers.peers("cpu"):
+        if peer.name.startswith("cosface_loss, torch"):
+            peer.function(*(torch.ones(1, 1),) * 3)
+    plans = [{"backend": "torch"}, {"backend": "torch", "memory_budget": 0}]
+    assert calls == [(plan, low) for low in (False, True) for plan in plans]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -106,6 +118,26 @@ def test_a_crash_is_a_row_with_its_error(capsys, others):
     assert " to " in rows[peers.PLAIN, "float32"][0]
 
 
+def test_a_lost_gpu_is_not_everybodys_error(capsys, monkeypatch, others):
+    """After an illegal access nothing runs in that process: the others say so, and can be measured without the culprit."""
+
+    def lose(features, weight, labels):
+        monkeypatch.setattr(measure, "synchronize", lambda device: torch.zeros(2) + torch.zeros(3))  # a RuntimeError
+        raise RuntimeError("an illegal memory access was encountered")
+
+    synchronize = measure.synchronize
+    others(culprit=lose, victim=peers.plain)
+    assert cli.main(["bench", *SIZES, "--dtype=float32", "--peers=i"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["culprit", "float32"][0] == "RuntimeError: an illegal memory access was encountered"
+    assert rows["victim", "float32"][0] == "not run: the GPU was lost to culprit, float32"
+    assert " to " in rows[peers.PLAIN, "float32"][0]
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    assert cli.main(["bench", *SIZES, "--dtype=float32", "--peers=i", "--without=culprit, float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert ("culprit", "float32") not in rows and " to " in rows["victim", "float32"][0]
+
+
 def test_a_crash_in_a_process_of_its_own_spares_this_one(capsys, monkeypatch, others):
     def killed(peer, shape):
         if peer.name == "hungry":
@@ -120,6 +152,7 @@ def test_a_crash_in_a_process_of_its_own_spares_this_one(capsys, monkeypatch, ot
 
 def test_what_does_not_fit_is_said_before_allocating(capsys, monkeypatch):
     monkeypatch.setattr(bench, "inputs", lambda *arguments: pytest.fail("allocated"))
+    monkeypatch.setattr(measure, "cpu_peak_bytes", lambda *arguments: pytest.fail("allocated in a process of its own"))
     assert cli.main(["bench", *SIZES, "--classes=1000000000000", "--dtype=float32"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert rows and all(cells[0].startswith("does not fit: needs about ") for cells in rows.values())
@@ -185,9 +218,9 @@ def test_flops_and_bytes():
     report = bench.blank((1000, 10**6, 100), [peer])
     report["ceilings"] = {"float32": 1e12, "copy": 1e10}
     report["environment"] = {"device": "none", "torch": "0", "date": "today"}
-    report["rows"][0].update(seconds=[3.0, 1.0, 2.0], name="x", missing=None)
+    report["rows"][0].update(seconds=[4.0, 1.0, 2.0], name="x", missing=None)
     (cells,) = rows_of(tables.markdown(report)).values()
-    assert cells[:4] == ["2000 (1000 to 3000)", "0.4", "40%", "0.4"]
+    assert cells[:4] == ["2000 (1000 to 4000)", "0.4", "40%", "0.4"]
 
 
 @pytest.mark.parametrize("size", [96, 121])  # a last chunk that is full, and one that ends within a group of four
@@ -318,8 +351,10 @@ def test_gpu_check_without_pytest(monkeypatch):
 
 
 def test_gpu_check_stops_a_part_that_hangs():
+    started = time.monotonic()
     status, output = gpu_check._run([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 2)
     assert status != 0 and "begun" in output and "stopped after 2 s" in output
+    assert time.monotonic() - started < 20
 
 
 def test_gpu_check_repeats_a_size_without_the_peer_that_lost_the_gpu(monkeypatch, tmp_path):
