@@ -96,9 +96,19 @@ def ceilings(device, precisions):
 
 def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row: 0.0):
     """Fills a blank report. save() is called whenever it has grown; expected(row): the seconds a step should take."""
-    shape = tuple(report["shape"])
     by_key = {peer.key: peer for peer in chosen}
     entries = [(row, by_key[f"{row['name']}, {row['precision']}"]) for row in report["rows"]]
+    try:
+        _run(report, entries, device, repeats, save, expected)
+    except (RuntimeError, MemoryError) as error:  # of the inputs or the exact result: the other sizes go on
+        for row, _ in _open(entries):
+            row["error"] = f"not measured: {_first_line(error)}"
+    report["complete"] = True
+    save()
+
+
+def _run(report, entries, device, repeats, save, expected):
+    shape = tuple(report["shape"])
     free = measure.free_bytes(device)
     for row, peer in entries:
         needed = peer.bytes_needed(*shape)
@@ -115,8 +125,6 @@ def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row:
     if _open(entries):
         torch.compiler.reset()  # compiled code of other sizes counts against a limit
         _measure(report, entries, device, repeats, save)
-    report["complete"] = True
-    save()
 
 
 def _measure(report, entries, device, repeats, save):
@@ -130,25 +138,38 @@ def _measure(report, entries, device, repeats, save):
     for row, peer in _open(entries):
         _say(f"C = {num_classes:,}: {peer.key}")
         with _recorded(row):
-            row["errors"] = check.errors(peer.function)
-            # Written so that a NaN is wrong too.
-            right = all(got <= most for got, most in zip(row["errors"], check.allowed(yardsticks[peer.precision]), strict=True))
-            row["wrong"] = not (right or peer.another_loss)
+            took = _judge(row, peer, check, yardsticks[peer.precision], device)
             if peer.compiled and not fits:
                 step(peer.function, *tensors)
-            _turn(row, peer, tensors, device)
+            if fits and took > SECONDS_PER_PEER and not peer.compiled:
+                row["seconds"].append(took)  # no other turn, then
+            else:
+                _turn(row, peer, tensors, device)
         save()
         if row["error"] and _device_is_lost(device):
             _mark_lost(entries, row)
             return
     del check
     for repeat in range(1, repeats):
+        due = [(row, peer) for row, peer in _open(entries) if sum(row["seconds"]) < SECONDS_PER_PEER]
+        if not due:
+            break
         _say(f"C = {num_classes:,}: turn {repeat + 1} of {repeats}")
-        for row, peer in _open(entries):
-            if sum(row["seconds"]) < SECONDS_PER_PEER:
-                with _recorded(row):
-                    _turn(row, peer, tensors, device)
+        for row, peer in due:
+            with _recorded(row):
+                _turn(row, peer, tensors, device)
         save()
+
+
+def _judge(row, peer, check, yardstick, device):
+    """Fills in the errors and whether they are right. Returns the seconds of the step."""
+    results = []
+    took = measure.seconds(lambda: results.append(step(peer.function, *check.tensors)), device)
+    row["errors"] = check.relative(results.pop())
+    # Written so that a NaN is wrong too.
+    right = all(got <= most for got, most in zip(row["errors"], check.allowed(yardstick), strict=True))
+    row["wrong"] = not (right or peer.another_loss)
+    return took
 
 
 def _turn(row, peer, tensors, device):
@@ -175,9 +196,12 @@ class _recorded:
     def __exit__(self, kind, error, traceback):
         if error is None or not isinstance(error, Exception):
             return False
-        first = (str(error).strip().splitlines() or [""])[0]
-        self.row["error"] = f"{kind.__name__}: {first}"[:200]
+        self.row["error"] = _first_line(error)
         return True
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
 
 
 def _device_is_lost(device):

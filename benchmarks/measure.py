@@ -189,7 +189,7 @@ def own_peak_bytes(peer, shape):
     before = _high_water_bytes()
     del gradients
     step(peer.function, *tensors)
-    return _high_water_bytes() - before
+    return max(_high_water_bytes() - before, 0)
 
 
 def _high_water_bytes():

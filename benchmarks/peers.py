@@ -64,7 +64,7 @@ def _peers(device, precision):
     yield peer("torch.compile of plain PyTorch", compiled_plain, *((6, 2) if low else (8, 5)), compiled=True)
     missing = _package_missing("pytorch_metric_learning")
     yield peer("pytorch-metric-learning", metric_learning, 18, 16, missing=missing)
-    missing = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has none, 2.13 has"
+    missing = None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"torch {torch.__version__} has none, 2.13 has"
     yield peer("F.linear_cross_entropy", torch_linear, 0, 16, missing=missing)
     yield peer("sampled 10% (PartialFC)", sampled, 2, 2, flops=6 * SAMPLE_RATE, another_loss=True)
     for name, module, function, *held in (

@@ -1,7 +1,9 @@
 """time.png and memory.png: what a step takes against C, a line for each peer that ends where it no longer fits."""
 
+import itertools
 import statistics
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 
@@ -17,16 +19,18 @@ def draw(reports, folder):
 def _figure(reports, label, value):
     figure = Figure(figsize=(10, 6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    for index, (name, precision) in enumerate(_names(reports)):
+    names = _names(reports)
+    colors = dict(zip(dict.fromkeys(name for name, _ in names), itertools.cycle(colormaps["tab20"].colors), strict=False))
+    for name, precision in names:
         points = [(report["shape"][1], value(row)) for report in reports for row in _rows(report, name, precision)]
         points = [(classes, y) for classes, y in points if y]
         if not points:
             continue
-        style = "-" if precision == "float32" else "--"
-        (line,) = axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, label=f"{name}, {precision}")
-        line.set_color(f"C{index % 10}")
+        style = {"color": colors[name], "linestyle": "-" if precision == "float32" else "--"}
+        width = 2.5 if name.startswith("cosface_loss") else 1.2
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=width, label=f"{name}, {precision}", **style)
         if any("does not fit" in (row["error"] or "") for report in reports for row in _rows(report, name, precision)):
-            axes.plot(*points[-1], marker="x", markersize=10, color=line.get_color())
+            axes.plot(*points[-1], marker="x", markersize=10, color=colors[name])
     num_rows, _, size = reports[0]["shape"]
     axes.set(xscale="log", yscale="log", xlabel="classes C", ylabel=label)
     device = (reports[0]["environment"] or {}).get("device", "")

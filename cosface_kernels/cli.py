@@ -57,7 +57,10 @@ def _parser():
     bench.add_argument("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE, as it comes")
     bench.add_argument(
-        "--plot", type=Path, metavar="DIR", help="measure at C = 10^4 .. 10^7 instead; time.png and memory.png go into DIR"
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR",
     )
     bench.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     commands.add_parser(

@@ -175,6 +175,31 @@ def test_errors_at_fewer_classes_say_so(capsys, monkeypatch):
     assert "in float64, at C = 50;" in capsys.readouterr().out
 
 
+def test_a_size_whose_inputs_fail_is_recorded(monkeypatch):
+    def fail(*arguments):
+        raise MemoryError("the table")
+
+    (peer,) = (peer for peer in peers.peers("cpu", ["float32"]) if peer.name == peers.PLAIN)
+    report = bench.blank((64, 400, 32), [peer])
+    monkeypatch.setattr(bench, "inputs", fail)
+    bench.run(report, [peer], torch.device("cpu"), 1)
+    assert report["complete"] and report["rows"][0]["error"] == "not measured: MemoryError: the table"
+
+
+def test_a_slow_peer_has_one_turn(monkeypatch):
+    calls = []
+
+    def slow(features, weight, labels):
+        calls.append(labels)
+        return peers.plain(features, weight, labels)
+
+    peer = peers.Peer("slow", "float32", slow, 0, 0)
+    report = bench.blank((64, 400, 32), [peer])
+    monkeypatch.setattr(bench, "SECONDS_PER_PEER", 0.0)
+    bench.run(report, [peer], torch.device("cpu"), 5)
+    assert len(calls) == len(report["rows"][0]["seconds"]) == 1  # that of the check
+
+
 def test_json_round_trip(capsys, tmp_path):
     path = tmp_path / "new" / "results.json"
     assert cli.main(["bench", *SIZES, "--peers=plain", f"--json={path}"]) == 0
