@@ -28,7 +28,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/cosface bench
 
 $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14)' 2>/dev/null || \

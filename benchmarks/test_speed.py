@@ -3,21 +3,23 @@
 import pytest
 import torch
 
-from .peers import PEERS, inputs, step
+from .measure import synchronize
+from .peers import inputs, peers, step
 
 SHAPES = [(128, 10_000, 512), (512, 100_000, 128)]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("peer", PEERS)
+@pytest.mark.parametrize("peer", peers(DEVICE), ids=lambda peer: peer.key)
 def test_step(benchmark, peer, shape):
+    if peer.missing:
+        pytest.skip(peer.missing)
     tensors = inputs(*shape, DEVICE)
 
     def run():
-        results = step(PEERS[peer], *tensors)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        results = step(peer.function, *tensors)
+        synchronize(DEVICE)
         return results
 
     loss, *gradients = benchmark(run)

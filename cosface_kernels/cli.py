@@ -16,7 +16,7 @@ def main(argv=None):
     if arguments.command is None:
         parser.print_help()
         return 2
-    return _demo(arguments.out) if arguments.command == "demo" else _info()
+    return {"demo": _demo, "bench": _bench, "info": _info}[arguments.command](arguments)
 
 
 def _parser():
@@ -39,6 +39,30 @@ def _parser():
         metavar="DIR",
         help="where toy_features.png, million_loss.png and summary.json go (default: ./demo-output)",
     )
+    bench = commands.add_parser(
+        "bench",
+        help="time, memory and error of one forward and backward, beside the alternatives (about five minutes on two cores)",
+        description="Time, memory and error of one forward and backward of LMCL: each backend of this package, plain PyTorch, "
+        "and whatever else of its kind is installed. Prints a Markdown table. Needs a source checkout.",
+    )
+    for flag, default, what in (
+        ("--rows", 512, "N, rows of a batch"),
+        ("--classes", 100_000, "C, classes"),
+        ("--size", 512, "D, embedding size"),
+        ("--repeats", 5, "turns that each peer gets, fewer for a slow one"),
+    ):
+        bench.add_argument(flag, type=_positive, default=default, metavar="N", help=f"{what} (default: {default})")
+    bench.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    bench.add_argument("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE, as it comes")
+    bench.add_argument(
+        "--plot",
+        type=Path,
+        metavar="DIR",
+        help="measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR",
+    )
+    bench.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     commands.add_parser(
         "info",
         help="versions, devices, and which backends can be used here",
@@ -47,7 +71,15 @@ def _parser():
     return parser
 
 
-def _demo(out):
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def _demo(arguments):
+    out = arguments.out
     try:
         from . import demo
     except ModuleNotFoundError as error:
@@ -67,7 +99,20 @@ def _demo(out):
     return 0
 
 
-def _info():
+def _bench(arguments):
+    checkout = Path(__file__).parents[1]
+    if (checkout / "benchmarks" / "bench.py").exists():
+        sys.path.insert(0, str(checkout))  # a command does not search the directory it is run from
+    try:
+        from benchmarks import bench
+    except ImportError as error:  # also another package of that name
+        if (error.name or "").partition(".")[0] != "benchmarks":
+            raise
+        return _fail("bench needs a source checkout, it is not installed with the package; `python -m benchmarks` runs it there")
+    return bench.main(arguments)
+
+
+def _info(_):
     from .info import report
 
     print(report())

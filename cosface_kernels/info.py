@@ -34,7 +34,7 @@ def _versions():
 def _devices():
     capability = torch.backends.cpu.get_cpu_capability()
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
-    yield _line("cpu", f"{_cpu_model()}, {threads}, {_cpu_memory()}, {capability}")
+    yield _line("cpu", f"{cpu_model()}, {threads}, {_cpu_memory()}, {capability}")
     yield _line("native kernels", native.unavailable() or f"{native.available()[0]}, {native.LIBRARY}")
     if not torch.cuda.is_available():
         yield _line("cuda", "none" if torch.version.cuda else "none (this torch is built without CUDA)")
@@ -48,17 +48,18 @@ def _devices():
 def _backends(devices):
     for name in backends.NAMES:
         for device in devices:
-            yield _line(f"{name} on {device.type}", _why_unusable(name, device) or "usable")
+            yield _line(f"{name} on {device.type}", why_unusable(name, device) or "usable")
 
 
-def _why_unusable(name, device):
+def why_unusable(name, device, dtype=torch.float32):
+    """`backends.unusable` for any installation."""
     try:
-        return backends.unusable(name, device)
+        return backends.unusable(name, device, dtype)
     except Exception as error:  # whatever a broken installation of an optional part raises belongs into the report
         return f"cannot be imported: {type(error).__name__}: {error}"
 
 
-def _cpu_model():
+def cpu_model():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -12,7 +12,6 @@ import resource
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import CosFaceLoss, reference
-from ..memory import total_memory
+from ..memory import available_bytes
 
 CLASSES, EMBEDDING, ROWS = 1_000_000, 128, 256
 POOL, LATENT, VIEW, NOISE = 2048, 64, 256, 0.5
@@ -141,22 +140,6 @@ def peak_bytes(device):
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def available_bytes(device):
-    """What can be allocated without harm: on Linux what the system and the container's limit leave, else half of the memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
-        return total_memory(device) // 2
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
 
 
 def _synchronize(device):

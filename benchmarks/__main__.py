@@ -1,0 +1,7 @@
+"""python -m benchmarks: the same as `cosface bench`."""
+
+import sys
+
+from cosface_kernels.cli import main
+
+raise SystemExit(main(["bench", *sys.argv[1:]]))

@@ -1,0 +1,254 @@
+"""`cosface bench`: each peer is checked against float64, then timed in turns with the others; a table, JSON and two figures.
+
+A report is what JSON holds: {"shape": [N, C, D], "environment", "ceilings", "check_classes", "rows", "missing", "complete"}.
+A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}. What is not
+known (yet) is null or empty; "error" says why nothing can be. `tables.py` makes the rest of it.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from . import measure, tables
+from .peers import PLAIN, PRECISIONS, inputs, peers, step
+
+# A peer gets no further turn once its turns took this long, so that a slow one has fewer.
+SECONDS_PER_PEER = 6.0
+# Steps in one turn: on a GPU one untimed step first brings its memory back from the others.
+STEPS_PER_TURN = {"cpu": 1, "cuda": 3}
+# With --plot: the C of the figures, and the seconds past which a peer's next step is not tried.
+SWEEP = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
+SWEEP_SECONDS = 60.0
+
+
+def main(arguments):
+    """Runs what the `cosface bench` options say. Returns the exit status."""
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return _fail("there is no GPU that this torch can use")
+    if arguments.plot:
+        try:
+            from . import plot
+        except ModuleNotFoundError as error:
+            return _fail(f"--plot needs {error.name}, which is not installed")
+    precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
+    chosen = [peer for peer in peers(device, precisions) if arguments.peers.lower() in peer.name.lower()]
+    chosen = [peer for peer in chosen if peer.key not in arguments.without]
+    if not chosen:
+        return _fail(f'no peer\'s name contains "{arguments.peers}"')
+    sizes = SWEEP if arguments.plot else [arguments.classes]
+    reports = [blank((arguments.rows, classes, arguments.size), chosen) for classes in sizes]
+
+    def save():
+        if arguments.json:
+            write_json(arguments.json, reports if arguments.plot else reports[0])
+
+    try:
+        save()
+        if arguments.plot:
+            arguments.plot.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _fail(f"cannot write to {error.filename}: {error.strerror}")
+    status = 0
+    try:
+        shared = {"environment": measure.environment(device), "ceilings": ceilings(device, precisions)}
+        for report in reports:
+            report.update(shared)
+            run(report, chosen, device, arguments.repeats, save, _seconds_at(reports, report["shape"]))
+    except KeyboardInterrupt:
+        _say("interrupted; what was measured so far:")
+        status = 130
+    print("\n\n".join(tables.markdown(report) for report in reports if report["environment"]))
+    save()
+    if arguments.plot:
+        for path in plot.draw(reports, arguments.plot):
+            print(f"\n{path}")
+    return status
+
+
+def blank(shape, chosen):
+    """The report of nothing measured yet."""
+    return {
+        "shape": list(shape),
+        "environment": None,
+        "ceilings": {},
+        "check_classes": None,
+        "rows": [_row(peer) for peer in chosen if not peer.missing],
+        "missing": {peer.name: peer.missing for peer in chosen if peer.missing},
+        "complete": False,
+    }
+
+
+def _row(peer):
+    facts = {"name": peer.name, "precision": peer.precision, "flops": peer.flops, "another_loss": peer.another_loss}
+    return {**facts, "seconds": [], "peak_bytes": None, "errors": None, "wrong": False, "error": None}
+
+
+def ceilings(device, precisions):
+    """Flops a second of a matrix product in each precision, and bytes a second of a copy."""
+    _say("ceilings of this machine")
+    return {**{name: measure.product_rate(device, name) for name in precisions}, "copy": measure.copy_rate(device)}
+
+
+def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row: 0.0):
+    """Fills a blank report. save() is called whenever it has grown; expected(row): the seconds a step should take."""
+    by_key = {peer.key: peer for peer in chosen}
+    entries = [(row, by_key[f"{row['name']}, {row['precision']}"]) for row in report["rows"]]
+    try:
+        _run(report, entries, device, repeats, save, expected)
+    except (RuntimeError, MemoryError) as error:  # of the inputs or the exact result: the other sizes go on
+        for row, _ in _open(entries):
+            row["error"] = f"not measured: {_first_line(error)}"
+    report["complete"] = True
+    save()
+
+
+def _run(report, entries, device, repeats, save, expected):
+    shape = tuple(report["shape"])
+    free = measure.free_bytes(device)
+    for row, peer in entries:
+        needed = peer.bytes_needed(*shape)
+        if needed > free:
+            row["error"] = f"does not fit: needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB there"
+        elif expected(row) > SWEEP_SECONDS:
+            row["error"] = f"not run: a step would take about {expected(row):.0f} s"
+    if device.type == "cpu":
+        for row, peer in _open(entries):
+            _say(f"C = {shape[1]:,}: memory of {peer.key}")
+            with _recorded(row):
+                row["peak_bytes"] = measure.cpu_peak_bytes(peer, shape)
+            save()
+    if _open(entries):
+        torch.compiler.reset()  # compiled code of other sizes counts against a limit
+        _measure(report, entries, device, repeats, save)
+
+
+def _measure(report, entries, device, repeats, save):
+    shape = num_rows, num_classes, size = tuple(report["shape"])
+    tensors = inputs(*shape, device)
+    report["check_classes"] = measure.check_classes(num_rows, num_classes, device)
+    fits = report["check_classes"] == num_classes
+    _say(f"the exact result, C = {report['check_classes']:,}")
+    check = measure.Check(tensors if fits else inputs(num_rows, report["check_classes"], size, device))
+    yardsticks = {peer.precision: peer for peer in peers(device) if peer.name == PLAIN}
+    for row, peer in _open(entries):
+        _say(f"C = {num_classes:,}: {peer.key}")
+        with _recorded(row):
+            took = _judge(row, peer, check, yardsticks[peer.precision], device)
+            if peer.compiled and not fits:
+                step(peer.function, *tensors)
+            if fits and took > SECONDS_PER_PEER and not peer.compiled:
+                row["seconds"].append(took)  # no other turn, then
+            else:
+                _turn(row, peer, tensors, device)
+        save()
+        if row["error"] and _device_is_lost(device):
+            _mark_lost(entries, row)
+            return
+    del check
+    for repeat in range(1, repeats):
+        due = [(row, peer) for row, peer in _open(entries) if sum(row["seconds"]) < SECONDS_PER_PEER]
+        if not due:
+            break
+        _say(f"C = {num_classes:,}: turn {repeat + 1} of {repeats}")
+        for row, peer in due:
+            with _recorded(row):
+                _turn(row, peer, tensors, device)
+        save()
+
+
+def _judge(row, peer, check, yardstick, device):
+    """Fills in the errors and whether they are right. Returns the seconds of the step."""
+    results = []
+    took = measure.seconds(lambda: results.append(step(peer.function, *check.tensors)), device)
+    row["errors"] = check.relative(results.pop())
+    # Written so that a NaN is wrong too.
+    right = all(got <= most for got, most in zip(row["errors"], check.allowed(yardstick), strict=True))
+    row["wrong"] = not (right or peer.another_loss)
+    return took
+
+
+def _turn(row, peer, tensors, device):
+    if device.type == "cuda":
+        row["peak_bytes"] = measure.gpu_peak_bytes(peer.function, tensors)
+    for _ in range(STEPS_PER_TURN[device.type]):
+        row["seconds"].append(measure.seconds(lambda: step(peer.function, *tensors), device))
+
+
+def _open(entries):
+    """Those that nothing speaks against yet."""
+    return [(row, peer) for row, peer in entries if not row["error"]]
+
+
+class _recorded:
+    """A failure inside becomes the row's error."""
+
+    def __init__(self, row):
+        self.row = row
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, kind, error, traceback):
+        if error is None or not isinstance(error, Exception):
+            return False
+        self.row["error"] = _first_line(error)
+        return True
+
+
+def _first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
+
+
+def _device_is_lost(device):
+    """After an illegal access a GPU refuses everything else of the process."""
+    try:
+        measure.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def _mark_lost(entries, culprit):
+    culprit["lost_device"] = True
+    for row, _ in entries:
+        if not row["seconds"] and not row["error"]:
+            row["error"] = f"not run: the GPU was lost to {culprit['name']}, {culprit['precision']}"
+
+
+def _seconds_at(reports, shape):
+    """A function of a row: what its step would take at this C, from the largest C measured so far."""
+
+    def expected(row):
+        for report in reversed(reports[: [each["shape"] for each in reports].index(list(shape))]):
+            for other in report["rows"]:
+                if (other["name"], other["precision"]) == (row["name"], row["precision"]) and other["seconds"]:
+                    return min(other["seconds"]) * shape[1] / report["shape"][1]
+        return 0.0
+
+    return expected
+
+
+def write_json(path, content):
+    """Written beside its place first, so that a failure leaves no half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+_started = time.perf_counter()
+
+
+def _say(message):
+    print(f"[{time.perf_counter() - _started:4.0f} s] {message}", file=sys.stderr, flush=True)
+
+
+def _fail(message):
+    print(f"cosface: {message}", file=sys.stderr)
+    return 1

@@ -1,0 +1,207 @@
+"""How it is measured: the machine's ceilings, the time, the peak memory and the error of a step.
+
+python -m benchmarks.measure PEER PRECISION N C D     the peak memory of one step on the CPU, in this process alone
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cosface_kernels.info import cpu_model
+from cosface_kernels.memory import available_bytes
+
+from .peers import inputs, peers, plain, step
+
+ROOT = Path(__file__).parents[1]
+# Matrix products that the ceilings are taken from: M, N, K. On a CPU all three matrices stay in cache.
+PRODUCT = {"cpu": (512, 512, 1024), "cuda": (8192, 8192, 8192)}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+# Errors are measured with at most this many logits: float64 takes up to seven matrices of them, half a GB each.
+CHECK_LOGITS = 2**26
+CHECK_BYTES_PER_LOGIT = 56
+# An error may be this many times plain PyTorch's in the same precision, plus one rounding: of an exponent of up to 64 in float32,
+# of the result in bfloat16.
+ERROR_FACTOR = 2.0
+ERROR_ROUNDING = {"float32": 64 * 2.0**-24, "bfloat16": 2.0**-9}
+
+
+def environment(device):
+    """What a figure depends on, beside the code."""
+    found = {
+        "device": machine(device),
+        "date": datetime.date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+    }
+    for package in ("triton", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "quack-kernels"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if device.type == "cuda":
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found
+
+
+def machine(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' * (threads > 1)} of {cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _first_line(*command):
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return lines[0] if lines else None
+
+
+def product_rate(device, precision):
+    """Flops a second of a matrix product: the best of five medians of ten."""
+    rows, columns, depth = PRODUCT[device.type]
+    left = torch.randn(rows, depth, device=device).to(getattr(torch, precision))
+    right = torch.randn(depth, columns, device=device).to(left.dtype)
+    return 2 * rows * columns * depth / _best_median(lambda: torch.mm(left, right), device)
+
+
+def copy_rate(device):
+    """Bytes read and written a second by a copy on the device."""
+    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_median(lambda: target.copy_(source), device)
+
+
+def _best_median(function, device):
+    medians = [statistics.median(seconds(function, device) for _ in range(10)) for _ in range(6)]
+    return min(medians[1:])
+
+
+def seconds(function, device):
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free_bytes(device):
+    """What can still be allocated, PyTorch's own cache included."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return available_bytes(device) + cached
+
+
+def check_classes(num_rows, num_classes, device):
+    """The most classes, up to num_classes, with which the expression in float64 fits comfortably."""
+    logits = min(CHECK_LOGITS, free_bytes(device) // (2 * CHECK_BYTES_PER_LOGIT))
+    return min(num_classes, max(logits // num_rows, 2))
+
+
+class Check:
+    """The errors of peers on one problem, and whether they are right."""
+
+    def __init__(self, tensors):
+        self.tensors = features, weight, labels = tensors
+        self.exact = step(plain, features.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels)
+        self._allowed = {}
+
+    def errors(self, function):
+        return self.relative(step(function, *self.tensors))
+
+    def relative(self, results):
+        """‖got - exact‖ / ‖exact‖ of loss, dX and dW, or of the first of them."""
+        return [_relative_error(got, exact) for got, exact in zip(results, self.exact, strict=False)]
+
+    def allowed(self, yardstick):
+        """The errors that are still right, from those of plain PyTorch in the same precision, a Peer."""
+        if yardstick.precision not in self._allowed:
+            rounding = ERROR_ROUNDING[yardstick.precision]
+            errors = self.errors(yardstick.function)
+            self._allowed[yardstick.precision] = [ERROR_FACTOR * error + rounding for error in errors]
+        return self._allowed[yardstick.precision]
+
+
+def _relative_error(got, exact):
+    """By rows at a time: no second C x D matrix in float64."""
+    if not got.dim():
+        return float((got.double() - exact).abs() / exact.abs())
+    pairs = zip(got.split(2**14), exact.split(2**14), strict=True)
+    return float(sum((g.double() - e).square().sum() for g, e in pairs).sqrt() / exact.norm())
+
+
+def gpu_peak_bytes(function, tensors):
+    """The allocator's peak in one step beyond its inputs and gradients."""
+    device = tensors[0].device
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    results = step(function, *tensors)
+    synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
+
+
+def cpu_peak_bytes(peer, shape):
+    """The same for a process of its own on this CPU; None where the system does not tell.
+
+    Raises:
+        RuntimeError: that process did not end well.
+    """
+    if not Path("/proc/self/clear_refs").exists():
+        return None
+    # Large blocks go back to the system when they are freed, so that the first step leaves nothing for the second to reuse.
+    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), *search_path()]), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    command = [sys.executable, "-m", "benchmarks.measure", peer.name, peer.precision, *map(str, shape)]
+    run = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    if run.returncode < 0:
+        raise RuntimeError(f"its process was killed by signal {-run.returncode}")
+    if run.returncode:
+        lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
+        raise RuntimeError(f"in a process of its own: {lines[-1]}")
+    return int(run.stdout.split()[-1])
+
+
+def search_path():
+    """PYTHONPATH's folders."""
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def own_peak_bytes(peer, shape):
+    """VmHWM of one step beyond inputs and gradients, after a warm-up: at the same size where that compiles."""
+    num_rows, num_classes, size = shape
+    step(peer.function, *inputs(num_rows, num_classes if peer.compiled else min(num_classes, 1000), size))
+    tensors = inputs(*shape)
+    gradients = [torch.ones_like(tensor) for tensor in tensors[:2]]
+    Path("/proc/self/clear_refs").write_text("5")  # the high water mark starts again from what is held now
+    before = _high_water_bytes()
+    del gradients
+    step(peer.function, *tensors)
+    return max(_high_water_bytes() - before, 0)
+
+
+def _high_water_bytes():
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def main():
+    name, precision, *shape = sys.argv[1:]
+    (peer,) = (peer for peer in peers("cpu", [precision]) if peer.name == name)
+    print(own_peak_bytes(peer, tuple(map(int, shape))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""Do the benchmarks measure what they say: every peer or its reason, a wrong one named, nothing lost on the way?
+
+Sizes are tiny and the peers' processes of their own are left out, but for one; the peers themselves are the real ones.
+"""
+
+import json
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench, gpu_check, measure, peers, plot, tables
+from cosface_kernels import backends, cli
+
+SIZES = ["--rows=64", "--classes=400", "--size=32", "--repeats=2", "--device=cpu"]
+TINY_PRODUCT = {"cpu": (16, 16, 16)}
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(measure, "PRODUCT", TINY_PRODUCT)
+    monkeypatch.setattr(measure, "COPY_BYTES", {"cpu": 4096})
+    monkeypatch.setattr(measure, "cpu_peak_bytes", lambda peer, shape: 3_000_000)
+    monkeypatch.setattr(peers, "compiled_plain", peers.plain)  # compiling takes longer than all else here
+
+
+@pytest.fixture
+def others(monkeypatch):
+    """A function that adds peers named and computed as its keywords say."""
+
+    def add(**functions):
+        real = peers.peers
+        extra = [peers.Peer(name, "float32", function, 0, 0) for name, function in functions.items()]
+        monkeypatch.setattr(bench, "peers", lambda *arguments: [*real(*arguments), *extra])
+
+    return add
+
+
+def rows_of(table):
+    """{(name, products): the other cells}"""
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    return {(cells[0], cells[1]): cells[2:] for cells in lines if not cells[0].startswith(("---", "products"))}
+
+
+def test_every_peer_has_a_row_or_a_reason(capsys):
+    assert cli.main(["bench", *SIZES]) == 0
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    for peer in peers.peers("cpu"):
+        if peer.missing:
+            assert (peer.name, peer.precision) not in rows
+            assert peer.name in printed and peer.missing in printed
+        else:
+            milliseconds, *_, memory, loss, dx, dw = rows.pop((peer.name, peer.precision))
+            assert " to " in milliseconds and memory == "3"
+            assert loss == "another loss" or max(map(float, (loss, dx, dw))) < {"float32": 1e-4, "bfloat16": 0.1}[peer.precision]
+    assert not rows
+
+
+def test_the_op_is_there_with_every_backend_and_plan():
+    found = {(peer.name, peer.precision, peer.flops) for peer in peers.peers("cpu")}
+    for name in backends.NAMES:
+        for precision in peers.PRECISIONS:
+            assert {
+                (f"cosface_loss, {name}", precision, 6.0),
+                (f"cosface_loss, {name}, memory_budget=0", precision, 8.0),
+            } <= found
+    assert all(peer.missing for peer in peers.peers("cpu") if "triton" in peer.name)  # never its interpreter
+
+
+def test_what_the_op_is_called_with(monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        peers, "cosface_loss", lambda *tensors, **options: calls.append((options, torch.is_autocast_enabled("cpu")))
+    )
+    for peer in peers.peers("cpu"):
+        if peer.name.startswith("cosface_loss, torch"):
+            peer.function(*(torch.ones(1, 1),) * 3)
+    plans = [{"backend": "torch"}, {"backend": "torch", "memory_budget": 0}]
+    assert calls == [(plan, low) for low in (False, True) for plan in plans]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, y: peers.plain(x, w, y) * 1.001,
+        lambda x, w, y: peers.plain(x, w, (y + 1) % len(w)),
+        lambda x, w, y: peers.plain(x, w.detach(), y) + 0 * w.sum(),  # no gradient of the table
+        lambda x, w, y: peers.plain(x, w, y) * torch.nan,
+    ],
+)
+def test_a_wrong_peer_is_printed_as_such(capsys, others, function):
+    others(bad=function, good=peers.plain)
+    assert cli.main(["bench", *SIZES, "--peers=d", "--dtype=float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["bad", "float32"][-3].startswith("WRONG")
+    assert not any("WRONG" in cell for (name, _), cells in rows.items() if name != "bad" for cell in cells)
+
+
+def test_a_wrong_op_of_ours_is_printed_as_such(capsys, monkeypatch):
+    monkeypatch.setattr(peers, "cosface_loss", lambda x, w, y, **_: 1.001 * peers.plain(x, w, y))
+    assert cli.main(["bench", *SIZES, "--peers=cosface", "--dtype=float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows and all(cells[-3].startswith("WRONG") for cells in rows.values())
+
+
+def test_a_crash_is_a_row_with_its_error(capsys, others):
+    def crash(features, weight, labels):
+        raise RuntimeError("out of registers\nand much more")
+
+    others(crashing=crash)
+    assert cli.main(["bench", *SIZES, "--peers=a", "--dtype=float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["crashing", "float32"][0] == "RuntimeError: out of registers"
+    assert " to " in rows[peers.PLAIN, "float32"][0]
+
+
+def test_a_lost_gpu_is_not_everybodys_error(capsys, monkeypatch, others):
+    """After an illegal access nothing runs in that process: the others say so, and can be measured without the culprit."""
+
+    def lose(features, weight, labels):
+        monkeypatch.setattr(measure, "synchronize", lambda device: torch.zeros(2) + torch.zeros(3))  # a RuntimeError
+        raise RuntimeError("an illegal memory access was encountered")
+
+    synchronize = measure.synchronize
+    others(culprit=lose, victim=peers.plain)
+    assert cli.main(["bench", *SIZES, "--dtype=float32", "--peers=i"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows["culprit", "float32"][0] == "RuntimeError: an illegal memory access was encountered"
+    assert rows["victim", "float32"][0] == "not run: the GPU was lost to culprit, float32"
+    assert " to " in rows[peers.PLAIN, "float32"][0]
+    monkeypatch.setattr(measure, "synchronize", synchronize)
+    assert cli.main(["bench", *SIZES, "--dtype=float32", "--peers=i", "--without=culprit, float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert ("culprit", "float32") not in rows and " to " in rows["victim", "float32"][0]
+
+
+def test_a_crash_in_a_process_of_its_own_spares_this_one(capsys, monkeypatch, others):
+    def killed(peer, shape):
+        if peer.name == "hungry":
+            raise RuntimeError("its process was killed by signal 9")
+        return 1
+
+    others(hungry=lambda *tensors: pytest.fail("run after its process was killed"))
+    monkeypatch.setattr(measure, "cpu_peak_bytes", killed)
+    assert cli.main(["bench", *SIZES, "--peers=hungry"]) == 0
+    assert "killed by signal 9" in rows_of(capsys.readouterr().out)["hungry", "float32"][0]
+
+
+def test_what_does_not_fit_is_said_before_allocating(capsys, monkeypatch):
+    monkeypatch.setattr(bench, "inputs", lambda *arguments: pytest.fail("allocated"))
+    monkeypatch.setattr(measure, "cpu_peak_bytes", lambda *arguments: pytest.fail("allocated in a process of its own"))
+    assert cli.main(["bench", *SIZES, "--classes=1000000000000", "--dtype=float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows and all(cells[0].startswith("does not fit: needs about ") for cells in rows.values())
+
+
+def test_what_fits_goes_on(capsys, monkeypatch):
+    """Memory between what plain PyTorch needs and what the op does."""
+    by_name = {peer.name: peer.bytes_needed(64, 400, 32) for peer in peers.peers("cpu", ["float32"])}
+    ours, plain = by_name["cosface_loss, torch, memory_budget=0"], by_name[peers.PLAIN]
+    monkeypatch.setattr(measure, "free_bytes", lambda device: (ours + plain) // 2)
+    assert cli.main(["bench", *SIZES, "--dtype=float32"]) == 0
+    rows = rows_of(capsys.readouterr().out)
+    assert rows[peers.PLAIN, "float32"][0].startswith("does not fit")
+    assert " to " in rows["cosface_loss, torch, memory_budget=0", "float32"][0]
+
+
+def test_errors_at_fewer_classes_say_so(capsys, monkeypatch):
+    monkeypatch.setattr(measure, "CHECK_LOGITS", 64 * 50)
+    assert cli.main(["bench", *SIZES, "--peers=plain PyTorch", "--dtype=float32"]) == 0
+    assert "in float64, at C = 50;" in capsys.readouterr().out
+
+
+def test_a_size_whose_inputs_fail_is_recorded(monkeypatch):
+    def fail(*arguments):
+        raise MemoryError("the table")
+
+    (peer,) = (peer for peer in peers.peers("cpu", ["float32"]) if peer.name == peers.PLAIN)
+    report = bench.blank((64, 400, 32), [peer])
+    monkeypatch.setattr(bench, "inputs", fail)
+    bench.run(report, [peer], torch.device("cpu"), 1)
+    assert report["complete"] and report["rows"][0]["error"] == "not measured: MemoryError: the table"
+
+
+def test_a_slow_peer_has_one_turn(monkeypatch):
+    calls = []
+
+    def slow(features, weight, labels):
+        calls.append(labels)
+        return peers.plain(features, weight, labels)
+
+    peer = peers.Peer("slow", "float32", slow, 0, 0)
+    report = bench.blank((64, 400, 32), [peer])
+    monkeypatch.setattr(bench, "SECONDS_PER_PEER", 0.0)
+    bench.run(report, [peer], torch.device("cpu"), 5)
+    assert len(calls) == len(report["rows"][0]["seconds"]) == 1  # that of the check
+
+
+def test_json_round_trip(capsys, tmp_path):
+    path = tmp_path / "new" / "results.json"
+    assert cli.main(["bench", *SIZES, "--peers=plain", f"--json={path}"]) == 0
+    printed = capsys.readouterr().out
+    assert tables.main([str(path)]) == 0
+    assert capsys.readouterr().out == printed
+    report = json.loads(path.read_text())
+    assert report["complete"] and report["shape"] == [64, 400, 32]
+    assert all(len(row["seconds"]) == 2 for row in report["rows"])
+    (tmp_path / "gpu.json").write_text(json.dumps({"environment": {}, "parts": {"bench": report, "tests": {"status": 0}}}))
+    assert tables.main([str(tmp_path / "gpu.json")]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_interrupt_prints_what_was_measured(capsys, others, tmp_path):
+    def interrupt(features, weight, labels):
+        raise KeyboardInterrupt
+
+    others(impatient=interrupt)
+    assert cli.main(["bench", *SIZES, "--dtype=float32", f"--json={tmp_path / 'r.json'}"]) == 130
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    assert " to " in rows[peers.PLAIN, "float32"][0] and rows["impatient", "float32"][0] == "not measured"
+    assert "; interrupted" in printed
+    assert json.loads((tmp_path / "r.json").read_text())["rows"][0]["seconds"]
+
+
+@pytest.mark.parametrize("stage", ["ceilings", "Check"])
+def test_early_interrupt(capsys, monkeypatch, stage):
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench if stage == "ceilings" else measure, stage, interrupt)
+    assert cli.main(["bench", *SIZES]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_flops_and_bytes():
+    """By hand: N = 1000, C = 10^6, D = 100, two seconds; the ceiling is 1 TFLOP/s."""
+    peer = next(peer for peer in peers.peers("cpu") if peer.flops == 8.0)
+    report = bench.blank((1000, 10**6, 100), [peer])
+    report["ceilings"] = {"float32": 1e12, "copy": 1e10}
+    report["environment"] = {"device": "none", "torch": "0", "date": "today"}
+    report["rows"][0].update(seconds=[4.0, 1.0, 2.0], name="x", missing=None)
+    (cells,) = rows_of(tables.markdown(report)).values()
+    assert cells[:4] == ["2000 (1000 to 4000)", "0.4", "40%", "0.4"]
+
+
+@pytest.mark.parametrize("size", [96, 121])  # a last chunk that is full, and one that ends within a group of four
+def test_inputs_have_three_hard_negatives(monkeypatch, size):
+    monkeypatch.setattr(peers, "CHUNK", 32)
+    features, weight, labels = (tensor.detach() for tensor in peers.inputs(64, size, 2000))
+    cosines = features @ weight.T
+    same_group = torch.arange(size) // 4 == labels[:, None] // 4
+    assert (cosines[same_group] - 0.8).abs().max() < 0.1 and cosines[~same_group].abs().max() < 0.2
+    torch.testing.assert_close(weight.norm(dim=1), torch.ones(size), atol=0.05, rtol=0)
+
+
+def test_margin_from_a_cross_entropy():
+    """Assembled in float32 from ce alone, for rows from hopeless to converged."""
+    ce = torch.tensor([80.0, 20.0, 1.4, 1e-2, 1e-6, 1e-12])
+    exact = torch.log1p(torch.expm1(ce.double()) * torch.tensor(64 * 0.35).double().exp())
+    for row, loss in zip(ce, exact, strict=True):
+        torch.testing.assert_close(peers.with_margin(row[None]).double(), loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="the high water mark is reset in /proc, which only Linux has"
+)
+def test_peak_memory_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.undo()
+    peer = peers.peers("cpu", ["float32"])[0]
+    peak = measure.cpu_peak_bytes(peer, (256, 20_000, 8))
+    logits = 256 * 20_000 * 4
+    assert 2 * logits < peak < 8 * logits
+    with pytest.raises(RuntimeError, match="process of its own"):
+        measure.cpu_peak_bytes(peer._replace(name="nobody"), (4, 4, 4))
+
+
+def test_plot_over_classes(capsys, monkeypatch, tmp_path):
+    """A line ends where its peer no longer fits, or would take too long."""
+    sizes = (100, 200, 400)
+    plain = next(peer for peer in peers.peers("cpu") if peer.name == peers.PLAIN)
+    monkeypatch.setattr(bench, "SWEEP", sizes)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: plain.bytes_needed(64, 300, 32))
+    command = ["bench", *SIZES, "--dtype=float32", f"--plot={tmp_path / 'plots'}", f"--json={tmp_path / 'sweep.json'}"]
+    assert cli.main(command) == 0
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"time.png", "memory.png"}
+    reports = json.loads((tmp_path / "sweep.json").read_text())
+    assert [report["shape"][1] for report in reports] == list(sizes)
+    assert ["does not fit" in (report["rows"][0]["error"] or "") for report in reports] == [False, False, True]
+    assert capsys.readouterr().out.count("One forward and backward") == 3
+    (line, cross, *_) = plot._figure(reports, "seconds", lambda row: row["seconds"] and min(row["seconds"])).axes[0].lines
+    assert list(line.get_xdata()) == [100, 200] and list(cross.get_xdata()) == [200]
+
+
+def test_a_step_that_would_take_too_long_is_not_run(monkeypatch):
+    (peer,) = (peer for peer in peers.peers("cpu", ["float32"]) if peer.name == peers.PLAIN)
+    first, second = bench.blank((16, 100, 8), [peer]), bench.blank((16, 400, 8), [peer])
+    first["rows"][0]["seconds"] = [20.0, 25.0]
+    bench.run(second, [peer], torch.device("cpu"), 1, expected=bench._seconds_at([first, second], second["shape"]))
+    assert second["rows"][0]["error"] == "not run: a step would take about 80 s"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--peers=nobody"], 'no peer\'s name contains "nobody"'),
+        (["--json=/proc/nowhere/r.json"], "cannot write to /proc/nowhere"),
+        *([] if torch.cuda.is_available() else [(["--device=cuda"], "there is no GPU that this torch can use")]),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(capsys, options, message):
+    assert cli.main(["bench", *SIZES, *options]) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--rows=0", "--classes=-5", "--size=x", "--dtype=float8"])
+def test_wrong_usage(capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", option])
+    assert stop.value.code == 2 and option.split("=")[0] in capsys.readouterr().err
+
+
+def test_without_a_source_checkout(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    assert cli.main(["bench"]) == 1
+    error = capsys.readouterr().err
+    assert "needs a source checkout" in error and error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_check_without_a_gpu(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out")])
+    assert gpu_check.main() == 1
+    error = capsys.readouterr().err
+    assert "there is no GPU" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_gpu_check_keeps_every_part(capsys, monkeypatch, tmp_path):
+    """A part that fails is recorded, and the JSON is complete after each one."""
+    path = tmp_path / "gpu_check.json"
+
+    def broken(limit):
+        raise OSError("no such device")
+
+    def last(limit):
+        content = json.loads(path.read_text())
+        assert list(content["parts"]) == ["broken", "late"] and not content["complete"]
+        return {"fine": True}
+
+    parts = [("broken", 60, broken), ("late", 1, lambda limit: {}), ("last", 60, last)]
+    monkeypatch.setattr(gpu_check, "plan", lambda out, deadline: parts)
+    monkeypatch.setattr(measure, "environment", lambda device: {"device": device.type})
+    assert gpu_check.check(tmp_path) == 0
+    content = json.loads(path.read_text())
+    assert content["parts"]["broken"]["error"] == "OSError: no such device"
+    assert "no time was left" in content["parts"]["late"]["error"]
+    assert content["parts"]["last"]["fine"] and content["complete"]
+
+
+def test_gpu_check_plans_every_part_within_its_time(tmp_path):
+    deadline = time.monotonic() + 400
+    names, limits, _ = zip(*gpu_check.plan(tmp_path, deadline), strict=True)
+    assert set(names[:4]) == {"tests", *gpu_check.PARTS} and names[-1] == "bench 1024 10000000 512"
+    assert limits[4] == pytest.approx(100, abs=1) and limits[-1] == pytest.approx(400, abs=1)  # nothing took any time here
+
+
+def test_gpu_check_without_pytest(monkeypatch):
+    monkeypatch.setattr(gpu_check, "importlib", types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: None)))
+    assert gpu_check.run_tests(60) == {"error": "pytest is not installed"}
+
+
+def test_gpu_check_stops_a_part_that_hangs():
+    started = time.monotonic()
+    status, output = gpu_check._run([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 2)
+    assert status != 0 and "begun" in output and "stopped after 2 s" in output
+    assert time.monotonic() - started < 20
+
+
+def test_gpu_check_repeats_a_size_without_the_peer_that_lost_the_gpu(monkeypatch, tmp_path):
+    calls = []
+
+    def run(command, limit, echo=False):
+        calls.append(command)
+        (path,) = (part.partition("=")[2] for part in command if part.startswith("--json="))
+        rows = [] if len(calls) > 1 else [{"name": "bad", "precision": "float32", "lost_device": True, "error": "boom"}]
+        bench.write_json(path, {"rows": [*rows, {"name": "good", "precision": "float32"}]})
+        return 0, ""
+
+    monkeypatch.setattr(gpu_check, "_run", run)
+    report = gpu_check.benchmark((1, 2, 3), tmp_path)(60)
+    assert "--without=bad, float32" in calls[1] and len(calls) == 2
+    assert [row["name"] for row in report["rows"]] == ["good", "bad"]
+    assert {"--rows=1", "--classes=2", "--size=3"} <= set(calls[0])
