@@ -9,7 +9,10 @@ import sys
 
 from .peers import PLAIN, PRECISIONS
 
-HEADER = "| | products | ms, median (fastest to slowest) | TFLOP/s | of ceiling | GB/s | memory, MB | error of loss | dX | dW |"
+HEADER = (
+    "| | products | ms, median (fastest to slowest) | times plain | TFLOP/s | of ceiling | GB/s | memory, MB "
+    "| error of loss | dX | dW |"
+)
 
 
 def markdown(report):
@@ -57,15 +60,27 @@ def _cells(row, report):
 
 def _speed(row, report):
     if row["error"]:
-        return [row["error"].replace("|", "/"), "-", "-", "-"]
+        return [row["error"].replace("|", "/"), *"----"]
     if not row["seconds"]:
-        return ["not measured", "-", "-", "-"]
+        return ["not measured", *"----"]
     num_rows, num_classes, size = report["shape"]
     median = statistics.median(row["seconds"])
     rate = row["flops"] * num_rows * num_classes * size / median
     moved = 2 * num_classes * size * 4 / median
     time = f"{_ms(median)} ({_ms(min(row['seconds']))} to {_ms(max(row['seconds']))})"
-    return [time, f"{rate / 1e12:.3g}", f"{rate / report['ceilings'][row['precision']]:.0%}", f"{moved / 1e9:.3g}"]
+    return [
+        time,
+        _times_plain(median, report),
+        f"{rate / 1e12:.3g}",
+        f"{rate / report['ceilings'][row['precision']]:.0%}",
+        f"{moved / 1e9:.3g}",
+    ]
+
+
+def _times_plain(median, report):
+    """How many times as fast as plain PyTorch in float32."""
+    plain = next((row["seconds"] for row in report["rows"] if (row["name"], row["precision"]) == (PLAIN, "float32")), None)
+    return f"{statistics.median(plain) / median:.2f}" if plain else "-"
 
 
 def _ms(seconds):
@@ -74,6 +89,7 @@ def _ms(seconds):
 
 def _explanation(report):
     rates = [f"{report['ceilings'][name] / 1e12:.3g} in {name}" for name in PRECISIONS if name in report["ceilings"]]
+    yield f"Times plain: the speed of {PLAIN} in float32 is 1."
     yield (
         "TFLOP/s: 6 N C D flops over the time for every peer, but 8 N C D where memory_budget=0 computes the exponentials twice, "
         "and 0.6 N C D where a tenth of the classes is sampled; "

@@ -238,14 +238,17 @@ def test_early_interrupt(capsys, monkeypatch, stage):
 
 
 def test_flops_and_bytes():
-    """By hand: N = 1000, C = 10^6, D = 100, two seconds; the ceiling is 1 TFLOP/s."""
-    peer = next(peer for peer in peers.peers("cpu") if peer.flops == 8.0)
-    report = bench.blank((1000, 10**6, 100), [peer])
+    """By hand: N = 1000, C = 10^6, D = 100, two seconds, plain PyTorch nine; the ceiling is 1 TFLOP/s."""
+    chosen = peers.peers("cpu")
+    peer, plain = next(peer for peer in chosen if peer.flops == 8.0), next(peer for peer in chosen if peer.name == peers.PLAIN)
+    report = bench.blank((1000, 10**6, 100), [peer, plain])
     report["ceilings"] = {"float32": 1e12, "copy": 1e10}
     report["environment"] = {"device": "none", "torch": "0", "date": "today"}
     report["rows"][0].update(seconds=[4.0, 1.0, 2.0], name="x", missing=None)
-    (cells,) = rows_of(tables.markdown(report)).values()
-    assert cells[:4] == ["2000 (1000 to 4000)", "0.4", "40%", "0.4"]
+    report["rows"][1]["seconds"] = [9.0]
+    cells, plain_cells = rows_of(tables.markdown(report)).values()
+    assert cells[:5] == ["2000 (1000 to 4000)", "4.50", "0.4", "40%", "0.4"]
+    assert plain_cells[1] == "1.00"
 
 
 @pytest.mark.parametrize("size", [96, 121])  # a last chunk that is full, and one that ends within a group of four

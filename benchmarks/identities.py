@@ -1,0 +1,105 @@
+"""What an identity costs as the table grows:  python -m benchmarks.identities [--rows N] [--size D] [--json FILE]
+
+A step over C = 10^4 .. 4 * 10^6 classes that recomputes exponentials, in nanoseconds for each class. "reused": the slab loop
+alone, forward and backward, into a dW that exists already; "fresh": all of cosface_loss, whose dW is new memory at each step.
+Turns are interleaved; medians. What does not fit is left out with a line that says so.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+from cosface_kernels import backends, cosface_loss
+from cosface_kernels.plan import make_plan
+from cosface_kernels.unit import unit_rows
+
+from . import measure
+from .bench import write_json
+from .peers import SCALE, inputs
+
+CLASSES = (10_000, 100_000, 1_000_000, 4_000_000)
+TURNS = 5
+# A turn covers about this many classes, so that a small table's step is not timed alone.
+TURN_CLASSES = 400_000
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps = {}
+    for num_classes in CLASSES:
+        needed, free = 12 * num_classes * arguments.size, measure.free_bytes(device)
+        if needed > free:
+            print(f"C = {num_classes:,} does not fit: needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB there")
+            continue
+        tensors = inputs(arguments.rows, num_classes, arguments.size, device)
+        steps[num_classes] = {"reused": reused(*tensors), "fresh": fresh(*tensors)}
+    seconds = {num_classes: {kind: [] for kind in kinds} for num_classes, kinds in steps.items()}
+    for turn in range(TURNS + 1):
+        print(f"turn {turn} of {TURNS}", file=sys.stderr, flush=True)
+        for num_classes, kinds in steps.items():
+            repeats = max(1, TURN_CLASSES // num_classes)
+            for kind, step in kinds.items():
+                taken = [measure.seconds(step, device) for _ in range(repeats)]
+                if turn:  # the first warms up
+                    seconds[num_classes][kind] += taken
+    cost = {
+        num_classes: {kind: 1e9 * statistics.median(taken) / num_classes for kind, taken in kinds.items()}
+        for num_classes, kinds in seconds.items()
+    }
+    print(table(cost, arguments.rows, arguments.size, measure.environment(device)))
+    if arguments.json:
+        write_json(arguments.json, {"environment": measure.environment(device), "nanoseconds": cost})
+
+
+def reused(features, weight, labels):
+    """The slab loop's two passes, dW written to one buffer."""
+    weight = weight.detach()
+    unit = unit_rows(features.detach())[0]
+    plan = make_plan(features, weight, scale=SCALE, dtype=torch.bfloat16, memory_budget=0, keep=True)
+    backend = backends.choose("auto", features.device, torch.bfloat16)
+    weight_grad = torch.zeros_like(weight)
+    classes, sums = labels.sort().values, torch.zeros_like(unit)
+    unscale = torch.ones((), device=features.device)
+
+    def step():
+        found = backend.forward(unit, weight, labels, plan, need_pull=True)
+        row_scale = 1.0 / found.total
+        backend.backward(unit, weight, labels, row_scale, unscale, found.shift, classes, sums, found.kept, plan, weight_grad)
+
+    return step
+
+
+def fresh(features, weight, labels):
+    def step():
+        with torch.autocast(features.device.type, dtype=torch.bfloat16):
+            loss = cosface_loss(features, weight, labels, memory_budget=0)
+        torch.autograd.grad(loss, (features, weight))
+
+    return step
+
+
+def table(cost, num_rows, size, environment):
+    first = next(iter(cost.values()))
+    lines = [
+        f"One step in bfloat16, recomputing, N = {num_rows}, D = {size}, on {environment['device']}, "
+        f"torch {environment['torch']}, {environment['date']}: nanoseconds for each identity, and times the first row's.",
+        "",
+        "| C | dW's buffer reused | | fresh | |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for num_classes, kinds in cost.items():
+        cells = [f"{kinds[kind]:.0f} | {kinds[kind] / first[kind]:.2f}" for kind in ("reused", "fresh")]
+        lines.append(f"| {num_classes:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
