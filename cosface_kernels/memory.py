@@ -1,29 +1,10 @@
-"""What the host's memory is and how large results are backed by it."""
+"""How much memory there is, and how much of it can be had."""
 
-import ctypes
 import functools
 import os
-import sys
 from pathlib import Path
 
 import torch
-
-HUGE_PAGE = 2**21
-_MADV_HUGEPAGE = 14
-
-
-def empty(shape, dtype, device):
-    """torch.empty; a large tensor on a Linux host asks for huge pages.
-
-    A table's gradient is fresh memory at each step. Its first touch costs one fault a page: 42 ms for 200 MB in pages of 4 KB,
-    12 ms in huge ones (docs/performance.md).
-    """
-    tensor = torch.empty(shape, dtype=dtype, device=device)
-    if tensor.device.type == "cpu" and sys.platform == "linux" and tensor.nbytes >= 4 * HUGE_PAGE:
-        start = -(-tensor.data_ptr() // HUGE_PAGE) * HUGE_PAGE
-        length = (tensor.data_ptr() + tensor.nbytes - start) // HUGE_PAGE * HUGE_PAGE
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_HUGEPAGE)  # advice: a refusal changes nothing
-    return tensor
 
 
 @functools.cache
@@ -50,8 +31,3 @@ def available_bytes(device):
     except OSError:
         return available
     return available if limit == "max" else min(available, int(limit) - int(used))
-
-
-@functools.cache
-def _libc():
-    return ctypes.CDLL(None)

@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor, library
 
-from . import backends, memory
+from . import backends
 from .plan import kept_size, make_plan, wide_dtype
 from .unit import project, unit_rows
 
@@ -97,7 +97,7 @@ def negative_lse_backward(
         return x_grad, weight.new_empty(0)
     plan = make_plan(x, weight, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True)
     targets, _ = _resolve(labels, weight.shape[0], ignore_index, check=False)
-    weight_grad = memory.empty(weight.shape, weight.dtype, weight.device)
+    weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         power = _power_of_two(lse_grad)
         row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)

@@ -7,7 +7,7 @@ Memory beyond the results: one slab each of ŵ and E, each in the two layouts th
 
 import torch
 
-from .. import memory, native
+from .. import native
 from ..plan import aligned
 from . import Sums
 
@@ -24,7 +24,7 @@ def forward(x, weight, targets, plan, *, need_pull):
     shift = _shift(slab, plan, num_rows)
     total = torch.zeros(num_rows, dtype=torch.float64)
     pull = torch.zeros(num_rows if need_pull else 0, padded(size), dtype=torch.float64)
-    kept = memory.empty(plan.kept_elements, plan.dtype, x.device)
+    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
     unit_panels = slab.panels(plan.slab, size) if need_pull else None
     for index, start, stop in plan.slabs(weight.shape[0]):

@@ -8,7 +8,6 @@ Per slab of B classes, nothing larger than N x B or B x D:
 
 import torch
 
-from .. import memory
 from ..plan import aligned
 from ..unit import project, unit_rows
 from . import Sums
@@ -22,7 +21,7 @@ def forward(x, weight, targets, plan, *, need_pull):
     # Sums over up to 10^5 slabs: in float32 they would lose three digits.
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
-    kept = memory.empty(plan.kept_elements, plan.dtype, x.device)
+    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     for index, start, stop in plan.slabs(weight.shape[0]):
         unit = unit_rows(weight[start:stop].to(plan.wide))[0].to(plan.dtype)
         e = _exponentials(low, unit, shift, targets - start, plan)
