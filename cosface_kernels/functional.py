@@ -6,8 +6,6 @@ from torch.autograd import forward_ad
 
 from . import validation
 from .ops import negative_lse
-from .plan import wide_dtype
-from .unit import unit_rows
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -44,30 +42,8 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    validation.check_tensors(features, weight, labels)
-    validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
-    scale, dtype = float(scale), _product_dtype(features, weight)
-    if not torch.compiler.is_compiling():
-        _refuse_forward_mode(features, weight)
-    labels = _class_indices(labels)
-    counted = labels != ignore_index
-    # Ignored rows leave by selection, so that a NaN in one reaches nothing.
-    wide = torch.where(counted[:, None], features, 0.0).to(wide_dtype(dtype))
-    grad_mode = torch.is_grad_enabled()
-    lse, target_rows, unit, *_ = negative_lse(
-        wide,
-        weight,
-        labels,
-        scale,
-        int(ignore_index),
-        dtype,
-        None if memory_budget == "auto" else min(int(memory_budget), 2**62),  # an operator takes 64-bit integers
-        backend,
-        grad_mode and features.requires_grad,
-        grad_mode and weight.requires_grad,
-    )
-    cosine = (unit * unit_rows(target_rows)[0]).sum(1)
-    return torch.where(counted, lse, 0.0), torch.where(counted, cosine, 0.0)
+    lse, cosine, counted = _negatives_and_target(features, weight, labels, scale, ignore_index, memory_budget, backend)
+    return torch.where(counted, lse, 0.0), cosine
 
 
 def cosface_loss(
@@ -104,16 +80,36 @@ def cosface_loss(
     """
     validation.check_margin(margin)
     validation.check_reduction(reduction)
-    lse, cosine = cosine_lse(
-        features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
-    )
-    counted = _class_indices(labels) != ignore_index
+    lse, cosine, counted = _negatives_and_target(features, weight, labels, scale, ignore_index, memory_budget, backend)
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
     # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.
     losses = torch.where(counted, -F.logsigmoid(float(scale) * (cosine - float(margin)) - lse), 0.0)
     if reduction == "none":
         return losses
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+
+
+def _negatives_and_target(features, weight, labels, scale, ignore_index, memory_budget, backend):
+    """`cosine_lse`, but for the lse of an ignored row, and which rows are not ignored."""
+    validation.check_tensors(features, weight, labels)
+    validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
+    if not torch.compiler.is_compiling():
+        _refuse_forward_mode(features, weight)
+    labels, ignore_index = _class_indices(labels), int(ignore_index)
+    grad_mode = torch.is_grad_enabled()
+    lse, target_unit, unit, *_ = negative_lse(
+        features,
+        weight,
+        labels,
+        float(scale),
+        ignore_index,
+        _product_dtype(features, weight),
+        None if memory_budget == "auto" else min(int(memory_budget), 2**62),  # an operator takes 64-bit integers
+        backend,
+        grad_mode and features.requires_grad,
+        grad_mode and weight.requires_grad,
+    )
+    return lse, (unit * target_unit).sum(1), labels != ignore_index
 
 
 def _refuse_forward_mode(*tensors):

@@ -18,7 +18,7 @@ COSINE_LIMIT = 1.008
 
 # Numbers in one slab: E (N x B), and B rows of D in the two forms that a backend may hold. On a CPU they should stay in cache,
 # and be enough that the threads rarely wait for each other; on a GPU a slab must fill the machine.
-SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
 SLAB_CLASSES_MIN = 256
 SLAB_CLASSES_MAX = 2**16
 # B is a multiple of this, a tile of every kernel; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E

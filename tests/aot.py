@@ -4,6 +4,7 @@ line for each: kernel, chip, registers, bytes of stack (spills), bytes of shared
 A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled:  python tests/aot.py [90 100 ...]
 """
 
+import itertools
 import json
 import os
 import re
@@ -16,35 +17,68 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosface_kernels.backends import triton_backend, triton_kernels
+from cosface_kernels.backends import triton_backend, triton_kernels, triton_rows
 
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-TENSOR_CORE = {80: r"\bHMMA", 90: r"\bHGMMA", 100: r"\bUTC\w*MMA"}
-EMBEDDING_SIZES = (64, 512, 1024)
+TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
+EMBEDDING_SIZES = (64, 512)
 
 
-def configurations():
-    """(name, kernel, signature, constexprs, launch options) of everything that a call can launch."""
-    for dtype, stored in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        config = dict(triton_backend.tiles(dtype))
-        options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-        for store, maximum in ((False, False), (True, False), (False, True)):
-            for precision in ("ieee", "tf32") if dtype == torch.float32 else ("ieee",):
-                constants = {"STORE": store, "MAXIMUM": maximum, "PRECISION": precision, "UPCAST": False, **config}
-                pointers = {"x_ptr": stored, "unit_ptr": stored, "e_ptr": stored, "target_ptr": "i64"}
-                if not store:
-                    constants["e_ptr"] = pointers.pop("e_ptr") and None
-                name = f"exponentials {stored} {precision}" + " store" * store + " maximum" * maximum
-                yield name, triton_kernels.exponentials, pointers, constants, options
-    for size in EMBEDDING_SIZES:
-        blocks = dict(triton_backend.row_blocks(size))
-        options = {"num_warps": blocks.pop("num_warps")}
-        for raw in TYPES.values():
-            for unit in ("bf16", "fp32"):
-                pointers = {"rows_ptr": raw, "unit_ptr": unit}
-                yield f"normalize_rows {raw} {unit} {size}", triton_kernels.normalize_rows, pointers, blocks, options
-            pointers = {"rows_ptr": raw, "out_ptr": raw, "slot_ptr": "i64", "target_class_ptr": "i64"}
-            yield f"project_rows {raw} {size}", triton_kernels.project_rows, pointers, blocks, options
+def configurations(chip):
+    """(name, kernel, types of pointers other than float32, constexprs, launch options) of everything that a call can launch."""
+    yield from exponentials(chip)
+    for parts, (first, last) in itertools.product((1, triton_backend.PULL_PARTS_MAX), itertools.product((False, True), repeat=2)):
+        # None for what is not read or written.
+        unused = ["sum_ptr"] * (first and last) + ["total_ptr", "pull_ptr"] * (not last)
+        constants = {"PARTS": parts, "FIRST": first, "LAST": last, **triton_backend.PULL_BLOCK, **dict.fromkeys(unused)}
+        pointers = {"sum_ptr": "fp64", "total_ptr": "fp64"}
+        name = f"add_pull {parts}" + " first" * first + " last" * last
+        yield name, triton_kernels.add_pull, pointers, *split(constants)
+    yield "order_targets", triton_rows.order_targets, INDICES, *split(triton_rows.ORDER_BLOCKS)
+    for size, raw in itertools.product(EMBEDDING_SIZES, TYPES.values()):
+        blocks = triton_kernels.row_blocks(size)
+        for unit in ("bf16", "fp32"):
+            pointers = {"rows_ptr": raw, "unit_ptr": unit}
+            yield f"normalize_rows {raw} {unit} {size}", triton_kernels.normalize_rows, pointers, *split(blocks)
+        pointers = {"rows_ptr": raw, "x_ptr": raw, "weight_ptr": raw, "out_ptr": raw, **INDICES}
+        searched = {"SEARCH_STEPS": 10, **blocks}
+        yield f"project_rows {raw} {size}", triton_kernels.project_rows, pointers, *split(searched)
+        blocks = triton_kernels.row_blocks(size, triton_rows.ROW_BLOCK_ELEMENTS)
+        yield f"enter_rows {raw} {size}", triton_rows.enter_rows, pointers, *split(blocks)
+        yield f"x_gradient_rows {raw} {size}", triton_rows.x_gradient_rows, pointers, *split(blocks)
+        yield f"sum_targets {raw} {size}", triton_rows.sum_targets, pointers, *split({"BLOCK_D": blocks["BLOCK_D"]})
+
+
+INDICES = dict.fromkeys(("label_ptr", "target_ptr", "class_ptr", "order_ptr", "repeat_ptr", "target_class_ptr"), "i64")
+
+
+def exponentials(chip):
+    """The table of `triton_backend.tiles`, each entry of it once."""
+    entries = {
+        dtype: {
+            tuple(triton_backend.tiles(rows, size, dtype, divmod(chip, 10)).items()) for rows in (64, 4096) for size in (64, 512)
+        }
+        for dtype in (torch.bfloat16, torch.float32)
+    }
+    for dtype, configs in entries.items():
+        stored = TYPES[dtype]
+        for config, ragged, precision in itertools.product(sorted(configs), (False, True), ("ieee", "tf32")):
+            if dtype == torch.bfloat16 and precision == "tf32":
+                continue
+            for store, maximum in ((False, False), (True, False), (False, True)):
+                constants = {"STORE": store, "MAXIMUM": maximum, "RAGGED": ragged, "PRECISION": precision, "UPCAST": False}
+                pointers = {"x_ptr": stored, "unit_ptr": stored, "e_ptr": stored, "target_ptr": "i64", "partial_ptr": "fp64"}
+                constants |= {} if store else {"e_ptr": None}
+                constants |= {"shift_ptr": None} if maximum else {}
+                shape = "x".join(str(value) for name, value in config if name.startswith("BLOCK"))
+                name = f"exponentials {stored} {precision} {shape}" + " ragged" * ragged + " store" * store + " maximum" * maximum
+                yield name, triton_kernels.exponentials, pointers, *split(constants | dict(config))
+
+
+def split(config):
+    """A launch's keywords as (constexprs, options)."""
+    options = {name: value for name, value in config.items() if name.startswith("num_")}
+    return {name: value for name, value in config.items() if name not in options}, options
 
 
 def compile_for(chip, kernel, pointers, constants, options):
@@ -55,15 +89,15 @@ def compile_for(chip, kernel, pointers, constants, options):
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             signature[name] = "*" + pointers.get(name, "fp32")
-        elif name == "log2_scale":
+        elif name in ("log2_scale", "scale"):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or name in ("D", "D_padded", "stride_row", "stride_e"):
+        if name.endswith("_ptr") or name in ("D", "D_padded", "stride_row", "x_stride_row", "stride_e", "first_class"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    if "stride_column" in kernel.arg_names:  # contiguous rows: the launcher makes a stride of 1 a constant
-        constants = {**constants, "stride_column": 1}
-        signature["stride_column"] = "constexpr"
+        if name in ("stride_column", "x_stride_column", "label_stride"):  # the launcher makes a stride of 1 a constant
+            constants = {**constants, name: 1}
+            signature[name] = "constexpr"
     attributes = {key: value for key, value in attributes.items() if signature[kernel.arg_names[key[0]]] != "constexpr"}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -71,25 +105,30 @@ def compile_for(chip, kernel, pointers, constants, options):
 
 def resources(compiled, chip):
     """Registers and stack as ptxas reports them, and whether the machine code uses the chip's matrix instructions."""
+    usage, code = disassemble(compiled)
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {
+        "registers": registers,
+        "stack": stack,
+        "shared": compiled.metadata.shared,
+        "tensor_core": bool(re.search(rf"\b{TENSOR_CORE[chip]}", code)),
+    }
+
+
+def disassemble(compiled):
+    """What cuobjdump says of a kernel's resources, and its machine code."""
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         with open(path, "wb") as file:
             file.write(compiled.asm["cubin"])
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True)
-        code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups())
-    return {
-        "registers": registers,
-        "stack": stack,
-        "shared": compiled.metadata.shared,
-        "tensor_core": bool(re.search(TENSOR_CORE[chip], code)),
-    }
+        runs = [subprocess.run([tool, how, path], capture_output=True, text=True, check=True) for how in ("-res-usage", "-sass")]
+    return runs[0].stdout + runs[0].stderr, runs[1].stdout
 
 
 def main():
     for chip in [int(argument) for argument in sys.argv[1:]] or sorted(TENSOR_CORE):
-        for name, kernel, pointers, constants, options in configurations():
+        for name, kernel, pointers, constants, options in configurations(chip):
             compiled = compile_for(chip, kernel, pointers, constants, options)
             print(json.dumps({"chip": chip, "name": name, **resources(compiled, chip)}), flush=True)
 

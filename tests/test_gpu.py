@@ -16,8 +16,7 @@ needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    resolve = ops._resolve
-    monkeypatch.setattr(ops, "_resolve", lambda *arguments, check: resolve(*arguments, check=False))
+    monkeypatch.setattr(ops, "_check_labels", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("outside", [300, 10**12, -1, -(2**63)])

@@ -53,8 +53,8 @@ def test_opcheck_backward(case, device, transposed):
         x, weight, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
         inputs = x.detach(), weight.detach(), labels
-        lse, rows, unit, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
-        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(unit)
+        lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
+        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(rows)
         arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
         library.opcheck(negative_lse_backward, arguments)
 

@@ -10,6 +10,8 @@ targets (N,) int64: the column left out of a row's sums; -1 for none.  With E_nj
     backward   dŴ = Eᵀ diag(row_scale) x · unscale
                dw_j = (dŵ_j - ŵ_j (ŵ_j·dŵ_j)) / ‖w_j‖, plus target_sums[i] where target_classes[i] = j
 
+target_classes ascend and end in some C for no class; of equal ones the first one's sum counts, and the others' are zero.
+
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is
 deterministic: no atomics, every sum in a fixed order. To add one: a module <name>_backend with these two functions, its name in
 NAMES, and in `unusable` where it cannot run; the tests then hold it to the same rule as the others.

@@ -19,3 +19,14 @@ def accumulated(left, right):
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()
+
+
+def in_parts(left, right, parts):
+    """(parts, N, D) float32 whose sum is left (N, B) @ right (B, D), each over its own part of B.
+
+    A product with few rows and columns and a long sum occupies few of a GPU's processors; its parts occupy them all.
+    """
+    left, right = left.unflatten(1, (parts, -1)).transpose(0, 1), right.unflatten(0, (parts, -1))
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.bmm(left, right, out_dtype=torch.float32)
+    return torch.bmm(left.float(), right.float())

@@ -1,7 +1,7 @@
 """The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products.
 
-Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), U += E ŵ; in backward the first two again where E
-was not kept, dŵ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of ŵ, E and dŵ.
+Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E ŵ, add_pull; in backward the first two again
+where E was not kept, dŵ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of ŵ, E and dŵ.
 """
 
 import torch
@@ -9,68 +9,91 @@ import triton
 
 from ..plan import aligned
 from . import Sums, triton_kernels
-from .products import accumulated
+from . import triton_rows as row_functions  # noqa: F401 (the operators look here)
+from .products import accumulated, in_parts
 
 # TRITON_INTERPRET=1 runs the kernels on CPU tensors; a GPU build of them refuses such tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 # Columns are padded to this: the matmul needs no mask along D, and every row starts aligned.
 D_ALIGNMENT = 64
-# Elements that one program of a row kernel holds.
-ROW_BLOCK_ELEMENTS = 4096
+# What E ŵ is cut into output tiles of, about, and how many of them fill a GPU of 132 processors.
+PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
+PULL_BLOCK = {"BLOCK": 512, "num_warps": 4}
 
 
-def tiles(dtype):
-    """Launch configuration of `exponentials`: float32 operands take twice the registers and shared memory of bfloat16."""
-    if dtype == torch.bfloat16:
-        return {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    return {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+def tiles(num_rows, size, dtype, capability):
+    """Launch configuration of `exponentials` for N rows of (padded) size D; docs/gpu.md has the arithmetic behind it."""
+    block_n = 64 if num_rows <= 64 or dtype == torch.float32 else 128
+    if dtype == torch.float32:
+        shape = 64, 32, 4, 3  # twice the registers and shared memory for each element
+    elif capability[0] not in (9, 10):
+        shape = 128, 32, 4, 4  # no more than 99 KB of shared memory, which every chip has
+    elif block_n == 128 and size >= 512:
+        shape = 256, 64, 8, 4  # bound by what L2 delivers: the larger tile reads less
+    else:
+        shape = 128, 64, block_n // 16, 3  # two programs on a processor: one's exponential under the other's product
+    return {"BLOCK_N": block_n, **dict(zip(("BLOCK_C", "BLOCK_K", "num_warps", "num_stages"), shape, strict=True))}
 
 
-def row_blocks(size):
-    """Launch configuration of the row kernels for (padded) embedding size `size`."""
-    block_d = triton.next_power_of_2(size)
-    return {"BLOCK_R": max(1, ROW_BLOCK_ELEMENTS // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8}
+def pull_parts(num_rows, size, width):
+    """How many parts the sum over `width` classes in E ŵ is cut into: each has aligned rows."""
+    output_tiles = triton.cdiv(num_rows, PULL_TILE[0]) * triton.cdiv(size, PULL_TILE[1])
+    most = max(1, min(PULL_PARTS_MAX, PULL_TILES // max(output_tiles, 1)))
+    return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
 
 
 def forward(x, weight, targets, plan, *, need_pull):
     num_rows, size = x.shape
-    low = _padded(x, plan.dtype)
-    slab = _Slab(low, weight, targets, plan)
+    slab = _Slab(_padded(x, plan.dtype), weight, targets, plan)
     shift = _shift(slab, plan, num_rows)
-    total = torch.zeros(num_rows, dtype=torch.float64, device=x.device)
-    pull = torch.zeros(num_rows if need_pull else 0, size, dtype=torch.float64, device=x.device)
+    pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
+    partial = slab.partial()
+    pull_sum = None
     for index, start, stop in plan.slabs(weight.shape[0]):
         unit = slab.unit(start, stop)
         e = plan.kept_view(kept, index, num_rows, len(unit))
         if e is None and need_pull:
             e = slab.scratch(len(unit))
-        total += slab.exponentials(unit, start, stop, shift, store=e).sum(0, dtype=torch.float64)
-        if need_pull:
-            pull += accumulated(e, unit)[:, :size]
-    if need_pull:
-        pull /= torch.where(total == 0, 1.0, total)[:, None]
-    return Sums(shift, total.float(), pull.float(), kept)
+        slab.exponentials(unit, start, stop, shift, partial, store=e)
+        first, last = start == 0, stop == weight.shape[0]
+        total = partial.sum(0) if last else None
+        if need_pull and num_rows:
+            if first and not last:
+                pull_sum = torch.empty(pull.shape, dtype=torch.float64, device=x.device)
+            parts = in_parts(e, unit[:, :size], pull_parts(num_rows, size, len(unit)))
+            triton_kernels.add_pull[(triton.cdiv(pull.numel(), PULL_BLOCK["BLOCK"]),)](
+                parts,
+                pull_sum,
+                total,
+                pull if last else None,
+                pull.numel(),
+                size,
+                PARTS=len(parts),
+                FIRST=first,
+                LAST=last,
+                **PULL_BLOCK,
+            )
+    return Sums(shift, total.float(), pull, kept)
 
 
 def backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad):
     num_rows, size = x.shape
-    slab = _Slab(_padded(x, plan.dtype), weight, targets, plan)
-    scaled = _padded(x * row_scale[:, None], plan.dtype)
+    scaled = _padded(x, plan.dtype, row_scale)
+    slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < weight.shape[0] else scaled, weight, targets, plan)
+    partial = slab.partial()
     for index, start, stop in plan.slabs(weight.shape[0]):
         e = plan.kept_view(kept, index, num_rows, aligned(stop - start))
         if e is None:
             e = slab.scratch(aligned(stop - start))
-            slab.exponentials(slab.unit(start, stop), start, stop, shift, store=e)
+            slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
         grad = accumulated(e[:, : stop - start].T, scaled)
-        rows = weight[start:stop]
-        slots = torch.searchsorted(target_classes, torch.arange(start, stop, device=x.device))
-        blocks = row_blocks(grad.shape[1])
+        table = weight[start:stop]
+        blocks = triton_kernels.row_blocks(grad.shape[1])
         triton_kernels.project_rows[(triton.cdiv(stop - start, blocks["BLOCK_R"]),)](
-            rows,
+            table,
             grad,
             unscale,
-            slots,
             target_classes,
             target_sums,
             weight_grad[start:stop],
@@ -78,8 +101,9 @@ def backward(x, weight, targets, row_scale, unscale, shift, target_classes, targ
             size,
             num_rows,
             start,
-            *rows.stride(),
+            *table.stride(),
             grad.shape[1],
+            SEARCH_STEPS=num_rows.bit_length(),
             **blocks,
         )
 
@@ -89,6 +113,8 @@ class _Slab:
 
     def __init__(self, low, weight, targets, plan):
         self.low, self.weight, self.targets, self.plan = low, weight, targets, plan
+        capability = torch.cuda.get_device_capability(low.device) if low.is_cuda else (9, 0)
+        self.config = tiles(*low.shape, plan.dtype, capability)
         self._unit = self._scratch = None
 
     def scratch(self, width):
@@ -104,17 +130,21 @@ class _Slab:
         if self._unit is None:
             self._unit = self.low.new_empty(self.plan.slab, self.low.shape[1])
         unit = self._unit[:width]
-        blocks = row_blocks(unit.shape[1])
+        blocks = triton_kernels.row_blocks(unit.shape[1])
         triton_kernels.normalize_rows[(triton.cdiv(width, blocks["BLOCK_R"]),)](
             rows, unit, stop - start, width, rows.shape[1], *rows.stride(), unit.shape[1], **blocks
         )
         return unit
 
-    def exponentials(self, unit, start, stop, shift, *, store=None, maximum=False):
-        """(tiles, N) row sums of E, or row maxima of k cos; E goes to `store` (N, width) when given, zero past `stop`."""
-        num_rows, plan, config = len(self.low), self.plan, tiles(self.plan.dtype)
-        class_tiles = triton.cdiv(unit.shape[0], config["BLOCK_C"])
-        partial = torch.empty(class_tiles, num_rows, dtype=torch.float32, device=self.low.device)
+    def partial(self):
+        """(tiles, N) where `exponentials` adds up row sums over the slabs. The first slab fills it: no other has more tiles."""
+        class_tiles = triton.cdiv(aligned(min(self.plan.slab, len(self.weight))), self.config["BLOCK_C"])
+        return torch.empty(class_tiles, len(self.low), dtype=torch.float64, device=self.low.device)
+
+    def exponentials(self, unit, start, stop, shift, partial, *, store=None, maximum=False):
+        """Row sums of E, or row maxima of k cos, into `partial`; E into `store` (N, width) when given, zero past `stop`."""
+        num_rows, config = len(self.low), self.config
+        class_tiles = triton.cdiv(len(unit), config["BLOCK_C"])
         if num_rows:
             triton_kernels.exponentials[(triton.cdiv(num_rows, config["BLOCK_N"]) * class_tiles,)](
                 self.low,
@@ -127,15 +157,15 @@ class _Slab:
                 stop - start,
                 unit.shape[1],
                 start,
-                plan.log2_scale,
+                self.plan.log2_scale,
                 len(unit),
                 STORE=store is not None,
                 MAXIMUM=maximum,
+                RAGGED=(stop - start) % config["BLOCK_C"] != 0,
                 PRECISION=_precision(),
                 UPCAST=INTERPRETED,
                 **config,
             )
-        return partial
 
 
 def _shift(slab, plan, num_rows):
@@ -143,16 +173,23 @@ def _shift(slab, plan, num_rows):
     device = slab.low.device
     if plan.shift is not None:
         return torch.full((num_rows,), plan.shift, dtype=torch.float32, device=device)
-    largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=device)
-    for _, start, stop in plan.slabs(slab.weight.shape[0]):
-        found = slab.exponentials(slab.unit(start, stop), start, stop, largest, maximum=True)
-        largest = torch.maximum(largest, found.amax(0))
+    largest = slab.partial()
+    for _, start, stop in plan.slabs(len(slab.weight)):
+        slab.exponentials(slab.unit(start, stop), start, stop, None, largest, maximum=True)
+    largest = largest.amax(0).float()
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 
-def _padded(rows, dtype):
-    """rows in dtype, with zero columns up to a multiple of D_ALIGNMENT."""
-    return torch.nn.functional.pad(rows.to(dtype), (0, -rows.shape[1] % D_ALIGNMENT)).contiguous()
+def _padded(rows, dtype, row_scale=None):
+    """rows, times row_scale, in dtype, with zero columns up to a multiple of D_ALIGNMENT."""
+    padding = -rows.shape[1] % D_ALIGNMENT
+    padded = (torch.zeros if padding else torch.empty)(len(rows), rows.shape[1] + padding, dtype=dtype, device=rows.device)
+    inside = padded[:, : rows.shape[1]]
+    if row_scale is None:
+        inside.copy_(rows)
+    else:
+        torch.mul(rows, row_scale[:, None], out=inside)
+    return padded
 
 
 def _precision():

@@ -1,11 +1,13 @@
-"""The Triton kernels of the slab loop: three, each reading the class table or its slab once.
+"""The Triton kernels of the slab loop: four, each reading the class table or its slab once.
 
     normalize_rows      ŵ = w / ‖w‖ of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
     exponentials        E = 2^{k x ŵᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.
-                        Row sums (or row maxima of k cos) of each tile leave as one float32 per row; E is stored only if asked for
+                        Row sums (or row maxima of k cos) of each tile are added to those of the slabs before, one float64 per row
+                        and tile; E is stored only if asked for
+    add_pull            U += E ŵ from the parts that the product comes in, divided by the row's total after the last slab
     project_rows        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, in float32 from the raw rows, rounded once on the way out
 
-No atomics: a tile writes its own partial sums, and their reduction is a plain sum. Row offsets are int64: C x D passes 2^31.
+No atomics: a tile has its own partial sums, and their reduction is a plain sum. Row offsets are int64: C x D passes 2^31.
 """
 
 import triton
@@ -14,10 +16,18 @@ import triton.language as tl
 from ..unit import TINY_NORM as _TINY_NORM
 
 TINY_NORM = tl.constexpr(_TINY_NORM)
+# Elements that one program of a row kernel holds.
+ROW_BLOCK_ELEMENTS = 4096
+
+
+def row_blocks(size, elements=ROW_BLOCK_ELEMENTS):
+    """Launch configuration of the row kernels for (padded) embedding size `size`."""
+    block_d = triton.next_power_of_2(size)
+    return {"BLOCK_R": max(1, elements // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8}
 
 
 @triton.jit
-def _unit_and_inverse(rows):
+def unit_and_inverse(rows):
     """(unit rows, 1 / norm) of a float32 tile (R, D); see unit.unit_rows."""
     magnitude = tl.abs(rows)
     largest = tl.max(magnitude, 1)
@@ -28,6 +38,13 @@ def _unit_and_inverse(rows):
     length = tl.where(tiny, 1.0, length)
     unit = tl.where(tiny[:, None], 0.0, scaled / length[:, None])
     return unit, tl.where(tiny, 0.0, 1.0 / (length * largest))
+
+
+@triton.jit
+def project(unit, inverse, grad):
+    """The gradient of rows from that of their unit rows (R, D); see unit.project."""
+    out = (grad - unit * tl.sum(unit * grad, 1)[:, None]) * inverse[:, None]
+    return tl.where((inverse == 0.0)[:, None], 0.0, out)
 
 
 @triton.jit
@@ -47,7 +64,7 @@ def normalize_rows(
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = (row < R)[:, None] & (column < D)[None, :]
     rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
-    unit, _ = _unit_and_inverse(rows.to(tl.float32))
+    unit, _ = unit_and_inverse(rows.to(tl.float32))
     tl.store(
         unit_ptr + row[:, None] * D_padded + column[None, :],
         unit.to(unit_ptr.dtype.element_ty),
@@ -62,7 +79,7 @@ def exponentials(
     target_ptr,  # (N,) int64 target class, -1 for none
     shift_ptr,  # (N,) float32
     e_ptr,  # (N, stride_e) exponentials, columns B .. stride_e become zero; not touched unless STORE
-    partial_ptr,  # (tiles, N) float32 row sums of E, or with MAXIMUM row maxima of k cos
+    partial_ptr,  # (tiles, N) float64 row sums of E over all slabs so far, or with MAXIMUM row maxima of k cos
     N,
     B,
     D_padded,
@@ -71,6 +88,7 @@ def exponentials(
     stride_e,
     STORE: tl.constexpr,
     MAXIMUM: tl.constexpr,
+    RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     UPCAST: tl.constexpr,  # interpreter only, whose bfloat16 products are not numbers
     BLOCK_N: tl.constexpr,
@@ -84,8 +102,9 @@ def exponentials(
     column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     step = tl.arange(0, BLOCK_K)
     # Ragged rows and columns read the last valid one, and are dropped after the exponential.
+    unit_row = tl.minimum(column, B - 1) if RAGGED else column
     x_row = x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
-    unit_row = unit_ptr + tl.minimum(column, B - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
+    unit_row = unit_ptr + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
     cosine = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for k in tl.range(0, D_padded, BLOCK_K):
         x = tl.load(x_row + k)
@@ -99,20 +118,54 @@ def exponentials(
     target = tl.load(target_ptr + row, mask=live, other=-1) - first_class
     # 64-bit comparisons for each row, 32-bit ones for each element.
     target = tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
-    dropped = (target[:, None] == column[None, :]) | (column >= B)[None, :]
+    dropped = target[:, None] == column[None, :]
+    if RAGGED:
+        dropped = dropped | (column >= B)[None, :]
     partial = partial_ptr + tile.to(tl.int64) * N + row
+    # Float64, because a float32 sum of 10^5 slabs would lose digits.
+    later_slab = live & (first_class > 0)
     if MAXIMUM:
-        tl.store(partial, tl.max(tl.where(dropped, float("-inf"), cosine * log2_scale), 1), mask=live)
+        largest = tl.max(tl.where(dropped, float("-inf"), cosine * log2_scale), 1)
+        before = tl.load(partial, mask=later_slab, other=float("-inf"))
+        tl.store(partial, tl.maximum(before, largest.to(tl.float64)), mask=live)
     else:
         shift = tl.load(shift_ptr + row, mask=live, other=0.0)
         e = tl.where(dropped, 0.0, tl.exp2(cosine * log2_scale - shift[:, None]))
-        tl.store(partial, tl.sum(e, 1), mask=live)
+        before = tl.load(partial, mask=later_slab, other=0.0)
+        tl.store(partial, before + tl.sum(e, 1).to(tl.float64), mask=live)
         if STORE:
-            tl.store(
-                e_ptr + row.to(tl.int64)[:, None] * stride_e + column[None, :],
-                e.to(e_ptr.dtype.element_ty),
-                mask=live[:, None] & (column < stride_e)[None, :],
-            )
+            inside = live[:, None]
+            if RAGGED:
+                inside = inside & (column < stride_e)[None, :]
+            tl.store(e_ptr + row.to(tl.int64)[:, None] * stride_e + column[None, :], e.to(e_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_pull(
+    part_ptr,  # (PARTS, N * D) float32 whose sum is E ŵ of the slab
+    sum_ptr,  # (N * D,) float64 over the slabs so far
+    total_ptr,  # (N,) float64 row sums of E
+    pull_ptr,  # (N * D,) float32, written after the last slab
+    size,  # N * D
+    D,
+    PARTS: tl.constexpr,
+    FIRST: tl.constexpr,
+    LAST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < size
+    pull = tl.zeros((BLOCK,), tl.float64)
+    if not FIRST:
+        pull = tl.load(sum_ptr + index, mask=inside, other=0.0)
+    for _ in tl.static_range(PARTS):
+        pull += tl.load(part_ptr + index, mask=inside, other=0.0)
+        part_ptr += size
+    if LAST:
+        total = tl.load(total_ptr + index // D, mask=inside, other=1.0)
+        tl.store(pull_ptr + index, (pull / tl.where(total == 0.0, 1.0, total)).to(tl.float32), mask=inside)
+    else:
+        tl.store(sum_ptr + index, pull, mask=inside)
 
 
 @triton.jit
@@ -120,9 +173,8 @@ def project_rows(
     rows_ptr,  # (R, D) raw class rows, any float dtype
     grad_ptr,  # (R, D_padded) float32: Eᵀ diag(row_scale) x
     unscale_ptr,  # 0-dim float32
-    slot_ptr,  # (R,) int64: where target_classes might hold the row's class
     target_class_ptr,  # (N,) int64 ascending
-    target_sum_ptr,  # (N, D) float32
+    target_sum_ptr,  # (N, D) float32, a class's sum in the first slot that it has
     out_ptr,  # (R, D) contiguous rows of the weight's gradient
     R,
     D,
@@ -131,19 +183,26 @@ def project_rows(
     stride_row,
     stride_column,
     D_padded,
+    SEARCH_STEPS: tl.constexpr,  # 2^SEARCH_STEPS > N
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = (row < R)[:, None] & (column < D)[None, :]
+    # Bisection: the first slot whose class is not below the row's.
+    slot = tl.zeros((BLOCK_R,), tl.int32)
+    end = slot + N
+    for _ in tl.range(SEARCH_STEPS):
+        middle = (slot + end) // 2
+        below = tl.load(target_class_ptr + middle, mask=middle < N, other=2**62) < row + first_class
+        slot = tl.where(below, middle + 1, slot)
+        end = tl.where(below, end, middle)
+    held = (slot < N) & (row < R)
+    held = held & (tl.load(target_class_ptr + slot, mask=held, other=-1) == row + first_class)
     rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
     grad = tl.load(grad_ptr + row[:, None] * D_padded + column[None, :], mask=inside, other=0.0)
-    unit, inverse = _unit_and_inverse(rows.to(tl.float32))
-    out = (grad - unit * tl.sum(unit * grad, 1)[:, None]) * inverse[:, None] * tl.load(unscale_ptr)
-    out = tl.where((inverse == 0.0)[:, None], 0.0, out)
-    slot = tl.load(slot_ptr + row, mask=row < R, other=0)
-    held = slot < N
-    held = held & (tl.load(target_class_ptr + slot, mask=held, other=-1) == row + first_class) & (row < R)
-    share = tl.load(target_sum_ptr + slot[:, None] * D + column[None, :], mask=inside & held[:, None], other=0.0)
+    unit, inverse = unit_and_inverse(rows.to(tl.float32))
+    out = project(unit, inverse, grad) * tl.load(unscale_ptr)
+    share = tl.load(target_sum_ptr + slot[:, None].to(tl.int64) * D + column[None, :], mask=inside & held[:, None], other=0.0)
     tl.store(out_ptr + row[:, None] * D + column[None, :], (out + share).to(out_ptr.dtype.element_ty), mask=inside)

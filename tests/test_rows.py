@@ -1,0 +1,68 @@
+"""Do the kernels before and after the slab loop agree with the plain PyTorch that they stand in for?"""
+
+import pytest
+import torch
+
+from cosface_kernels import backends, rows
+
+NUM_CLASSES, SIZE, IGNORED = 40, 70, 7
+
+
+@pytest.fixture
+def kernels(device):
+    why = backends.unusable("triton", device)
+    if why:
+        pytest.skip(why)
+    return backends.choose("triton", device, torch.float32).row_functions
+
+
+def draw(device, num_rows):
+    """(features, table, labels): every class several times, ignored ones, and labels that are no class."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(NUM_CLASSES, (num_rows,), generator=generator)
+    labels[3::11] = IGNORED
+    labels[5::50], labels[6::50] = NUM_CLASSES, -(2**63)
+    tensors = torch.randn(num_rows, SIZE, generator=generator), torch.randn(NUM_CLASSES, SIZE, generator=generator), labels
+    return [tensor.to(device) for tensor in tensors]
+
+
+def assert_close(ours, plain):
+    for one, other in zip(ours, plain, strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_enter_and_x_gradient(device, kernels, dtype):
+    x, weight, labels = draw(device, 67)
+    x[3], x[14] = torch.nan, torch.inf  # ignored rows, which come out as zero
+    x, weight = x.T.contiguous().T.to(dtype), weight.to(dtype)
+    ours, plain = (module.enter(x, weight, labels, IGNORED, torch.float32) for module in (kernels, rows))
+    assert_close(ours, plain)
+    _, unit, inverse_norm, target_unit = plain
+    assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
+    arguments = inverse_norm.cos(), target_unit, unit, inverse_norm, unit.roll(1, 0), 64.0, dtype
+    assert_close([kernels.x_gradient(*arguments)], [rows.x_gradient(*arguments)])
+
+
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("num_rows", [1, 613])
+def test_weight_factors(device, kernels, num_rows, size):
+    """613: past the rows that `order_targets` compares at once."""
+    target_grad, weight, labels = draw(device, num_rows)
+    lse_grad, total = size * target_grad[:, 0], target_grad[:, 1].exp()
+    lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
+    ours, plain = (
+        module.weight_factors(lse_grad, target_grad, total, weight, labels, IGNORED, 64.0) for module in (kernels, rows)
+    )
+    assert_close(ours[:3], plain[:3])
+    for targets, _, _, classes, _ in (ours, plain):
+        assert torch.equal(classes, classes.sort().values)
+        assert set(classes.tolist()) - {NUM_CLASSES} == set(targets.tolist()) - {-1}
+    assert_close(*([dense(*factors[3:])] for factors in (ours, plain)))
+
+
+def dense(classes, sums):
+    """(C, D): each class's sum, as a table's rows look it up."""
+    every = torch.arange(NUM_CLASSES, device=classes.device)
+    slots = torch.searchsorted(classes, every).clamp(max=len(classes) - 1)
+    return torch.where((classes[slots] == every)[:, None], sums[slots], 0.0)
