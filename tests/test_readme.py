@@ -1,11 +1,13 @@
 """Do the README's examples run, and do they say what is true?"""
 
+import json
 import re
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks import tables
 from cosface_kernels import cosface_loss, cosine_lse, reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -40,3 +42,9 @@ def test_another_margin_in_three_lines():
     angle = logits.gather(1, labels[:, None]).acos()
     expected = F.cross_entropy(64.0 * logits.scatter(1, labels[:, None], (angle + 0.5).cos()), labels)
     torch.testing.assert_close(names["loss"], expected)
+
+
+def test_table_is_what_was_measured():
+    for path in sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json")):
+        for report in tables.reports_in(json.loads(path.read_text())):
+            assert tables.markdown(report) in README, f"python -m benchmarks.tables {path.name} prints another table"
