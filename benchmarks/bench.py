@@ -1,10 +1,12 @@
 """`cosface bench`: each peer is checked against float64, then timed in turns with the others; a table, JSON and two figures.
 
 A report is what JSON holds: {"shape": [N, C, D], "environment", "ceilings", "check_classes", "rows", "missing", "complete"}.
-A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}. What is not
-known (yet) is null or empty; "error" says why nothing can be. `tables.py` makes the rest of it.
+A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}, and
+"lost_device" where a GPU was lost to it. What is not known (yet) is null or empty; "error" says why nothing can be. `tables.py`
+makes the rest of it.
 """
 
+import errno
 import json
 import os
 import sys
@@ -40,6 +42,8 @@ def main(arguments):
     chosen = [peer for peer in chosen if peer.key not in arguments.without]
     if not chosen:
         return _fail(f'no peer\'s name contains "{arguments.peers}"')
+    if all(peer.missing for peer in chosen):
+        return _fail("none of these can be measured here: " + "; ".join(f"{peer.key}: {peer.missing}" for peer in chosen))
     sizes = SWEEP if arguments.plot else [arguments.classes]
     reports = [blank((arguments.rows, classes, arguments.size), chosen) for classes in sizes]
 
@@ -236,6 +240,8 @@ def _seconds_at(reports, shape):
 def write_json(path, content):
     """Written beside its place first, so that a failure leaves no half a file."""
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from cosface_kernels import backends, cosface_loss
+from cosface_kernels.cli import positive
 from cosface_kernels.plan import make_plan
 from cosface_kernels.unit import unit_rows
 
@@ -28,8 +29,8 @@ TURN_CLASSES = 400_000
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--rows", type=positive, default=512)
+    parser.add_argument("--size", type=positive, default=128)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -54,9 +55,11 @@ def main():
         num_classes: {kind: 1e9 * statistics.median(taken) / num_classes for kind, taken in kinds.items()}
         for num_classes, kinds in seconds.items()
     }
-    print(table(cost, arguments.rows, arguments.size, measure.environment(device)))
+    environment = measure.environment(device)
+    if cost:
+        print(table(cost, arguments.rows, arguments.size, environment))
     if arguments.json:
-        write_json(arguments.json, {"environment": measure.environment(device), "nanoseconds": cost})
+        write_json(arguments.json, {"environment": environment, "nanoseconds": cost})
 
 
 def reused(features, weight, labels):

@@ -41,7 +41,7 @@ def _parser():
     )
     bench = commands.add_parser(
         "bench",
-        help="time, memory and error of one forward and backward, beside the alternatives (about five minutes on two cores)",
+        help="time, memory and error of one forward and backward, beside the alternatives (about eight minutes on two cores)",
         description="Time, memory and error of one forward and backward of LMCL: each backend of this package, plain PyTorch, "
         "and whatever else of its kind is installed. Prints a Markdown table. Needs a source checkout.",
     )
@@ -51,7 +51,7 @@ def _parser():
         ("--size", 512, "D, embedding size"),
         ("--repeats", 5, "turns that each peer gets, fewer for a slow one"),
     ):
-        bench.add_argument(flag, type=_positive, default=default, metavar="N", help=f"{what} (default: {default})")
+        bench.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     bench.add_argument("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
@@ -71,7 +71,7 @@ def _parser():
     return parser
 
 
-def _positive(text):
+def positive(text):
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")

@@ -28,6 +28,7 @@ _ARGUMENTS = {
         *[_POINTER, _POINTER, _POINTER, _POINTER],
     ],
 }
+CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
@@ -71,12 +72,21 @@ def unavailable():
     return _load()[1]
 
 
+def constant(name):
+    """A constant of csrc/cpu/kernels.cpp that says how much room its callers leave."""
+    library, _ = _load()
+    return getattr(library, f"cosface_{name}_portable")()
+
+
 @functools.cache
 def _load():
     """(library or None, why there is none)."""
     if not LIBRARY.exists():
         return None, "it was not built: installing the package needs a C++ compiler with OpenMP for that"
     try:
-        return ctypes.CDLL(str(LIBRARY)), None
+        library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, str(error)
+    if not all(hasattr(library, f"cosface_{name}_portable") for name in ("supported", *CONSTANTS)):
+        return None, f"{LIBRARY} is of another version: install the package again"
+    return library, None

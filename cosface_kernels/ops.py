@@ -14,7 +14,7 @@ import os
 import torch
 from torch import Tensor, library
 
-from . import backends, rows
+from . import backends
 from .plan import kept_size, make_plan, wide_dtype
 
 
@@ -42,8 +42,7 @@ def negative_lse(
     plan = make_plan(x, weight, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_weight_grad)
     chosen = backends.choose(backend, x.device, dtype)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        row_functions = getattr(chosen, "row_functions", rows)
-        targets, unit, inverse_norm, target_unit = row_functions.enter(x, weight, labels, ignore_index, plan.wide)
+        targets, unit, inverse_norm, target_unit = chosen.row_functions.enter(x, weight, labels, ignore_index, plan.wide)
         sums = chosen.forward(unit, weight, targets, plan, need_pull=need_x_grad)
         lse = torch.add(sums.total.log(), sums.shift, alpha=math.log(2))
     return lse, target_unit, unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
@@ -94,14 +93,13 @@ def negative_lse_backward(
     What is not needed comes back empty. Both are one op, of x and weight, so that no second derivative can miss one of them.
     """
     chosen = backends.choose(backend, x.device, dtype)
-    row_functions = getattr(chosen, "row_functions", rows)
     x_grad, weight_grad = x.new_empty(0), weight.new_empty(0)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if need_x_grad:
-            x_grad = row_functions.x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, x.dtype)
+            x_grad = chosen.row_functions.x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, x.dtype)
         if need_weight_grad:
             plan = make_plan(x, weight, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True)
-            targets, row_scale, unscale, classes, sums = row_functions.weight_factors(
+            targets, row_scale, unscale, classes, sums = chosen.row_functions.weight_factors(
                 lse_grad, target_grad, total, weight, labels, ignore_index, scale
             )
             weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)

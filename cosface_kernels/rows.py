@@ -4,7 +4,7 @@
     x_gradient        dx = (dx̂ - x̂ (x̂·dx̂)) / ‖x‖,  dx̂ = s g pull + what came back for x̂
     weight_factors    what the slabs of dW are made of: row_scale = g / total, and what came back for ŵ_{y_n}, class by class
 
-A backend for which some hundred small operators would cost too much brings the same three as `row_functions`.
+They are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own.
 """
 
 import torch
@@ -32,7 +32,7 @@ def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, dtype):
 
 
 def weight_factors(lse_grad, target_grad, total, weight, labels, ignore_index, scale):
-    """(targets (N,), row_scale (N,), unscale (0-dim), target_classes (N,), target_sums (N, D)) of Backend.backward.
+    """(targets (N,), row_scale (N,), unscale (0-dim), target_classes (N,), target_sums (N, D)) of backends.backward.
 
     target_grad (N, D) is the gradient of the unit target rows; its sum over a class is projected once.
     """

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import evaluate
+from cases import evaluate, make
 from rounding import SIZE, assert_close, assert_equals_reference, draw, tolerance
 
 from cosface_kernels import cosface_loss, cosine_lse, reference
@@ -139,3 +139,15 @@ def test_zero_class_row_has_zero_gradient_even_beside_nan(device, backend):
     *_, weight_grad = evaluate(partial(cosface_loss, backend=backend), features, weight, labels, torch.ones((), device=device))
     assert not weight_grad[5].any()
     assert weight_grad[4].isnan().all()
+
+
+def test_gradient_past_floats_range(device, backend):
+    """Norms of 1e37 and upstream gradients of 1e-37: what is below float32's range is 0, not NaN."""
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 4, 300, 16))
+    weight = weight * 1e37
+    upstream = torch.full((4,), 1e-37, device=device)
+    for scale in (1e-3, 0.01, 1.0, 64.0):
+        *_, dw = evaluate(
+            partial(cosface_loss, backend=backend, reduction="none", scale=scale), features, weight, labels, upstream
+        )
+        assert not dw.any()

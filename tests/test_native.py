@@ -1,5 +1,6 @@
 """Are the native CPU kernels right for every instruction set that they are compiled for, not only for this processor's best?"""
 
+import _ctypes
 import ctypes
 import subprocess
 import sys
@@ -137,7 +138,12 @@ def test_missing_library(monkeypatch, tmp_path):
     """No library, or one that does not load: `auto` goes on without it, and asking for it says what is wrong."""
     broken = tmp_path / "broken.so"
     broken.write_text("no library")
-    for path, why in ((tmp_path / "missing.so", "it was not built"), (broken, str(broken))):
+    another = Path(_ctypes.__file__)  # some shared library
+    for path, why in (
+        (tmp_path / "missing.so", "it was not built"),
+        (broken, str(broken)),
+        (another, "is of another version"),
+    ):
         monkeypatch.setattr(native, "LIBRARY", path)
         monkeypatch.setattr(native, "_load", native._load.__wrapped__)
         monkeypatch.setattr(native, "available", native.available.__wrapped__)

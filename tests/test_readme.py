@@ -45,6 +45,6 @@ def test_another_margin_in_three_lines():
 
 
 def test_table_is_what_was_measured():
-    for path in sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("*.json")):
-        for report in tables.reports_in(json.loads(path.read_text())):
-            assert tables.markdown(report) in README, f"python -m benchmarks.tables {path.name} prints another table"
+    path = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu_epyc_zen4.json"
+    (report,) = tables.reports_in(json.loads(path.read_text()))
+    assert tables.markdown(report) in README, f"python -m benchmarks.tables {path.name} prints another table"

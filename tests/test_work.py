@@ -29,7 +29,8 @@ def calls(monkeypatch):
 
     def choose_spied(*arguments):
         module = choose(*arguments)
-        return SimpleNamespace(forward=spy("forward", module.forward), backward=spy("backward", module.backward))
+        passes = {name: spy(name, getattr(module, name)) for name in ("forward", "backward")}
+        return SimpleNamespace(row_functions=module.row_functions, **passes)
 
     monkeypatch.setattr(backends, "choose", choose_spied)
     return recorded

@@ -13,8 +13,9 @@ targets (N,) int64: the column left out of a row's sums; -1 for none.  With E_nj
 target_classes ascend and end in some C for no class; of equal ones the first one's sum counts, and the others' are zero.
 
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is
-deterministic: no atomics, every sum in a fixed order. To add one: a module <name>_backend with these two functions, its name in
-NAMES, and in `unusable` where it cannot run; the tests then hold it to the same rule as the others.
+deterministic: no atomics, every sum in a fixed order. `row_functions` is rows.py, or its three functions in a form of its own. To
+add one: a module <name>_backend with these three names, its own in NAMES, and in `unusable` where it cannot run; the tests then
+hold it to the same rule as the others.
 """
 
 import importlib

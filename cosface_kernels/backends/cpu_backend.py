@@ -7,15 +7,14 @@ Memory beyond the results: one slab each of ŵ and E, each in the two layouts th
 
 import torch
 
-from .. import native
+from .. import native, rows
 from ..plan import aligned
 from . import Sums
 
-# Enough for the panels of every instruction set, and the classes whose exponentials one partial sum adds (csrc/cpu/kernels.cpp).
-PANEL = 32
-SUM_CLASSES = 64
-# Class rows whose gradient a thread holds before it projects them.
-CACHED_CLASSES = 32
+row_functions = rows
+# Enough for the panels of every instruction set; the classes whose exponentials one partial sum adds; the class rows whose
+# gradient a thread holds before it projects them.
+PANEL, SUM_CLASSES, CACHED_CLASSES = map(native.constant, native.CONSTANTS)
 
 
 def forward(x, weight, targets, plan, *, need_pull):

@@ -8,10 +8,13 @@ Per slab of B classes, nothing larger than N x B or B x D:
 
 import torch
 
+from .. import rows
 from ..plan import aligned
 from ..unit import project, unit_rows
 from . import Sums
 from .products import accumulated, cosines
+
+row_functions = rows
 
 
 def forward(x, weight, targets, plan, *, need_pull):

@@ -1,17 +1,18 @@
 """The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products.
 
 Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E ŵ, add_pull; in backward the first two again
-where E was not kept, dŵ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of ŵ, E and dŵ.
+where E was not kept, dŵ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of ŵ, E and dŵ, and
+the parts of one slab's E ŵ, up to 16 N x D.
 """
 
 import torch
 import triton
 
 from ..plan import aligned
-from . import Sums, triton_kernels
-from . import triton_rows as row_functions  # noqa: F401 (the operators look here)
+from . import Sums, triton_kernels, triton_rows
 from .products import accumulated, in_parts
 
+row_functions = triton_rows
 # TRITON_INTERPRET=1 runs the kernels on CPU tensors; a GPU build of them refuses such tensors.
 INTERPRETED = triton.knobs.runtime.interpret
 # Columns are padded to this: the matmul needs no mask along D, and every row starts aligned.

@@ -1,4 +1,4 @@
-"""The Triton kernels of the slab loop: four, each reading the class table or its slab once.
+"""The Triton kernels of the slab loop: four. The table, or a slab of it, is read once by each that needs it.
 
     normalize_rows      ŵ = w / ‖w‖ of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
     exponentials        E = 2^{k x ŵᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.

@@ -1,4 +1,4 @@
-"""The functions of rows.py in five launches, one kernel each but for weight_factors' two: at a table of 10^4 classes the launches
+"""The functions of rows.py in four launches, one kernel each but for weight_factors' two: at a table of 10^4 classes the launches
 of plain PyTorch's hundred-odd operators would take ten times as long as the slabs.
 
     enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n} and the target from raw features, table and labels

@@ -132,8 +132,11 @@ struct Factor {
 
     explicit Factor(double value) {
         if (value == 0) return;
-        const int32_t exponent = (int32_t)(load<uint64_t>(&value) >> 52 & 0x7ff) - 1023, half = (exponent / 2 + 127) << 23;
-        power = load<float>(&half);
+        const int64_t exponent = (int64_t)(load<uint64_t>(&value) >> 52 & 0x7ff) - 1023;
+        // Both halves of what lies further out are 0 or infinite in float32 anyway.
+        const int64_t half = exponent / 2 < -126 ? -126 : exponent / 2 > 126 ? 126 : exponent / 2;
+        const uint32_t bits = (uint32_t)(half + 127) << 23;
+        power = load<float>(&bits);
         rest = (float)(value / power);
     }
     Vector operator*(Vector x) const { return x * power * rest; }
@@ -326,6 +329,11 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
 #define JOIN_(name, set) cosface_##name##_##set
 #define JOIN(name, set) JOIN_(name, set)
 #define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
+
+// How much room callers leave: native.constant reads these.
+EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
+EXPORT(int, sum_classes)() { return SUM_CLASSES; }
+EXPORT(int, cached_classes)() { return CACHED_CLASSES; }
 
 // Whether this processor can run what this file was compiled to.
 EXPORT(int, supported)() {

@@ -107,7 +107,7 @@ template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *numbers)
     memcpy(to, &words, sizeof words);
 }
 
-// 2^x within 1 ulp, subnormal results included; 0 for -inf, inf above 128, NaN for NaN.
+// 2^x within 2 ulp, subnormal results included; 0 for -inf, inf above 128, NaN for NaN.
 inline Vector exp2(Vector x) {
 #ifdef __AVX512F__
     Vector whole = (Vector)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
