@@ -15,6 +15,7 @@ import torch
 from cosface_kernels import backends, cosface_loss
 from cosface_kernels.cli import positive
 from cosface_kernels.plan import make_plan
+from cosface_kernels.table import Table, TableGradient
 from cosface_kernels.unit import unit_rows
 
 from . import measure
@@ -66,16 +67,17 @@ def reused(features, weight, labels):
     """The slab loop's two passes, dW written to one buffer."""
     weight = weight.detach()
     unit = unit_rows(features.detach())[0]
-    plan = make_plan(features, weight, scale=SCALE, dtype=torch.bfloat16, memory_budget=0, keep=True)
+    table = Table(weight)
+    plan = make_plan(features, table, scale=SCALE, dtype=torch.bfloat16, memory_budget=0, keep=True, cosines=True)
     backend = backends.choose("auto", features.device, torch.bfloat16)
-    weight_grad = torch.zeros_like(weight)
+    gradient = TableGradient(torch.zeros_like(weight), None)
     classes, sums = labels.sort().values, torch.zeros_like(unit)
     unscale = torch.ones((), device=features.device)
 
     def step():
-        found = backend.forward(unit, weight, labels, plan, need_pull=True)
+        found = backend.forward(unit, table, labels, plan, need_pull=True)
         row_scale = 1.0 / found.total
-        backend.backward(unit, weight, labels, row_scale, unscale, found.shift, classes, sums, found.kept, plan, weight_grad)
+        backend.backward(unit, table, labels, row_scale, unscale, found.shift, classes, sums, found.kept, plan, gradient)
 
     return step
 

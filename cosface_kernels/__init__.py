@@ -1,8 +1,18 @@
-"""Large Margin Cosine Loss (CosFace, arXiv 1801.09414) over millions of classes, without an N x C matrix."""
+"""Large Margin Cosine Loss (CosFace, arXiv 1801.09414) and its relatives over millions of classes, without an N x C matrix."""
 
-from . import reference
-from .functional import cosface_loss, cosine_lse
-from .modules import CosFaceLoss
+from . import margins, reference, theory
+from .functional import cosface_loss, cosine_lse, margin_softmax_loss
+from .modules import CosFaceLoss, MarginSoftmaxLoss
 from .version import __version__
 
-__all__ = ["CosFaceLoss", "__version__", "cosface_loss", "cosine_lse", "reference"]
+__all__ = [
+    "CosFaceLoss",
+    "MarginSoftmaxLoss",
+    "__version__",
+    "cosface_loss",
+    "cosine_lse",
+    "margin_softmax_loss",
+    "margins",
+    "reference",
+    "theory",
+]

@@ -1,10 +1,13 @@
 """The public losses: validation, precision, the margin on N-vectors, reduction. What is N x C happens in ops.py."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from . import validation
+from .margins import CosFace
 from .ops import negative_lse
 
 
@@ -42,7 +45,9 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    lse, cosine, counted = _negatives_and_target(features, weight, labels, scale, ignore_index, memory_budget, backend)
+    lse, cosine, *_, counted = _negatives_and_target(
+        features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
+    )
     return torch.where(counted, lse, 0.0), cosine
 
 
@@ -78,38 +83,173 @@ def cosface_loss(
 
     Source: CosFace, arXiv 1801.09414, eq. 4; s = 64 and m = 0.35 are the paper's.
     """
+    validation.check_scale(scale)
     validation.check_margin(margin)
+    return margin_softmax_loss(
+        features,
+        weight,
+        labels,
+        margin=CosFace(margin),
+        scale=scale,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def margin_softmax_loss(
+    features,
+    weight,
+    labels,
+    *,
+    margin,
+    scale=None,
+    bias=None,
+    normalize_features=None,
+    centers_per_class=1,
+    reduction="mean",
+    ignore_index=-100,
+    memory_budget="auto",
+    backend="auto",
+):
+    """Softmax cross-entropy with any margin over any number of classes, without an N x C matrix.
+
+        loss_n = -log( e^{s t_n} / ( e^{s t_n} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    t_n = ‖x̃_n‖ ‖w̃_{y_n}‖ ψ(cos θ_{n,y_n})
+
+    x̃ and w̃ are unit rows, or the rows as they are; a margin is its ψ, see `cosface_kernels.margins`.
+
+    Args:
+        features, weight, labels, ignore_index, memory_budget, backend: as in `cosine_lse`.
+        margin: CosFace(), ArcFace(), NormSoftmax(), SphereFace(), Combined(), AdaFace(), MagFace(), Softmax() or LSoftmax() of
+            `cosface_kernels.margins`, or one of your own. What AdaFace, and SphereFace when annealed, carry from step to step is
+            for `MarginSoftmaxLoss` to keep; here AdaFace takes the batch's own statistics.
+        scale: s > 0. None: 64 for cosines, and 1 where logits depend on the norms of the features or of the table.
+        bias: (C,), for Softmax() alone: the logits are s (x_n·w_j + b_j).
+        normalize_features: whether x̃ = x / ‖x‖ or x. None: True, but for Softmax() and LSoftmax(). The table's rows are
+            normalised but for those two.
+        centers_per_class: K sub-centres to a class, K consecutive rows of weight (C K, D): the largest of the K cosines counts.
+        reduction: as in `cosface_loss`.
+
+    Logits that are no cosines have no bound, so each row's largest one is found first: 2 N C D flops more.
+
+    Returns:
+        As `cosface_loss`.
+
+    Raises:
+        As `cosface_loss`; ValueError also for a bias with a margin, and for rows of weight that are not whole classes.
+
+    Source: CosFace, arXiv 1801.09414, section 3; the margins' own papers; sub-centres: J. Deng et al., ECCV 2020.
+    """
+    return stateful_loss(
+        features,
+        weight,
+        labels,
+        margin=margin,
+        scale=scale,
+        bias=bias,
+        normalize_features=normalize_features,
+        centers_per_class=centers_per_class,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        backend=backend,
+    )
+
+
+def stateful_loss(
+    features, weight, labels, *, margin, scale, bias, normalize_features, reduction, state=None, training=False, **options
+):
+    """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training."""
+    validation.check_margin_object(margin, bias is not None, normalize_features)
     validation.check_reduction(reduction)
-    lse, cosine, counted = _negatives_and_target(features, weight, labels, scale, ignore_index, memory_budget, backend)
+    if normalize_features is None:
+        normalize_features = margin.normalize_features
+    scale = default_scale(margin, normalize_features) if scale is None else scale
+    lse, product, length, unit, counted = _negatives_and_target(
+        features,
+        weight,
+        labels,
+        scale=scale,
+        bias=bias,
+        normalize_features=normalize_features,
+        normalize_weight=margin.normalize_weight,
+        **options,
+    )
+    # x·x̂ = ‖x‖, and its derivative is x̂.
+    norm = None
+    if margin.needs_norm:
+        rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
+        norm = (rows * F.normalize(unit.detach())).sum(1)
+    state = state or {}
+    if training:
+        with torch.no_grad():
+            margin.update(norm, counted, state)
+    logit = float(scale) * margin.target_logit(product, length, *margin.terms(norm, counted, state))
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
     # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.
-    losses = torch.where(counted, -F.logsigmoid(float(scale) * (cosine - float(margin)) - lse), 0.0)
+    losses = -F.logsigmoid(logit - lse)
+    penalty = margin.penalty(norm)
+    losses = torch.where(counted, losses if penalty is None else losses + penalty, 0.0)
     if reduction == "none":
         return losses
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
-def _negatives_and_target(features, weight, labels, scale, ignore_index, memory_budget, backend):
-    """`cosine_lse`, but for the lse of an ignored row, and which rows are not ignored."""
-    validation.check_tensors(features, weight, labels)
+def default_scale(margin, normalize_features):
+    """The scale where none is given."""
+    return 64.0 if normalize_features and margin.normalize_weight else 1.0
+
+
+def _negatives_and_target(
+    features,
+    weight,
+    labels,
+    *,
+    scale,
+    bias=None,
+    normalize_features=True,
+    normalize_weight=True,
+    centers_per_class=1,
+    ignore_index,
+    memory_budget,
+    backend,
+):
+    """(negative lse, x̃·w̃_y of the nearest centre, ‖x̃‖ ‖w̃_y‖ or None where it is 1: (N,); x̃ (N, D); which rows are not ignored).
+
+    The lse of an ignored row is that of all classes.
+    """
+    validation.check_tensors(features, weight, labels, bias, centers_per_class)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
     if not torch.compiler.is_compiling():
-        _refuse_forward_mode(features, weight)
+        _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = _class_indices(labels), int(ignore_index)
     grad_mode = torch.is_grad_enabled()
-    lse, target_unit, unit, *_ = negative_lse(
+    lse, target_rows, unit, *_ = negative_lse(
         features,
         weight,
+        bias,
         labels,
         float(scale),
         ignore_index,
+        bool(normalize_features),
+        normalize_weight,
+        int(centers_per_class),
         _product_dtype(features, weight),
         None if memory_budget == "auto" else min(int(memory_budget), 2**62),  # an operator takes 64-bit integers
         backend,
         grad_mode and features.requires_grad,
-        grad_mode and weight.requires_grad,
+        grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad)),
     )
-    return lse, (unit * target_unit).sum(1), labels != ignore_index
+    products = (unit[:, None] * target_rows).sum(2)
+    product, nearest = products.max(1) if centers_per_class > 1 else (products.squeeze(1), None)
+    lengths = []
+    if not normalize_features:
+        lengths.append(unit.norm(dim=1))
+    if not normalize_weight:
+        norms = target_rows.norm(dim=2)
+        lengths.append(norms[:, 0] if nearest is None else norms.gather(1, nearest[:, None])[:, 0])
+    return lse, product, math.prod(lengths) if lengths else None, unit, labels != ignore_index
 
 
 def _refuse_forward_mode(*tensors):

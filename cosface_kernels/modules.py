@@ -1,15 +1,85 @@
-"""CosFaceLoss: the class table and its loss as a module."""
+"""The class table and its loss as modules: CosFaceLoss, and MarginSoftmaxLoss for every margin."""
 
 import torch
 from torch import nn
 
-from . import validation
-from .functional import cosface_loss
-from .plan import slab_classes, wide_dtype
+from . import theory, validation
+from .functional import cosface_loss, default_scale, stateful_loss
+from .plan import slab_rows, wide_dtype
+from .table import Table
 from .unit import unit_rows
 
 
-class CosFaceLoss(nn.Module):
+class _Head(nn.Module):
+    """A class table weight (C K, D) drawn from N(0, 0.01²), and its logits."""
+
+    def __init__(self, embedding_size, num_classes, centers_per_class, device, dtype, **options):
+        super().__init__()
+        validation.check_size("embedding_size", embedding_size)
+        validation.check_size("num_classes", num_classes)
+        validation.check_size("centers_per_class", centers_per_class)
+        validation.check_options(**options)
+        for name, value in options.items():
+            setattr(self, name, value)
+        self.centers_per_class = centers_per_class
+        rows = num_classes * centers_per_class
+        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
+        self.register_parameter("bias", None)
+        self.normalize_features = self.normalize_weight = True
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight, std=0.01)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def logits(self, features):
+        """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
+        return self._logits(self._rows(features), 0, len(self.weight))
+
+    @torch.no_grad()
+    def topk(self, features, k):
+        """(values, indices), each (N, k): the k largest of `logits(features)`, descending, slab by slab, never N x C.
+
+        Raises:
+            TypeError, ValueError: k is no int, negative, or larger than the number of classes.
+        """
+        rows, centers = self._rows(features), self.centers_per_class
+        validation.check_k(k, len(self.weight) // centers)
+        values = rows.new_empty(len(rows), 0)
+        indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+        slab = slab_rows(features, Table(self.weight, centers=centers))
+        for start in range(0, len(self.weight), slab):
+            found = self._logits(rows, start, start + slab)
+            best = found.topk(min(k, found.shape[1]))
+            candidates = torch.cat([values, best.values], 1)
+            values, order = candidates.topk(min(k, candidates.shape[1]))
+            indices = torch.cat([indices, best.indices + start // centers], 1).gather(1, order)
+        return values, indices
+
+    def _rows(self, features):
+        """What is multiplied with the table."""
+        validation.check_features(features, self.weight)
+        rows = features.to(wide_dtype(torch.promote_types(features.dtype, self.weight.dtype)))
+        return unit_rows(rows)[0] if self.normalize_features else rows
+
+    def _logits(self, rows, start, stop):
+        """Outside autocast: rounded to 16 bits, many of a million cosines would be equal."""
+        with torch.autocast(rows.device.type, enabled=False):
+            table = self.weight[start:stop].to(rows.dtype)
+            products = rows @ (unit_rows(table)[0] if self.normalize_weight else table).T
+            if self.bias is not None:
+                products = products + self.bias[start:stop].to(rows.dtype)
+            if self.centers_per_class > 1:
+                products = products.unflatten(1, (-1, self.centers_per_class)).max(2).values
+            return self.scale * products
+
+    def extra_repr(self):
+        rows, embedding_size = self.weight.shape
+        shape = f"{embedding_size}, {rows // self.centers_per_class}"
+        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+
+
+class CosFaceLoss(_Head):
     """`cosface_loss` with a learned class table, weight (num_classes, embedding_size) drawn from N(0, 0.01²).
 
     Args:
@@ -20,6 +90,9 @@ class CosFaceLoss(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, at construction.
+
+    Warns:
+        UserWarning: a scale or margin outside the paper's bounds, at construction: see `theory.warn_if_out_of_bounds`.
     """
 
     def __init__(
@@ -36,25 +109,22 @@ class CosFaceLoss(nn.Module):
         device=None,
         dtype=None,
     ):
-        super().__init__()
-        validation.check_size("embedding_size", embedding_size)
-        validation.check_size("num_classes", num_classes)
-        options = {
-            "scale": scale,
-            "margin": margin,
-            "reduction": reduction,
-            "ignore_index": ignore_index,
-            "memory_budget": memory_budget,
-            "backend": backend,
-        }
-        validation.check_options(**options)
-        for name, value in options.items():
-            setattr(self, name, value)
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        super().__init__(
+            embedding_size,
+            num_classes,
+            1,
+            device,
+            dtype,
+            scale=scale,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
+        validation.check_margin(margin)
+        theory.warn_if_out_of_bounds(num_classes, embedding_size, scale, margin, stacklevel=2)
+        self.margin = margin
         self.reset_parameters()
-
-    def reset_parameters(self):
-        nn.init.normal_(self.weight, std=0.01)
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
@@ -70,39 +140,87 @@ class CosFaceLoss(nn.Module):
             backend=self.backend,
         )
 
-    def logits(self, features):
-        """s cos_nj without margin, (N, C) float32 (float64), materialised and differentiable: for small C."""
-        return self._logits(self._unit(features), 0, len(self.weight))
 
-    @torch.no_grad()
-    def topk(self, features, k):
-        """(values, indices), each (N, k): the k largest of `logits(features)`, descending, slab by slab, never N x C.
+class MarginSoftmaxLoss(_Head):
+    """`margin_softmax_loss` with a learned class table, and the running statistics of margins that have any.
 
-        Raises:
-            TypeError, ValueError: k is no int, negative, or larger than the number of classes.
-        """
-        unit = self._unit(features)
-        validation.check_k(k, len(self.weight))
-        values = unit.new_empty(len(unit), 0)
-        indices = torch.empty(len(unit), 0, dtype=torch.int64, device=unit.device)
-        slab = slab_classes(features, self.weight)
-        for start in range(0, len(self.weight), slab):
-            found = self._logits(unit, start, start + slab)
-            best = found.topk(min(k, found.shape[1]))
-            candidates = torch.cat([values, best.values], 1)
-            values, order = candidates.topk(min(k, candidates.shape[1]))
-            indices = torch.cat([indices, best.indices + start], 1).gather(1, order)
-        return values, indices
+        head = MarginSoftmaxLoss(512, 1_000_000, margin=ArcFace(0.5))
 
-    def _unit(self, features):
-        validation.check_features(features, self.weight)
-        return unit_rows(features.to(wide_dtype(torch.promote_types(features.dtype, self.weight.dtype))))[0]
+    weight (num_classes · centers_per_class, embedding_size) is drawn from N(0, 0.01²), bias (num_classes,) is zero.
 
-    def _logits(self, unit, start, stop):
-        """Outside autocast: rounded to 16 bits, many of a million cosines would be equal."""
-        with torch.autocast(unit.device.type, enabled=False):
-            return self.scale * (unit @ unit_rows(self.weight[start:stop].to(unit.dtype))[0].T)
+    Args:
+        embedding_size: D.
+        num_classes: C, the number of identities.
+        margin: one of `cosface_kernels.margins`. Its running statistics, if any, are buffers by the names in its `state`, and
+            move in training mode only.
+        bias: whether to learn one, for margins.Softmax() alone.
+        scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
+            `margin_softmax_loss`.
+        device, dtype: of the table.
 
-    def extra_repr(self):
-        num_classes, embedding_size = self.weight.shape
-        return f"{embedding_size}, {num_classes}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or value, at construction.
+    """
+
+    def __init__(
+        self,
+        embedding_size,
+        num_classes,
+        *,
+        margin,
+        scale=None,
+        bias=False,
+        normalize_features=None,
+        centers_per_class=1,
+        reduction="mean",
+        ignore_index=-100,
+        memory_budget="auto",
+        backend="auto",
+        device=None,
+        dtype=None,
+    ):
+        validation.check_margin_object(margin, bias, normalize_features)
+        normalize_features = margin.normalize_features if normalize_features is None else normalize_features
+        super().__init__(
+            embedding_size,
+            num_classes,
+            centers_per_class,
+            device,
+            dtype,
+            scale=default_scale(margin, normalize_features) if scale is None else scale,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            memory_budget=memory_budget,
+            backend=backend,
+        )
+        self.margin, self.normalize_features = margin, normalize_features
+        self.normalize_weight = margin.normalize_weight
+        if bias:
+            self.bias = nn.Parameter(self.weight.new_empty(len(self.weight)))
+        for name, value in margin.state.items():
+            self.register_buffer(name, torch.tensor(value, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        super().reset_parameters()
+        for name, value in self.margin.state.items():
+            getattr(self, name).fill_(value)
+
+    def forward(self, features, labels):
+        """The loss of features (N, D) with labels (N,)."""
+        return stateful_loss(
+            features,
+            self.weight,
+            labels,
+            margin=self.margin,
+            scale=self.scale,
+            bias=self.bias,
+            normalize_features=self.normalize_features,
+            centers_per_class=self.centers_per_class,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            memory_budget=self.memory_budget,
+            backend=self.backend,
+            state={name: getattr(self, name) for name in self.margin.state},
+            training=self.training,
+        )

@@ -16,18 +16,20 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "row_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
     "column_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
-    "normalize": [_POINTER, _SIZE, _SIZE, _POINTER, _POINTER],
+    "normalize": [_POINTER, _SIZE, _SIZE, ctypes.c_bool, _POINTER, _POINTER],
     "exponentials": [
-        *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE],
+        *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE],
         *[_POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER],
     ],
-    "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, ctypes.c_float, _POINTER],
+    "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER],
     "accumulate": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
     "table_gradient": [
-        *[_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_double, _SIZE],
-        *[_POINTER, _POINTER, _POINTER, _POINTER],
+        *[_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_bool, ctypes.c_double, _SIZE],
+        *[_SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
     ],
 }
+# Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
+INTERFACE = 2
 CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
@@ -87,6 +89,6 @@ def _load():
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, str(error)
-    if not all(hasattr(library, f"cosface_{name}_portable") for name in ("supported", *CONSTANTS)):
+    if getattr(library, "cosface_interface_portable", lambda: None)() != INTERFACE:
         return None, f"{LIBRARY} is of another version: install the package again"
     return library, None

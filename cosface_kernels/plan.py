@@ -31,9 +31,9 @@ class Plan(NamedTuple):
     """What a backend is told, beside its tensors."""
 
     log2_scale: float  # k = s log2(e): e^{s cos} = 2^{k cos}
-    shift: float | None  # h in E = 2^{k cos - h}; None: logits are too wide for a constant, so each row's maximum is found first
+    shift: float | None  # h in E = 2^{k cos - h}; None: logits too wide for a constant, so each row's maximum is found first
     dtype: torch.dtype  # what the matrix products read: bfloat16, float32 or float64
-    slab: int  # B, classes per slab, a multiple of SLAB_ALIGNMENT; the last slab may be shorter
+    slab: int  # B, rows of the table per slab, a multiple of SLAB_ALIGNMENT and whole classes; the last slab may be shorter
     kept_slabs: int  # exponentials of this many slabs, the first ones, are kept from forward for backward
     kept_elements: int  # how many numbers that is
 
@@ -42,10 +42,10 @@ class Plan(NamedTuple):
         """What the matrix products accumulate and return."""
         return wide_dtype(self.dtype)
 
-    def slabs(self, num_classes):
-        """(index, first class, one past the last class) of every slab."""
-        for index, start in enumerate(range(0, num_classes, self.slab)):
-            yield index, start, min(start + self.slab, num_classes)
+    def slabs(self, table):
+        """(index, first row of the table, one past the last) of every slab."""
+        for index, start in enumerate(range(0, table.num_rows, self.slab)):
+            yield index, start, min(start + self.slab, table.num_rows)
 
     def kept_view(self, kept, index, num_rows, width):
         """Slab `index` of kept exponentials (N, width), or None when it is not kept."""
@@ -55,41 +55,42 @@ class Plan(NamedTuple):
         return kept[start : start + num_rows * width].view(num_rows, width)
 
 
-def make_plan(features, weight, *, scale, dtype, memory_budget, keep):
-    """The plan for unit features (N, D) and a class table (C, D). keep: whether backward will want exponentials."""
+def make_plan(features, table, *, scale, dtype, memory_budget, keep, cosines):
+    """The plan for features (N, D) and a Table. keep: whether backward will want exponentials; cosines: both have unit rows."""
     log2_scale = scale * math.log2(math.e)
-    half = math.log2(len(weight)) / 2
-    bounded = log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
-    kept_slabs, kept_elements = kept_size(features, weight, dtype, memory_budget) if keep else (0, 0)
+    half = math.log2(table.num_rows) / 2
+    bounded = cosines and log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
+    kept_slabs, kept_elements = kept_size(features, table, dtype, memory_budget) if keep else (0, 0)
     return Plan(
         log2_scale=log2_scale,
         shift=float(round(half)) if bounded else None,
         dtype=dtype,
-        slab=slab_classes(features, weight),
+        slab=slab_rows(features, table),
         kept_slabs=kept_slabs,
         kept_elements=kept_elements,
     )
 
 
-def slab_classes(features, weight):
-    """B: as many classes as fill a slab, within bounds, and no more than there are."""
+def slab_rows(features, table):
+    """B: as many rows of the table as fill a slab, within bounds, no more than there are, and whole classes."""
     elements = SLAB_ELEMENTS.get(features.device.type, SLAB_ELEMENTS["cpu"])
     num_rows, size = features.shape
     wanted = elements // (num_rows + 2 * size)
-    wanted = min(max(wanted, SLAB_CLASSES_MIN), SLAB_CLASSES_MAX, weight.shape[0])
-    return -(-wanted // SLAB_ALIGNMENT) * SLAB_ALIGNMENT
+    wanted = min(max(wanted, SLAB_CLASSES_MIN), SLAB_CLASSES_MAX, table.num_rows)
+    alignment = math.lcm(SLAB_ALIGNMENT, table.centers)
+    return -(-wanted // alignment) * alignment
 
 
-def kept_size(features, weight, dtype, memory_budget):
+def kept_size(features, table, dtype, memory_budget):
     """(slabs, elements) of exponentials that fit the budget in bytes.
 
     None: at most what the weight's gradient takes and at most an eighth of the device's memory.
     """
     if memory_budget is None:
-        memory_budget = min(weight.numel() * weight.element_size(), total_memory(features.device) // 8)
-    num_rows, slab = features.shape[0], slab_classes(features, weight)
-    slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), -(-weight.shape[0] // slab))
-    return slabs, num_rows * min(slabs * slab, aligned(weight.shape[0]))
+        memory_budget = min(table.weight.numel() * table.weight.element_size(), total_memory(features.device) // 8)
+    num_rows, slab = features.shape[0], slab_rows(features, table)
+    slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), -(-table.num_rows // slab))
+    return slabs, num_rows * min(slabs * slab, aligned(table.num_rows))
 
 
 def aligned(classes):

@@ -2,8 +2,9 @@
 
     loss_n = -log( e^{s(cos_ny - m)} / ( e^{s(cos_ny - m)} + Σ_{j≠y} e^{s cos_nj} ) ),    cos_nj = x̂_n · ŵ_j
 
-Large Margin Cosine Loss, CosFace, arXiv 1801.09414, eq. 4. Holds several N x C matrices, so it is for small C. Runs in any
-float dtype; in float64 it is exact enough to judge the others. Arguments and results are those of the public functions.
+Large Margin Cosine Loss, CosFace, arXiv 1801.09414, eq. 4; any other margin is another function of cos_ny. Holds several N x C
+matrices, so it is for small C. Runs in any float dtype; in float64 it is exact enough to judge the others. Arguments and results
+are those of the public functions.
 """
 
 import torch
@@ -17,17 +18,22 @@ def unit_rows(rows):
     return torch.where(tiny, 0.0, rows / torch.where(tiny, 1.0, norm))
 
 
-def logits(features, weight, *, scale=64.0):
-    """s cos_nj, (N, C)."""
-    return scale * (unit_rows(features) @ unit_rows(weight).T)
+def logits(features, weight, *, scale=64.0, bias=None, normalize_features=True, normalize_weight=True, centers_per_class=1):
+    """s cos_nj, (N, C); not normalised, s (x_n·w_j + b_j); the largest of each class's centres."""
+    features = unit_rows(features) if normalize_features else features
+    weight = unit_rows(weight) if normalize_weight else weight
+    return scale * F.linear(features, weight, bias).unflatten(1, (-1, centers_per_class)).max(2).values
 
 
-def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100):
-    """(log Σ_{j≠y} e^{s cos_nj}, cos_ny), two (N,) tensors; ignored rows give (0, 0) and take no part in any gradient."""
+def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, **form):
+    """(log Σ_{j≠y} e^{s cos_nj}, cos_ny), two (N,) tensors; ignored rows give (0, 0) and take no part in any gradient.
+
+    form: of `logits`, where it is not that of cosines.
+    """
     counted = labels.long() != ignore_index
     features = torch.where(counted[:, None], features, 0.0)
     target = torch.where(counted, labels.long(), 0)
-    scaled = logits(features, weight, scale=scale)
+    scaled = logits(features, weight, scale=scale, **form)
     negatives = scaled.scatter(1, target[:, None], -torch.inf).logsumexp(1)
     cosines = scaled.gather(1, target[:, None]).squeeze(1) / scale
     return torch.where(counted, negatives, 0.0), torch.where(counted, cosines, 0.0)

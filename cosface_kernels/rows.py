@@ -1,10 +1,10 @@
 """What the operators do before and after the slab loop, N x D work, in plain PyTorch: any device, any float dtype.
 
-    enter             x̂ = x / ‖x‖,  ŵ_{y_n} = w_{y_n} / ‖w_{y_n}‖,  the target class of each row
-    x_gradient        dx = (dx̂ - x̂ (x̂·dx̂)) / ‖x‖,  dx̂ = s g pull + what came back for x̂
-    weight_factors    what the slabs of dW are made of: row_scale = g / total, and what came back for ŵ_{y_n}, class by class
+    enter             x̃,  w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b) with a bias
+    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + what came back for x̃
+    weight_factors    what the slabs of dW are made of: row_scale = g / total, and what came back for w̃_{y_n}, row by row
 
-They are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own.
+They are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own for cosines.
 """
 
 import torch
@@ -12,41 +12,55 @@ import torch
 from .unit import project, unit_rows
 
 
-def enter(x, weight, labels, ignore_index, wide):
-    """(targets (N,), unit x (N, D), 1 / ‖x‖ (N,), unit target rows (N, D)), all but the targets in the wide dtype.
+def enter(x, table, labels, ignore_index, wide, normalize_features=True):
+    """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D)), all but the targets in the wide dtype; D + 1 with a
+    bias.
 
-    A row labelled ignore_index has target -1 and is zero, whatever x holds there; so is the target row of a row without a target.
-    A row with any other label outside [0, C) is NaN, and makes NaN of all that it reaches.
+    A target is the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x holds there; so
+    is the target row of a row without a target. A row with any other label outside [0, C) is NaN, and makes NaN of all that it
+    reaches.
     """
-    targets = _targets(labels, len(weight), ignore_index)
+    targets = _targets(labels, table.num_classes, ignore_index)
     ignored = labels == ignore_index
-    unit, inverse_norm = unit_rows(torch.where(ignored[:, None], 0.0, x).to(wide).contiguous())
+    rows = torch.where(ignored[:, None], 0.0, x).to(wide).contiguous()
+    unit, inverse_norm = unit_rows(rows) if normalize_features else (rows, rows.new_empty(0, 1))
+    if table.bias is not None:
+        unit = torch.cat([unit, unit.new_ones(len(unit), 1)], 1)
     unit = torch.where(((targets < 0) & ~ignored)[:, None], torch.nan, unit)
-    target_unit, _ = unit_rows(weight.index_select(0, targets.clamp(min=0)).to(wide))
-    return targets, unit, inverse_norm[:, 0], torch.where((targets < 0)[:, None], 0.0, target_unit)
+    target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
+    target_unit = target_unit.unflatten(0, (-1, table.centers))
+    targets = torch.where(targets < 0, -1, targets * table.centers)
+    return targets, unit, inverse_norm[:, 0], torch.where((targets < 0)[:, None, None], 0.0, target_unit)
 
 
-def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, dtype):
-    """dx (N, D) in dtype from the gradients of lse (N,) and of unit x (N, D)."""
-    return project(unit, inverse_norm[:, None], (scale * lse_grad)[:, None] * pull + unit_grad).to(dtype)
+def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtype):
+    """dx (N, D), its shape, in dtype from the gradients of lse (N,) and of x̃ (N, D or D + 1)."""
+    grad = ((scale * lse_grad)[:, None] * pull + unit_grad)[:, : shape[1]]
+    return project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad).to(dtype)
 
 
-def weight_factors(lse_grad, target_grad, total, weight, labels, ignore_index, scale):
-    """(targets (N,), row_scale (N,), unscale (0-dim), target_classes (N,), target_sums (N, D)) of backends.backward.
+def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, scale):
+    """(targets (N,), row_scale (N,), unscale (0-dim), target_rows (N K,), target_sums (N K, D)) of backends.backward.
 
-    target_grad (N, D) is the gradient of the unit target rows; its sum over a class is projected once.
+    target_grad (N, K, D) is the gradient of the unit target rows; its sum over a row of the table is projected once.
     """
-    targets = _targets(labels, len(weight), ignore_index)
+    targets = _targets(labels, table.num_classes, ignore_index)
     power = _power_of_two(lse_grad)
     row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)
-    classes, sums = _sum_by_class(targets, target_grad, len(weight))
-    rows = weight.index_select(0, classes.clamp(max=len(weight) - 1)).to(sums.dtype)
-    return targets, row_scale, scale / power, classes, project(*unit_rows(rows), sums)
+    rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
+    rows, sums = _sum_by_row(rows, target_grad.flatten(0, 1), table.num_rows)
+    sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
+    return torch.where(targets < 0, -1, targets * table.centers), row_scale, scale / power, rows, sums
 
 
 def _targets(labels, num_classes, ignore_index):
     """The class, or -1 for a label that is none."""
     return torch.where((labels >= 0) & (labels < num_classes) & (labels != ignore_index), labels, -1)
+
+
+def _rows_of(classes, centers):
+    """The rows of the table (N, K) that make up each class (N,)."""
+    return classes[:, None] * centers + torch.arange(centers, device=classes.device)
 
 
 def _power_of_two(lse_grad):
@@ -59,15 +73,15 @@ def _power_of_two(lse_grad):
     return torch.exp2(-torch.frexp(largest).exponent.clamp(-126, 126).to(lse_grad.dtype))
 
 
-def _sum_by_class(targets, rows, num_classes):
-    """The rows of each class added up in row order: (classes (N,) ascending, padded with num_classes; sums (N, D))."""
-    keys, order = torch.where(targets < 0, num_classes, targets).sort(stable=True)
+def _sum_by_row(targets, rows, num_rows):
+    """What goes to each row of the table added up in order: (its rows (N,) ascending, padded with num_rows; sums (N, D))."""
+    keys, order = torch.where(targets < 0, num_rows, targets).sort(stable=True)
     slot = (keys.diff(prepend=keys.new_full((1,), -1)) != 0).cumsum(0) - 1
-    classes = torch.full_like(keys, num_classes).scatter_(0, slot, keys)
+    targets = torch.full_like(keys, num_rows).scatter_(0, slot, keys)
     sums = rows.new_zeros(rows.shape)  # contiguous, whatever rows is
     if rows.is_cuda:
         # Sorts, then adds each slot's rows one after another; index_add_ would use atomics there.
         sums.index_put_((slot,), rows[order], accumulate=True)
     else:
         sums.index_add_(0, slot, rows[order])
-    return classes, sums
+    return targets, sums

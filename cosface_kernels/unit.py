@@ -21,6 +21,11 @@ def unit_rows(rows):
 
 
 def project(unit, inverse_norm, unit_grad):
-    """The gradient of rows from that of their unit rows: what is orthogonal to the row, over its norm; 0 where that is 0."""
+    """The gradient of rows from that of their unit rows: what is orthogonal to the row, over its norm; 0 where that is 0.
+
+    inverse_norm None: the rows were taken as they are.
+    """
+    if inverse_norm is None:
+        return unit_grad
     grad = (unit_grad - unit * (unit * unit_grad).sum(1, keepdim=True)) * inverse_norm
     return torch.where(inverse_norm == 0, 0.0, grad)

@@ -13,9 +13,16 @@ REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", *backends.NAMES)
 
 
-def check_tensors(features, weight, labels):
-    """features (N, D) and weight (C, D) of any float dtype, labels (N,) of any integer dtype, all on one device."""
+def check_tensors(features, weight, labels, bias=None, centers_per_class=1):
+    """features (N, D), weight (C, D) and bias (C,) of any float dtype, labels (N,) of any integer dtype, all on one device."""
     check_features(features, weight)
+    check_size("centers_per_class", centers_per_class)
+    if weight.shape[0] % centers_per_class:
+        raise ValueError(
+            f"weight must have centers_per_class = {centers_per_class} rows for each class, got {weight.shape[0]} rows in all"
+        )
+    if bias is not None:
+        _check_bias(bias, weight)
     if not isinstance(labels, torch.Tensor):
         raise TypeError(f"labels must be a tensor of shape (N,), got {type(labels).__name__}")
     if labels.dtype not in INTEGER_DTYPES:
@@ -48,14 +55,43 @@ def check_features(features, weight):
         raise ValueError(f"weight must be on the device of features ({features.device}), got {weight.device}")
 
 
+def _check_bias(bias, weight):
+    if not isinstance(bias, torch.Tensor):
+        raise TypeError(f"bias must be a tensor of shape (C,) or None, got {type(bias).__name__}")
+    if bias.dtype != weight.dtype:
+        raise TypeError(f"bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have a number for each row of weight, shape ({len(weight)},), got {tuple(bias.shape)}")
+    if bias.device != weight.device:
+        raise ValueError(f"bias must be on the device of weight ({weight.device}), got {bias.device}")
+
+
+def check_margin_object(margin, has_bias, normalize_features):
+    """A Margin, and what goes with it."""
+    from .margins import Margin, Softmax  # which check their own numbers with this module
+
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {margin!r}")
+    if not (normalize_features is None or isinstance(normalize_features, bool)):
+        raise TypeError(f"normalize_features must be True, False or None, got {normalize_features!r}")
+    if has_bias and not isinstance(margin, Softmax):
+        raise ValueError(f"a bias goes with margins.Softmax() alone, got margin = {margin}")
+
+
 def check_scale(scale):
-    _check_number("scale", scale)
+    check_number("scale", scale)
     if not 0 < scale <= 1e30:
         raise ValueError(f"scale must be in (0, 1e30], got {scale}")
 
 
 def check_margin(margin):
-    _check_number("margin", margin)
+    check_number("margin", margin)
+
+
+def check_probability(probability):
+    check_number("probability", probability)
+    if not 0 < float(probability) < 1:  # as a float: a fraction next to 1 may round to it
+        raise ValueError(f"probability must be between 0 and 1, both excluded, got {probability}")
 
 
 def check_ignore_index(ignore_index):
@@ -83,10 +119,9 @@ def check_backend(backend):
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
 
 
-def check_options(*, scale, ignore_index, memory_budget, backend, margin=0.0, reduction="none"):
-    """What the functions and the module have in common."""
+def check_options(*, scale, ignore_index, memory_budget, backend, reduction="none"):
+    """What the functions and the modules have in common."""
     check_scale(scale)
-    check_margin(margin)
     check_reduction(reduction)
     check_ignore_index(ignore_index)
     check_memory_budget(memory_budget)
@@ -105,7 +140,7 @@ def check_size(name, size):
         raise ValueError(f"{name} must be 1 or more, got {size}")
 
 
-def _check_number(name, value):
+def check_number(name, value):
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}")
     if not _is_finite(value):

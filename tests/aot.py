@@ -37,19 +37,26 @@ def configurations(chip):
     yield "order_targets", triton_rows.order_targets, INDICES, *split(triton_rows.ORDER_BLOCKS)
     for size, raw in itertools.product(EMBEDDING_SIZES, TYPES.values()):
         blocks = triton_kernels.row_blocks(size)
-        for unit in ("bf16", "fp32"):
-            pointers = {"rows_ptr": raw, "unit_ptr": unit}
-            yield f"normalize_rows {raw} {unit} {size}", triton_kernels.normalize_rows, pointers, *split(blocks)
         pointers = {"rows_ptr": raw, "x_ptr": raw, "weight_ptr": raw, "out_ptr": raw, **INDICES}
-        searched = {"SEARCH_STEPS": 10, **blocks}
-        yield f"project_rows {raw} {size}", triton_kernels.project_rows, pointers, *split(searched)
+        for normalize in (True, False):
+            name = f"{raw} {size}" + " as they are" * (not normalize)
+            for unit in ("bf16", "fp32"):
+                config = {"NORMALIZE": normalize, **blocks}
+                yield (
+                    f"normalize_rows {unit} {name}",
+                    triton_kernels.normalize_rows,
+                    pointers | {"unit_ptr": unit},
+                    *split(config),
+                )
+            searched = {"NORMALIZE": normalize, "SEARCH_STEPS": 10, **blocks}
+            yield f"project_rows {name}", triton_kernels.project_rows, pointers, *split(searched)
         blocks = triton_kernels.row_blocks(size, triton_rows.ROW_BLOCK_ELEMENTS)
         yield f"enter_rows {raw} {size}", triton_rows.enter_rows, pointers, *split(blocks)
         yield f"x_gradient_rows {raw} {size}", triton_rows.x_gradient_rows, pointers, *split(blocks)
         yield f"sum_targets {raw} {size}", triton_rows.sum_targets, pointers, *split({"BLOCK_D": blocks["BLOCK_D"]})
 
 
-INDICES = dict.fromkeys(("label_ptr", "target_ptr", "class_ptr", "order_ptr", "repeat_ptr", "target_class_ptr"), "i64")
+INDICES = dict.fromkeys(("label_ptr", "target_ptr", "class_ptr", "order_ptr", "repeat_ptr", "target_row_ptr"), "i64")
 
 
 def exponentials(chip):
@@ -65,13 +72,17 @@ def exponentials(chip):
         for config, ragged, precision in itertools.product(sorted(configs), (False, True), ("ieee", "tf32")):
             if dtype == torch.bfloat16 and precision == "tf32":
                 continue
-            for store, maximum in ((False, False), (True, False), (False, True)):
-                constants = {"STORE": store, "MAXIMUM": maximum, "RAGGED": ragged, "PRECISION": precision, "UPCAST": False}
+            # Sums of several centres are made of what is stored.
+            forms = (False, False, 1), (True, False, 1), (False, True, 1), (True, False, 3), (False, True, 3)
+            for store, maximum, centers in forms:
+                constants = {"STORE": store, "MAXIMUM": maximum, "CENTERS": centers, "RAGGED": ragged}
+                constants |= {"PRECISION": precision, "UPCAST": False}
                 pointers = {"x_ptr": stored, "unit_ptr": stored, "e_ptr": stored, "target_ptr": "i64", "partial_ptr": "fp64"}
                 constants |= {} if store else {"e_ptr": None}
                 constants |= {"shift_ptr": None} if maximum else {}
                 shape = "x".join(str(value) for name, value in config if name.startswith("BLOCK"))
-                name = f"exponentials {stored} {precision} {shape}" + " ragged" * ragged + " store" * store + " maximum" * maximum
+                flags = {"ragged": ragged, "store": store, "maximum": maximum, "centers": centers > 1}
+                name = " ".join(["exponentials", stored, precision, shape, *(flag for flag, on in flags.items() if on)])
                 yield name, triton_kernels.exponentials, pointers, *split(constants | dict(config))
 
 
@@ -93,7 +104,15 @@ def compile_for(chip, kernel, pointers, constants, options):
             signature[name] = "fp32"
         else:
             signature[name] = "i32"
-        if name.endswith("_ptr") or name in ("D", "D_padded", "stride_row", "x_stride_row", "stride_e", "first_class"):
+        if name.endswith("_ptr") or name in (
+            "D",
+            "D_padded",
+            "stride_row",
+            "x_stride_row",
+            "stride_e",
+            "first_class",
+            "first_row",
+        ):
             attributes[(index,)] = [["tt.divisibility", 16]]
         if name in ("stride_column", "x_stride_column", "label_stride"):  # the launcher makes a stride of 1 a constant
             constants = {**constants, name: 1}

@@ -58,7 +58,7 @@ print(head.weight.grad.isfinite().all().item())
 
 
 def test_exports():
-    assert {"CosFaceLoss", "cosface_loss", "cosine_lse", "reference"} <= set(cosface_kernels.__all__)
+    assert {"CosFaceLoss", "cosface_loss", "cosine_lse", "reference", "theory"} <= set(cosface_kernels.__all__)
     assert all(hasattr(cosface_kernels, name) for name in cosface_kernels.__all__)
 
 

@@ -38,7 +38,8 @@ def op_arguments(case, device):
     labels[3] = -100
     features.requires_grad_(need_x_grad)
     weight = weight.to(dtype).requires_grad_(need_weight_grad)
-    return features, weight, labels, 8.0, -100, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
+    form = True, True, 1
+    return features, weight, None, labels, 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
 
 
 @pytest.mark.parametrize("case", OP_CASES)
@@ -50,11 +51,11 @@ def test_opcheck_forward(case, device):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
-        x, weight, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
+        x, weight, bias, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
-        inputs = x.detach(), weight.detach(), labels
+        inputs = x.detach(), weight.detach(), bias, labels
         lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
-        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(rows)
+        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(saved[0])
         arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
         library.opcheck(negative_lse_backward, arguments)
 

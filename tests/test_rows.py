@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from cosface_kernels import backends, rows
+from cosface_kernels.table import Table
 
 NUM_CLASSES, SIZE, IGNORED = 40, 70, 7
 
@@ -36,11 +37,11 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     x, weight, labels = draw(device, 67)
     x[3], x[14] = torch.nan, torch.inf  # ignored rows, which come out as zero
     x, weight = x.T.contiguous().T.to(dtype), weight.to(dtype)
-    ours, plain = (module.enter(x, weight, labels, IGNORED, torch.float32) for module in (kernels, rows))
+    ours, plain = (module.enter(x, Table(weight), labels, IGNORED, torch.float32) for module in (kernels, rows))
     assert_close(ours, plain)
     _, unit, inverse_norm, target_unit = plain
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
-    arguments = inverse_norm.cos(), target_unit, unit, inverse_norm, unit.roll(1, 0), 64.0, dtype
+    arguments = inverse_norm.cos(), target_unit[:, 0], unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
     assert_close([kernels.x_gradient(*arguments)], [rows.x_gradient(*arguments)])
 
 
@@ -52,7 +53,8 @@ def test_weight_factors(device, kernels, num_rows, size):
     lse_grad, total = size * target_grad[:, 0], target_grad[:, 1].exp()
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
     ours, plain = (
-        module.weight_factors(lse_grad, target_grad, total, weight, labels, IGNORED, 64.0) for module in (kernels, rows)
+        module.weight_factors(lse_grad, target_grad[:, None], total, Table(weight), labels, IGNORED, 64.0)
+        for module in (kernels, rows)
     )
     assert_close(ours[:3], plain[:3])
     for targets, _, _, classes, _ in (ours, plain):

@@ -1,18 +1,20 @@
 """Backends: the slab loop, forward and backward. One interface, chosen in one function.
 
-    forward(x, weight, targets, plan, *, need_pull) -> Sums
-    backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad) -> None
+    forward(x, table, targets, plan, *, need_pull) -> Sums
+    backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient) -> None
 
-x (N, D): what is multiplied with the unit class rows, in plan.wide.  weight (C, D): raw rows, any float dtype and strides.
-targets (N,) int64: the column left out of a row's sums; -1 for none.  With E_nj = 2^{k x_n·ŵ_j - shift_n}, E_n,target = 0:
+x (N, D): what is multiplied with the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
+targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none.
+E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the largest of each other class's rows:
 
-    forward    total_n = Σ_j E_nj        pull_n = Σ_j E_nj ŵ_j / total_n        (pull is 0 where total is 0)
-    backward   dŴ = Eᵀ diag(row_scale) x · unscale
-               dw_j = (dŵ_j - ŵ_j (ŵ_j·dŵ_j)) / ‖w_j‖, plus target_sums[i] where target_classes[i] = j
+    forward    total_n = Σ_j E_nj        pull_n = Σ_j E_nj w̃_j / total_n        (pull is 0 where total is 0)
+    backward   dw̃ = Eᵀ diag(row_scale) x · unscale
+               dw_j = (dw̃_j - ŵ_j (ŵ_j·dw̃_j)) / ‖w_j‖, or dw̃_j as it is, plus target_sums[i] where target_rows[i] = j
 
-target_classes ascend and end in some C for no class; of equal ones the first one's sum counts, and the others' are zero.
+target_rows ascend and end in some R for none; of equal ones the first one's sum counts, and the others' are zero. gradient
+(table.TableGradient) takes the rows of every slab.
 
-A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and weight_grad itself. It is
+A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and the gradient itself. It is
 deterministic: no atomics, every sum in a fixed order. `row_functions` is rows.py, or its three functions in a form of its own. To
 add one: a module <name>_backend with these three names, its own in NAMES, and in `unusable` where it cannot run; the tests then
 hold it to the same rule as the others.

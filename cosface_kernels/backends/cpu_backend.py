@@ -1,8 +1,8 @@
 """The slab loop around the native CPU kernels of csrc/cpu: bfloat16 products with float32 cosines, or float32.
 
-Per slab: normalize, exponentials (matmul, exponential and row sums in one), accumulate U += E ŵ; in backward the first two again
+Per slab: normalize, exponentials (matmul, exponential and row sums in one), accumulate U += E w̃; in backward the first two again
 where E was not kept, then table_gradient (matmul, projection and the targets' share in one). E is stored transposed, (B, N).
-Memory beyond the results: one slab each of ŵ and E, each in the two layouts that the products read, and x twice.
+Memory beyond the results: one slab each of w̃ and E, each in the two layouts that the products read, and x twice.
 """
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from .. import native, rows
 from ..plan import aligned
 from . import Sums
+from .centers import keep_largest
 
 row_functions = rows
 # Enough for the panels of every instruction set; the classes whose exponentials one partial sum adds; the class rows whose
@@ -17,16 +18,16 @@ row_functions = rows
 PANEL, SUM_CLASSES, CACHED_CLASSES = map(native.constant, native.CONSTANTS)
 
 
-def forward(x, weight, targets, plan, *, need_pull):
+def forward(x, table, targets, plan, *, need_pull):
     num_rows, size = x.shape
-    slab = _Slab(x, weight, targets, plan)
+    slab = _Slab(x, table, targets, plan)
     shift = _shift(slab, plan, num_rows)
     total = torch.zeros(num_rows, dtype=torch.float64)
     pull = torch.zeros(num_rows if need_pull else 0, padded(size), dtype=torch.float64)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
     unit_panels = slab.panels(plan.slab, size) if need_pull else None
-    for index, start, stop in plan.slabs(weight.shape[0]):
+    for index, start, stop in plan.slabs(table):
         slab.normalize(start, stop, unit_panels)
         e = _kept(plan, kept, index, start, stop, num_rows)
         if e is not None:
@@ -40,34 +41,32 @@ def forward(x, weight, targets, plan, *, need_pull):
     return Sums(shift, total.float(), pull.float(), kept)
 
 
-def backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad):
+def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
     num_rows, size = x.shape
-    slab = _Slab(x, weight, targets, plan)
+    slab = _Slab(x, table, targets, plan)
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
     scratch = torch.empty(torch.get_num_threads() * CACHED_CLASSES * padded(size))
-    for index, start, stop in plan.slabs(weight.shape[0]):
+    for index, start, stop in plan.slabs(table):
         e = _kept(plan, kept, index, start, stop, num_rows)
         if e is None:
             e = slab.scratch()
             slab.normalize(start, stop, None)
             slab.exponentials(start, stop, shift, e, None)
-        grad = weight_grad[start:stop]
-        out = grad if grad.dtype == torch.float32 else torch.empty(grad.shape)
+        out = gradient.place(start, stop, torch.float32)
         slab.kernels.table_gradient(
-            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size),
-            *(float(unscale), start, target_classes, target_sums, scratch, out),
+            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
+            *(float(unscale), start, len(target_rows), target_rows, target_sums, scratch, out),
         )
-        if out is not grad:
-            grad.copy_(out)
+        gradient.put(start, stop, out)
 
 
 class _Slab:
     """x as the kernels read it, and the buffers that every slab reuses."""
 
-    def __init__(self, x, weight, targets, plan):
+    def __init__(self, x, table, targets, plan):
         self.kernels = native.kernels(plan.dtype)
-        self.weight, self.targets, self.plan = weight, targets, plan
+        self.table, self.targets, self.plan = table, targets, plan
         self.num_rows, self.size = x.shape
         self.x_panels = self.panels(self.size, self.num_rows)
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
@@ -87,34 +86,41 @@ class _Slab:
         return self._e
 
     def rows(self, start, stop):
-        return self.weight[start:stop].to(torch.float32).contiguous()
+        return self.table.rows(start, stop).to(torch.float32).contiguous()
 
     def normalize(self, start, stop, panels):
-        self.kernels.normalize(self.rows(start, stop), stop - start, self.size, self.unit, panels)
+        self.kernels.normalize(self.rows(start, stop), stop - start, self.size, self.table.normalize, self.unit, panels)
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
+        centers, size = self.table.centers, stop - start
+        stored = self.scratch() if e is None and centers > 1 else e
         self.kernels.exponentials(
-            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
-            *(self.plan.log2_scale, e, panels, self.partial),
+            *(self.x_panels, self.num_rows, self.unit, size, self.size, self.targets, centers, start, shift),
+            *(self.plan.log2_scale, stored, panels if centers == 1 else None, self.partial),
         )
-        return self.partial[: -(-(stop - start) // SUM_CLASSES)]
+        if centers == 1:
+            return self.partial[: -(-size // SUM_CLASSES)]
+        largest = keep_largest(stored[:size], centers, 0)
+        if panels is not None:
+            self.kernels.column_panels(largest, size, self.num_rows, panels)
+        return largest
 
     def maxima(self, start, stop):
-        """Row maxima of k cos in pieces (pieces, N)."""
+        """Row maxima of the exponents in pieces (pieces, N)."""
         self.kernels.maxima(
-            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, self.plan.log2_scale),
-            self.partial,
+            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
+            *(self.plan.log2_scale, self.partial),
         )
         return self.partial[: -(-(stop - start) // SUM_CLASSES)]
 
 
 def _shift(slab, plan, num_rows):
-    """(N,): the plan's constant, or each row's largest k cos_nj (0 for a row without negatives)."""
+    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
     if plan.shift is not None:
         return torch.full((num_rows,), plan.shift, dtype=torch.float32)
     largest = torch.full((num_rows,), -torch.inf)
-    for _, start, stop in plan.slabs(slab.weight.shape[0]):
+    for _, start, stop in plan.slabs(slab.table):
         slab.normalize(start, stop, None)
         largest = torch.maximum(largest, slab.maxima(start, stop).amax(0))
     return torch.where(largest == -torch.inf, 0.0, largest)

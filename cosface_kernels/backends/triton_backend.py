@@ -1,8 +1,8 @@
 """The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products.
 
-Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E ŵ, add_pull; in backward the first two again
-where E was not kept, dŵ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of ŵ, E and dŵ, and
-the parts of one slab's E ŵ, up to 16 N x D.
+Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull; in backward the first two again
+where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of w̃, E and dw̃, and
+the parts of one slab's E w̃, up to 16 N x D.
 """
 
 import torch
@@ -10,6 +10,7 @@ import triton
 
 from ..plan import aligned
 from . import Sums, triton_kernels, triton_rows
+from .centers import keep_largest
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -43,21 +44,21 @@ def pull_parts(num_rows, size, width):
     return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
 
 
-def forward(x, weight, targets, plan, *, need_pull):
+def forward(x, table, targets, plan, *, need_pull):
     num_rows, size = x.shape
-    slab = _Slab(_padded(x, plan.dtype), weight, targets, plan)
+    slab = _Slab(_padded(x, plan.dtype), table, targets, plan)
     shift = _shift(slab, plan, num_rows)
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     partial = slab.partial()
     pull_sum = None
-    for index, start, stop in plan.slabs(weight.shape[0]):
+    for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
         e = plan.kept_view(kept, index, num_rows, len(unit))
-        if e is None and need_pull:
+        if e is None and (need_pull or table.centers > 1):
             e = slab.scratch(len(unit))
         slab.exponentials(unit, start, stop, shift, partial, store=e)
-        first, last = start == 0, stop == weight.shape[0]
+        first, last = start == 0, stop == table.num_rows
         total = partial.sum(0) if last else None
         if need_pull and num_rows:
             if first and not last:
@@ -78,42 +79,45 @@ def forward(x, weight, targets, plan, *, need_pull):
     return Sums(shift, total.float(), pull, kept)
 
 
-def backward(x, weight, targets, row_scale, unscale, shift, target_classes, target_sums, kept, plan, weight_grad):
+def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
     num_rows, size = x.shape
     scaled = _padded(x, plan.dtype, row_scale)
-    slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < weight.shape[0] else scaled, weight, targets, plan)
+    slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled, table, targets, plan)
     partial = slab.partial()
-    for index, start, stop in plan.slabs(weight.shape[0]):
+    for index, start, stop in plan.slabs(table):
         e = plan.kept_view(kept, index, num_rows, aligned(stop - start))
         if e is None:
             e = slab.scratch(aligned(stop - start))
             slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
         grad = accumulated(e[:, : stop - start].T, scaled)
-        table = weight[start:stop]
+        rows = table.rows(start, stop)
+        out = gradient.place(start, stop, gradient.weight.dtype)
         blocks = triton_kernels.row_blocks(grad.shape[1])
         triton_kernels.project_rows[(triton.cdiv(stop - start, blocks["BLOCK_R"]),)](
-            table,
+            rows,
             grad,
             unscale,
-            target_classes,
+            target_rows,
             target_sums,
-            weight_grad[start:stop],
+            out,
             stop - start,
             size,
-            num_rows,
+            len(target_rows),
             start,
-            *table.stride(),
+            *rows.stride(),
             grad.shape[1],
-            SEARCH_STEPS=num_rows.bit_length(),
+            NORMALIZE=table.normalize,
+            SEARCH_STEPS=len(target_rows).bit_length(),
             **blocks,
         )
+        gradient.put(start, stop, out)
 
 
 class _Slab:
     """The buffers that every slab reuses, and the two kernels that fill them."""
 
-    def __init__(self, low, weight, targets, plan):
-        self.low, self.weight, self.targets, self.plan = low, weight, targets, plan
+    def __init__(self, low, table, targets, plan):
+        self.low, self.table, self.targets, self.plan = low, table, targets, plan
         capability = torch.cuda.get_device_capability(low.device) if low.is_cuda else (9, 0)
         self.config = tiles(*low.shape, plan.dtype, capability)
         self._unit = self._scratch = None
@@ -125,27 +129,37 @@ class _Slab:
         return self._scratch[: len(self.low) * width].view(len(self.low), width)
 
     def unit(self, start, stop):
-        """ŵ of classes start .. stop, with zero rows up to an aligned number of them."""
-        rows = self.weight[start:stop]
+        """w̃ of the table's rows start .. stop, with zero rows up to an aligned number of them."""
+        rows = self.table.rows(start, stop)
         width = aligned(stop - start)
         if self._unit is None:
             self._unit = self.low.new_empty(self.plan.slab, self.low.shape[1])
         unit = self._unit[:width]
         blocks = triton_kernels.row_blocks(unit.shape[1])
         triton_kernels.normalize_rows[(triton.cdiv(width, blocks["BLOCK_R"]),)](
-            rows, unit, stop - start, width, rows.shape[1], *rows.stride(), unit.shape[1], **blocks
+            rows,
+            unit,
+            stop - start,
+            width,
+            rows.shape[1],
+            *rows.stride(),
+            unit.shape[1],
+            NORMALIZE=self.table.normalize,
+            **blocks,
         )
         return unit
 
     def partial(self):
         """(tiles, N) where `exponentials` adds up row sums over the slabs. The first slab fills it: no other has more tiles."""
-        class_tiles = triton.cdiv(aligned(min(self.plan.slab, len(self.weight))), self.config["BLOCK_C"])
+        class_tiles = triton.cdiv(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
         return torch.empty(class_tiles, len(self.low), dtype=torch.float64, device=self.low.device)
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None, maximum=False):
-        """Row sums of E, or row maxima of k cos, into `partial`; E into `store` (N, width) when given, zero past `stop`."""
-        num_rows, config = len(self.low), self.config
+        """Row sums of E, or row maxima of its exponents, into `partial`; E into `store` (N, width) if given, zero past `stop`."""
+        num_rows, config, centers = len(self.low), self.config, self.table.centers
         class_tiles = triton.cdiv(len(unit), config["BLOCK_C"])
+        # With several centres to a class the kernel's sums are of all of them, and dropped.
+        sums = partial if maximum or centers == 1 else torch.empty_like(partial)
         if num_rows:
             triton_kernels.exponentials[(triton.cdiv(num_rows, config["BLOCK_N"]) * class_tiles,)](
                 self.low,
@@ -153,7 +167,7 @@ class _Slab:
                 self.targets,
                 shift,
                 store,
-                partial,
+                sums,
                 num_rows,
                 stop - start,
                 unit.shape[1],
@@ -162,20 +176,25 @@ class _Slab:
                 len(unit),
                 STORE=store is not None,
                 MAXIMUM=maximum,
+                CENTERS=centers,
                 RAGGED=(stop - start) % config["BLOCK_C"] != 0,
                 PRECISION=_precision(),
                 UPCAST=INTERPRETED,
                 **config,
             )
+        if sums is not partial:
+            if start == 0:
+                partial.zero_()
+            partial[0] += keep_largest(store[:, : stop - start], centers, 1).sum(1, dtype=torch.float64)
 
 
 def _shift(slab, plan, num_rows):
-    """(N,): the plan's constant, or each row's largest k cos_nj (0 for a row without negatives)."""
+    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
     device = slab.low.device
     if plan.shift is not None:
         return torch.full((num_rows,), plan.shift, dtype=torch.float32, device=device)
     largest = slab.partial()
-    for _, start, stop in plan.slabs(len(slab.weight)):
+    for _, start, stop in plan.slabs(slab.table):
         slab.exponentials(slab.unit(start, stop), start, stop, None, largest, maximum=True)
     largest = largest.amax(0).float()
     return torch.where(largest == -torch.inf, 0.0, largest)

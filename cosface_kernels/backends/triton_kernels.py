@@ -1,11 +1,12 @@
 """The Triton kernels of the slab loop: four. The table, or a slab of it, is read once by each that needs it.
 
-    normalize_rows      ŵ = w / ‖w‖ of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
-    exponentials        E = 2^{k x ŵᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.
-                        Row sums (or row maxima of k cos) of each tile are added to those of the slabs before, one float64 per row
-                        and tile; E is stored only if asked for
-    add_pull            U += E ŵ from the parts that the product comes in, divided by the row's total after the last slab
-    project_rows        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, in float32 from the raw rows, rounded once on the way out
+    normalize_rows      w̃ = w / ‖w‖ or w of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
+    exponentials        E = 2^{k x w̃ᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.
+                        Row sums (or row maxima of the exponents) of each tile are added to those of the slabs before, one float64
+                        per row and tile; E is stored only if asked for
+    add_pull            U += E w̃ from the parts that the product comes in, divided by the row's total after the last slab
+    project_rows        dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share, in float32 from the raw rows, rounded once on the
+                        way out
 
 No atomics: a tile has its own partial sums, and their reduction is a plain sum. Row offsets are int64: C x D passes 2^31.
 """
@@ -50,13 +51,14 @@ def project(unit, inverse, grad):
 @triton.jit
 def normalize_rows(
     rows_ptr,  # (R, D) raw class rows, any float dtype
-    unit_ptr,  # (R_padded, D_padded) unit rows; rows past R and columns past D become zero
+    unit_ptr,  # (R_padded, D_padded) unit rows, or the rows as they are; rows past R and columns past D become zero
     R,
     R_padded,
     D,
     stride_row,
     stride_column,
     D_padded,
+    NORMALIZE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,  # >= D_padded, a power of two
 ):
@@ -64,7 +66,9 @@ def normalize_rows(
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = (row < R)[:, None] & (column < D)[None, :]
     rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
-    unit, _ = unit_and_inverse(rows.to(tl.float32))
+    unit = rows.to(tl.float32)
+    if NORMALIZE:
+        unit, _ = unit_and_inverse(unit)
     tl.store(
         unit_ptr + row[:, None] * D_padded + column[None, :],
         unit.to(unit_ptr.dtype.element_ty),
@@ -76,10 +80,10 @@ def normalize_rows(
 def exponentials(
     x_ptr,  # (N, D_padded) rows to multiply
     unit_ptr,  # (>= B, D_padded) unit class rows of the slab
-    target_ptr,  # (N,) int64 target class, -1 for none
+    target_ptr,  # (N,) int64 first of the target class's CENTERS rows, -1 for none
     shift_ptr,  # (N,) float32
     e_ptr,  # (N, stride_e) exponentials, columns B .. stride_e become zero; not touched unless STORE
-    partial_ptr,  # (tiles, N) float64 row sums of E over all slabs so far, or with MAXIMUM row maxima of k cos
+    partial_ptr,  # (tiles, N) float64 row sums of E over all slabs so far, or with MAXIMUM row maxima of its exponents
     N,
     B,
     D_padded,
@@ -88,6 +92,7 @@ def exponentials(
     stride_e,
     STORE: tl.constexpr,
     MAXIMUM: tl.constexpr,
+    CENTERS: tl.constexpr,
     RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     UPCAST: tl.constexpr,  # interpreter only, whose bfloat16 products are not numbers
@@ -119,6 +124,8 @@ def exponentials(
     # 64-bit comparisons for each row, 32-bit ones for each element.
     target = tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
     dropped = target[:, None] == column[None, :]
+    if CENTERS > 1:
+        dropped = (target >= 0)[:, None] & (column[None, :] >= target[:, None]) & (column[None, :] < target[:, None] + CENTERS)
     if RAGGED:
         dropped = dropped | (column >= B)[None, :]
     partial = partial_ptr + tile.to(tl.int64) * N + row
@@ -170,39 +177,42 @@ def add_pull(
 
 @triton.jit
 def project_rows(
-    rows_ptr,  # (R, D) raw class rows, any float dtype
+    rows_ptr,  # (R, D) raw rows of the table, any float dtype
     grad_ptr,  # (R, D_padded) float32: Eᵀ diag(row_scale) x
     unscale_ptr,  # 0-dim float32
-    target_class_ptr,  # (N,) int64 ascending
-    target_sum_ptr,  # (N, D) float32, a class's sum in the first slot that it has
+    target_row_ptr,  # (T,) int64 ascending
+    target_sum_ptr,  # (T, D) float32, a row's sum in the first slot that it has
     out_ptr,  # (R, D) contiguous rows of the weight's gradient
     R,
     D,
-    N,
-    first_class,
+    T,
+    first_row,
     stride_row,
     stride_column,
     D_padded,
-    SEARCH_STEPS: tl.constexpr,  # 2^SEARCH_STEPS > N
+    NORMALIZE: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,  # 2^SEARCH_STEPS > T
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = (row < R)[:, None] & (column < D)[None, :]
-    # Bisection: the first slot whose class is not below the row's.
+    # Bisection: the first slot whose row is not below this one.
     slot = tl.zeros((BLOCK_R,), tl.int32)
-    end = slot + N
+    end = slot + T
     for _ in tl.range(SEARCH_STEPS):
         middle = (slot + end) // 2
-        below = tl.load(target_class_ptr + middle, mask=middle < N, other=2**62) < row + first_class
+        below = tl.load(target_row_ptr + middle, mask=middle < T, other=2**62) < row + first_row
         slot = tl.where(below, middle + 1, slot)
         end = tl.where(below, end, middle)
-    held = (slot < N) & (row < R)
-    held = held & (tl.load(target_class_ptr + slot, mask=held, other=-1) == row + first_class)
-    rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
-    grad = tl.load(grad_ptr + row[:, None] * D_padded + column[None, :], mask=inside, other=0.0)
-    unit, inverse = unit_and_inverse(rows.to(tl.float32))
-    out = project(unit, inverse, grad) * tl.load(unscale_ptr)
+    held = (slot < T) & (row < R)
+    held = held & (tl.load(target_row_ptr + slot, mask=held, other=-1) == row + first_row)
+    out = tl.load(grad_ptr + row[:, None] * D_padded + column[None, :], mask=inside, other=0.0)
+    if NORMALIZE:
+        rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
+        unit, inverse = unit_and_inverse(rows.to(tl.float32))
+        out = project(unit, inverse, out)
+    out = out * tl.load(unscale_ptr)
     share = tl.load(target_sum_ptr + slot[:, None].to(tl.int64) * D + column[None, :], mask=inside & held[:, None], other=0.0)
     tl.store(out_ptr + row[:, None] * D + column[None, :], (out + share).to(out_ptr.dtype.element_ty), mask=inside)

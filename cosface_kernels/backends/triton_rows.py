@@ -1,5 +1,5 @@
-"""The functions of rows.py in four launches, one kernel each but for weight_factors' two: at a table of 10^4 classes the launches
-of plain PyTorch's hundred-odd operators would take ten times as long as the slabs.
+"""The functions of rows.py, for cosines with one row to a class, in four launches, one kernel each but for weight_factors' two:
+at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long as the slabs.
 
     enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n} and the target from raw features, table and labels
     x_gradient_rows     dx = (dx̂ - x̂ (x̂·dx̂)) / ‖x‖,  dx̂ = s g pull + what came back for x̂
@@ -20,9 +20,10 @@ ROW_BLOCK_ELEMENTS = 1024
 ORDER_BLOCKS = {"BLOCK_R": 8, "BLOCK_M": 512}
 
 
-def enter(x, weight, labels, ignore_index, wide):
+def enter(x, table, labels, ignore_index, wide, normalize_features=True):
     """See rows.enter."""
-    num_rows, size = x.shape
+    assert normalize_features and table.normalize and table.centers == 1
+    (num_rows, size), weight = x.shape, table.weight
     targets = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     inverse_norm = torch.empty(num_rows, dtype=wide, device=x.device)
     unit, target_unit = (torch.empty(num_rows, size, dtype=wide, device=x.device) for _ in range(2))
@@ -33,20 +34,20 @@ def enter(x, weight, labels, ignore_index, wide):
         (x, weight, labels, targets, inverse_norm, unit, target_unit),
         (len(weight), ignore_index, *x.stride(), *weight.stride(), labels.stride(0)),
     )
-    return targets, unit, inverse_norm, target_unit
+    return targets, unit, inverse_norm, target_unit[:, None]
 
 
-def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, dtype):
+def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtype):
     """See rows.x_gradient."""
-    x_grad = torch.empty(unit.shape, dtype=dtype, device=unit.device)
+    x_grad = torch.empty(shape, dtype=dtype, device=unit.device)
     tensors = lse_grad.contiguous(), unit_grad.contiguous(), unit, inverse_norm, pull, x_grad
     _launch(x_gradient_rows, *unit.shape, tensors, (scale,))
     return x_grad
 
 
-def weight_factors(lse_grad, target_grad, total, weight, labels, ignore_index, scale):
+def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, scale):
     """See rows.weight_factors."""
-    num_rows, size = target_grad.shape
+    (num_rows, _, size), weight = target_grad.shape, table.weight
     targets, classes, order, repeats = torch.empty(4, num_rows, dtype=torch.int64, device=labels.device)
     row_scale, sums = torch.empty_like(total), torch.empty(num_rows, size, dtype=target_grad.dtype, device=labels.device)
     unscale = total.new_empty(()) if num_rows else total.new_ones(())

@@ -1,15 +1,15 @@
 // The slab loop's four steps on a CPU, for bfloat16 and float32. Compiled once for each instruction set; plain C boundary.
 //
-//     normalize           ŵ = w / ‖w‖
-//     exponentials        Eᵀ = 2^{k ŵ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
-//     accumulate          U += E ŵ, in float64
-//     table_gradient      dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the target's share, dŵ = Eᵀ a x̂: the epilogue of that matmul
+//     normalize           w̃ = w / ‖w‖, or w as it is
+//     exponentials        Eᵀ = 2^{k w̃ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
+//     accumulate          U += E w̃, in float64
+//     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul
 //
 // Matrix products are sums over words of 32 bits (two bfloat16, or one float32). One operand is read a word at a time and spread
 // over a vector's lanes; the other lies in panels of PANEL columns, one word of each next to each other. With that:
 //
-//     cosines (class, n)  words along D:  ŵ as it is,   x in row panels, packed once a call
-//     dŵ (class, d)       words along N:  Eᵀ as it is,  a x̂ in column panels, packed once a call
+//     cosines (class, n)  words along D:  w̃ as it is,   x in row panels, packed once a call
+//     dw̃ (class, d)       words along N:  Eᵀ as it is,  a x in column panels, packed once a call
 //     U (n, d)            words along C:  both in column panels, packed slab by slab
 //
 // So E is stored transposed, (classes, N). Every result has one owner and one order of summation: the same bits whatever the number
@@ -29,6 +29,7 @@ constexpr int WIDEST_PANEL = 32;           // of any instruction set: callers le
 constexpr int64_t SUM_WORDS = 128;         // products added one after another in float32
 constexpr int64_t SUM_CLASSES = 64;        // exponentials added in float32 before their sum leaves the kernel
 constexpr int64_t CACHED_CLASSES = 32;     // class rows that a thread makes at a time, to be read again while in its cache
+constexpr int32_t NO_TARGET = INT32_MAX;   // no class of a slab is within `centers` of it
 constexpr double TINY_NORM = 1e-12;        // unit.py: a shorter row has no direction
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -161,13 +162,13 @@ inline double inverse_norm(const float *row, int64_t size) {
 }
 
 template <class Number>
-void normalize(const float *weight, int64_t classes, int64_t size, Number *unit, uint32_t *panels, int threads) {
+void normalize(const float *weight, int64_t classes, int64_t size, bool normalized, Number *unit, uint32_t *panels, int threads) {
     const int64_t words = ceil_div(classes, PER_WORD<Number>) * PANEL;
 #pragma omp parallel for num_threads(threads)
     for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
         const int64_t last = smaller(first + CACHED_CLASSES, classes);
         for (int64_t j = first; j < last; j++) {
-            const double inverse = inverse_norm(weight + j * size, size);
+            const double inverse = normalized ? inverse_norm(weight + j * size, size) : 1.0;
             const Factor factor(inverse);
             for (int64_t d = 0; d < size; d += LANES) {
                 const Vector row = load_lanes(weight + j * size + d, size - d);
@@ -187,8 +188,8 @@ inline void tile_rows(const Number *row[TILE], const Number *matrix, int64_t str
 
 template <class Number, bool MAXIMUM>
 void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,
-                  const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e, uint32_t *e_panels,
-                  float *partial, int threads) {
+                  const int64_t *targets, int64_t centers, int64_t first_class, const float *shifts, float log2_scale, Number *e,
+                  uint32_t *e_panels, float *partial, int threads) {
     const int64_t panel_words = ceil_div(size, PER_WORD<Number>) * PANEL, e_words = ceil_div(classes, PER_WORD<Number>) * PANEL;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < classes; first += SUM_CLASSES) {
@@ -199,7 +200,7 @@ void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit
                 sum[v] = MAXIMUM ? splat(-INFINITY) : Vector{};
                 for (int i = 0; i < LANES; i++) {
                     const int64_t n = smaller(p * PANEL + v * LANES + i, num_rows - 1), column = targets[n] - first_class;
-                    target[v][i] = column >= 0 && column < classes ? (int32_t)column : -1;
+                    target[v][i] = column >= 0 && column < classes ? (int32_t)column : NO_TARGET;
                     shift[v][i] = MAXIMUM ? 0.0f : shifts[n];
                 }
             }
@@ -216,7 +217,7 @@ void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit
                         for (int i = 0; i < PER_WORD<Number>; i++) {
                             if (j + i == classes) break;
                             const Vector exponent = cosines.at[j + i - tile][v] * log2_scale - shift[v];
-                            const auto is_target = target[v] == (int32_t)(j + i);
+                            const auto is_target = (Words)((int32_t)(j + i) - target[v]) < (uint32_t)centers;
                             if (MAXIMUM) {
                                 const Vector other = is_target ? splat(-INFINITY) : exponent;
                                 sum[v] = other > sum[v] ? other : sum[v];
@@ -267,17 +268,19 @@ void accumulate(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t c
     }
 }
 
-// dw of one class from dŵ; share: what its targets add, or null.
-inline void project(const float *row, const float *unit_grad, int64_t size, double unscale, const float *share, float *grad) {
-    const double inverse = inverse_norm(row, size);
+// dw of one class from dw̃; share: what its targets add, or null.
+inline void project(const float *row, const float *unit_grad, int64_t size, bool normalized, double unscale, const float *share,
+                    float *grad) {
+    const double inverse = normalized ? inverse_norm(row, size) : 1.0;
     const Factor normalize(inverse), factor(inverse * unscale);
     Vector sums = {};
-    for (int64_t d = 0; d < size; d += LANES)
+    for (int64_t d = 0; normalized && d < size; d += LANES)
         sums += normalize * load_lanes(row + d, size - d) * load_lanes(unit_grad + d, size - d);
     float along = 0;
     for (int i = 0; i < LANES; i++) along += sums[i];
     for (int64_t d = 0; d < size; d += LANES) {
-        const Vector across = load_lanes(unit_grad + d, size - d) - normalize * load_lanes(row + d, size - d) * along;
+        Vector across = load_lanes(unit_grad + d, size - d);
+        if (normalized) across -= normalize * load_lanes(row + d, size - d) * along;
         Vector out = inverse == 0 ? Vector{} : factor * across;
         if (share) out += load_lanes(share + d, size - d);
         store(grad + d, out, size - d);
@@ -297,8 +300,8 @@ inline int64_t lower_bound(const int64_t *classes, int64_t count, int64_t wanted
 
 template <class Number>
 void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight, int64_t classes, int64_t size,
-                    double unscale, int64_t first_class, const int64_t *target_classes, const float *target_sums,
-                    float *scratch, float *grad, int threads) {
+                    bool normalized, double unscale, int64_t first_class, int64_t num_targets, const int64_t *target_classes,
+                    const float *target_sums, float *scratch, float *grad, int threads) {
     const int64_t words = ceil_div(num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(size, PANEL) * PANEL;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
@@ -315,10 +318,10 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
             }
         }
         for (int64_t j = first; j < last; j++) {
-            const int64_t slot = lower_bound(target_classes, num_rows, first_class + j);
-            const bool held = slot < num_rows && target_classes[slot] == first_class + j;
-            project(weight + j * size, unit_grad + (j - first) * width, size, unscale, held ? target_sums + slot * size : nullptr,
-                    grad + j * size);
+            const int64_t slot = lower_bound(target_classes, num_targets, first_class + j);
+            const bool held = slot < num_targets && target_classes[slot] == first_class + j;
+            project(weight + j * size, unit_grad + (j - first) * width, size, normalized, unscale,
+                    held ? target_sums + slot * size : nullptr, grad + j * size);
         }
     }
 }
@@ -329,6 +332,9 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
 #define JOIN_(name, set) cosface_##name##_##set
 #define JOIN(name, set) JOIN_(name, set)
 #define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
+
+// What callers are written for: native.py refuses a library of another number. Changes with any signature or layout.
+EXPORT(int, interface)() { return 2; }
 
 // How much room callers leave: native.constant reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
@@ -359,30 +365,32 @@ EXPORT(int, supported)() {
     EXPORT(void, column_panels_##Number)(const Number *rows, int64_t num_rows, int64_t size, uint32_t *panels, int threads) {      \
         column_panels(rows, num_rows, size, panels, threads);                                                                      \
     }                                                                                                                              \
-    EXPORT(void, normalize_##Number)(const float *weight, int64_t classes, int64_t size, Number *unit, uint32_t *panels, int threads) {\
-        normalize(weight, classes, size, unit, panels, threads);                                                                   \
+    EXPORT(void, normalize_##Number)(const float *weight, int64_t classes, int64_t size, bool normalized, Number *unit,            \
+                                     uint32_t *panels, int threads) {                                                              \
+        normalize(weight, classes, size, normalized, unit, panels, threads);                                                       \
     }                                                                                                                              \
     EXPORT(void, exponentials_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,\
-                                 const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e,    \
-                                 uint32_t *e_panels, float *partial, int threads) {                                                \
-        exponentials<Number, false>(x_panels, num_rows, unit, classes, size, targets, first_class, shifts, log2_scale, e, e_panels,\
-                                    partial, threads);                                                                             \
+                                        const int64_t *targets, int64_t centers, int64_t first_class, const float *shifts,         \
+                                        float log2_scale, Number *e, uint32_t *e_panels, float *partial, int threads) {            \
+        exponentials<Number, false>(x_panels, num_rows, unit, classes, size, targets, centers, first_class, shifts, log2_scale, e, \
+                                    e_panels, partial, threads);                                                                   \
     }                                                                                                                              \
     EXPORT(void, maxima_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,   \
-                           const int64_t *targets, int64_t first_class, float log2_scale, float *partial, int threads) {           \
-        exponentials<Number, true>(x_panels, num_rows, unit, classes, size, targets, first_class, nullptr, log2_scale, nullptr, nullptr,\
-                                   partial, threads);                                                                              \
+                                  const int64_t *targets, int64_t centers, int64_t first_class, float log2_scale, float *partial,  \
+                                  int threads) {                                                                                   \
+        exponentials<Number, true>(x_panels, num_rows, unit, classes, size, targets, centers, first_class, nullptr, log2_scale,    \
+                                   nullptr, nullptr, partial, threads);                                                            \
     }                                                                                                                              \
     EXPORT(void, accumulate_##Number)(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t classes, int64_t num_rows,    \
                                int64_t size, double *pull, int threads) {                                                          \
         accumulate<Number>(e_panels, unit_panels, classes, num_rows, size, pull, threads);                                         \
     }                                                                                                                              \
     EXPORT(void, table_gradient_##Number)(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight,        \
-                                   int64_t classes, int64_t size, double unscale, int64_t first_class,                             \
-                                   const int64_t *target_classes, const float *target_sums, float *scratch, float *grad,           \
-                                   int threads) {                                                                                  \
-        table_gradient(e, num_rows, x_panels, weight, classes, size, unscale, first_class, target_classes, target_sums, scratch,   \
-                       grad, threads);                                                                                             \
+                                          int64_t classes, int64_t size, bool normalized, double unscale, int64_t first_class,     \
+                                          int64_t num_targets, const int64_t *target_classes, const float *target_sums,            \
+                                          float *scratch, float *grad, int threads) {                                              \
+        table_gradient(e, num_rows, x_panels, weight, classes, size, normalized, unscale, first_class, num_targets, target_classes,\
+                       target_sums, scratch, grad, threads);                                                                       \
     }
 
 EXPORT_ALL(bfloat16)

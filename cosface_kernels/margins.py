@@ -1,0 +1,312 @@
+"""Every margin: what a loss makes of the cosine with a row's own class. Everything here is about vectors of N numbers.
+
+    loss_n = -log( e^{s l_n ψ(cos θ_n)} / ( e^{s l_n ψ(cos θ_n)} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    cos θ_n of x_n and w_{y_n}
+
+x̃ and w̃ are unit rows, or the rows as they are; l_n is the product of the lengths of x̃_n and w̃_{y_n}: 1 for unit rows. The
+negatives know no margin, so a new one is a frozen dataclass with `psi`. Its derivative is autograd's, with the cosine held just
+inside ±1, where an arc cosine's is infinite (there the gradient of a cosine is zero anyway).
+
+A margin that reweights the negatives, such as CurricularFace's, is not of this form.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+
+from .validation import check_number
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The base: ψ(c) = c. A subclass overrides psi, and what else it needs."""
+
+    normalize_features: ClassVar[bool] = True  # whether its loss divides features by their norms unless told otherwise
+    normalize_weight: ClassVar[bool] = True  # whether its loss divides the class rows by their norms
+    needs_norm: ClassVar[bool] = False  # whether `terms` and `penalty` want ‖x‖
+    state: ClassVar[dict] = {}  # running statistics, by name, and their first values; the module keeps them as buffers
+
+    def psi(self, cosine, *terms):
+        """ψ(cos θ) (N,); terms: what `terms` returned."""
+        return cosine
+
+    def target_logit(self, product, length, *terms):
+        """The target's logit over s (N,): l ψ(product / l). length: l (N,), or None where it is 1."""
+        if length is None:
+            return self.psi(product, *terms)
+        return length * self.psi(product / torch.where(length == 0, 1.0, length), *terms)
+
+    def terms(self, norm, counted, state):
+        """What differs from row to row or step to step, tensors (N,) or 0-dim; norm: ‖x‖ (N,), or None if it is not needed.
+
+        counted: the rows that are not ignored; state: the running statistics, {} where there is no module to keep them.
+        """
+        return ()
+
+    def update(self, norm, counted, state):
+        """Brings the running statistics up to date, in place, before `terms` in each training step."""
+
+    def penalty(self, norm):
+        """What is added to the loss of each row (N,), or None."""
+        return None
+
+
+def _check(margin, **ranges):
+    """Every field named is a finite number within its closed range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(margin, name)
+        check_number(name, value)
+        if not low <= value <= high:
+            raise ValueError(f"{name} of {type(margin).__name__} must be from {low:g} to {high:g}, got {value}")
+
+
+@dataclass(frozen=True)
+class CosFace(Margin):
+    """ψ(cos θ) = cos θ - m. Source: CosFace (LMCL), arXiv 1801.09414, eq. 4; m = 0.35 is the paper's, InsightFace uses 0.40."""
+
+    m: float = 0.35
+
+    def __post_init__(self):
+        _check(self, m=(-math.inf, math.inf))
+
+    def psi(self, cosine):
+        return cosine - float(self.m)
+
+
+@dataclass(frozen=True)
+class NormSoftmax(Margin):
+    """ψ(cos θ) = cos θ: no margin. Source: NormFace, arXiv 1704.06369; the CosFace paper's NSL, eq. 3."""
+
+
+@dataclass(frozen=True)
+class ArcFace(Margin):
+    """ψ(cos θ) = cos(θ + m) for θ <= π - m, and cos θ - m sin m past that, so that it goes on falling. m in radians.
+
+    Args:
+        m: the margin, from 0 to π.
+        easy_margin: cos(θ + m) only where cos θ > 0, and cos θ elsewhere.
+        gradient: "exact", or "straight_through": ∂ψ/∂cos θ is taken to be 1, as some releases of InsightFace do unsaid.
+
+    At θ = π - m the value falls from -1 to -cos m - m sin m; with easy_margin it rises at θ = π / 2 by sin m.
+
+    Source: ArcFace, arXiv 1801.07698, eq. 3.
+    """
+
+    m: float = 0.5
+    easy_margin: bool = False
+    gradient: Literal["exact", "straight_through"] = "exact"
+
+    def __post_init__(self):
+        _check(self, m=(0.0, math.pi))
+        if self.gradient not in ("exact", "straight_through"):
+            raise ValueError(f'gradient of ArcFace must be "exact" or "straight_through", got {self.gradient!r}')
+
+    def psi(self, cosine):
+        m = float(self.m)
+        value = _rotated(cosine, m, math.cos(m), math.sin(m), self.easy_margin)
+        return value if self.gradient == "exact" else cosine + (value - cosine).detach()
+
+
+@dataclass(frozen=True)
+class SphereFace(Margin):
+    """A-Softmax: ψ(cos θ) = (-1)^k cos(m θ) - 2k for θ in [kπ/m, (k+1)π/m].
+
+    The original does not normalise features: normalize_features=False, with which the scale is 1.
+
+    Args:
+        m: the factor of the angle, 1 or more, not only whole numbers.
+        annealing: the original's schedule: (λ cos θ + ψ(cos θ)) / (1 + λ), λ = max(5, 1000 / (1 + 0.12 t)) in training step t.
+            Without a module, which counts the steps, t = 0.
+
+    Source: SphereFace, arXiv 1704.08063, eq. 7 and section 4.1 (schedule: its published configuration).
+    """
+
+    m: float = 4
+    annealing: bool = False
+
+    state: ClassVar[dict] = {"step": 0.0}
+
+    def __post_init__(self):
+        _check(self, m=(1.0, math.inf))
+
+    def psi(self, cosine, weight=None):
+        value = _continued(float(self.m) * _inside(cosine).acos())
+        return value if weight is None else (weight * cosine + value) / (1 + weight)
+
+    def terms(self, norm, counted, state):
+        if not self.annealing:
+            return ()
+        step = state["step"] if state else counted.new_zeros((), dtype=torch.float32)
+        return ((1000.0 / (1.0 + 0.12 * step)).clamp(min=5.0),)
+
+    def update(self, norm, counted, state):
+        state["step"].add_(1)
+
+
+@dataclass(frozen=True)
+class Combined(Margin):
+    """ψ(cos θ) = cos(m1 θ + m2) - m3, all three at once.
+
+    Where φ = m1 θ + m2 passes π it goes on falling as SphereFace's does: (-1)^k cos φ - 2k - m3 for φ in [kπ, (k+1)π].
+    InsightFace's CombinedMarginLoss drops m1 and m2 silently where m3 > 0.
+
+    Source: ArcFace, arXiv 1801.07698, eq. 4.
+    """
+
+    m1: float = 1.0
+    m2: float = 0.0
+    m3: float = 0.0
+
+    def __post_init__(self):
+        _check(self, m1=(0.0, math.inf), m2=(0.0, math.inf), m3=(-math.inf, math.inf))
+
+    def psi(self, cosine):
+        return _continued(float(self.m1) * _inside(cosine).acos() + float(self.m2)) - float(self.m3)
+
+
+@dataclass(frozen=True)
+class AdaFace(Margin):
+    """ψ(cos θ) = cos(θ - m z) - (m + m z), z = clip(h (‖x‖ - mean) / (std + 0.001), -1, 1): the row's quality.
+
+    mean and std are of ‖x‖, clipped to [0.001, 100] and without gradient. With a module they are running ones, which move by
+    t_alpha (the batch's - the running one) in each training step; without one the batch's own. θ - m z is held within
+    [0.001, π - 0.001].
+
+    Args:
+        m: the margin.
+        h: how many standard deviations z covers, inversely.
+        t_alpha: the share of the batch in the running statistics.
+
+    Source: AdaFace, arXiv 2204.00964, eq. 8 to 11; statistics as in the published code, where they start from 20 and 100. A
+    batch of one row has no standard deviation, and moves no statistics.
+    """
+
+    m: float = 0.4
+    h: float = 0.333
+    t_alpha: float = 0.01
+
+    needs_norm: ClassVar[bool] = True
+    state: ClassVar[dict] = {"batch_mean": 20.0, "batch_std": 100.0}
+
+    def __post_init__(self):
+        _check(self, m=(0.0, math.pi / 2), h=(0.0, math.inf), t_alpha=(0.0, 1.0))
+
+    def psi(self, cosine, quality):
+        shift = float(self.m) * quality
+        angle = (_inside(cosine).acos() - shift).clamp(1e-3, math.pi - 1e-3)
+        return angle.cos() - (float(self.m) + shift)
+
+    def terms(self, norm, counted, state):
+        norm = self._clipped(norm)
+        mean, std = (state["batch_mean"], state["batch_std"]) if state else self._statistics(norm, counted)
+        return ((float(self.h) * (norm - mean) / (std + 1e-3)).clamp(-1, 1),)
+
+    def update(self, norm, counted, state):
+        norm = self._clipped(norm)
+        share = float(self.t_alpha) * ((counted & norm.isfinite()).sum() > 1)
+        for name, value in zip(self.state, self._statistics(norm, counted), strict=True):
+            state[name].add_(share * (value - state[name]))
+
+    @staticmethod
+    def _clipped(norm):
+        return norm.detach().clamp(1e-3, 100.0)
+
+    @staticmethod
+    def _statistics(norm, counted):
+        """(mean, standard deviation) over the rows that count and are finite; (0, 0) over none."""
+        counted = counted & norm.isfinite()
+        count = counted.sum()
+        mean = torch.where(counted, norm, 0.0).sum() / count.clamp(min=1)
+        squares = torch.where(counted, (norm - mean).square(), 0.0).sum()
+        return mean, (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+@dataclass(frozen=True)
+class MagFace(Margin):
+    """ψ(cos θ) = cos(θ + m(a)) with each row's own margin, continued as ArcFace's; λ_g g(a) is added to the row's loss.
+
+        m(a) = (u_margin - l_margin) / (u_a - l_a) (a - l_a) + l_margin,    g(a) = 1/a + a/u_a²,    a = ‖x‖ clipped to [l_a, u_a]
+
+    Args:
+        l_a, u_a: the range of feature norms.
+        l_margin, u_margin: the margins at its ends, radians.
+        lambda_g: λ_g.
+        easy_margin: see ArcFace; the published training code has it on.
+
+    Source: MagFace, arXiv 2103.06627, eq. 3 and 4, and its published code.
+    """
+
+    l_a: float = 10.0
+    u_a: float = 110.0
+    l_margin: float = 0.45
+    u_margin: float = 0.8
+    lambda_g: float = 35.0
+    easy_margin: bool = False
+
+    needs_norm: ClassVar[bool] = True
+
+    def __post_init__(self):
+        _check(self, l_a=(0.0, math.inf), u_a=(0.0, math.inf), lambda_g=(0.0, math.inf))
+        _check(self, l_margin=(0.0, math.pi), u_margin=(0.0, math.pi))
+        if not 0 < self.l_a < self.u_a:
+            raise ValueError(f"MagFace needs 0 < l_a < u_a, got l_a = {self.l_a}, u_a = {self.u_a}")
+        if self.l_margin > self.u_margin:
+            raise ValueError(f"MagFace needs l_margin <= u_margin, got {self.l_margin} and {self.u_margin}")
+
+    def psi(self, cosine, m):
+        return _rotated(cosine, m, m.cos(), m.sin(), self.easy_margin)
+
+    def terms(self, norm, counted, state):
+        slope = (self.u_margin - self.l_margin) / (self.u_a - self.l_a)
+        return (slope * (self._clipped(norm) - self.l_a) + self.l_margin,)
+
+    def penalty(self, norm):
+        norm = self._clipped(norm)
+        return self.lambda_g * (1 / norm + norm / self.u_a**2)
+
+    def _clipped(self, norm):
+        return norm.clamp(self.l_a, self.u_a)
+
+
+@dataclass(frozen=True)
+class Softmax(Margin):
+    """Plain softmax cross-entropy: logits x·w_j + b_j, nothing normalised, no margin. `bias` belongs to this one alone."""
+
+    normalize_features: ClassVar[bool] = False
+    normalize_weight: ClassVar[bool] = False
+
+    def target_logit(self, product, length, *terms):
+        return product  # l ψ(product / l), and with a bias
+
+
+@dataclass(frozen=True)
+class LSoftmax(SphereFace):
+    """SphereFace's ψ with nothing normalised: the target's logit is ‖x‖ ‖w_y‖ ψ(cos θ), the others' are x·w_j.
+
+    Source: L-Softmax, arXiv 1612.02295, eq. 4 to 6.
+    """
+
+    normalize_features: ClassVar[bool] = False
+    normalize_weight: ClassVar[bool] = False
+
+
+def _inside(cosine):
+    """cosine, at most a rounding short of ±1."""
+    limit = 1 - torch.finfo(cosine.dtype).eps
+    return cosine.clamp(-limit, limit)
+
+
+def _rotated(cosine, m, cos_m, sin_m, easy_margin):
+    """cos(θ + m) where it falls, and what ArcFace takes elsewhere; m and its cosine and sine: floats or (N,)."""
+    cosine = _inside(cosine)
+    rotated = cosine * cos_m - (1 - cosine.square()).sqrt() * sin_m
+    if easy_margin:
+        return torch.where(cosine > 0, rotated, cosine)
+    return torch.where(cosine >= -cos_m, rotated, cosine - m * sin_m)
+
+
+def _continued(angle):
+    """cos(angle) on [0, π], going on falling past π: (-1)^k cos(angle) - 2k on [kπ, (k+1)π]."""
+    k = (angle.detach() / math.pi).floor()
+    return (1 - 2 * torch.remainder(k, 2)) * angle.cos() - 2 * k

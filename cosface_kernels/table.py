@@ -1,0 +1,68 @@
+"""The class table as the slab loop reads it, and the gradient as it writes it: a slab at a time, nothing C x D beside them.
+
+The row of class j is w_j, or with a bias (w_j, b_j): (x, 1)·(w_j, b_j) = x·w_j + b_j, so that no kernel knows of one.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .unit import project, unit_rows
+
+
+class Table(NamedTuple):
+    weight: torch.Tensor  # (R, D) raw rows, any float dtype and strides; `centers` consecutive ones to a class
+    bias: torch.Tensor | None = None  # (R,)
+    normalize: bool = True  # whether each row is divided by its norm; never with a bias
+    centers: int = 1  # a class's logit is the largest of its rows'
+
+    @property
+    def num_rows(self):
+        return self.weight.shape[0]
+
+    @property
+    def num_classes(self):
+        return self.weight.shape[0] // self.centers
+
+    def rows(self, start, stop):
+        """The raw rows of a slab: a view, or with a bias a copy of that slab."""
+        rows = self.weight[start:stop]
+        return rows if self.bias is None else torch.cat([rows, self.bias[start:stop, None]], 1)
+
+    def gathered(self, index, dtype):
+        """The raw rows at index (M,), in dtype."""
+        rows = self.weight.index_select(0, index).to(dtype)
+        return rows if self.bias is None else torch.cat([rows, self.bias.index_select(0, index)[:, None].to(dtype)], 1)
+
+    def unit(self, rows):
+        """(what is multiplied with x, 1 / ‖rows‖ (M, 1) or None) for raw rows in the dtype to compute in."""
+        return unit_rows(rows) if self.normalize else (rows, None)
+
+    def project(self, rows, unit_grad):
+        """The gradient of raw rows from that of their unit rows."""
+        return project(*self.unit(rows), unit_grad)
+
+
+class TableGradient(NamedTuple):
+    weight: torch.Tensor  # (R, D)
+    bias: torch.Tensor | None  # (R,)
+
+    @classmethod
+    def of(cls, table):
+        """Not yet written: every slab must be."""
+        weight = torch.empty(table.weight.shape, dtype=table.weight.dtype, device=table.weight.device)
+        return cls(weight, None if table.bias is None else torch.empty_like(table.bias))
+
+    def place(self, start, stop, dtype):
+        """Where a slab's rows may be written in dtype before they are `put`: the gradient itself if it can hold them."""
+        rows = self.weight[start:stop]
+        if self.bias is None and rows.dtype == dtype:
+            return rows
+        return torch.empty(len(rows), rows.shape[1] + (self.bias is not None), dtype=dtype, device=rows.device)
+
+    def put(self, start, stop, rows):
+        weight = self.weight[start:stop]
+        if rows.data_ptr() != weight.data_ptr():
+            weight.copy_(rows[:, : weight.shape[1]])
+        if self.bias is not None:
+            self.bias[start:stop] = rows[:, -1]
