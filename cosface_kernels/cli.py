@@ -16,7 +16,7 @@ def main(argv=None):
     if arguments.command is None:
         parser.print_help()
         return 2
-    return {"demo": _demo, "bench": _bench, "info": _info}[arguments.command](arguments)
+    return {"demo": _demo, "bench": _bench, "convert": _convert, "info": _info}[arguments.command](arguments)
 
 
 def _parser():
@@ -63,6 +63,27 @@ def _parser():
         help="measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR",
     )
     bench.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
+    convert = commands.add_parser(
+        "convert",
+        help="a class table trained in another system to a state dict of CosFaceLoss, or back",
+        usage="cosface convert IN... OUT (--from SYSTEM | --key NAME [--transpose]) [--to SYSTEM [--ranks W]] [--force]\n"
+        "       cosface convert IN OUT --to SYSTEM [--ranks W] [--force]",
+        description="Take the class table out of another system's files and write the state dict of CosFaceLoss, or, with --to, "
+        "the other way round, every bit the same. Systems: insightface is PartialFC_V2, one file for each rank; pml is "
+        "pytorch-metric-learning.",
+    )
+    convert.add_argument(
+        "inputs", nargs="+", metavar="IN", help="files written by torch.save, all shards of one table; ordered by rank"
+    )
+    convert.add_argument("out", metavar="OUT", help="the file to write; with --ranks its text {rank} becomes 0, 1, ...")
+    origin = convert.add_mutually_exclusive_group()
+    origin.add_argument("--from", dest="system", choices=("insightface", "pml"), help="the system that wrote IN")
+    origin.add_argument("--key", metavar="NAME", help="for any other system, the table's key in IN: state_dict.head.kernel")
+    convert.add_argument("--transpose", action="store_true", help="the table at --key is (D, C), not (C, D)")
+    convert.add_argument("--to", choices=("insightface", "pml"), help="the system to write for (default: CosFaceLoss)")
+    convert.add_argument("--ranks", type=positive, metavar="W", help="with --to insightface, write a shard for each of W ranks")
+    convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    convert.set_defaults(wrong_usage=convert.error)
     commands.add_parser(
         "info",
         help="versions, devices, and which backends can be used here",
@@ -110,6 +131,36 @@ def _bench(arguments):
             raise
         return _fail("bench needs a source checkout, it is not installed with the package; `python -m benchmarks` runs it there")
     return bench.main(arguments)
+
+
+def _convert(arguments):
+    system, key, to, ranks = arguments.system, arguments.key, arguments.to, arguments.ranks
+    if not (system or key or to):
+        arguments.wrong_usage("--from or --key says what IN is, or --to what OUT shall be")
+    if arguments.transpose and not key:
+        arguments.wrong_usage("--transpose needs --key")
+    if (ranks is not None) != ("{rank}" in arguments.out) or (ranks and to != "insightface"):
+        arguments.wrong_usage("--ranks goes with {rank} in OUT and --to insightface")
+    if len(arguments.inputs) > 1 and not (key or system == "insightface"):
+        arguments.wrong_usage("several IN need --from insightface or --key")
+    from .convert import convert
+
+    try:
+        print(
+            convert(
+                arguments.inputs,
+                arguments.out,
+                system=system,
+                key=key,
+                transpose=arguments.transpose,
+                to=to,
+                ranks=ranks or 1,
+                force=arguments.force,
+            )
+        )
+    except (OSError, ValueError) as error:
+        return _fail(str(error))
+    return 0
 
 
 def _info(_):

@@ -6,6 +6,7 @@ and for its worst row.
 """
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -78,22 +79,26 @@ def evaluate(loss, features, weight, labels, upstream):
 def check_accuracy(backend, draws, *, device="cpu", memory_budget="auto", scale=64.0, autocast=False):
     """The rule for one backend, over draws [(features, weight, labels), ...] of one shape that carry the dtypes to test."""
     constants = {"scale": scale, "reduction": "none"}
+    ours = partial(cosface_loss, backend=backend, memory_budget=memory_budget, **constants)
+    check_rule(ours, partial(reference.cosface_loss, **constants), draws, device=device, scale=scale, autocast=autocast)
+
+
+def check_rule(ours, plain, draws, *, device="cpu", scale=64.0, autocast=False):
+    """The rule for losses ours(features, weight, labels) -> (N,), against plain(...), the N x C expression.
+
+    scale: how large an exponent may be.
+    """
     low = autocast or draws[0][0].dtype in (torch.bfloat16, torch.float16)
 
-    def ours(x, w, y):
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast):
-            return cosface_loss(x, w, y, backend=backend, memory_budget=memory_budget, **constants)
-
-    def plain(x, w, y):
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=low and x.dtype == torch.float32):
-            return reference.cosface_loss(x, w, y, **constants)
+    def run(function, enabled, *tensors):
+        return evaluate(torch.autocast(tensors[0].device.type, dtype=torch.bfloat16, enabled=enabled)(function), *tensors)
 
     results = []
     for features, weight, labels in draws:
         upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1))
-        got = evaluate(ours, *(tensor.to(device) for tensor in (features, weight, labels, upstream)))
-        exact = evaluate(plain, features.double(), weight.double(), labels, upstream)
-        bound = evaluate(plain, features.float(), weight.float(), labels, upstream)
+        got = run(ours, autocast, *(tensor.to(device) for tensor in (features, weight, labels, upstream)))
+        exact = run(plain, False, features.double(), weight.double(), labels, upstream)
+        bound = run(plain, low, features.float(), weight.float(), labels, upstream)
         results.append([[tensor.cpu() for tensor in three] for three in zip(got, exact, bound, strict=True)])
     exponent = 0.0 if low else scale * torch.finfo(torch.float32).eps / 2
     product = torch.finfo(torch.bfloat16).eps / 2 if low and torch.device(device).type == "cpu" else exponent

@@ -1,0 +1,653 @@
+"""Is a converted table the same, bit for bit, and is anything but a whole table refused without a trace?"""
+
+import argparse
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from glob import glob
+from pathlib import Path
+
+import pytest
+import torch
+
+from cosface_kernels import CosFaceLoss, cli
+from cosface_kernels import convert as module
+from cosface_kernels.validation import FLOAT_DTYPES
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "migrate-tables.md"
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+SIZE = 5  # D; C in these tests is no multiple of the ranks, and never D
+
+
+def bits(tensor):
+    return tensor.contiguous().view(INTEGERS[tensor.itemsize])
+
+
+def table(num_classes, dtype=torch.float32, size=SIZE):
+    """Numbers of which no two are equal, so that no rows or columns can change places unseen."""
+    return (torch.arange(num_classes * size).view(num_classes, size) + 1).to(dtype)
+
+
+def wild(num_classes, dtype):
+    """Any bits: NaNs with payloads, signalling ones too, infinities, subnormals, and -0."""
+    info = torch.iinfo(INTEGERS[dtype.itemsize])
+    found = torch.empty(num_classes, SIZE, dtype=INTEGERS[dtype.itemsize]).random_(info.min, info.max)
+    infinity = int(torch.tensor(torch.inf, dtype=dtype).view(found.dtype))
+    found.view(-1)[:6] = torch.tensor([info.min, 1, infinity + 1, infinity, info.max, -1])  # -0, subnormal, NaN, inf, NaN, -NaN
+    return found.view(dtype)
+
+
+def shards(whole, ranks):
+    """By PartialFC_V2's own words, class_start and num_local."""
+    num_classes = len(whole)
+    for rank in range(ranks):
+        start = num_classes // ranks * rank + min(rank, num_classes % ranks)
+        yield whole[start : start + num_classes // ranks + int(rank < num_classes % ranks)].clone()
+
+
+def checkpoint(weight):
+    """What InsightFace's train_v2.py saves."""
+    backbone = {"fc.weight": torch.randn(7, 9), "fc.bias": torch.randn(7)}
+    momenta = {0: {"momentum_buffer": torch.randn(7, 9)}, 1: {"momentum_buffer": torch.randn_like(weight.float())}}
+    optimizer = {"state": momenta, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+    return {
+        "epoch": 3,
+        "state_dict_backbone": backbone,
+        "state_dict_softmax_fc": {"weight": weight},
+        "state_optimizer": optimizer,
+        "state_lr_scheduler": {"base_lrs": [0.1], "last_epoch": 5},
+    }
+
+
+def save_shards(folder, whole, ranks, wrap=lambda weight: {"weight": weight}, name="rank_{}.pt"):
+    for rank, weight in enumerate(shards(whole, ranks)):
+        torch.save(wrap(weight), folder / name.format(rank))
+    return sorted(glob(str(folder / name.format("*"))))
+
+
+def run(*arguments):
+    return cli.main(["convert", *map(str, arguments)])
+
+
+def converted(path, key="weight"):
+    content = torch.load(path, weights_only=True)
+    assert list(content) == [key] and content[key].is_contiguous() and type(content[key]) is torch.Tensor
+    return content[key]
+
+
+def refusal(capsys, *arguments):
+    """The one line with which a conversion is refused."""
+    assert run(*arguments) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("cosface: ") and err.count("\n") == 1
+    return err
+
+
+def fresh_process(script, *arguments):
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, cwd=DOCUMENT.parents[1], capture_output=True, text=True, timeout=120)
+
+
+def contents(folder):
+    """Everything under a folder, names and bytes, to compare before and after."""
+    return {path.relative_to(folder): path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+# Reading
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+@pytest.mark.parametrize("wrap", [checkpoint, lambda weight: {"weight": weight}], ids=["checkpoint", "state dict"])
+def test_insightface(here, capsys, wrap, dtype):
+    """11 classes over 3 ranks: 4, 4 and 3."""
+    whole = table(11, dtype)
+    assert run(*save_shards(here, whole, 3, wrap), "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").dtype == dtype and bits(converted("out.pt")).equal(bits(whole))
+    key = "state_dict_softmax_fc.weight" if wrap is checkpoint else "weight"
+    name = str(dtype).removeprefix("torch.")
+    assert capsys.readouterr().out == f"wrote out.pt: C = 11, D = 5, {name}, from {key} of 3 files by rank\n"
+
+
+@pytest.mark.parametrize("num_classes", [22, 25], ids=["equal shards", "unequal shards"])
+@pytest.mark.parametrize("name", ["rank_{r}.pt", "{r}/head.pt", "{r}/head_{r}.pt", "r{r:02}.pt", "v2.0-gpu{r}of11.pt"])
+def test_order_of_eleven_ranks(here, num_classes, name):
+    """Equal shards betray no wrong order by their sizes."""
+    files = [name.format(r=rank) for rank in range(11)]
+    for file, weight in zip(files, shards(table(num_classes), 11), strict=True):
+        Path(file).parent.mkdir(exist_ok=True)
+        torch.save({"weight": weight}, file)
+    assert run(*sorted(files), "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(table(num_classes))
+
+
+def test_names_without_a_rank_keep_the_order_given(here, capsys):
+    whole = table(11)
+    for name, weight in zip("cab", shards(whole, 3), strict=True):
+        torch.save({"weight": weight}, name)
+    assert run("c", "a", "b", "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(whole)
+    assert "in the order given" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["W", "loss.W", "a.b.W"])
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_pml(here, capsys, key, dtype):
+    torch.save({"epoch": 1, "other": table(2), key: table(11, dtype).T.contiguous()}, "loss.pt")
+    assert run("loss.pt", "out.pt", "--from", "pml") == 0
+    assert converted("out.pt").dtype == dtype and converted("out.pt").equal(table(11, dtype))
+    assert f"from {key}\n" in capsys.readouterr().out
+
+
+def test_pml_prefers_the_key_itself(here):
+    torch.save({"teacher.W": table(4), "W": table(11).T.contiguous()}, "loss.pt")
+    assert run("loss.pt", "out.pt", "--from", "pml") == 0
+    assert converted("out.pt").equal(table(11))
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize(("key", "transpose"), [("head.kernel", True), ("state_dict.head.kernel", True), ("w", False)])
+def test_any_key(here, key, transpose, ranks):
+    """Sizes that PartialFC_V2 would not give: others shard in their own way."""
+    whole = table(11)
+    for rank, weight in enumerate(whole.split([11] if ranks == 1 else [2, 8, 1])):
+        content = weight.T.contiguous() if transpose else weight.clone()
+        for name in reversed(key.split(".", 1) if key.startswith("state_dict.") else [key]):
+            content = {name: content, "step": rank}
+        torch.save(content, f"{rank}.pt")
+    files = [f"{rank}.pt" for rank in reversed(range(ranks))]
+    assert run(*files, "out.pt", "--key", key, *["--transpose"] * transpose) == 0
+    assert converted("out.pt").equal(whole)
+
+
+def test_parameters_views_and_tensors_of_a_gpu(here):
+    """A state dict of parameters, the table a column slice of a larger storage, saved from cuda:3."""
+    whole = table(11)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        torch.save({"weight": torch.nn.Parameter(torch.cat([torch.ones(11, 1000), whole], 1)[:, 1000:])}, "0.pt")
+    assert b"cuda:3" in Path("0.pt").read_bytes()
+    assert run("0.pt", "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(whole)
+    assert os.path.getsize("out.pt") < 4000 < os.path.getsize("0.pt")
+
+
+def test_files_older_than_torch_1_6(here):
+    torch.save({"weight": table(11)}, "old.pt", _use_new_zipfile_serialization=False)
+    assert run("old.pt", "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(table(11))
+
+
+MEMORY = """
+import re, sys
+import torch
+from cosface_kernels import cli
+
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+save, before = torch.save, anonymous()
+torch.save = lambda *arguments: (print(anonymous() - before), save(*arguments))
+sys.exit(cli.main(["convert", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc, which only Linux has")
+@pytest.mark.parametrize("to", [[], ["--to", "pml"]], ids=["CosFaceLoss", "pml"])
+def test_memory_is_one_copy(here, to):
+    """In a fresh process, when the file is written: 64 MB for the copy, and nothing for the mapped inputs."""
+    files = save_shards(here, torch.ones(2**17, 128), 4)
+    output = fresh_process(MEMORY, *files, here / "out.pt", "--from", "insightface", *to).stdout
+    assert 0.9 * 2**26 < int(output.splitlines()[0]) < 1.3 * 2**26, output
+
+
+# Writing
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_round_trips_keep_every_bit(here, dtype):
+    whole = wild(11, dtype)
+    assert not whole.isfinite().all() and (whole.abs() < torch.finfo(dtype).tiny).any()
+    torch.save({"weight": whole}, "head.pt")
+    assert run("head.pt", "pml.pt", "--to", "pml") == 0
+    assert bits(converted("pml.pt", "W")).equal(bits(whole.T))
+    assert run("head.pt", "r{rank}.pt", "--to", "insightface", "--ranks", 3) == 0
+    for rank, shard in enumerate(shards(whole, 3)):
+        assert bits(converted(f"r{rank}.pt")).equal(bits(shard))
+    assert run("head.pt", "one.pt", "--to", "insightface") == 0
+    assert bits(converted("one.pt")).equal(bits(whole))
+    assert run("pml.pt", "back_from_pml.pt", "--from", "pml") == 0
+    assert run("r0.pt", "r1.pt", "r2.pt", "back_from_shards.pt", "--from", "insightface") == 0
+    assert run("pml.pt", "t{rank}.pt", "--from", "pml", "--to", "insightface", "--ranks", 2) == 0
+    assert run("t1.pt", "t0.pt", "again.pt", "--from", "insightface", "--to", "pml") == 0
+    for name in ("back_from_pml.pt", "back_from_shards.pt"):
+        assert bits(converted(name)).equal(bits(whole)), name
+    assert bits(converted("again.pt", "W")).equal(bits(whole.T))
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_cosface_loss_loads_it_and_is_converted_back(here, dtype):
+    torch.save({"W": torch.randn(SIZE, 11, dtype=dtype)}, "loss.pt")
+    assert run("loss.pt", "head.pt", "--from", "pml") == 0
+    head = CosFaceLoss(SIZE, 11, dtype=dtype)
+    head.load_state_dict(torch.load("head.pt", weights_only=True))
+    assert head.weight.equal(torch.load("loss.pt")["W"].T)
+    torch.save(head.state_dict(), "trained.pt")
+    assert run("trained.pt", "back.pt", "--to", "pml") == 0
+    assert converted("back.pt", "W").equal(torch.load("loss.pt")["W"])
+
+
+def test_shards_hold_their_own_rows_alone(here):
+    """torch.save of a view writes the whole table."""
+    torch.save({"weight": torch.ones(1000, 100)}, "head.pt")
+    assert run("head.pt", "r{rank}.pt", "--to", "insightface", "--ranks", 10) == 0
+    assert all(40_000 < os.path.getsize(f"r{rank}.pt") < 45_000 for rank in range(10))
+
+
+def test_rows_that_are_not_finite_are_counted(here, capsys, monkeypatch):
+    monkeypatch.setattr(module, "SLAB", 4)
+    whole = table(11)
+    whole[1, 0], whole[1, 1], whole[6, 3], whole[10, 4] = torch.inf, torch.nan, -torch.inf, torch.nan
+    for arguments in (["out.pt"], ["pml.pt", "--to", "pml"], ["r{rank}.pt", "--to", "insightface", "--ranks", 4]):
+        assert run(*save_shards(here, whole, 2, name="in{}.pt"), *arguments, "--from", "insightface") == 0
+        assert capsys.readouterr().out.endswith("; rows that are not finite: 3\n")
+    assert bits(converted("out.pt")).equal(bits(whole))
+
+
+def test_permissions_of_the_file_are_those_of_any_new_file(here):
+    torch.save({"W": table(11)}, "loss.pt")
+    assert run("loss.pt", "out.pt", "--from", "pml") == 0
+    assert os.stat("out.pt").st_mode == os.stat("loss.pt").st_mode
+
+
+def test_force_replaces_and_follows_a_link(here):
+    torch.save({"W": table(11)}, "loss.pt")
+    Path("old.pt").write_text("old")
+    Path("link.pt").symlink_to("old.pt")
+    assert run("loss.pt", "link.pt", "--from", "pml", "--force") == 0
+    assert Path("link.pt").is_symlink() and converted("old.pt").equal(table(11).T)
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([0, 1, 3], "ranks, 0 to 3; missing: 2"),
+        ([1, 2], "ranks, 0 to 2; missing: 0"),
+        ([0, 10], "missing: 1, 2, 3, 4, 5, 6, 7, 8, 9\n"),
+        ([20240101, 20240102], "17, 18, 19 and 20,240,081 more"),
+        (["0", "00", "1"], "two files of one rank"),
+    ],
+)
+def test_incomplete_ranks(here, capsys, numbers, message):
+    files = [f"rank_{number}.pt" for number in numbers]
+    for file in files:
+        torch.save({"weight": table(2)}, file)
+    before = contents(here)
+    assert message in refusal(capsys, *files, "out.pt", "--from", "insightface")
+    assert message in refusal(capsys, *files, "out.pt", "--key", "weight")
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([table(3), table(4)], "in 4, 3 rows: rank_0.pt (3, 5) float32, rank_1.pt (4, 5) float32"),
+        ([table(4), table(2)], "in 3, 3 rows: rank_0.pt (4, 5)"),
+        ([table(3), table(3, size=6)], "agree in D and dtype: rank_0.pt (3, 5) float32, rank_1.pt (3, 6) float32"),
+        ([table(3), table(3, torch.float16)], "rank_0.pt (3, 5) float32, rank_1.pt (3, 5) float16"),
+    ],
+)
+def test_shards_that_do_not_fit(here, capsys, weights, message):
+    for rank, weight in enumerate(weights):
+        torch.save({"weight": weight}, f"rank_{rank}.pt")
+    before = contents(here)
+    assert message in refusal(capsys, "rank_0.pt", "rank_1.pt", "out.pt", "--from", "insightface")
+    assert contents(here) == before
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "messages"),
+    [
+        (
+            {"fc": table(3), "bias": table(3)[0]},
+            ["--from", "insightface"],
+            ["no tensor at weight or state_dict_softmax_fc.weight"],
+        ),
+        ({"fc": table(3), "bias": table(3)[0]}, ["--from", "insightface"], ["--key NAME chooses from: fc (3, 5), bias (5,)\n"]),
+        ({"weight": table(3)}, ["--from", "pml"], ["no tensor at W or *.W", "weight (3, 5)"]),
+        ({"a.W": table(3), "b": {"W": table(3)}}, ["--from", "pml"], ["several tensors at W or *.W", "a.W (3, 5), b.W (3, 5)"]),
+        ({"weight": table(2), "state_dict_softmax_fc": {"weight": table(3)}}, ["--from", "insightface"], ["several tensors"]),
+        ({"head.weight": table(3)}, ["--to", "pml"], ["no tensor at weight;", "head.weight (3, 5)"]),
+        ({"head.weight": table(3)}, ["--key", "weight"], ["no tensor at weight;"]),
+        ({"a.b": table(2), "a": {"b": table(3)}}, ["--key", "a.b"], ["several tensors at a.b"]),
+        ({"weight": [1.0]}, ["--from", "insightface"], ["chooses from: nothing\n"]),
+        (table(3), ["--from", "insightface"], ["holds a Tensor, must hold a dict of tensors"]),
+        ([table(3)], ["--from", "insightface"], ["holds a list"]),
+        ({"weight": table(3)[0]}, ["--from", "insightface"], ["must be a 2-D tensor", "got (5,) float32"]),
+        ({"weight": table(3)[None]}, ["--from", "insightface"], ["got (1, 3, 5) float32"]),
+        ({"weight": table(3, torch.int32)}, ["--from", "insightface"], ["got (3, 5) int32"]),
+        ({"weight": table(3, torch.float8_e4m3fn)}, ["--from", "insightface"], ["got (3, 5) float8_e4m3fn"]),
+        ({"weight": table(3, torch.complex64)}, ["--from", "insightface"], ["got (3, 5) complex64"]),
+        ({"weight": table(3).to_sparse()}, ["--from", "insightface"], ["got (3, 5) float32 sparse_coo"]),
+        ({"weight": table(3).to("meta")}, ["--from", "insightface"], ["got (3, 5) float32 strided meta"]),
+        ({"weight": torch.empty(0, 5)}, ["--from", "insightface"], ["got (0, 5) float32"]),
+        ({"weight": table(3), "x": argparse.Namespace()}, ["--from", "insightface"], ["object of argparse.Namespace"]),
+        ({"weight": table(3), "x": Payload()}, ["--from", "insightface"], ["may run code"]),
+        ({"weight": table(3)}, ["--to", "insightface", "--ranks", 4], ["3 classes cannot be sharded over 4 ranks"]),
+    ],
+)
+def test_files_without_such_a_table(here, capsys, content, arguments, messages):
+    torch.save(content, "in.pt")
+    before = contents(here)
+    line = refusal(capsys, "in.pt", "out{rank}.pt" if "--ranks" in arguments else "out.pt", *arguments)
+    assert all(message in line for message in messages), line
+    assert "in.pt" in line or "--ranks" in arguments
+    assert contents(here) == before
+
+
+def test_a_long_list_of_keys_ends_and_has_the_largest_matrices_first(here, capsys):
+    layers = {f"layer{number}": torch.ones(3, 3, 3, 3) for number in range(30)}
+    torch.save({**layers, "fc": torch.ones(9, 9), "head": torch.ones(50, 9)}, "in.pt")
+    line = refusal(capsys, "in.pt", "out.pt", "--from", "pml")
+    assert "from: head (50, 9), fc (9, 9), layer0 (3, 3, 3, 3), " in line and line.endswith("layer17 (3, 3, 3, 3) and 12 more\n")
+
+
+def truncated(path, fraction):
+    Path(path).write_bytes(Path(path).read_bytes()[: int(os.path.getsize(path) * fraction)])
+
+
+def a_zip(path):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("photo.jpg", "pixels")
+
+
+DAMAGES = {
+    **{f"truncated to {f}": lambda path, f=f: truncated(path, f) for f in (0.002, 0.05, 0.3, 0.9, 0.99, 0.9999)},
+    "empty": lambda path: truncated(path, 0),
+    "garbage": lambda path: Path(path).write_bytes(bytes(range(255, -1, -1)) * 40),
+    "garbage after the magic": lambda path: Path(path).write_bytes(b"PK\x03\x04" + bytes(range(256)) * 40),
+    "text": lambda path: Path(path).write_text("weight: 1.0\n"),
+    "a zip of something else": a_zip,
+    "TorchScript": lambda path: torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("zipped", [True, False], ids=["format of today", "before 1.6"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files(here, capsys, recwarn, damage, zipped):
+    files = save_shards(here, torch.ones(2000, 10), 2)
+    torch.save({"weight": torch.ones(1000, 10)}, files[1], _use_new_zipfile_serialization=zipped)
+    DAMAGES[damage](files[1])
+    before = contents(here)
+    recwarn.clear()
+    line = refusal(capsys, *files, "out.pt", "--from", "insightface")
+    assert line.startswith(f"cosface: {files[1]}: not a file of torch.save, or a damaged one (") and len(line) < 400, line
+    assert contents(here) == before and not recwarn
+
+
+def test_inputs_that_cannot_be_read(here, capsys):
+    torch.save({"weight": table(3)}, "a.pt")
+    Path("folder").mkdir()
+    before = contents(here)
+    assert "cannot read b.pt: No such file or directory" in refusal(capsys, "a.pt", "b.pt", "out.pt", "--from", "insightface")
+    assert "cannot read folder: Is a directory" in refusal(capsys, "a.pt", "folder", "out.pt", "--from", "insightface")
+    assert "the same file twice: a.pt, folder/../a.pt" in refusal(
+        capsys, "a.pt", "folder/../a.pt", "out.pt", "--from", "insightface"
+    )
+    assert contents(here) == before
+
+
+def test_outputs_that_are_refused_before_anything_is_read(here, capsys, monkeypatch):
+    save_shards(here, table(5), 2)
+    Path("mine.pt").write_text("mine")
+    Path("folder").mkdir()
+    os.mkfifo("fifo")
+    os.link("rank_0.pt", "again.pt")
+    os.symlink("rank_1.pt", "link.pt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
+    before = os.listdir(), contents(here / "folder")
+    for out, message in {
+        "mine.pt": "it exists; --force replaces it",
+        "folder": "it is a folder",
+        "rank_1.pt": "it is also read",
+        "again.pt": "it is also read",
+        "link.pt": "it is also read",
+        "nowhere/out.pt": "No such file or directory",
+        "mine.pt/out.pt": "Not a directory",
+    }.items():
+        line = refusal(capsys, "rank_0.pt", "rank_1.pt", out, "--from", "insightface")
+        assert line.startswith("cosface: cannot write ") and message in line
+        assert message == "it exists; --force replaces it" or message in refusal(
+            capsys, "rank_0.pt", "rank_1.pt", out, "--from", "insightface", "--force"
+        )
+    assert "not a regular file" in refusal(capsys, "rank_0.pt", "fifo", "--from", "insightface", "--force")
+    line = refusal(capsys, "mine.pt", "rank_{rank}.pt", "--to", "insightface", "--ranks", 3)
+    assert "rank_0.pt: it exists" in line
+    assert (os.listdir(), contents(here / "folder")) == before and Path("mine.pt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_a_folder_that_takes_no_files(here, capsys, monkeypatch, error):
+    """Played, as root may write anywhere."""
+    torch.save({"weight": table(3)}, "in.pt")
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
+
+    def mkdtemp(*_, **__):
+        raise error
+
+    monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
+    assert f"out.pt: {error.strerror}\n" in refusal(capsys, "in.pt", "out.pt", "--from", "insightface")
+    assert os.listdir() == ["in.pt"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["in.pt"],
+        ["in.pt", "out.pt"],
+        ["in.pt", "out.pt", "--from", "tensorflow"],
+        ["in.pt", "out.pt", "--from", "pml", "--key", "W"],
+        ["in.pt", "out.pt", "--key", ""],
+        ["in.pt", "out.pt", "--from", "pml", "--transpose"],
+        ["a.pt", "b.pt", "out.pt", "--from", "pml"],
+        ["a.pt", "b.pt", "out.pt", "--to", "pml"],
+        ["in.pt", "out.pt", "--to", "insightface", "--ranks", "2"],
+        ["in.pt", "out{rank}.pt", "--to", "insightface"],
+        ["in.pt", "out{rank}.pt", "--to", "pml", "--ranks", "2"],
+        ["in.pt", "out{rank}.pt", "--from", "pml"],
+        ["in.pt", "out{rank}.pt", "--to", "insightface", "--ranks", "0"],
+    ],
+)
+def test_wrong_usage(here, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("usage: cosface convert IN... OUT")
+
+
+# Nothing half-written
+
+
+OUTPUTS = {
+    "one file": ["out.pt", "--from", "insightface"],
+    "shards": ["out{rank}.pt", "--from", "insightface", "--to", "insightface", "--ranks", "3"],
+}
+
+
+# Three shards are three calls; of five renames two move away what is there, and three put the new files in place.
+CALLS = {
+    "one file": {"torch.save": 1, "os.fsync": 1, "os.replace": 1},
+    "shards": {"torch.save": 3, "os.fsync": 3, "os.replace": 5},
+}
+
+
+def prepared(outputs):
+    """Arguments of a conversion that replaces files; out1.pt is new, the others are there."""
+    files = save_shards(Path.cwd(), table(11), 2, name="in{}.pt")
+    for name in ("out.pt", "out0.pt", "out2.pt"):
+        Path(name).write_text(f"precious {name}")
+    return [*files, *OUTPUTS[outputs], "--force"]
+
+
+def failing(function, error, turn):
+    """`function`, which in its turn raises."""
+    turns = iter(range(100))
+
+    def wrapper(*arguments, **options):
+        if next(turns) == turn:
+            raise error
+        return function(*arguments, **options)
+
+    return wrapper
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("iostream error"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    ("outputs", "where", "turn"),
+    [(outputs, where, turn) for outputs, calls in CALLS.items() for where, count in calls.items() for turn in range(count)],
+)
+def test_failure_leaves_everything_as_it_was(here, capsys, monkeypatch, outputs, where, turn, error):
+    arguments = prepared(outputs)
+    before = contents(here)
+    owner, name = {"torch": torch, "os": os}[where.split(".")[0]], where.split(".")[1]
+    monkeypatch.setattr(owner, name, failing(getattr(owner, name), error, turn))
+    if isinstance(error, KeyboardInterrupt) or (name == "replace" and isinstance(error, RuntimeError)):
+        with pytest.raises(type(error)):
+            run(*arguments)
+    else:
+        line = refusal(capsys, *arguments)
+        assert line.startswith("cosface: cannot write ") and (getattr(error, "strerror", None) or "iostream error") in line
+    assert contents(here) == before
+
+
+class Interrupted(io.FileIO):
+    """A file in whose third write the user presses Ctrl-C."""
+
+    writes = 0
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == 3:
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_interrupt_within_torch_save_stays_one(here, monkeypatch):
+    """Its writer answers with an error of its own."""
+    arguments = prepared("one file")
+    before = contents(here)
+    monkeypatch.setattr(module, "open", lambda path, mode: {"xb": Interrupted}.get(mode, open)(path, mode), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    assert contents(here) == before
+
+
+@pytest.mark.parametrize("outputs", OUTPUTS)
+def test_all_files_are_written_before_one_is_renamed(here, monkeypatch, outputs):
+    done = []
+    for owner, name in ((torch, "save"), (os, "fsync"), (os, "replace")):
+        function = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *a, name=name, function=function: (done.append(name), function(*a)))
+    arguments = prepared(outputs)
+    done.clear()
+    assert run(*arguments) == 0
+    assert done == ["save", "fsync"] * CALLS[outputs]["torch.save"] + ["replace"] * CALLS[outputs]["os.replace"]
+    whole = converted("out.pt") if outputs == "one file" else torch.cat([converted(f"out{rank}.pt") for rank in range(3)])
+    assert whole.equal(table(11))
+    assert set(os.listdir()) <= {"in0.pt", "in1.pt", "out.pt", "out0.pt", "out1.pt", "out2.pt"}
+
+
+FULL_DISK = """
+import resource, sys
+from cosface_kernels import cli
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(cli.main(["convert", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
+@pytest.mark.parametrize("limit", [100, 50_000, 80_400], ids=["header", "table", "directory at the end"])
+def test_disk_that_is_really_full(here, limit):
+    """As far as torch.save's own writer can tell: every write beyond the limit fails."""
+    torch.save({"weight": torch.ones(2000, 10)}, "in.pt")
+    Path("out.pt").write_text("precious")
+    before = contents(here)
+    process = fresh_process(FULL_DISK, limit, here / "in.pt", here / "out.pt", "--from", "insightface", "--force")
+    assert process.returncode == 1 and process.stderr == f"cosface: cannot write {here / 'out.pt'}: File too large\n"
+    assert contents(here) == before
+
+
+# The document
+
+
+def save_what_the_document_names(whole):
+    """The files of its table, in each system's layout."""
+    columns = whole.T.contiguous()
+    for rank, weight in enumerate(shards(whole, 11)):
+        torch.save(checkpoint(weight), f"checkpoint_gpu_{rank}.pt")
+        torch.save({"weight": weight}, f"rank_{rank}.pt")
+        torch.save({"partial_fc.weight": weight, "partial_fc.batch_mean": torch.ones(1)}, f"classifier_rank{rank}.pt")
+        tface = {"NAME": {"kernel": weight.T.contiguous()}, "OTHER": {"kernel": torch.ones(SIZE, 2)}}
+        torch.save(tface, f"HEAD_Epoch_18_Split_{rank}_checkpoint.pth")
+    module = {"model.fc.weight": torch.ones(7, 9), "head.kernel": columns, "head.t": torch.zeros(1)}
+    for name, content in {
+        "loss.pt": {"W": columns},
+        "adaface.pt": {"kernel": columns, "t": torch.zeros(1), "batch_mean": torch.ones(1)},
+        "module.pt": module,
+        "last.ckpt": {"epoch": 3, "state_dict": module, "hyper_parameters": {"m": 0.4, "head": "adaface"}},
+        "facex.pt": {"weight": columns},
+        "Epoch_17.pt": {"state_dict": {"backbone.fc.weight": torch.ones(7, 9), "head.weight": columns}, "epoch": 17},
+        "sphere.pth": {"w": whole},
+        "model_70000.pth": {"backbone": {"fc.weight": torch.ones(7, 9)}, "head": {"w": whole}},
+    }.items():
+        torch.save(content, name)
+
+
+def commands(text):
+    return re.findall(r"\| `cosface (convert [^`]+)` \|", text)
+
+
+def test_commands_of_the_document(here):
+    """Each on the files that it names, with the shell's order of a pattern."""
+    there, back = DOCUMENT.read_text().split("And back:")
+    whole = table(25)
+    save_what_the_document_names(whole)
+    assert len(commands(there)) == 12 and len(commands(back)) == 3
+    for command in commands(there):
+        Path("head.pt").unlink(missing_ok=True)
+        assert cli.main([name for word in shlex.split(command) for name in (sorted(glob(word)) or [word])]) == 0, command
+        assert converted("head.pt").equal(whole), command
+    for name in [*glob("rank_*.pt"), "loss.pt"]:
+        os.unlink(name)
+    for command in commands(back):
+        assert cli.main(shlex.split(command)) == 0, command
+    assert converted("loss.pt", "W").equal(whole.T) and converted("partial_fc.pt").equal(whole)
+    for rank, shard in enumerate(shards(whole, 8)):
+        assert converted(f"rank_{rank}.pt").equal(shard)
+
+
+def test_snippet_of_the_document(here):
+    torch.save({"weight": table(11, torch.bfloat16)}, "head.pt")
+    names = {"torch": torch, "CosFaceLoss": CosFaceLoss}
+    exec(re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)[1], names)
+    assert names["head"].weight.equal(table(11, torch.bfloat16))

@@ -1,0 +1,146 @@
+"""Is every backend as accurate as it promises where logits are no plain cosines: raw rows, a bias, several centres to a class?
+
+The rule is that of cases.py, the expression that of reference.py. Shapes as in test_backends.py, in whole classes.
+"""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import check_rule, draws, evaluate, make
+
+from cosface_kernels import margin_softmax_loss, reference
+from cosface_kernels.margins import CosFace, NormSoftmax, Softmax
+
+# (N, rows of the table, D). 522 rows: slabs of 128, or of 384 for three centres, the last one short; 67 rows: one past a tile.
+# D is not small: the rounding of operands, which both have, would decide who is nearer.
+SHAPES = [(1, 18, 64), (67, 522, 70)]
+PRECISIONS = {
+    "float32": (torch.float32, torch.float32, False),
+    "autocast": (torch.float32, torch.float32, True),
+    "bfloat16": (torch.bfloat16, torch.bfloat16, False),
+}
+
+pytestmark = pytest.mark.usefixtures("small_slabs")
+
+
+def split(function):
+    """function(x, w, y, bias=b) as one of a table (w, b), so that dW holds db too; the last column of features is dropped."""
+    return lambda x, table, y: function(x[:, :-1], table[:, :-1], y, bias=table[:, -1])
+
+
+def whole_classes(inputs, centers):
+    return [(x, w, y // centers) for x, w, y in inputs]
+
+
+def losses(margin, scale, **form):
+    """(ours, plain) of a margin that is a number subtracted from the product."""
+    subtracted = margin.m if isinstance(margin, CosFace) else 0.0
+    ours = partial(margin_softmax_loss, margin=margin, scale=scale, reduction="none", **form)
+
+    def plain(x, w, y, bias=None):
+        raw = {"normalize_weight": margin.normalize_weight, "normalize_features": margin.normalize_features, "bias": bias}
+        negatives, products = reference.cosine_lse(x, w, y, scale=scale, **raw | form)
+        return F.softplus(negatives - scale * (products - subtracted), threshold=40)
+
+    return ours, plain
+
+
+# name: margin, scale, options, centres. A scale of 100 is past a constant shift for bounded logits too.
+FORMS = {
+    "raw features": (NormSoftmax(), 1.0, {"normalize_features": False}, 1),
+    "raw features, large": (NormSoftmax(), 16.0, {"normalize_features": False}, 1),
+    "raw": (Softmax(), 1.0, {}, 1),
+    "bias": (Softmax(), 1.0, {}, 1),
+    "raw table": (Softmax(), 8.0, {"normalize_features": True}, 1),
+    "2 centres": (CosFace(0.35), 64.0, {"centers_per_class": 2}, 2),
+    "3 centres": (CosFace(0.35), 64.0, {"centers_per_class": 3}, 3),
+    "3 centres, large": (CosFace(0.35), 100.0, {"centers_per_class": 3}, 3),
+    "6 raw centres": (Softmax(), 1.0, {"centers_per_class": 6}, 6),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["peaked", "hard"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_error_at_most_the_references(backend, device, form, precision, kind, shape):
+    margin, scale, options, centers = FORMS[form]
+    *dtypes, autocast = PRECISIONS[precision]
+    ours, plain = losses(margin, scale, **options)
+    ours = partial(ours, backend=backend)
+    if form == "bias":
+        ours, plain = split(ours), split(plain)
+    inputs = whole_classes(draws(kind, shape, *dtypes), centers)
+    # Raw logits are as large as the product of two rows of norm 3, or of sqrt(D).
+    largest = scale * (1 if margin.normalize_features and options.get("normalize_features", True) else shape[2])
+    check_rule(ours, plain, inputs, device=device, scale=largest, autocast=autocast)
+
+
+@pytest.mark.parametrize("memory_budget", [0, 67 * 128 * 2 * 2, 67 * 384 * 4, 10**9])
+@pytest.mark.parametrize("precision", ["float32", "autocast"])
+@pytest.mark.parametrize("form", ["raw", "bias", "3 centres", "6 raw centres"])
+def test_any_budget(backend, device, form, precision, memory_budget):
+    """None kept, some of two sizes of slab, all."""
+    margin, scale, options, centers = FORMS[form]
+    *dtypes, autocast = PRECISIONS[precision]
+    ours, plain = losses(margin, scale, **options)
+    ours = partial(ours, backend=backend, memory_budget=memory_budget)
+    if form == "bias":
+        ours, plain = split(ours), split(plain)
+    inputs = whole_classes(draws("hard", (67, 522, 70), *dtypes), centers)
+    check_rule(ours, plain, inputs, device=device, scale=64.0, autocast=autocast)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_same_bits_every_time_and_nothing_unwritten(backend, device, form):
+    margin, scale, options, centers = FORMS[form]
+    ours = partial(losses(margin, scale, **options)[0], backend=backend, memory_budget=7 * 384 * 2)
+    ours = split(ours) if form == "bias" else ours
+    features, weight, labels = (tensor.to(device) for tensor in make("hard", 7, 1002, 70))
+    inputs = features.bfloat16(), weight, labels // centers, torch.linspace(1, 2, 7, device=device)
+    first = evaluate(ours, *inputs)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch.empty gives NaN
+    try:
+        second = evaluate(ours, *inputs)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(first, second, strict=True):
+        assert one.isfinite().all() and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ignored_rows_and_the_first_and_last_class(backend, device, form):
+    """Rows of class 0 and C - 1, so the first and the last rows of the table; ignored rows full of NaN reach nothing."""
+    margin, scale, options, centers = FORMS[form]
+    ours, plain = losses(margin, scale, **options)
+    ours = partial(ours, backend=backend)
+    if form == "bias":
+        ours, plain = split(ours), split(plain)
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 7, 522, 70))
+    labels = labels // centers
+    labels[0], labels[1], labels[2], labels[3] = 0, 522 // centers - 1, -100, 522 // centers - 1
+    features[2] = torch.nan
+    upstream = torch.linspace(1, 2, 7, device=device)
+    got = evaluate(ours, features, weight, labels, upstream)
+    counted = labels != -100
+    upstream = upstream * counted
+    exact = evaluate(plain, torch.where(counted[:, None], features, 0.0).double(), weight.double(), labels, upstream)
+    assert not got[0][2] and not got[1][2].any()
+    for tensor, wanted in zip(got, exact, strict=True):
+        wanted = wanted.clone()
+        if len(wanted) == 7:
+            wanted[2] = 0
+        # 64 or 140 roundings of an exponent, some additions.
+        torch.testing.assert_close(tensor.double(), wanted, rtol=0, atol=200 * 2**-23 * float(wanted.abs().max()))
+
+
+def test_overflowing_target_beside_tiny_negatives(backend, device):
+    """The target's own centres take no part in a row's maximum: at scale 1000 they would hide every negative."""
+    features, weight, labels = (tensor.to(device) for tensor in make("peaked", 7, 522, 70))
+    labels = labels // 3
+    options = {"scale": 1000.0, "centers_per_class": 3}
+    ours, plain = losses(CosFace(1.9), **options)
+    inputs = [(features, weight, labels)]
+    check_rule(partial(ours, backend=backend), plain, inputs, device=device, scale=1000.0)
