@@ -17,8 +17,8 @@ from test_compat_insightface import CombinedToday
 from cosface_kernels import CosFaceLoss
 from cosface_kernels.compat import pytorch_metric_learning as compat
 
-DOCUMENT = (Path(__file__).parents[1] / "docs" / "migrate-code.md").read_text()
-METRIC_LEARNING, INSIGHTFACE, BESIDE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "migrate.md").read_text()
+METRIC_LEARNING, INSIGHTFACE, _, BESIDE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
 
 
 def execute(example):

@@ -18,7 +18,9 @@ from cosface_kernels import CosFaceLoss, cli
 from cosface_kernels import convert as module
 from cosface_kernels.validation import FLOAT_DTYPES
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "migrate-tables.md"
+ROOT = Path(__file__).parents[1]
+# The section of the document that is about files.
+DOCUMENT = (ROOT / "docs" / "migrate.md").read_text().split("## Tables trained elsewhere")[1].split("\n## ")[0]
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 SIZE = 5  # D; C in these tests is no multiple of the ranks, and never D
 
@@ -89,7 +91,7 @@ def refusal(capsys, *arguments):
 
 def fresh_process(script, *arguments):
     command = [sys.executable, "-c", script, *map(str, arguments)]
-    return subprocess.run(command, cwd=DOCUMENT.parents[1], capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
 def contents(folder):
@@ -629,7 +631,7 @@ def commands(text):
 
 def test_commands_of_the_document(here):
     """Each on the files that it names, with the shell's order of a pattern."""
-    there, back = DOCUMENT.read_text().split("And back:")
+    there, back = DOCUMENT.split("And back:")
     whole = table(25)
     save_what_the_document_names(whole)
     assert len(commands(there)) == 12 and len(commands(back)) == 3
@@ -649,5 +651,5 @@ def test_commands_of_the_document(here):
 def test_snippet_of_the_document(here):
     torch.save({"weight": table(11, torch.bfloat16)}, "head.pt")
     names = {"torch": torch, "CosFaceLoss": CosFaceLoss}
-    exec(re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.S)[1], names)
+    exec(re.search(r"```python\n(.*?)```", DOCUMENT, re.S)[1], names)
     assert names["head"].weight.equal(table(11, torch.bfloat16))
