@@ -113,12 +113,9 @@ def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row:
 
 def _run(report, entries, device, repeats, save, expected):
     shape = tuple(report["shape"])
-    free = measure.free_bytes(device)
     for row, peer in entries:
-        needed = peer.bytes_needed(*shape)
-        if needed > free:
-            row["error"] = f"does not fit: needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB there"
-        elif expected(row) > SWEEP_SECONDS:
+        row["error"] = measure.shortage(peer.bytes_needed(*shape), device)
+        if not row["error"] and expected(row) > SWEEP_SECONDS:
             row["error"] = f"not run: a step would take about {expected(row):.0f} s"
     if device.type == "cpu":
         for row, peer in _open(entries):

@@ -37,9 +37,8 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {}
     for num_classes in CLASSES:
-        needed, free = 12 * num_classes * arguments.size, measure.free_bytes(device)
-        if needed > free:
-            print(f"C = {num_classes:,} does not fit: needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB there")
+        if shortage := measure.shortage(12 * num_classes * arguments.size, device):
+            print(f"C = {num_classes:,} {shortage}")
             continue
         tensors = inputs(arguments.rows, num_classes, arguments.size, device)
         steps[num_classes] = {"reused": reused(*tensors), "fresh": fresh(*tensors)}

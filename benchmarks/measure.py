@@ -107,6 +107,12 @@ def free_bytes(device):
     return available_bytes(device) + cached
 
 
+def shortage(needed, device):
+    """Why that many bytes do not fit, or None."""
+    free = free_bytes(device)
+    return f"does not fit: needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB there" if needed > free else None
+
+
 def check_classes(num_rows, num_classes, device):
     """The most classes, up to num_classes, with which the expression in float64 fits comfortably."""
     logits = min(CHECK_LOGITS, free_bytes(device) // (2 * CHECK_BYTES_PER_LOGIT))
@@ -116,16 +122,18 @@ def check_classes(num_rows, num_classes, device):
 class Check:
     """The errors of peers on one problem, and whether they are right."""
 
-    def __init__(self, tensors):
-        self.tensors = features, weight, labels = tensors
-        self.exact = step(plain, features.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), labels)
+    def __init__(self, tensors, expression=plain):
+        """expression: what all of them should compute, in plain PyTorch."""
+        self.tensors = tensors
+        wide = (tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors)
+        self.exact = step(expression, *wide)
         self._allowed = {}
 
     def errors(self, function):
         return self.relative(step(function, *self.tensors))
 
     def relative(self, results):
-        """‖got - exact‖ / ‖exact‖ of loss, dX and dW, or of the first of them."""
+        """‖got - exact‖ / ‖exact‖ of loss, dX, dW and db, or of the first of them."""
         return [_relative_error(got, exact) for got, exact in zip(results, self.exact, strict=False)]
 
     def allowed(self, yardstick):

@@ -52,7 +52,7 @@ def _peers(device, precision):
     low = precision == "bfloat16"
 
     def peer(name, function, *held, **options):
-        return Peer(name, precision, _autocast(function) if low else function, *held, **options)
+        return Peer(name, precision, autocast(function) if low else function, *held, **options)
 
     yield peer(PLAIN, plain, 17 if low else 20, 16)
     for backend in backends.NAMES:
@@ -86,10 +86,12 @@ def _package_missing(module):
     return None if importlib.util.find_spec(module) else f"{module.replace('_', '-')} is not installed"
 
 
-def _autocast(function):
-    def wrapped(features, weight, labels):
+def autocast(function):
+    """The function with products in bfloat16."""
+
+    def wrapped(features, *others):
         with torch.autocast(features.device.type, dtype=torch.bfloat16):
-            return function(features, weight, labels)
+            return function(features, *others)
 
     return wrapped
 
@@ -197,7 +199,7 @@ def inputs(num_rows, num_classes, size, device="cpu", dtype=torch.float32, seed=
     return near(directions).requires_grad_(), weight.requires_grad_(), labels
 
 
-def step(function, features, weight, labels):
-    """One forward and backward; (loss, dX, dW)."""
-    loss = function(features, weight, labels)
-    return loss.detach(), *torch.autograd.grad(loss, (features, weight))
+def step(function, features, weight, labels, *bias):
+    """One forward and backward; (loss, dX, dW), and db where there is a bias."""
+    loss = function(features, weight, labels, *bias)
+    return loss.detach(), *torch.autograd.grad(loss, (features, weight, *bias))

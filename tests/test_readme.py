@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import tables
-from cosface_kernels import cosface_loss, cosine_lse, reference
+from cosface_kernels import cosface_loss, reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-REPLACED, _, USAGE, ARCFACE = re.findall(r"```python\n(.*?)```", README, re.S)
+REPLACED, _, USAGE, MARGIN = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def problem():
@@ -34,11 +34,13 @@ def test_usage_example():
     assert names["nearest"].shape == (32, 5)
 
 
-def test_another_margin_in_three_lines():
-    features, weight, labels = problem()
-    names = {"features": features, "weight": weight, "labels": labels, "cosine_lse": cosine_lse, "F": F}
-    exec(ARCFACE, names)
-    logits = reference.logits(features, weight, scale=1.0)
+def test_another_margin():
+    torch.manual_seed(0)
+    features, labels = torch.randn(8, 128, dtype=torch.float64), torch.randint(100_000, (8,))
+    names = {"features": features, "labels": labels}
+    exec(MARGIN, names)
+    torch.testing.assert_close(names["head"](features, labels), names["loss"])
+    logits = reference.logits(features, names["head"].weight.detach().double(), scale=1.0)
     angle = logits.gather(1, labels[:, None]).acos()
     expected = F.cross_entropy(64.0 * logits.scatter(1, labels[:, None], (angle + 0.5).cos()), labels)
     torch.testing.assert_close(names["loss"], expected)

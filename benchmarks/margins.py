@@ -1,0 +1,304 @@
+"""What each margin costs beside CosFace:  python -m benchmarks.margins [--rows N] [--classes N] [--size N] [--json FILE]
+
+A margin is N numbers of work in a step of 6 N C D flops, so it should cost nothing. Each one's forward and backward through
+margin_softmax_loss is timed next to one of cosface_loss, in turns, which of the two goes first alternating, so that drift
+cancels: the figure is the median of the pairs' ratios. The row "CosFace" is the same loss twice, and shows the noise. Below are
+the relatives that cost more by design: logits that are no cosines need a pass that finds each row's largest, 2 N C D flops more;
+sub-centres have three rows to a class, and so a third of the classes here.
+
+Loss and gradients are checked first, at a small size, against the same formulas in plain PyTorch in float64; features have norms
+as those of a trained backbone. What JSON holds: {"shape": [N, C, D], "environment", "margins", "complete"}, a margin being
+{"name", "precision", "normalised", "errors", "wrong", "seconds", "cosface_seconds"}, a pair at each place of the last two.
+"""
+
+import argparse
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from cosface_kernels import cosface_loss, margin_softmax_loss, margins, reference
+from cosface_kernels.cli import positive
+
+from . import measure
+from .bench import write_json
+from .peers import PRECISIONS, SCALE, Peer, autocast, inputs, step
+
+# A normalised margin that takes more than this many times CosFace's time is named.
+LIMIT = 1.05
+# Rows and classes of the check: many targets, and negatives that matter.
+CHECK_SHAPE = 64, 3000
+FEATURE_NORMS = 20.0, 60.0
+CENTERS = 3
+
+
+class Case(NamedTuple):
+    name: str
+    margin: margins.Margin
+    psi: Callable | None = None  # ψ from (θ, ‖x‖), (N,) each, written anew; None: the target's logit stays as it is
+    penalty: Callable | None = None  # of ‖x‖, added to each row's loss
+    normalised: bool = True  # logits are cosines, with one row to a class
+    bias: bool = False
+    options: dict = {}  # noqa: RUF012  never changed
+
+    def tensors(self, features, weight, labels):
+        """The problem as this loss takes it. The table, unless it is not whole classes, is the one given."""
+        centers = self.options.get("centers_per_class", 1)
+        classes = len(weight) // centers
+        if centers > 1:
+            weight = weight.detach()[: classes * centers].requires_grad_()
+            labels = (labels // centers).clamp(max=classes - 1)
+        bias = [torch.linspace(-1, 1, classes, device=weight.device).requires_grad_()] if self.bias else []
+        return features, weight, labels, *bias
+
+    def loss(self, features, weight, labels, bias=None):
+        return margin_softmax_loss(features, weight, labels, margin=self.margin, bias=bias, **self.options)
+
+    def plain(self, features, weight, labels, bias=None):
+        """The same with an N x C matrix, and nothing of the package's margins but what they normalise."""
+        unit_features = self.options.get("normalize_features", self.margin.normalize_features)
+        form = {"normalize_features": unit_features, "normalize_weight": self.margin.normalize_weight}
+        scale = SCALE if all(form.values()) else 1.0
+        centers = self.options.get("centers_per_class", 1)
+        logits = reference.logits(features, weight, scale=scale, bias=bias, centers_per_class=centers, **form).to(features.dtype)
+        norm = features.norm(dim=1)
+        if self.psi is not None:
+            length = scale * (1 if unit_features else norm)
+            length = length * (1 if self.margin.normalize_weight else weight.norm(dim=1)[labels])
+            angle = (logits.gather(1, labels[:, None])[:, 0] / length).acos()
+            logits = logits.scatter(1, labels[:, None], (length * self.psi(angle, norm))[:, None])
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return (losses if self.penalty is None else losses + self.penalty(norm)).mean()
+
+
+def arcface(angle, norm, m=0.5):
+    return torch.where(angle <= math.pi - m, (angle + m).cos(), angle.cos() - m * math.sin(m))
+
+
+def falling(angle):
+    """cos, mirrored and lowered after each π."""
+    turns = (angle / math.pi).detach().floor()
+    return torch.where(turns % 2 == 0, angle.cos(), -angle.cos()) - 2 * turns
+
+
+def adaface(angle, norm, m=0.4, h=0.333):
+    norm = norm.detach()
+    quality = (h * (norm - norm.mean()) / (norm.std() + 1e-3)).clamp(-1, 1)
+    return (angle - m * quality).clamp(1e-3, math.pi - 1e-3).cos() - m - m * quality
+
+
+def magface(angle, norm):
+    m = 0.45 + (0.8 - 0.45) * (norm - 10) / (110 - 10)
+    return torch.where(angle <= math.pi - m, (angle + m).cos(), angle.cos() - m * m.sin())
+
+
+def magface_penalty(norm):
+    return 35 * (1 / norm + norm / 110**2)
+
+
+def cosface(angle, norm, m=0.35):
+    return angle.cos() - m
+
+
+def sphereface(angle, norm, m=4):
+    return falling(m * angle)
+
+
+CASES = (
+    Case("CosFace", margins.CosFace(0.35), cosface),
+    Case("NormSoftmax", margins.NormSoftmax()),
+    Case("ArcFace", margins.ArcFace(0.5), arcface),
+    Case("SphereFace", margins.SphereFace(4), sphereface),
+    Case("Combined", margins.Combined(1.2, 0.3, 0.1), lambda angle, norm: falling(1.2 * angle + 0.3) - 0.1),
+    Case("AdaFace", margins.AdaFace(0.4, h=0.333), adaface),
+    Case("MagFace", margins.MagFace(10, 110, 0.45, 0.8, 35), magface, magface_penalty),
+    Case(
+        "CosFace, normalize_features=False",
+        margins.CosFace(0.35),
+        cosface,
+        normalised=False,
+        options={"normalize_features": False},
+    ),
+    Case("Softmax with bias", margins.Softmax(), normalised=False, bias=True),
+    Case("LSoftmax", margins.LSoftmax(4), sphereface, normalised=False),
+    Case(
+        f"CosFace, {CENTERS} sub-centres",
+        margins.CosFace(0.35),
+        cosface,
+        normalised=False,
+        options={"centers_per_class": CENTERS},
+    ),
+)
+
+
+def main(argv=None):
+    """Returns the exit status: 0, 1 where it cannot be done, 130 after Ctrl-C."""
+    arguments = _arguments(argv)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = arguments.rows, arguments.classes, arguments.size
+    # The table, its gradient, and at most as much again of exponentials.
+    if shortage := measure.shortage(12 * arguments.classes * arguments.size, device):
+        return _fail(f"C = {arguments.classes:,} {shortage}")
+    precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
+    report = {"shape": list(shape), "environment": measure.environment(device), "margins": [], "complete": False}
+    report["margins"] = [_row(case, precision) for precision in precisions for case in CASES]
+
+    def save():
+        if arguments.json:
+            write_json(arguments.json, report)
+
+    try:
+        save()
+    except OSError as error:
+        return _fail(f"cannot write to {error.filename}: {error.strerror}")
+    status = 0
+    try:
+        check(report, device)
+        time_pairs(report, device, arguments.repeats, save)
+        report["complete"] = True
+    except KeyboardInterrupt:
+        print("interrupted; what was measured so far:", file=sys.stderr)
+        status = 130
+    print(table(report))
+    save()
+    return status
+
+
+def _arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=positive, default=512)
+    parser.add_argument("--classes", type=positive, default=100_000)
+    parser.add_argument("--size", type=positive, default=512)
+    parser.add_argument("--repeats", type=positive, default=9, help="pairs of steps that each margin gets")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args(argv)
+    if arguments.classes < CENTERS:
+        parser.error(f"argument --classes: sub-centres need at least {CENTERS} rows")
+    return arguments
+
+
+def _fail(message):
+    print(f"margins: {message}", file=sys.stderr)
+    return 1
+
+
+def _row(case, precision):
+    facts = {"name": case.name, "precision": precision, "normalised": case.normalised}
+    return {**facts, "errors": None, "wrong": False, "seconds": [], "cosface_seconds": []}
+
+
+def _entries(report):
+    """(row, its case) of each."""
+    by_name = {case.name: case for case in CASES}
+    return [(row, by_name[row["name"]]) for row in report["margins"]]
+
+
+def _in(precision, function):
+    return autocast(function) if precision == "bfloat16" else function
+
+
+def problem(num_rows, num_classes, size, device):
+    """(features (N, D), weight (C, D), labels (N,)): `inputs` with features that have lengths."""
+    features, weight, labels = inputs(num_rows, num_classes, size, device)
+    lengths = torch.linspace(*FEATURE_NORMS, num_rows, device=device)
+    return (features.detach() * lengths[:, None]).requires_grad_(), weight, labels
+
+
+def check(report, device):
+    """Fills in the errors of every row, and whether they are right."""
+    tensors = problem(*CHECK_SHAPE, report["shape"][2], device)
+    checks = {case.name: measure.Check(case.tensors(*tensors), case.plain) for case in CASES}
+    for row, case in _entries(report):
+        expression = Peer("plain", row["precision"], _in(row["precision"], case.plain), 0, 0)
+        row["errors"] = checks[case.name].errors(_in(row["precision"], case.loss))
+        allowed = checks[case.name].allowed(expression)
+        # Written so that a NaN is wrong too.
+        row["wrong"] = not all(got <= most for got, most in zip(row["errors"], allowed, strict=True))
+
+
+def time_pairs(report, device, repeats, save=lambda: None):
+    """Adds `repeats` pairs to every row, after one that warms up. save() is called after each turn."""
+    tensors = problem(*report["shape"], device)
+    for turn in range(repeats + 1):
+        print(f"turn {turn} of {repeats}", file=sys.stderr, flush=True)
+        for row, case in _entries(report):
+            ours, cosface = _step(row, case.loss, case.tensors(*tensors)), _step(row, cosface_loss, tensors)
+            pair = [("seconds", ours), ("cosface_seconds", cosface)]
+            taken = {name: measure.seconds(run, device) for name, run in (pair if turn % 2 else reversed(pair))}
+            for name, seconds in taken.items():
+                row[name] += [seconds] if turn else []
+        save()
+
+
+def _step(row, function, tensors):
+    function = _in(row["precision"], function)
+    return lambda: step(function, *tensors)
+
+
+def table(report):
+    """Markdown from what JSON holds."""
+    num_rows, num_classes, size = report["shape"]
+    facts = report["environment"]
+    lines = [
+        f"One forward and backward, N = {num_rows:,}, C = {num_classes:,}, D = {size:,}, float32 tensors, on {facts['device']}, "
+        f"torch {facts['torch']}, {facts['date']}{'' if report['complete'] else '; interrupted'}.",
+        "",
+        "| | products | ms, median | times cosface_loss, median (quartiles) | error of loss | dX | dW |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *(f"| {' | '.join(_cells(row))} |" for row in report["margins"]),
+        "",
+        *_conclusions(report),
+    ]
+    return "\n".join(lines)
+
+
+def _cells(row):
+    errors = ["-"] * 3
+    if row["errors"]:
+        loss, dx, *table_errors = row["errors"]
+        errors = [f"{error:.1e}" for error in (loss, dx, max(table_errors))]
+    if row["wrong"]:
+        errors[0] = f"WRONG {errors[0]}"
+    if not row["seconds"]:
+        return [row["name"], row["precision"], "not measured", "-", *errors]
+    low, median, high = _quartiles(row)
+    time = f"{1e3 * statistics.median(row['seconds']):.4g}"
+    return [row["name"], row["precision"], time, f"{median:.3f} ({low:.3f} to {high:.3f})", *errors]
+
+
+def _quartiles(row):
+    """Of the ratios of its pairs: the first, the median, the third."""
+    ratios = [ours / cosface for ours, cosface in zip(row["seconds"], row["cosface_seconds"], strict=False)]
+    return torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
+
+
+def _conclusions(report):
+    timed = [row for row in report["margins"] if row["normalised"] and row["seconds"]]
+    beyond = [f"{row['name']} in {row['precision']} ({_quartiles(row)[1]:.3f})" for row in timed if _quartiles(row)[1] > LIMIT]
+    if beyond:
+        yield f"Normalised margins beyond {LIMIT - 1:.0%} of cosface_loss: {', '.join(beyond)}."
+    elif timed:
+        yield f"No normalised margin is beyond {LIMIT - 1:.0%} of cosface_loss."
+    own = {}
+    for precision, rows in itertools.groupby(report["margins"], key=lambda row: row["precision"]):
+        own[precision] = [seconds for row in rows for seconds in row["cosface_seconds"]]
+    own = [f"{1e3 * statistics.median(seconds):.4g} ms in {name}" for name, seconds in own.items() if seconds]
+    if own:
+        yield f"cosface_loss itself: {' and '.join(own)}, the medians of all its steps."
+    rows, classes = CHECK_SHAPE
+    yield (
+        f"Errors: ‖result - exact‖ / ‖exact‖, exact being plain PyTorch in float64, at N = {rows}, C = {classes:,}; "
+        "of dW and the bias's the larger. WRONG is more than twice the error of plain PyTorch in the same precision, plus one "
+        "rounding."
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,151 @@
+"""Do the examples of the documents run, and do they say what is true?"""
+
+import functools
+import inspect
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, theory
+
+DOCS = Path(__file__).parents[1] / "docs"
+# Of each, all python blocks are run one after another, with the names of those before.
+DOCUMENTS = ["margins.md"]
+COMING = ["migrate.md"]
+MARGINS = {
+    name: kind
+    for name, kind in inspect.getmembers(margins, inspect.isclass)
+    if issubclass(kind, margins.Margin) and kind is not margins.Margin
+}
+
+
+def text(document):
+    return (DOCS / document).read_text()
+
+
+@functools.cache
+def run(document):
+    """[the names after each block]"""
+    torch.manual_seed(0)
+    names, after = {}, []
+    for block in re.findall(r"```python\n(.*?)```", text(document), re.S):
+        exec(block, names)
+        after.append(dict(names))
+    return after
+
+
+def rows(document, heading):
+    """The cells of the table whose head starts so."""
+    (table,) = re.findall(rf"^\| {heading} \|.*\n\| ---.*\n((?:\|.*\n)+)", text(document), re.M)
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+
+
+def constructed(cell, names):
+    """What the code in a cell evaluates to."""
+    return eval(cell.strip("`"), dict(names))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_examples_run(document):
+    assert run(document)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)", text(document)):
+        assert (DOCS / path).exists() or path in COMING, path
+
+
+def test_margins_first_example():
+    names = run("margins.md")[0]
+    features, labels, head = names["features"].detach().double(), names["labels"], names["head"]
+    assert isinstance(head.margin, margins.ArcFace) and head.scale == 64
+    logits = reference.logits(features, head.weight.detach().double(), scale=1.0)
+    angle = logits.gather(1, labels[:, None]).acos()
+    expected = F.cross_entropy(64 * logits.scatter(1, labels[:, None], (angle + 0.5).cos()), labels)
+    for loss in (names["loss"], names["same"]):
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_margins_table_has_every_margin_with_its_defaults():
+    found = {}
+    for cell, _, normalised, _, _, cost in rows("margins.md", "margin"):
+        margin = constructed(cell, MARGINS)
+        found[type(margin).__name__] = margin
+        assert margin == type(margin)(), f"{cell} does not show the defaults"
+        assert normalised.split(";")[0] == ("features, table" if margin.normalize_features else "nothing")
+        assert margin.normalize_features == margin.normalize_weight
+        # Logits that are no cosines have no constant shift.
+        assert cost == ("none" if margin.normalize_features else "one more pass over the table")
+    assert found.keys() == MARGINS.keys()
+
+
+@pytest.mark.parametrize(
+    "name, psi",
+    [
+        ("CosFace", lambda c, t: c - 0.35),
+        ("NormSoftmax", lambda c, t: c),
+        ("ArcFace", lambda c, t: math.cos(t + 0.5) if t <= math.pi - 0.5 else c - 0.5 * math.sin(0.5)),
+        ("SphereFace", lambda c, t: (-1) ** int(4 * t / math.pi) * math.cos(4 * t) - 2 * int(4 * t / math.pi)),
+    ],
+)
+def test_margins_table_formulas(name, psi):
+    """As printed there, at angles on every branch."""
+    for angle in (0.1, 0.7, 1.2, 1.9, 2.5, 2.7, 3.1):
+        cosine = torch.tensor([math.cos(angle)], dtype=torch.float64)
+        assert float(MARGINS[name]().psi(cosine)) == pytest.approx(psi(math.cos(angle), angle), abs=1e-6)
+        if name == "SphereFace":
+            assert torch.equal(margins.Combined(m1=4).psi(cosine), margins.SphereFace(4).psi(cosine))
+
+
+def test_margins_running_statistics():
+    names = run("margins.md")[1]
+    norms = names["features"].detach().norm(dim=1)
+    assert names["moved"] == pytest.approx(0.01 * (norms.mean().item() - 20), rel=1e-3)
+    assert names["head"].batch_mean.item() == pytest.approx(names["before"] + names["moved"])
+    assert {"batch_mean", "batch_std"} <= names["head"].state_dict().keys()
+    assert all(
+        "step" in MarginSoftmaxLoss(4, 9, margin=margin(annealing=True)).state_dict()
+        for margin in (margins.SphereFace, margins.LSoftmax)
+    )
+
+
+def test_margins_one_of_ones_own():
+    names = run("margins.md")[2]
+    head = MarginSoftmaxLoss(128, 1000, margin=names["ElasticCosFace"](m=0.2, sigma=0.0))
+    expected = CosFaceLoss(128, 1000, margin=0.2)
+    expected.weight = head.weight
+    torch.testing.assert_close(head(names["features"], names["labels"]), expected(names["features"], names["labels"]))
+    (gradient,) = torch.autograd.grad(names["loss"], names["features"])
+    assert gradient.any() and gradient.isfinite().all()
+
+
+def test_margins_what_the_paper_compares():
+    names = {**run("margins.md")[-1], **MARGINS}
+    found = dict(rows("margins.md", "in the paper"))
+    assert len(found) == 9
+    heads = {method: constructed(cell, names) for method, cell in found.items() if cell.startswith("`")}
+    features = torch.randn(4, 512)
+    for method, head in heads.items():
+        assert head.weight.shape == (10_575, 512) and head(features, torch.arange(4)).isfinite(), method
+    as_they_are = {"Softmax", "L-Softmax", "A-Softmax", "LMCL without feature normalisation"}
+    assert {method for method, head in heads.items() if not head.normalize_features} == as_they_are
+    assert {method for method, head in heads.items() if not head.normalize_weight} == {"Softmax", "L-Softmax"}
+    assert all(head.scale == (1 if method in as_they_are else 64) for method, head in heads.items())
+    for method in found.keys() - heads.keys():
+        assert "migrate.md#center-contrastive-and-triplet-losses-beside-this-head" in found[method]
+
+
+def test_margins_theory():
+    names = run("margins.md")[-1]
+    assert f"# {names['smallest_scale']:.2f}: eq. 6" in text("margins.md")
+    assert f"# {names['largest_margin']:.4f}: eq. 7" in text("margins.md")
+    assert f"# {names['scale']:g}, {names['margin']:.4f} and a sentence" in text("margins.md")
+    assert names["reason"].endswith(".")
+    with pytest.warns(UserWarning, match=r"eq\. 7"):
+        CosFaceLoss(2, 8, margin=0.5)
+    assert theory.suggest(1_000_000, 512)[:2] == (64, 0.35)
