@@ -15,7 +15,6 @@ from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, 
 DOCS = Path(__file__).parents[1] / "docs"
 # Of each, all python blocks are run one after another, with the names of those before.
 DOCUMENTS = ["margins.md"]
-COMING = ["migrate.md"]
 MARGINS = {
     name: kind
     for name, kind in inspect.getmembers(margins, inspect.isclass)
@@ -57,7 +56,7 @@ def test_examples_run(document):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_lead_somewhere(document):
     for path in re.findall(r"\]\((?!https?:)([^)#]+)", text(document)):
-        assert (DOCS / path).exists() or path in COMING, path
+        assert (DOCS / path).exists(), path
 
 
 def test_margins_first_example():
