@@ -1,6 +1,5 @@
 """Does benchmarks/margins.py time every margin beside CosFace, name the wrong and the slow ones, and lose nothing on the way?"""
 
-import inspect
 import json
 
 import pytest
