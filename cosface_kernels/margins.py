@@ -3,8 +3,8 @@
     loss_n = -log( e^{s l_n ψ(cos θ_n)} / ( e^{s l_n ψ(cos θ_n)} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    cos θ_n of x_n and w_{y_n}
 
 x̃ and w̃ are unit rows, or the rows as they are; l_n is the product of the lengths of x̃_n and w̃_{y_n}: 1 for unit rows. The
-negatives know no margin, so a new one is a frozen dataclass with `psi`. Its derivative is autograd's, with the cosine held just
-inside ±1, where an arc cosine's is infinite (there the gradient of a cosine is zero anyway).
+negatives know no margin, so a new one is a frozen dataclass with `psi`. Its derivative is autograd's; a ψ of the angle holds the
+cosine just `inside` ±1, where an arc cosine's is infinite (there the gradient of a cosine is zero anyway).
 
 A margin that reweights the negatives, such as CurricularFace's, is not of this form.
 """
@@ -136,7 +136,7 @@ class SphereFace(Margin):
         return {"step": 0} if self.annealing else {}
 
     def psi(self, cosine, step=None):
-        value = _continued(float(self.m) * _inside(cosine).acos())
+        value = _continued(float(self.m) * inside(cosine).acos())
         if step is None:
             return value
         weight = (1000.0 / (1.0 + 0.12 * step.to(cosine.dtype))).clamp(min=5.0)
@@ -170,7 +170,7 @@ class Combined(Margin):
         _check(self, m1=(0.0, math.inf), m2=(0.0, math.inf), m3=(-math.inf, math.inf))
 
     def psi(self, cosine):
-        return _continued(float(self.m1) * _inside(cosine).acos() + float(self.m2)) - float(self.m3)
+        return _continued(float(self.m1) * inside(cosine).acos() + float(self.m2)) - float(self.m3)
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class AdaFace(Margin):
 
     def psi(self, cosine, quality):
         shift = float(self.m) * quality
-        angle = (_inside(cosine).acos() - shift).clamp(1e-3, math.pi - 1e-3)
+        angle = (inside(cosine).acos() - shift).clamp(1e-3, math.pi - 1e-3)
         return angle.cos() - (float(self.m) + shift)
 
     def terms(self, norm, counted, state):
@@ -293,6 +293,8 @@ class Softmax(Margin):
 class LSoftmax(SphereFace):
     """SphereFace's ψ with nothing normalised: the target's logit is ‖x‖ ‖w_y‖ ψ(cos θ), the others' are x·w_j.
 
+    The annealing is SphereFace's too; L-Softmax has had schedules of its own.
+
     Source: L-Softmax, arXiv 1612.02295, eq. 4 to 6.
     """
 
@@ -300,15 +302,15 @@ class LSoftmax(SphereFace):
     normalize_weight: ClassVar[bool] = False
 
 
-def _inside(cosine):
-    """cosine, at most a rounding short of ±1."""
+def inside(cosine):
+    """cosine, held a rounding short of ±1: for a ψ of the angle, whose derivative is infinite there."""
     limit = 1 - torch.finfo(cosine.dtype).eps
     return cosine.clamp(-limit, limit)
 
 
 def _rotated(cosine, m, cos_m, sin_m, easy_margin):
     """cos(θ + m) where it falls, and what ArcFace takes elsewhere; m and its cosine and sine: floats or (N,)."""
-    cosine = _inside(cosine)
+    cosine = inside(cosine)
     rotated = cosine * cos_m - (1 - cosine.square()).sqrt() * sin_m
     if easy_margin:
         return torch.where(cosine > 0, rotated, cosine)

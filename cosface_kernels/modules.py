@@ -5,6 +5,7 @@ from torch import nn
 
 from . import theory, validation
 from .functional import cosface_loss, default_scale, stateful_loss
+from .margins import CosFace
 from .plan import slab_rows, wide_dtype
 from .table import Table
 from .unit import unit_rows
@@ -161,6 +162,9 @@ class MarginSoftmaxLoss(_Head):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, at construction.
+
+    Warns:
+        UserWarning: as CosFaceLoss, for margins.CosFace with normalised features.
     """
 
     def __init__(
@@ -195,6 +199,8 @@ class MarginSoftmaxLoss(_Head):
             memory_budget=memory_budget,
             backend=backend,
         )
+        if isinstance(margin, CosFace) and normalize_features:
+            theory.warn_if_out_of_bounds(num_classes, embedding_size, self.scale, margin.m, stacklevel=2)
         self.margin, self.normalize_features = margin, normalize_features
         self.normalize_weight = margin.normalize_weight
         if bias:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from cosface_kernels import CosFaceLoss, reference, theory
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, theory
 
 # Tables here are float64: some tens of roundings of cosines, multiplied by a scale below 64.
 ROUNDING = 64 * 50 * torch.finfo(torch.float64).eps
@@ -215,6 +215,17 @@ def test_stacklevel_1_is_the_callers_line():
 def test_loose_bound_says_so():
     with pytest.warns(UserWarning, match=r"^margin = 1.3 is too large: eq. 7 allows well below 1.2, for 6 classes"):
         CosFaceLoss(3, 6, margin=1.3)
+
+
+def test_the_module_of_every_margin_warns_for_cosface():
+    with pytest.warns(UserWarning, match=r"^margin = 0.5 is too large") as caught:
+        MarginSoftmaxLoss(2, 8, margin=margins.CosFace(0.5))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MarginSoftmaxLoss(2, 8, margin=margins.CosFace(0.1))
+        MarginSoftmaxLoss(2, 8, margin=margins.CosFace(0.5), normalize_features=False)  # eq. 6 and 7 are about unit rows
+        MarginSoftmaxLoss(2, 8, margin=margins.ArcFace(0.5))
 
 
 def test_a_step_does_not_warn():
