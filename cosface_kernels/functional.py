@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from . import validation
 from .margins import CosFace
-from .ops import negative_lse
+from .ops import negative_lse, snapshot
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -125,7 +125,7 @@ def margin_softmax_loss(
             `cosface_kernels.margins`, or one of your own. What AdaFace, and SphereFace when annealed, carry from step to step is
             for `MarginSoftmaxLoss` to keep; here AdaFace takes the batch's own statistics.
         scale: s > 0. None: 64 for cosines, and 1 where logits depend on the norms of the features or of the table.
-        bias: (C,), for Softmax() alone: the logits are s (x_n·w_j + b_j).
+        bias: (C,), or (C K,) with sub-centres, for Softmax() alone: the logits are s (x_n·w_j + b_j).
         normalize_features: whether x̃ = x / ‖x‖ or x. None: True, but for Softmax() and LSoftmax(). The table's rows are
             normalised but for those two.
         centers_per_class: K sub-centres to a class, K consecutive rows of weight (C K, D): the largest of the K cosines counts.
@@ -185,6 +185,7 @@ def stateful_loss(
     if training:
         with torch.no_grad():
             margin.update(norm, counted, state)
+    state = {name: snapshot(value) for name, value in state.items()}
     logit = float(scale) * margin.target_logit(product, length, *margin.terms(norm, counted, state))
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
     # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .validation import check_number
+from .validation import check_flag, check_number
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ class ArcFace(Margin):
         easy_margin: cos(θ + m) only where cos θ > 0, and cos θ elsewhere.
         gradient: "exact", or "straight_through": ∂ψ/∂cos θ is taken to be 1, as some releases of InsightFace do unsaid.
 
-    At θ = π - m the value falls from -1 to -cos m - m sin m; with easy_margin it rises at θ = π / 2 by sin m.
+    At θ = π - m the value falls from -1 to -cos m - m sin m (past m = 2.33 it rises); with easy_margin it rises at θ = π / 2 by
+    sin m.
 
     Source: ArcFace, arXiv 1801.07698, eq. 3.
     """
@@ -99,6 +100,7 @@ class ArcFace(Margin):
 
     def __post_init__(self):
         _check(self, m=(0.0, math.pi))
+        check_flag("easy_margin", self.easy_margin)
         if self.gradient not in ("exact", "straight_through"):
             raise ValueError(f'gradient of ArcFace must be "exact" or "straight_through", got {self.gradient!r}')
 
@@ -125,23 +127,29 @@ class SphereFace(Margin):
     m: float = 4
     annealing: bool = False
 
-    state: ClassVar[dict] = {"step": 0.0}
-
     def __post_init__(self):
         _check(self, m=(1.0, math.inf))
+        check_flag("annealing", self.annealing)
 
-    def psi(self, cosine, weight=None):
+    @property
+    def state(self):
+        return {"step": 0} if self.annealing else {}
+
+    def psi(self, cosine, step=None):
         value = _continued(float(self.m) * _inside(cosine).acos())
-        return value if weight is None else (weight * cosine + value) / (1 + weight)
+        if step is None:
+            return value
+        weight = (1000.0 / (1.0 + 0.12 * step.to(cosine.dtype))).clamp(min=5.0)
+        return (weight * cosine + value) / (1 + weight)
 
     def terms(self, norm, counted, state):
         if not self.annealing:
             return ()
-        step = state["step"] if state else counted.new_zeros((), dtype=torch.float32)
-        return ((1000.0 / (1.0 + 0.12 * step)).clamp(min=5.0),)
+        return (state["step"] if state else counted.new_zeros((), dtype=torch.int64),)
 
     def update(self, norm, counted, state):
-        state["step"].add_(1)
+        if self.annealing:
+            state["step"].add_(1)
 
 
 @dataclass(frozen=True)
@@ -204,9 +212,9 @@ class AdaFace(Margin):
 
     def update(self, norm, counted, state):
         norm = self._clipped(norm)
-        share = float(self.t_alpha) * ((counted & norm.isfinite()).sum() > 1)
+        enough = (counted & norm.isfinite()).sum() > 1
         for name, value in zip(self.state, self._statistics(norm, counted), strict=True):
-            state[name].add_(share * (value - state[name]))
+            state[name].add_(torch.where(enough, float(self.t_alpha) * (value - state[name]), 0.0))
 
     @staticmethod
     def _clipped(norm):
@@ -249,6 +257,7 @@ class MagFace(Margin):
     def __post_init__(self):
         _check(self, l_a=(0.0, math.inf), u_a=(0.0, math.inf), lambda_g=(0.0, math.inf))
         _check(self, l_margin=(0.0, math.pi), u_margin=(0.0, math.pi))
+        check_flag("easy_margin", self.easy_margin)
         if not 0 < self.l_a < self.u_a:
             raise ValueError(f"MagFace needs 0 < l_a < u_a, got l_a = {self.l_a}, u_a = {self.u_a}")
         if self.l_margin > self.u_margin:
@@ -258,15 +267,15 @@ class MagFace(Margin):
         return _rotated(cosine, m, m.cos(), m.sin(), self.easy_margin)
 
     def terms(self, norm, counted, state):
-        slope = (self.u_margin - self.l_margin) / (self.u_a - self.l_a)
-        return (slope * (self._clipped(norm) - self.l_a) + self.l_margin,)
+        slope = float((self.u_margin - self.l_margin) / (self.u_a - self.l_a))
+        return (slope * (self._clipped(norm) - float(self.l_a)) + float(self.l_margin),)
 
     def penalty(self, norm):
-        norm = self._clipped(norm)
-        return self.lambda_g * (1 / norm + norm / self.u_a**2)
+        norm, u_a = self._clipped(norm), float(self.u_a)
+        return float(self.lambda_g) * (1 / norm + norm / u_a / u_a)
 
     def _clipped(self, norm):
-        return norm.clamp(self.l_a, self.u_a)
+        return norm.clamp(float(self.l_a), float(self.u_a))
 
 
 @dataclass(frozen=True)

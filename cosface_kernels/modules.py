@@ -146,14 +146,15 @@ class MarginSoftmaxLoss(_Head):
 
         head = MarginSoftmaxLoss(512, 1_000_000, margin=ArcFace(0.5))
 
-    weight (num_classes · centers_per_class, embedding_size) is drawn from N(0, 0.01²), bias (num_classes,) is zero.
+    weight (num_classes · centers_per_class, embedding_size) is drawn from N(0, 0.01²), and bias, a number for each
+    of its rows, is zero.
 
     Args:
         embedding_size: D.
         num_classes: C, the number of identities.
         margin: one of `cosface_kernels.margins`. Its running statistics, if any, are buffers by the names in its `state`, and
-            move in training mode only.
-        bias: whether to learn one, for margins.Softmax() alone.
+            move in training mode only; `to`, `half` and the like leave them float32 at least.
+        bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.
         device, dtype: of the table.
@@ -179,6 +180,7 @@ class MarginSoftmaxLoss(_Head):
         device=None,
         dtype=None,
     ):
+        validation.check_flag("bias", bias)
         validation.check_margin_object(margin, bias, normalize_features)
         normalize_features = margin.normalize_features if normalize_features is None else normalize_features
         super().__init__(
@@ -205,6 +207,24 @@ class MarginSoftmaxLoss(_Head):
         super().reset_parameters()
         for name, value in self.margin.state.items():
             getattr(self, name).fill_(value)
+
+    def _apply(self, function, recurse=True):
+        """In 16 bits a running mean of 20 would not move by less than 0.06."""
+        before = {name: getattr(self, name) for name in self.margin.state}
+        super()._apply(function, recurse)
+        for name, value in before.items():
+            moved = getattr(self, name)
+            if moved.is_floating_point() and moved.dtype.itemsize < 4:
+                setattr(self, name, value.to(moved.device, wide_dtype(value.dtype)))
+        return self
+
+    def extra_repr(self):
+        options = (
+            ("bias", self.bias is not None, False),
+            ("normalize_features", self.normalize_features, self.margin.normalize_features),
+            ("centers_per_class", self.centers_per_class, 1),
+        )
+        return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value, usual in options if value != usual)])
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""

@@ -175,6 +175,21 @@ def _no_second_derivative(ctx, *grads):
 negative_lse_backward.register_autograd(_no_second_derivative)
 
 
+@library.custom_op("cosface_kernels::snapshot", mutates_args=())
+def snapshot(value: Tensor) -> Tensor:
+    """A copy of a running statistic, without gradient, that backward sees as it is now.
+
+    torch.compile computes again in backward what is cheaper to compute than to keep, even from a buffer that has moved since
+    (pytorch/pytorch#197039): λ of SphereFace's annealing was one step late in the gradient. An operator's result it keeps.
+    """
+    return value.clone()
+
+
+@snapshot.register_fake
+def _(value):
+    return torch.empty_like(value)
+
+
 def _check_labels(labels, num_classes, ignore_index):
     """On a CPU, or with COSFACE_CHECK_LABELS=1 at the price of a device synchronisation, a label that is no class raises."""
     if labels.device.type != "cpu" and os.environ.get("COSFACE_CHECK_LABELS") != "1":

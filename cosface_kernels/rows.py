@@ -36,6 +36,7 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True):
 def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtype):
     """dx (N, D), its shape, in dtype from the gradients of lse (N,) and of x̃ (N, D or D + 1)."""
     grad = ((scale * lse_grad)[:, None] * pull + unit_grad)[:, : shape[1]]
+    unit = unit[:, : shape[1]]
     return project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad).to(dtype)
 
 

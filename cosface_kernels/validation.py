@@ -140,6 +140,11 @@ def check_size(name, size):
         raise ValueError(f"{name} must be 1 or more, got {size}")
 
 
+def check_flag(name, value):
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
 def check_number(name, value):
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a real number, got {value!r}")

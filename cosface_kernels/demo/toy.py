@@ -6,6 +6,7 @@ one identity can get stuck behind another, so each loss is trained from three se
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,14 @@ class Result(NamedTuple):
     smallest_gap: float  # degrees between the regions of neighbouring identities, the narrowest; negative where they overlap
     intra_class_angle: float  # degrees between a feature and the mean direction of its identity, on average
     held_out_accuracy: float
+
+
+class Training(NamedTuple):
+    losses: list[float]  # the mean loss of each epoch
+    held_out_accuracy: float
+    features: torch.Tensor  # (N, D), of the training images
+    labels: torch.Tensor  # (N,)
+    head: nn.Module
 
 
 class Trained(NamedTuple):
@@ -71,7 +80,7 @@ def run(out, device):
 def train_all(device, seeds=SEEDS):
     """For each margin the run whose smallest gap is the middle one of the seeds', on the CPU."""
     with tqdm(total=len(MARGINS) * len(seeds) * EPOCHS, desc="toy experiment", unit="epoch") as bar:
-        runs = [[_train(margin, device, seed, bar) for seed in seeds] for margin in MARGINS]
+        runs = [[_train_margin(margin, device, seed, bar.update) for seed in seeds] for margin in MARGINS]
     return [sorted(each, key=lambda run: run.result.smallest_gap)[len(seeds) // 2] for each in runs]
 
 
@@ -82,44 +91,62 @@ def _digits(seed):
     return train_test_split(images, torch.tensor(labels), test_size=0.25, random_state=seed, stratify=labels)
 
 
-def _train(margin, device, seed, bar):
-    images, held_out_images, labels, held_out_labels = (part.to(device) for part in _digits(seed))
-    torch.manual_seed(seed)
-    net = _network().to(device)
-    head = SoftmaxLoss() if margin is None else CosFaceLoss(2, IDENTITIES, scale=SCALE, margin=margin)
-    head.to(device)
-    # The same start for all four: who is whose neighbour decides how hard the plane is to share.
-    angles = torch.arange(IDENTITIES) * (2 * math.pi / IDENTITIES)
-    head.weight.data.copy_(torch.stack([angles.cos(), angles.sin()], 1))
-    steps = EPOCHS * (len(labels) // BATCH)
-    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], LEARNING_RATE, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
-    for _ in range(EPOCHS):
-        order = torch.randperm(len(labels), device=device)
-        for batch in order[: steps // EPOCHS * BATCH].split(BATCH):
-            noisy = images[batch] + PIXEL_NOISE * torch.randn_like(images[batch])
-            optimizer.zero_grad()
-            head(net(noisy), labels[batch]).backward()
-            optimizer.step()
-            schedule.step()
-        bar.update()
-    net.eval()
-    with torch.no_grad():
-        accuracy = (head.logits(net(held_out_images)).argmax(1) == held_out_labels).float().mean().item()
-        features, labels = net(images).cpu(), labels.cpu()
+def _train_margin(margin, device, seed, epoch_done):
+    _, accuracy, features, labels, head = train(partial(_head, margin), device, seed, EPOCHS, epoch_done=epoch_done)
     name = "softmax" if margin is None else f"LMCL, m = {margin:g}"
     result = Result(name, smallest_gap(features, labels), intra_class_angle(features, labels), accuracy)
     return Trained(result, features, labels, head.weight.detach().cpu())
 
 
-def _network():
+def _head(margin):
+    head = SoftmaxLoss() if margin is None else CosFaceLoss(2, IDENTITIES, scale=SCALE, margin=margin)
+    # The same start for all four: who is whose neighbour decides how hard the plane is to share.
+    angles = torch.arange(IDENTITIES) * (2 * math.pi / IDENTITIES)
+    head.weight.data.copy_(torch.stack([angles.cos(), angles.sin()], 1))
+    return head
+
+
+def train(make_head, device, seed, epochs, *, size=2, epoch_done=lambda: None):
+    """The demo's recipe for any loss: the network, with `size` features, and a head, trained on the digits.
+
+    make_head() is called after the seed is set: a module with forward(features, labels), logits(features) and weight.
+    """
+    images, held_out_images, labels, held_out_labels = (part.to(device) for part in _digits(seed))
+    torch.manual_seed(seed)
+    net = _network(size).to(device)
+    head = make_head().to(device)
+    steps = epochs * (len(labels) // BATCH)
+    optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], LEARNING_RATE, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    losses = []
+    for _ in range(epochs):
+        order = torch.randperm(len(labels), device=device)
+        losses.append([])
+        for batch in order[: steps // epochs * BATCH].split(BATCH):
+            noisy = images[batch] + PIXEL_NOISE * torch.randn_like(images[batch])
+            optimizer.zero_grad()
+            loss = head(net(noisy), labels[batch])
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses[-1].append(loss.detach())
+        epoch_done()
+    net.eval(), head.eval()
+    with torch.no_grad():
+        accuracy = (head.logits(net(held_out_images)).argmax(1) == held_out_labels).float().mean().item()
+        features, labels = net(images).cpu(), labels.cpu()
+    means = [torch.stack(epoch).mean().item() for epoch in losses]
+    return Training(means, accuracy, features, labels, head)
+
+
+def _network(size):
     def convolution(inputs, outputs, stride):
         layer = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
         return layer, nn.BatchNorm2d(outputs), nn.PReLU(outputs)
 
     hidden = nn.Linear(32 * 2 * 2, 128), nn.BatchNorm1d(128), nn.PReLU(128)
     return nn.Sequential(
-        *convolution(1, 16, 1), *convolution(16, 32, 2), *convolution(32, 32, 2), nn.Flatten(), *hidden, nn.Linear(128, 2)
+        *convolution(1, 16, 1), *convolution(16, 32, 2), *convolution(32, 32, 2), nn.Flatten(), *hidden, nn.Linear(128, size)
     )
 
 

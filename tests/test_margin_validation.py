@@ -1,0 +1,151 @@
+"""Is every wrong number of a margin refused at construction, and every wrong argument of the functions and the module?
+
+Tensors and options that cosface_loss takes too are in test_validation.py.
+"""
+
+import math
+from dataclasses import FrozenInstanceError, fields, replace
+from functools import partial
+
+import pytest
+import torch
+from cases import evaluate
+from margin_rows import ROWS, every_row
+from rounding import draw
+
+from cosface_kernels import MarginSoftmaxLoss, margin_softmax_loss, margins
+
+MARGINS = {type(row.margin).__name__: type(row.margin) for row in ROWS.values()}
+NUMBERS, FLAGS = (
+    [(kind, field.name) for kind, margin in MARGINS.items() for field in fields(margin) if type(field.default) in types]
+    for types in ((int, float), (bool,))
+)
+WRONG_NUMBERS = [
+    *[(value, TypeError) for value in (True, "0.5", None, 1j, torch.tensor(0.5))],
+    *[(value, ValueError) for value in (math.nan, math.inf, -math.inf, 10**400)],
+]
+OUTSIDE = [
+    ("ArcFace", {"m": -0.1}),
+    ("ArcFace", {"m": 3.15}),
+    ("SphereFace", {"m": 0.99}),
+    ("LSoftmax", {"m": 0}),
+    ("Combined", {"m1": -0.1}),
+    ("Combined", {"m2": -0.1}),
+    ("AdaFace", {"m": -0.1}),
+    ("AdaFace", {"m": 1.6}),
+    ("AdaFace", {"h": -0.1}),
+    ("AdaFace", {"t_alpha": -0.1}),
+    ("AdaFace", {"t_alpha": 1.1}),
+    ("MagFace", {"l_a": 0}),
+    ("MagFace", {"l_a": 110.0}),
+    ("MagFace", {"u_a": 9}),
+    ("MagFace", {"l_margin": -0.1}),
+    ("MagFace", {"l_margin": 0.9}),
+    ("MagFace", {"u_margin": 3.15}),
+    ("MagFace", {"lambda_g": -1}),
+]
+AT_THE_EDGE = [
+    margins.CosFace(-1),
+    margins.ArcFace(0),
+    margins.ArcFace(math.pi),
+    margins.SphereFace(1),
+    margins.Combined(0, 0, -1),
+    margins.AdaFace(m=0, h=0, t_alpha=0),
+    margins.AdaFace(m=math.pi / 2, t_alpha=1),
+    margins.MagFace(l_margin=0.8, lambda_g=0),
+    margins.MagFace(u_a=1e200),
+]
+
+
+@pytest.mark.parametrize("kind, name", NUMBERS)
+@pytest.mark.parametrize("value, error", WRONG_NUMBERS)
+def test_wrong_number(kind, name, value, error):
+    with pytest.raises(error, match=rf"^{name} must be "):
+        MARGINS[kind](**{name: value})
+
+
+@pytest.mark.parametrize("kind, name", FLAGS)
+@pytest.mark.parametrize("value", [0, "no", None])
+def test_wrong_flag(kind, name, value):
+    with pytest.raises(TypeError, match=f"^{name} must be True or False, got {value!r}"):
+        MARGINS[kind](**{name: value})
+
+
+@pytest.mark.parametrize("kind, wrong", OUTSIDE)
+def test_number_out_of_range(kind, wrong):
+    with pytest.raises(ValueError, match=rf"{next(iter(wrong))}.* got .*{next(iter(wrong.values()))}"):
+        MARGINS[kind](**wrong)
+
+
+@pytest.mark.parametrize("value", ["Exact", "", None, True])
+def test_wrong_gradient(value):
+    with pytest.raises(ValueError, match=f'gradient of ArcFace must be "exact" or "straight_through", got {value!r}'):
+        margins.ArcFace(gradient=value)
+
+
+@pytest.mark.parametrize("margin", AT_THE_EDGE, ids=str)
+def test_ends_of_each_range(margin):
+    loss, *gradients = evaluate(partial(margin_softmax_loss, margin=margin), *draw("cpu"), torch.ones(()))
+    assert loss > 0 and all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
+
+
+@every_row
+def test_frozen(row):
+    with pytest.raises(FrozenInstanceError):
+        row.margin.m = 0.1
+    assert hash(row.margin) == hash(replace(row.margin)) and row.margin == replace(row.margin)
+
+
+WRONG_CALLS = {
+    "no margin": ({"margin": None}, TypeError, r"margin must be one of cosface_kernels\.margins.* got None"),
+    "a number": ({"margin": 0.35}, TypeError, r"margin must be one of .* got 0\.35"),
+    "a class": ({"margin": margins.ArcFace}, TypeError, r"margin must be one of .* got <class"),
+    "bias of CosFace": ({"bias": torch.zeros(5)}, ValueError, r"bias goes with margins\.Softmax\(\) alone.* CosFace"),
+    "bias of LSoftmax": ({"margin": margins.LSoftmax(), "bias": torch.zeros(5)}, ValueError, "bias goes with .* LSoftmax"),
+    "bias a list": ({"margin": margins.Softmax(), "bias": [0.0] * 5}, TypeError, r"bias must be a tensor .* got list"),
+    "bias float64": ({"margin": margins.Softmax(), "bias": torch.zeros(5).double()}, TypeError, "dtype of weight, .*float64"),
+    "bias too short": ({"margin": margins.Softmax(), "bias": torch.zeros(4)}, ValueError, r"shape \(5,\), got \(4,\)"),
+    "bias a column": ({"margin": margins.Softmax(), "bias": torch.zeros(5, 1)}, ValueError, r"shape \(5,\), got \(5, 1\)"),
+    "bias elsewhere": ({"margin": margins.Softmax(), "bias": torch.zeros(5, device="meta")}, ValueError, "got meta"),
+    "normalize_features 1": ({"normalize_features": 1}, TypeError, "normalize_features must be True, False or None, got 1"),
+    "two centres of five rows": ({"centers_per_class": 2}, ValueError, r"centers_per_class = 2 .* got 5 rows"),
+    "no centre": ({"centers_per_class": 0}, ValueError, "centers_per_class must be 1 or more, got 0"),
+    "half a centre": ({"centers_per_class": 0.5}, TypeError, r"centers_per_class must be an int, got 0\.5"),
+    "True centre": ({"centers_per_class": True}, TypeError, "centers_per_class must be an int, got True"),
+    "no class": ({"weight": torch.zeros(0, 3)}, ValueError, r"at least one class .* got shape \(0, 3\)"),
+    "scale 0": ({"scale": 0}, ValueError, r"scale must be .* got 0"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be .* got 'avg'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+def test_wrong_call(case):
+    wrong, error, message = WRONG_CALLS[case]
+    tensors = {"features": torch.ones(4, 3), "weight": torch.ones(5, 3), "labels": torch.tensor([0, 4, 2, 2])}
+    with pytest.raises(error, match=message):
+        margin_softmax_loss(**{**tensors, "margin": margins.CosFace(), **wrong})
+
+
+WRONG_HEADS = {
+    **{
+        name: WRONG_CALLS[name]
+        for name in ("no margin", "a class", "normalize_features 1", "no centre", "half a centre", "scale 0")
+    },
+    "bias of CosFace": ({"bias": True}, ValueError, r"bias goes with margins\.Softmax\(\) alone.* CosFace"),
+    "bias of LSoftmax": ({"margin": margins.LSoftmax(), "bias": True}, ValueError, "bias goes with .* LSoftmax"),
+    "bias a word": ({"margin": margins.Softmax(), "bias": "no"}, TypeError, "bias must be True or False, got 'no'"),
+    "bias a tensor": ({"margin": margins.Softmax(), "bias": torch.zeros(5)}, TypeError, "bias must be True or False, got tensor"),
+    "no class": ({"num_classes": 0}, ValueError, "num_classes must be 1 or more, got 0"),
+    "no size": ({"embedding_size": 0}, ValueError, "embedding_size must be 1 or more, got 0"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction must be .* got 'avg'"),
+    "backend": ({"backend": "gpu"}, ValueError, "backend must be .* got 'gpu'"),
+    "memory_budget": ({"memory_budget": -1}, ValueError, "memory_budget must be .* got -1"),
+    "ignore_index": ({"ignore_index": 0.5}, TypeError, r"ignore_index must be .* got 0\.5"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_HEADS)
+def test_wrong_head(case):
+    wrong, error, message = WRONG_HEADS[case]
+    with pytest.raises(error, match=message):
+        MarginSoftmaxLoss(**{"embedding_size": 3, "num_classes": 5, "margin": margins.CosFace(), **wrong})
