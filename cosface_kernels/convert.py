@@ -45,6 +45,8 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
         OSError: writing failed. No file is left behind, and existing ones are as they were.
     """
     inputs, by_rank = in_rank_order([Path(path) for path in inputs])
+    if ranks > 1 and (to != "insightface" or "{rank}" not in str(out)):
+        raise ValueError(f'several ranks are for "insightface" and need {{rank}} in OUT, got {ranks} ranks, {to!r} and {out}')
     targets = [Path(os.path.realpath(str(out).replace("{rank}", str(rank)))) for rank in range(ranks)]
     for target in targets:
         _check_target(target, inputs, force)
@@ -111,6 +113,10 @@ def read_table(path, *, system=None, key=None, transpose=False):
             + _listing([f"{name} {tuple(tensor.shape)}" for name, tensor in candidates])
         )
     name, table = found[0]
+    if system is None and key is None and any(other == "bias" for other, _ in tensors):
+        raise ValueError(
+            f"{path}: has a bias beside its weight, which no other system's file holds; --key weight takes the table alone"
+        )
     if (
         table.dim() != 2
         or table.dtype not in FLOAT_DTYPES

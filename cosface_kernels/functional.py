@@ -45,10 +45,10 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    lse, cosine, *_, counted = _negatives_and_target(
+    lse, unit, target, counted = _negatives_and_target(
         features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
     )
-    return torch.where(counted, lse, 0.0), cosine
+    return torch.where(counted, lse, 0.0), (unit * target).sum(1)
 
 
 def cosface_loss(
@@ -166,7 +166,7 @@ def stateful_loss(
     if normalize_features is None:
         normalize_features = margin.normalize_features
     scale = default_scale(margin, normalize_features) if scale is None else scale
-    lse, product, length, unit, counted = _negatives_and_target(
+    lse, unit, target, counted = _negatives_and_target(
         features,
         weight,
         labels,
@@ -176,17 +176,21 @@ def stateful_loss(
         normalize_weight=margin.normalize_weight,
         **options,
     )
-    # x·x̂ = ‖x‖, and its derivative is x̂.
+    lengths = [
+        rows.norm(dim=1) for rows, is_unit in ((unit, normalize_features), (target, margin.normalize_weight)) if not is_unit
+    ]
+    length = math.prod(lengths) if lengths else None
     norm = None
     if margin.needs_norm:
         rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
+        # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
         norm = (rows * F.normalize(unit.detach())).sum(1)
     state = state or {}
     if training:
         with torch.no_grad():
             margin.update(norm, counted, state)
     state = {name: snapshot(value) for name, value in state.items()}
-    logit = float(scale) * margin.target_logit(product, length, *margin.terms(norm, counted, state))
+    logit = float(scale) * margin.target_logit((unit * target).sum(1), length, *margin.terms(norm, counted, state))
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
     # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.
     losses = -F.logsigmoid(logit - lse)
@@ -216,7 +220,7 @@ def _negatives_and_target(
     memory_budget,
     backend,
 ):
-    """(negative lse, x̃·w̃_y of the nearest centre, ‖x̃‖ ‖w̃_y‖ or None where it is 1: (N,); x̃ (N, D); which rows are not ignored).
+    """(negative lse (N,), x̃ (N, D), w̃_y of the nearest centre (N, D), which rows are not ignored).
 
     The lse of an ignored row is that of all classes.
     """
@@ -242,15 +246,10 @@ def _negatives_and_target(
         grad_mode and features.requires_grad,
         grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad)),
     )
-    products = (unit[:, None] * target_rows).sum(2)
-    product, nearest = products.max(1) if centers_per_class > 1 else (products.squeeze(1), None)
-    lengths = []
-    if not normalize_features:
-        lengths.append(unit.norm(dim=1))
-    if not normalize_weight:
-        norms = target_rows.norm(dim=2)
-        lengths.append(norms[:, 0] if nearest is None else norms.gather(1, nearest[:, None])[:, 0])
-    return lse, product, math.prod(lengths) if lengths else None, unit, labels != ignore_index
+    if centers_per_class > 1:  # the gradient goes to the nearest centre alone
+        nearest = (unit[:, None] * target_rows).sum(2).argmax(1)
+        target_rows = target_rows.take_along_dim(nearest[:, None, None], 1)
+    return lse, unit, target_rows.squeeze(1), labels != ignore_index
 
 
 def _refuse_forward_mode(*tensors):

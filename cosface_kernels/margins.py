@@ -73,10 +73,17 @@ class CosFace(Margin):
     def psi(self, cosine):
         return cosine - float(self.m)
 
+    def target_logit(self, product, length):
+        """Of raw rows too without a division, so that a row of zeros keeps the gradient that it has."""
+        return product - (float(self.m) if length is None else float(self.m) * length)
+
 
 @dataclass(frozen=True)
 class NormSoftmax(Margin):
     """ψ(cos θ) = cos θ: no margin. Source: NormFace, arXiv 1704.06369; the CosFace paper's NSL, eq. 3."""
+
+    def target_logit(self, product, length):
+        return product  # l ψ(product / l)
 
 
 @dataclass(frozen=True)
@@ -183,8 +190,8 @@ class AdaFace(Margin):
 
     Args:
         m: the margin.
-        h: how many standard deviations z covers, inversely.
-        t_alpha: the share of the batch in the running statistics.
+        h: z reaches ±1 at 1 / h standard deviations.
+        t_alpha: how far the running statistics move towards the batch's in a step, from 0 to 1.
 
     Source: AdaFace, arXiv 2204.00964, eq. 8 to 11; statistics as in the published code, where they start from 20 and 100. A
     batch of one row has no standard deviation, and moves no statistics.
@@ -279,14 +286,11 @@ class MagFace(Margin):
 
 
 @dataclass(frozen=True)
-class Softmax(Margin):
+class Softmax(NormSoftmax):
     """Plain softmax cross-entropy: logits x·w_j + b_j, nothing normalised, no margin. `bias` belongs to this one alone."""
 
     normalize_features: ClassVar[bool] = False
     normalize_weight: ClassVar[bool] = False
-
-    def target_logit(self, product, length, *terms):
-        return product  # l ψ(product / l), and with a bias
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ _ARGUMENTS = {
     "column_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
     "normalize": [_POINTER, _SIZE, _SIZE, ctypes.c_bool, _POINTER, _POINTER],
     "exponentials": [
-        *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE],
+        *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE],
         *[_POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER],
     ],
-    "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER],
+    "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER],
     "accumulate": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
     "table_gradient": [
         *[_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_bool, ctypes.c_double, _SIZE],
@@ -29,7 +29,7 @@ _ARGUMENTS = {
     ],
 }
 # Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 2
+INTERFACE = 3
 CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 

@@ -119,6 +119,8 @@ def negative_lse_backward(
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if need_x_grad:
             x_grad = functions.x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, x.shape, x.dtype)
+            if not normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
+                x_grad = torch.where((labels == ignore_index)[:, None], 0.0, x_grad)
         if need_table_grad:
             cosines = normalize_features and normalize_weight
             plan = make_plan(x, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
@@ -168,7 +170,8 @@ negative_lse.register_autograd(_backward, setup_context=_setup_context)
 
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
-        "cosface_kernels computes first derivatives only; for a second one use cosface_kernels.reference, which is plain PyTorch"
+        "cosface_kernels computes first derivatives only; for a second one write the loss in plain PyTorch, as "
+        "cosface_kernels.reference does"
     )
 
 

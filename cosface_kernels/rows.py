@@ -37,7 +37,8 @@ def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtyp
     """dx (N, D), its shape, in dtype from the gradients of lse (N,) and of x̃ (N, D or D + 1)."""
     grad = ((scale * lse_grad)[:, None] * pull + unit_grad)[:, : shape[1]]
     unit = unit[:, : shape[1]]
-    return project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad).to(dtype)
+    grad = project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad)
+    return grad.to(dtype).contiguous()  # with a bias a slice
 
 
 def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, scale):

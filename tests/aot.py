@@ -60,30 +60,26 @@ INDICES = dict.fromkeys(("label_ptr", "target_ptr", "class_ptr", "order_ptr", "r
 
 
 def exponentials(chip):
-    """The table of `triton_backend.tiles`, each entry of it once."""
-    entries = {
-        dtype: {
-            tuple(triton_backend.tiles(rows, size, dtype, divmod(chip, 10)).items()) for rows in (64, 4096) for size in (64, 512)
-        }
-        for dtype in (torch.bfloat16, torch.float32)
-    }
-    for dtype, configs in entries.items():
-        stored = TYPES[dtype]
-        for config, ragged, precision in itertools.product(sorted(configs), (False, True), ("ieee", "tf32")):
-            if dtype == torch.bfloat16 and precision == "tf32":
-                continue
-            # Sums of several centres are made of what is stored.
-            forms = (False, False, 1), (True, False, 1), (False, True, 1), (True, False, 3), (False, True, 3)
-            for store, maximum, centers in forms:
-                constants = {"STORE": store, "MAXIMUM": maximum, "CENTERS": centers, "RAGGED": ragged}
-                constants |= {"PRECISION": precision, "UPCAST": False}
-                pointers = {"x_ptr": stored, "unit_ptr": stored, "e_ptr": stored, "target_ptr": "i64", "partial_ptr": "fp64"}
-                constants |= {} if store else {"e_ptr": None}
-                constants |= {"shift_ptr": None} if maximum else {}
-                shape = "x".join(str(value) for name, value in config if name.startswith("BLOCK"))
-                flags = {"ragged": ragged, "store": store, "maximum": maximum, "centers": centers > 1}
-                name = " ".join(["exponentials", stored, precision, shape, *(flag for flag, on in flags.items() if on)])
-                yield name, triton_kernels.exponentials, pointers, *split(constants | dict(config))
+    """The table of `triton_backend.tiles`, each entry of it once, for one row to a class and for several."""
+    cases = itertools.product((torch.bfloat16, torch.float32), (1, 3), (False, True), ("ieee", "tf32"))
+    for dtype, centers, ragged, precision in cases:
+        if dtype == torch.bfloat16 and precision == "tf32":
+            continue
+        sizes = itertools.product((64, 4096), (64, 512))
+        configs = {tuple(triton_backend.tiles(*size, dtype, divmod(chip, 10), centers).items()) for size in sizes}
+        forms = ((False, False), (True, False), (False, True)) if centers == 1 else ((False, True), (True, True))
+        for config, (store, maximum) in itertools.product(sorted(configs), forms):
+            constants = {"STORE": store, "MAXIMUM": maximum, "CENTERS": centers, "RAGGED": ragged}
+            constants |= {"PRECISION": precision, "UPCAST": False}
+            stored = TYPES[dtype]
+            pointers = {"x_ptr": stored, "unit_ptr": stored, "e_ptr": "fp32" if maximum else stored}
+            pointers |= {"target_ptr": "i64", "partial_ptr": "fp64"}
+            constants |= {} if store else {"e_ptr": None}
+            constants |= {"shift_ptr": None} if maximum else {}
+            shape = "x".join(str(value) for name, value in config if name.startswith("BLOCK"))
+            flags = {"ragged": ragged, "store": store, "maximum": maximum, "centers": centers > 1}
+            name = " ".join(["exponentials", stored, precision, shape, *(flag for flag, on in flags.items() if on)])
+            yield name, triton_kernels.exponentials, pointers, *split(constants | dict(config))
 
 
 def split(config):

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from rounding import NUM_CLASSES, SIZE
@@ -80,7 +81,7 @@ def sphereface_2(theta):
 
 def sphereface_4(theta):
     """cos 4θ = 8 cos⁴θ - 8 cos²θ + 1, continued past π/4, π/2 and 3π/4."""
-    cos, k = theta.cos(), (theta[:, None] > PI / 4 * torch.arange(1, 4, dtype=theta.dtype)).sum(1)
+    cos, k = theta.cos(), (theta[:, None] > PI / 4 * torch.arange(1, 4).to(theta)).sum(1)
     return (-1.0) ** k * (8 * cos**4 - 8 * cos**2 + 1) - 2 * k
 
 
@@ -205,7 +206,7 @@ ROWS = {
         jumps=lambda norm: arcface_jump(magface_margin(norm).item()),
         norms=MAGFACE_NORMS,
         penalty=magface_penalty,
-        digits=MagFace(l_a=1.0, u_a=30.0, lambda_g=2.0),  # the features of so small a network are short
+        digits=MagFace(l_a=1.0, u_a=30.0, lambda_g=2.0),  # for features of norm 2 to 5
     ),
     "MagFace easy": Row(
         MagFace(easy_margin=True),
@@ -226,10 +227,13 @@ ROWS = {
         (1, -7),
         4,
         raw="features and weight",
-        digits=LSoftmax(4, annealing=True),  # from logits near 0 it takes hundreds of steps to find the first class otherwise
+        digits=LSoftmax(4, annealing=True),  # from logits near 0 it needs some 500 steps otherwise
     ),
     "LSoftmax 2 x3": Row(LSoftmax(2), lambda t, *_: sphereface_2(t), (1, -3), 2, raw="features and weight", centers=3),
 }
+
+
+every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
 def written_out(row, features, weight, labels, bias=None, *, scale=None, reduction="mean", state=None):
@@ -253,6 +257,13 @@ def written_out(row, features, weight, labels, bias=None, *, scale=None, reducti
     if reduction == "none":
         return losses.new_zeros(len(labels)).masked_scatter(counted, losses)
     return losses.mean() if reduction == "mean" else losses.sum()
+
+
+def steepness(row, features, weight):
+    """The largest derivative of a logit, or of its gradient, by an angle: a scale as `tolerance` wants it."""
+    length = features.nan_to_num().norm(dim=1).max().item() if "features" in row.raw else 1.0
+    length *= weight.norm(dim=1).max().item() if "weight" in row.raw else 1.0
+    return row.scale * length * max(1, row.lipschitz) ** 2
 
 
 def batch(row, device="cpu", *, num_rows=12, num_classes=NUM_CLASSES, dtype=torch.float64, seed=0, angles=(0.2, 2.9)):

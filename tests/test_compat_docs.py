@@ -1,4 +1,4 @@
-"""Do the examples of docs/migrate-code.md run, and does a head with a loss of pairs or triplets beside it learn?"""
+"""Do the examples of docs/migrate.md run, and does a head with a loss of pairs or triplets beside it learn?"""
 
 import re
 import sys

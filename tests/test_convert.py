@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosface_kernels import CosFaceLoss, cli
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cli
 from cosface_kernels import convert as module
+from cosface_kernels.margins import Softmax
 from cosface_kernels.validation import FLOAT_DTYPES
 
 ROOT = Path(__file__).parents[1]
@@ -104,6 +105,20 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     return tmp_path
+
+
+def test_a_bias_is_not_dropped_in_silence(here, capsys):
+    torch.save(MarginSoftmaxLoss(SIZE, 11, margin=Softmax(), bias=True).state_dict(), "head.pt")
+    assert "bias" in refusal(capsys, "head.pt", "loss.pt", "--to", "pml") and not Path("loss.pt").exists()
+    assert run("head.pt", "loss.pt", "--key", "weight", "--to", "pml") == 0
+
+
+@pytest.mark.parametrize("out, to", [("out.pt", "insightface"), ("out_{rank}.pt", "pml"), ("out_{rank}.pt", None)])
+def test_function_refuses_ranks_that_would_overwrite_each_other(here, out, to):
+    torch.save({"weight": table(11)}, "in.pt")
+    with pytest.raises(ValueError, match="several ranks"):
+        module.convert(["in.pt"], out, to=to, ranks=3, force=True)
+    assert sorted(os.listdir()) == ["in.pt"]
 
 
 # Reading

@@ -136,6 +136,47 @@ def test_ignored_rows_and_the_first_and_last_class(backend, device, form):
         torch.testing.assert_close(tensor.double(), wanted, rtol=0, atol=200 * 2**-23 * float(wanted.abs().max()))
 
 
+def test_raw_logits_of_any_size(backend, device):
+    """An exponent of 10^12 is rounded to 10^5: a row's largest must be the shift to the last bit."""
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 7, 300, 16))
+    for size in (1e6, 1e10, 1e12):
+        loss = margin_softmax_loss(features * size, weight, labels, margin=Softmax(), reduction="none", backend=backend)
+        exact = F.cross_entropy((features * size).double() @ weight.double().T, labels, reduction="none")
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nearest_centre_of_flat_logits(backend, device, autocast):
+    """A table as small as at the start of training: exponentials that differ by 10^-3, and few of them in bfloat16."""
+    ours, plain = losses(Softmax(), 1.0, centers_per_class=3)
+    inputs = [(x, 1e-3 * w, y) for x, w, y in whole_classes(draws("uniform", (67, 522, 70), *[torch.float32] * 2), 3)]
+    check_rule(partial(ours, backend=backend), plain, inputs, device=device, scale=1.0, autocast=autocast)
+
+
+def test_rows_of_zeros_keep_their_gradient(backend, device):
+    """Where the target's logit is linear in them; a rectifier may give such rows."""
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 7, 300, 16))
+    features[1] = 0
+    upstream = torch.ones(7, device=device)
+    for margin, table in ((NormSoftmax(), F.normalize), (CosFace(0.0), F.normalize), (Softmax(), lambda w: w)):
+        ours = partial(margin_softmax_loss, margin=margin, normalize_features=False, reduction="none", backend=backend)
+        got = evaluate(ours, features, weight, labels, upstream)
+
+        def plain(x, w, y, table=table):
+            return F.cross_entropy(x @ table(w).T, y, reduction="none")
+
+        exact = evaluate(plain, features.double(), weight.double(), labels, upstream)
+        torch.testing.assert_close(got[1][1].double(), exact[1][1], rtol=0, atol=1e-5)
+
+
+def test_ignored_row_beside_a_nan_in_the_table(backend, device):
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 7, 300, 16))
+    labels[1], weight[5, 0] = -100, torch.nan
+    ours = partial(margin_softmax_loss, margin=Softmax(), reduction="none", backend=backend)
+    loss, dx, _ = evaluate(ours, features, weight, labels, torch.ones(7, device=device))
+    assert loss[1] == 0 and not dx[1].any() and dx[0].isnan().all()
+
+
 def test_overflowing_target_beside_tiny_negatives(backend, device):
     """The target's own centres take no part in a row's maximum: at scale 1000 they would hide every negative."""
     features, weight, labels = (tensor.to(device) for tensor in make("peaked", 7, 522, 70))

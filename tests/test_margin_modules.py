@@ -8,9 +8,8 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from margin_rows import ROWS, batch, written_out
+from margin_rows import ROWS, batch, every_row, steepness, written_out
 from rounding import NUM_CLASSES, SIZE, assert_close, tolerance
-from test_margins import every_row, steepness
 from torch import library
 
 from cosface_kernels import MarginSoftmaxLoss, margin_softmax_loss, margins, reference
@@ -143,7 +142,7 @@ def test_adaface_of_one_row_has_quality_zero(device):
     assert_close(loss, same, tolerance(torch.float64))
 
 
-# The floor of 5 is reached in step 1658.
+# The floor of 5 is reached in step 1659.
 @pytest.mark.parametrize("step, weight", [(1, 1000 / 1.12), (100, 1000 / 13), (1657, 1000 / 199.84), (1659, 5), (10**7, 5)])
 def test_annealing(step, weight, device):
     """In training step t; each row has cosine -1 with its class of two, so that its logits are -(λ + 7) / (1 + λ) and 1."""

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from margin_rows import ROWS
+from margin_rows import ROWS, every_row
 from rounding import draw
 
 from cosface_kernels import MarginSoftmaxLoss, margin_softmax_loss, margins
@@ -89,7 +89,7 @@ def test_ends_of_each_range(margin):
     assert loss > 0 and all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+@every_row
 def test_frozen(row):
     with pytest.raises(FrozenInstanceError):
         row.margin.m = 0.1

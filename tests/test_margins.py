@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_as_accurate
-from margin_rows import ROWS, Row, batch, written_out
+from margin_rows import ROWS, Row, batch, every_row, steepness, written_out
 from rounding import SIZE, assert_close, tolerance
 
 from cosface_kernels import margin_softmax_loss, margins, reference
@@ -23,7 +23,6 @@ GRID = torch.linspace(0, math.pi, 100_000, dtype=torch.float64)  # π/2, where e
 REACH = 1e-3  # AdaFace keeps its angle this far within (0, π)
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
-every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
 
 
 def ours(row, features, weight, labels, bias=None, **options):
@@ -36,13 +35,6 @@ def results(loss, features, weight, labels, *bias, upstream=None):
     value = loss(*leaves[:2], labels, *leaves[2:])
     upstream = torch.linspace(1, 2, value.numel(), dtype=value.dtype, device=value.device).view_as(value)
     return [value.detach(), *torch.autograd.grad(value, leaves, upstream)]
-
-
-def steepness(row, features, weight):
-    """The largest derivative of a logit, or of its gradient, by an angle: a scale as `tolerance` wants it."""
-    length = features.nan_to_num().norm(dim=1).max().item() if "features" in row.raw else 1.0
-    length *= weight.norm(dim=1).max().item() if "weight" in row.raw else 1.0
-    return row.scale * length * max(1, row.lipschitz) ** 2
 
 
 def psi_of(row, theta, norm, cosine=None):

@@ -13,7 +13,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cosface_kernels import cosface_loss
+from cosface_kernels import cosface_loss, margin_softmax_loss
+from cosface_kernels.margins import Softmax
 
 negative_lse = torch.ops.cosface_kernels.negative_lse.default
 negative_lse_backward = torch.ops.cosface_kernels.negative_lse_backward.default
@@ -29,7 +30,12 @@ OP_CASES = {
     "recompute": (torch.bfloat16, 0, True, True),
     "frozen features": (torch.float32, 0, False, True),
     "frozen weight": (torch.float32, 0, True, False),
+    "bias": (torch.float32, ALL, True, True),
+    "centres": (torch.bfloat16, 2 * 7 * 384 * 2, True, True),
+    "raw": (torch.bfloat16, 0, True, True),
 }
+# normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
+FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}
 
 
 def op_arguments(case, device):
@@ -38,8 +44,10 @@ def op_arguments(case, device):
     labels[3] = -100
     features.requires_grad_(need_x_grad)
     weight = weight.to(dtype).requires_grad_(need_weight_grad)
-    form = True, True, 1
-    return features, weight, None, labels, 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
+    form = FORMS.get(case, (True, True, 1))
+    bias = weight[:, 0].detach().clone().requires_grad_(need_weight_grad) if case == "bias" else None
+    labels = torch.where(labels < 0, labels, labels // form[2])
+    return features, weight, bias, labels, 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
 
 
 @pytest.mark.parametrize("case", OP_CASES)
@@ -53,7 +61,7 @@ def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
         x, weight, bias, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
-        inputs = x.detach(), weight.detach(), bias, labels
+        inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels
         lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
         gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(saved[0])
         arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
@@ -120,6 +128,21 @@ def test_compile(autocast, device):
     if device.type == "cpu":
         with pytest.raises(IndexError, match=rf"labels\[0\] is {NUM_CLASSES}"):
             compiled(features, weight, torch.full_like(labels, NUM_CLASSES))
+
+
+@pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
+def test_compile_to_code_with_a_bias(device):
+    """What stands before the head is fused onto its gradient, whose layout must be what it was said to be."""
+    torch._dynamo.reset()
+    features, weight, labels = draw(device, torch.float32)
+    bias, upstream = torch.linspace(-1, 1, len(weight), device=device), torch.ones((), device=device)
+
+    def loss(x, w, y):
+        return margin_softmax_loss(torch.tanh(x) * 2, w, y, margin=Softmax(), bias=bias)
+
+    results = evaluate(torch.compile(loss, fullgraph=True), features, weight, labels, upstream)
+    for ours, wanted in zip(results, evaluate(loss, features, weight, labels, upstream), strict=True):
+        assert_close(ours, wanted.double(), tolerance(torch.float32))
 
 
 @pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")

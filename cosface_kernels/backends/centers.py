@@ -3,18 +3,24 @@
 import torch
 
 
-def keep_largest(e, centers, dim):
-    """Of each `centers` consecutive exponentials along dim all but the largest, the first of equal ones, become 0, in place."""
-    if centers == 1:
-        return e
-    # Part by part: an argmax along so short a dimension takes ten times as long on a CPU.
-    parts = e.unflatten(dim, (-1, centers)).unbind(dim + 1)
+def exponentials(exponents, shift, centers, dim):
+    """E = 2^{exponents - shift}, in place; of each `centers` consecutive ones along dim all but the largest become 0."""
+    if centers > 1:
+        _drop_all_but_largest(exponents, centers, dim)
+    return exponents.sub_(shift.unsqueeze(dim)).exp2_()
+
+
+def _drop_all_but_largest(exponents, centers, dim):
+    """-inf for the others, the first of equal ones stays. Among exponentials, which are rounded, far more would be equal.
+
+    Part by part: an argmax along so short a dimension takes ten times as long on a CPU.
+    """
+    parts = exponents.unflatten(dim, (-1, centers)).unbind(dim + 1)
     largest = parts[0]
     for part in parts[1:]:
         largest = torch.maximum(largest, part)
     wanted = torch.ones_like(largest, dtype=torch.bool)
     for part in parts:
         kept = wanted & ((part == largest) | part.isnan())
-        part.masked_fill_(~kept, 0)
+        part.masked_fill_(~kept, -torch.inf)
         wanted &= ~kept
-    return e

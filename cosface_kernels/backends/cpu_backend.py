@@ -9,8 +9,7 @@ import torch
 
 from .. import native, rows
 from ..plan import aligned
-from . import Sums
-from .centers import keep_largest
+from . import Sums, centers
 
 row_functions = rows
 # Enough for the panels of every instruction set; the classes whose exponentials one partial sum adds; the class rows whose
@@ -72,7 +71,7 @@ class _Slab:
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
         self.unit = torch.empty(plan.slab, self.size, dtype=plan.dtype)
         self.partial = torch.empty(-(-plan.slab // SUM_CLASSES), self.num_rows)
-        self._e = None
+        self._e = self._exponents = None
 
     def panels(self, summed, columns):
         """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
@@ -93,24 +92,32 @@ class _Slab:
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
-        centers, size = self.table.centers, stop - start
-        stored = self.scratch() if e is None and centers > 1 else e
+        if self.table.centers > 1:
+            return self._nearest(start, stop, shift, e, panels)
         self.kernels.exponentials(
-            *(self.x_panels, self.num_rows, self.unit, size, self.size, self.targets, centers, start, shift),
-            *(self.plan.log2_scale, stored, panels if centers == 1 else None, self.partial),
+            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
+            *(self.plan.log2_scale, e, panels, self.partial),
         )
-        if centers == 1:
-            return self.partial[: -(-size // SUM_CLASSES)]
-        largest = keep_largest(stored[:size], centers, 0)
-        if panels is not None:
-            self.kernels.column_panels(largest, size, self.num_rows, panels)
-        return largest
+        return self.partial[: -(-(stop - start) // SUM_CLASSES)]
 
-    def maxima(self, start, stop):
-        """Row maxima of the exponents in pieces (pieces, N)."""
+    def _nearest(self, start, stop, shift, e, panels):
+        """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
+        if self._exponents is None:
+            self._exponents = torch.empty(self.plan.slab, self.num_rows)
+        self.maxima(start, stop, self._exponents)
+        exact = centers.exponentials(self._exponents[: stop - start], shift, self.table.centers, 0)
+        low = exact.to(self.plan.dtype)
+        if e is not None:
+            e[: stop - start] = low
+        if panels is not None:
+            self.kernels.column_panels(low, stop - start, self.num_rows, panels)
+        return exact
+
+    def maxima(self, start, stop, exponents=None):
+        """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
         self.kernels.maxima(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
-            *(self.plan.log2_scale, self.partial),
+            *(self.plan.log2_scale, exponents, self.partial),
         )
         return self.partial[: -(-(stop - start) // SUM_CLASSES)]
 

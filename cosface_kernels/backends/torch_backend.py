@@ -11,8 +11,7 @@ import torch
 from .. import rows
 from ..plan import aligned
 from ..unit import project
-from . import Sums
-from .centers import keep_largest
+from . import Sums, centers
 from .products import accumulated, cosines
 
 row_functions = rows
@@ -59,8 +58,8 @@ def _unit(table, start, stop, plan):
 
 def _exponentials(low, unit, shift, columns, table, plan):
     """E (N, B) in plan.wide; columns: each row's target counted from the slab's first row."""
-    e = cosines(low, unit).mul_(plan.log2_scale).sub_(shift[:, None]).exp2_()
-    return keep_largest(_replace_targets(e, columns, table.centers, 0.0), table.centers, 1)
+    exponents = _without_targets(cosines(low, unit).mul_(plan.log2_scale), columns, table.centers)
+    return centers.exponentials(exponents, shift, table.centers, 1)
 
 
 def _shift(low, table, targets, plan):
@@ -70,17 +69,17 @@ def _shift(low, table, targets, plan):
     largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
     for _, start, stop in plan.slabs(table):
         exponents = cosines(low, _unit(table, start, stop, plan)[0].to(plan.dtype)).mul_(plan.log2_scale)
-        exponents = _replace_targets(exponents, targets - start, table.centers, -torch.inf)
+        exponents = _without_targets(exponents, targets - start, table.centers)
         largest = torch.maximum(largest, exponents.amax(1))
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 
-def _replace_targets(slab, columns, centers, value):
-    """slab[n, columns[n] + k] = value for k < centers where those columns lie in the slab, in place and without asking the device
+def _without_targets(slab, columns, count):
+    """slab[n, columns[n] + k] = -inf for k < count where those columns lie in the slab, in place and without asking the device
     where that is."""
     inside = ((columns >= 0) & (columns < slab.shape[1]))[:, None]
-    columns = torch.where(inside, columns[:, None] + torch.arange(centers, device=slab.device), 0)
-    return slab.scatter_(1, columns, torch.where(inside, value, slab.gather(1, columns)))
+    columns = torch.where(inside, columns[:, None] + torch.arange(count, device=slab.device), 0)
+    return slab.scatter_(1, columns, torch.where(inside, -torch.inf, slab.gather(1, columns)))
 
 
 def _add_rows(grad, rows, sums):

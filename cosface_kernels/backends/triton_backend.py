@@ -9,8 +9,7 @@ import torch
 import triton
 
 from ..plan import aligned
-from . import Sums, triton_kernels, triton_rows
-from .centers import keep_largest
+from . import Sums, centers, triton_kernels, triton_rows
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -23,14 +22,14 @@ PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
 PULL_BLOCK = {"BLOCK": 512, "num_warps": 4}
 
 
-def tiles(num_rows, size, dtype, capability):
+def tiles(num_rows, size, dtype, capability, centers=1):
     """Launch configuration of `exponentials` for N rows of (padded) size D; docs/gpu.md has the arithmetic behind it."""
     block_n = 64 if num_rows <= 64 or dtype == torch.float32 else 128
     if dtype == torch.float32:
         shape = 64, 32, 4, 3  # twice the registers and shared memory for each element
     elif capability[0] not in (9, 10):
         shape = 128, 32, 4, 4  # no more than 99 KB of shared memory, which every chip has
-    elif block_n == 128 and size >= 512:
+    elif block_n == 128 and size >= 512 and centers == 1:  # float32 exponents of so large a tile would spill
         shape = 256, 64, 8, 4  # bound by what L2 delivers: the larger tile reads less
     else:
         shape = 128, 64, block_n // 16, 3  # two programs on a processor: one's exponential under the other's product
@@ -55,7 +54,7 @@ def forward(x, table, targets, plan, *, need_pull):
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
         e = plan.kept_view(kept, index, num_rows, len(unit))
-        if e is None and (need_pull or table.centers > 1):
+        if e is None and need_pull:
             e = slab.scratch(len(unit))
         slab.exponentials(unit, start, stop, shift, partial, store=e)
         first, last = start == 0, stop == table.num_rows
@@ -119,7 +118,7 @@ class _Slab:
     def __init__(self, low, table, targets, plan):
         self.low, self.table, self.targets, self.plan = low, table, targets, plan
         capability = torch.cuda.get_device_capability(low.device) if low.is_cuda else (9, 0)
-        self.config = tiles(*low.shape, plan.dtype, capability)
+        self.config = tiles(*low.shape, plan.dtype, capability, table.centers)
         self._unit = self._scratch = None
 
     def scratch(self, width):
@@ -154,12 +153,29 @@ class _Slab:
         class_tiles = triton.cdiv(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
         return torch.empty(class_tiles, len(self.low), dtype=torch.float64, device=self.low.device)
 
-    def exponentials(self, unit, start, stop, shift, partial, *, store=None, maximum=False):
-        """Row sums of E, or row maxima of its exponents, into `partial`; E into `store` (N, width) if given, zero past `stop`."""
-        num_rows, config, centers = len(self.low), self.config, self.table.centers
+    def exponentials(self, unit, start, stop, shift, partial, *, store=None):
+        """Row sums of E into `partial`; E into `store` (N, width) if given, zero past `stop`."""
+        if self.table.centers == 1:
+            self._launch(unit, start, stop, shift, partial, store)
+            return
+        # Each class's nearest centre alone, which needs all exponents in float32 first.
+        exponents = torch.empty(len(self.low), len(unit), dtype=torch.float32, device=self.low.device)
+        self._launch(unit, start, stop, None, torch.empty_like(partial), exponents, maximum=True)
+        e = centers.exponentials(exponents[:, : stop - start], shift, self.table.centers, 1)
+        if start == 0:
+            partial.zero_()
+        partial[0] += e.sum(1, dtype=torch.float64)
+        if store is not None:
+            store[:, : stop - start] = e
+            store[:, stop - start :] = 0
+
+    def maxima(self, unit, start, stop, partial):
+        """Row maxima of the exponents into `partial`."""
+        self._launch(unit, start, stop, None, partial, None, maximum=True)
+
+    def _launch(self, unit, start, stop, shift, partial, store, maximum=False):
+        num_rows, config = len(self.low), self.config
         class_tiles = triton.cdiv(len(unit), config["BLOCK_C"])
-        # With several centres to a class the kernel's sums are of all of them, and dropped.
-        sums = partial if maximum or centers == 1 else torch.empty_like(partial)
         if num_rows:
             triton_kernels.exponentials[(triton.cdiv(num_rows, config["BLOCK_N"]) * class_tiles,)](
                 self.low,
@@ -167,7 +183,7 @@ class _Slab:
                 self.targets,
                 shift,
                 store,
-                sums,
+                partial,
                 num_rows,
                 stop - start,
                 unit.shape[1],
@@ -176,16 +192,12 @@ class _Slab:
                 len(unit),
                 STORE=store is not None,
                 MAXIMUM=maximum,
-                CENTERS=centers,
+                CENTERS=self.table.centers,
                 RAGGED=(stop - start) % config["BLOCK_C"] != 0,
                 PRECISION=_precision(),
                 UPCAST=INTERPRETED,
                 **config,
             )
-        if sums is not partial:
-            if start == 0:
-                partial.zero_()
-            partial[0] += keep_largest(store[:, : stop - start], centers, 1).sum(1, dtype=torch.float64)
 
 
 def _shift(slab, plan, num_rows):
@@ -195,7 +207,7 @@ def _shift(slab, plan, num_rows):
         return torch.full((num_rows,), plan.shift, dtype=torch.float32, device=device)
     largest = slab.partial()
     for _, start, stop in plan.slabs(slab.table):
-        slab.exponentials(slab.unit(start, stop), start, stop, None, largest, maximum=True)
+        slab.maxima(slab.unit(start, stop), start, stop, largest)
     largest = largest.amax(0).float()
     return torch.where(largest == -torch.inf, 0.0, largest)
 

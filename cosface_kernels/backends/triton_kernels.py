@@ -82,7 +82,8 @@ def exponentials(
     unit_ptr,  # (>= B, D_padded) unit class rows of the slab
     target_ptr,  # (N,) int64 first of the target class's CENTERS rows, -1 for none
     shift_ptr,  # (N,) float32
-    e_ptr,  # (N, stride_e) exponentials, columns B .. stride_e become zero; not touched unless STORE
+    # (N, stride_e) exponentials, columns B .. stride_e become 0, or with MAXIMUM exponents, -inf there; not touched unless STORE
+    e_ptr,
     partial_ptr,  # (tiles, N) float64 row sums of E over all slabs so far, or with MAXIMUM row maxima of its exponents
     N,
     B,
@@ -132,7 +133,8 @@ def exponentials(
     # Float64, because a float32 sum of 10^5 slabs would lose digits.
     later_slab = live & (first_class > 0)
     if MAXIMUM:
-        largest = tl.max(tl.where(dropped, float("-inf"), cosine * log2_scale), 1)
+        e = tl.where(dropped, float("-inf"), cosine * log2_scale)
+        largest = tl.max(e, 1)
         before = tl.load(partial, mask=later_slab, other=float("-inf"))
         tl.store(partial, tl.maximum(before, largest.to(tl.float64)), mask=live)
     else:
@@ -140,11 +142,11 @@ def exponentials(
         e = tl.where(dropped, 0.0, tl.exp2(cosine * log2_scale - shift[:, None]))
         before = tl.load(partial, mask=later_slab, other=0.0)
         tl.store(partial, before + tl.sum(e, 1).to(tl.float64), mask=live)
-        if STORE:
-            inside = live[:, None]
-            if RAGGED:
-                inside = inside & (column < stride_e)[None, :]
-            tl.store(e_ptr + row.to(tl.int64)[:, None] * stride_e + column[None, :], e.to(e_ptr.dtype.element_ty), mask=inside)
+    if STORE:
+        inside = live[:, None]
+        if RAGGED:
+            inside = inside & (column < stride_e)[None, :]
+        tl.store(e_ptr + row.to(tl.int64)[:, None] * stride_e + column[None, :], e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

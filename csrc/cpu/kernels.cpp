@@ -2,6 +2,7 @@
 //
 //     normalize           w̃ = w / ‖w‖, or w as it is
 //     exponentials        Eᵀ = 2^{k w̃ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
+//     maxima              each row's largest exponent, and with several centres to a class all exponents
 //     accumulate          U += E w̃, in float64
 //     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul
 //
@@ -189,7 +190,7 @@ inline void tile_rows(const Number *row[TILE], const Number *matrix, int64_t str
 template <class Number, bool MAXIMUM>
 void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,
                   const int64_t *targets, int64_t centers, int64_t first_class, const float *shifts, float log2_scale, Number *e,
-                  uint32_t *e_panels, float *partial, int threads) {
+                  uint32_t *e_panels, float *exponents, float *partial, int threads) {
     const int64_t panel_words = ceil_div(size, PER_WORD<Number>) * PANEL, e_words = ceil_div(classes, PER_WORD<Number>) * PANEL;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < classes; first += SUM_CLASSES) {
@@ -216,14 +217,16 @@ void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit
 #pragma GCC unroll 2
                         for (int i = 0; i < PER_WORD<Number>; i++) {
                             if (j + i == classes) break;
-                            const Vector exponent = cosines.at[j + i - tile][v] * log2_scale - shift[v];
-                            const auto is_target = (Words)((int32_t)(j + i) - target[v]) < (uint32_t)centers;
+                            // Rounded before the shift is subtracted, as it was when a row's largest became the shift.
+                            const Vector product = rounded(cosines.at[j + i - tile][v] * log2_scale);
                             if (MAXIMUM) {
-                                const Vector other = is_target ? splat(-INFINITY) : exponent;
+                                const auto is_target = (Words)((int32_t)(j + i) - target[v]) < (uint32_t)centers;
+                                const Vector other = is_target ? splat(-INFINITY) : product;
                                 sum[v] = other > sum[v] ? other : sum[v];
+                                if (exponents && n < num_rows) store(exponents + (j + i) * num_rows + n, other, num_rows - n);
                                 continue;
                             }
-                            ones[i] = is_target ? Vector{} : exp2(exponent);
+                            ones[i] = target[v] == (int32_t)(j + i) ? Vector{} : exp2(product - shift[v]);
                             sum[v] += ones[i];
                             if (e && n < num_rows) store(e + (j + i) * num_rows + n, ones[i], num_rows - n);
                         }
@@ -334,7 +337,7 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
 #define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
 
 // What callers are written for: native.py refuses a library of another number. Changes with any signature or layout.
-EXPORT(int, interface)() { return 2; }
+EXPORT(int, interface)() { return 3; }
 
 // How much room callers leave: native.constant reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
@@ -370,16 +373,16 @@ EXPORT(int, supported)() {
         normalize(weight, classes, size, normalized, unit, panels, threads);                                                       \
     }                                                                                                                              \
     EXPORT(void, exponentials_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,\
-                                        const int64_t *targets, int64_t centers, int64_t first_class, const float *shifts,         \
-                                        float log2_scale, Number *e, uint32_t *e_panels, float *partial, int threads) {            \
-        exponentials<Number, false>(x_panels, num_rows, unit, classes, size, targets, centers, first_class, shifts, log2_scale, e, \
-                                    e_panels, partial, threads);                                                                   \
+                                        const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e,\
+                                        uint32_t *e_panels, float *partial, int threads) {                                         \
+        exponentials<Number, false>(x_panels, num_rows, unit, classes, size, targets, 1, first_class, shifts, log2_scale, e, e_panels,\
+                                    nullptr, partial, threads);                                                                    \
     }                                                                                                                              \
     EXPORT(void, maxima_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,   \
-                                  const int64_t *targets, int64_t centers, int64_t first_class, float log2_scale, float *partial,  \
-                                  int threads) {                                                                                   \
+                                  const int64_t *targets, int64_t centers, int64_t first_class, float log2_scale, float *exponents,\
+                                  float *partial, int threads) {                                                                   \
         exponentials<Number, true>(x_panels, num_rows, unit, classes, size, targets, centers, first_class, nullptr, log2_scale,    \
-                                   nullptr, nullptr, partial, threads);                                                            \
+                                   nullptr, nullptr, exponents, partial, threads);                                                 \
     }                                                                                                                              \
     EXPORT(void, accumulate_##Number)(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t classes, int64_t num_rows,    \
                                int64_t size, double *pull, int threads) {                                                          \

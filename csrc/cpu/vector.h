@@ -45,6 +45,18 @@ inline Doubles widen(const float *from) { return __builtin_convertvector(load<Pi
 inline Vector splat(float value) { return Vector{} + value; }
 inline Words splat(uint32_t value) { return Words{} + value; }
 
+// x, which a compiler could otherwise keep unrounded in a fused multiply-add.
+inline Vector rounded(Vector x) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(x));
+#elif defined(__x86_64__)
+    asm("" : "+x"(x));
+#elif defined(__aarch64__)
+    asm("" : "+w"(x));
+#endif
+    return x;
+}
+
 // sum + a·b, a word at a time.
 template <class Number> inline Vector add_product(Vector sum, Words a, Words b);
 
