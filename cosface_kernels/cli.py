@@ -70,7 +70,10 @@ def _parser():
         "       cosface convert IN OUT --to SYSTEM [--ranks W] [--force]",
         description="Take the class table out of another system's files and write the state dict of CosFaceLoss, or, with --to, "
         "the other way round, every bit the same. Systems: insightface is PartialFC_V2, one file for each rank; pml is "
-        "pytorch-metric-learning.",
+        "pytorch-metric-learning; docs/migrate.md has the keys of others. For example: "
+        "cosface convert rank_*.pt head.pt --from insightface; "
+        "cosface convert adaface.pt head.pt --key kernel --transpose; "
+        "cosface convert head.pt 'rank_{rank}.pt' --to insightface --ranks 8.",
     )
     convert.add_argument(
         "inputs", nargs="+", metavar="IN", help="files written by torch.save, all shards of one table; ordered by rank"

@@ -190,7 +190,12 @@ def stateful_loss(
         with torch.no_grad():
             margin.update(norm, counted, state)
     state = {name: snapshot(value) for name, value in state.items()}
-    logit = float(scale) * margin.target_logit((unit * target).sum(1), length, *margin.terms(norm, counted, state))
+    terms = margin.terms(norm, counted, state)
+    if not isinstance(terms, tuple):
+        raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
+    logit = float(scale) * margin.target_logit((unit * target).sum(1), length, *terms)
+    if logit.shape != lse.shape:
+        raise ValueError(f"psi of {type(margin).__name__} must return shape (N,) = {tuple(lse.shape)}, got {tuple(logit.shape)}")
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
     # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.
     losses = -F.logsigmoid(logit - lse)

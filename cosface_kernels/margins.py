@@ -20,7 +20,7 @@ from .validation import check_flag, check_number
 
 @dataclass(frozen=True)
 class Margin:
-    """The base: ψ(c) = c. A subclass overrides psi, and what else it needs."""
+    """The base of all. A subclass overrides psi, and what else it needs."""
 
     normalize_features: ClassVar[bool] = True  # whether its loss divides features by their norms unless told otherwise
     normalize_weight: ClassVar[bool] = True  # whether its loss divides the class rows by their norms
@@ -29,7 +29,7 @@ class Margin:
 
     def psi(self, cosine, *terms):
         """ψ(cos θ) (N,); terms: what `terms` returned."""
-        return cosine
+        raise NotImplementedError(f"{type(self).__name__} defines no psi(self, cosine, *terms)")
 
     def target_logit(self, product, length, *terms):
         """The target's logit over s (N,): l ψ(product / l). length: l (N,), or None where it is 1."""
@@ -38,9 +38,10 @@ class Margin:
         return length * self.psi(product / torch.where(length == 0, 1.0, length), *terms)
 
     def terms(self, norm, counted, state):
-        """What differs from row to row or step to step, tensors (N,) or 0-dim; norm: ‖x‖ (N,), or None if it is not needed.
+        """What differs from row to row or step to step, a tuple of tensors (N,) or 0-dim.
 
-        counted: the rows that are not ignored; state: the running statistics, {} where there is no module to keep them.
+        norm: ‖x‖ (N,), None without needs_norm; counted: the rows that are not ignored; state: the running statistics, {} where
+        there is no module to keep them.
         """
         return ()
 
@@ -58,7 +59,8 @@ def _check(margin, **ranges):
         value = getattr(margin, name)
         check_number(name, value)
         if not low <= value <= high:
-            raise ValueError(f"{name} of {type(margin).__name__} must be from {low:g} to {high:g}, got {value}")
+            unit = " radians" if high in (math.pi, math.pi / 2) else ""
+            raise ValueError(f"{name} of {type(margin).__name__} must be from {low:g} to {high:g}{unit}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class CosFace(Margin):
 @dataclass(frozen=True)
 class NormSoftmax(Margin):
     """ψ(cos θ) = cos θ: no margin. Source: NormFace, arXiv 1704.06369; the CosFace paper's NSL, eq. 3."""
+
+    def psi(self, cosine):
+        return cosine
 
     def target_logit(self, product, length):
         return product  # l ψ(product / l)
@@ -161,7 +166,7 @@ class SphereFace(Margin):
 
 @dataclass(frozen=True)
 class Combined(Margin):
-    """ψ(cos θ) = cos(m1 θ + m2) - m3, all three at once.
+    """ψ(cos θ) = cos(m1 θ + m2) - m3, all three at once; m2 in radians, from 0 to π.
 
     Where φ = m1 θ + m2 passes π it goes on falling as SphereFace's does: (-1)^k cos φ - 2k - m3 for φ in [kπ, (k+1)π].
     InsightFace's CombinedMarginLoss drops m1 and m2 silently where m3 > 0.
@@ -174,7 +179,7 @@ class Combined(Margin):
     m3: float = 0.0
 
     def __post_init__(self):
-        _check(self, m1=(0.0, math.inf), m2=(0.0, math.inf), m3=(-math.inf, math.inf))
+        _check(self, m1=(0.0, math.inf), m2=(0.0, math.pi), m3=(-math.inf, math.inf))
 
     def psi(self, cosine):
         return _continued(float(self.m1) * inside(cosine).acos() + float(self.m2)) - float(self.m3)

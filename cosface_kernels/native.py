@@ -84,7 +84,8 @@ def constant(name):
 def _load():
     """(library or None, why there is none)."""
     if not LIBRARY.exists():
-        return None, "it was not built: installing the package needs a C++ compiler with OpenMP for that"
+        why = "installing the package does that (in a source tree with -e), and needs a C++ compiler with OpenMP"
+        return None, f"it was not built beside {LIBRARY.parent}: {why}"
     try:
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:

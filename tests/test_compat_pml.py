@@ -513,3 +513,12 @@ try:
 except ImportError as error:
     print("pip install pytorch-metric-learning" in str(error))
 """) == ["True"]
+
+
+@pytest.mark.parametrize("method", ["modify_cosine_of_target_classes", "get_target_mask", "scale_logits"])
+def test_a_subclass_whose_method_would_not_be_called_is_refused(method):
+    own = type("Own", (compat.CosFaceLoss,), {method: lambda self, *arguments: arguments[0]})
+    with pytest.raises(TypeError, match=rf"Own\.{method} would not be called"):
+        own(num_classes=3, embedding_size=2)
+    harmless = type("Own", (compat.CosFaceLoss,), {"get_default_reducer": compat.CosFaceLoss.get_default_reducer})
+    assert harmless(num_classes=3, embedding_size=2).W.shape == (2, 3)

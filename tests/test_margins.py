@@ -216,6 +216,34 @@ def test_a_margin_of_ones_own(raw, device):
             assert_close(tensor, wanted, tolerance(torch.float64, steepness(row, *tensors[:2])))
 
 
+class Nothing(margins.Margin):
+    pass
+
+
+class Mean(margins.Margin):
+    def psi(self, cosine):
+        return cosine.mean()
+
+
+class Comma(Bent):
+    def terms(self, norm, counted, state):
+        return counted.float()
+
+
+@pytest.mark.parametrize(
+    ("margin", "error", "what"),
+    [
+        (Nothing(), NotImplementedError, "Nothing defines no psi"),
+        (Mean(), ValueError, r"psi of Mean must return shape \(N,\) = \(\d+,\), got \(\)"),
+        (Comma(), TypeError, "terms of Comma must return a tuple, got Tensor"),
+    ],
+)
+def test_mistakes_in_a_margin_of_ones_own(margin, error, what, device):
+    features, weight, labels, *_ = batch(ROWS["ArcFace"], device)
+    with pytest.raises(error, match=what):
+        margin_softmax_loss(features, weight, labels, margin=margin)
+
+
 def test_softmax_of_unit_features_with_a_bias(device):
     """The op has D + 1 columns there, and features D."""
     features, weight, labels, bias = batch(ROWS["Softmax bias"], device)

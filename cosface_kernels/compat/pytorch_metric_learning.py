@@ -15,7 +15,8 @@ wrong ours differs:
 - `distance` must give cosines: a ValueError for CosineSimilarity with `p` or `power`, which theirs takes, and for a
   NormalizedSoftmaxLoss with any distance but DotProductSimilarity and CosineSimilarity.
 - `collect_stats` records avg_angle, but not the norms that `distance` would record.
-- A subclass's own `modify_cosine_of_target_classes`, `get_target_mask` or `scale_logits` is not called by the loss.
+- A subclass with its own `modify_cosine_of_target_classes`, `get_target_mask` or `scale_logits` is a TypeError: the
+  loss would not call it.
 
 Second derivatives raise, as everywhere in this package.
 """
@@ -50,6 +51,13 @@ class _RowLosses:
     sub_centers = 1
 
     def __init__(self, *args, **kwargs):
+        for name in ("modify_cosine_of_target_classes", "get_target_mask", "scale_logits"):
+            owner = next((kind for kind in type(self).__mro__ if name in vars(kind)), type(self))
+            if not owner.__module__.startswith(("pytorch_metric_learning.", __name__)) and hasattr(owner, name):
+                raise TypeError(
+                    f"{owner.__name__}.{name} would not be called: the loss is made without an N x C matrix; write the margin "
+                    "as one of cosface_kernels.margins for MarginSoftmaxLoss, or subclass pytorch_metric_learning.losses"
+                )
         super().__init__(*args, **kwargs)
         distance = self.distance
         if type(distance) not in (CosineSimilarity, DotProductSimilarity) or (distance.p, distance.power) != (2, 1):
