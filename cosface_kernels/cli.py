@@ -63,6 +63,16 @@ def _parser():
         help="measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR",
     )
     bench.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
+    _add_convert(commands)
+    commands.add_parser(
+        "info",
+        help="versions, devices, and which backends can be used here",
+        description="Print versions, devices, and which backends can be used here: what a bug report should contain.",
+    )
+    return parser
+
+
+def _add_convert(commands):
     convert = commands.add_parser(
         "convert",
         help="a class table trained in another system to a state dict of CosFaceLoss, or back",
@@ -87,12 +97,6 @@ def _parser():
     convert.add_argument("--ranks", type=positive, metavar="W", help="with --to insightface, write a shard for each of W ranks")
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
     convert.set_defaults(wrong_usage=convert.error)
-    commands.add_parser(
-        "info",
-        help="versions, devices, and which backends can be used here",
-        description="Print versions, devices, and which backends can be used here: what a bug report should contain.",
-    )
-    return parser
 
 
 def positive(text):

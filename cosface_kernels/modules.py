@@ -154,7 +154,8 @@ class MarginSoftmaxLoss(_Head):
         embedding_size: D.
         num_classes: C, the number of identities.
         margin: one of `cosface_kernels.margins`. Its running statistics, if any, are buffers by the names in its `state`, and
-            move in training mode only; `to`, `half` and the like leave them float32 at least.
+            move in training mode only, in every forward as BatchNorm's do, so twice a step under activation checkpointing; `to`,
+            `half` and the like leave them float32 at least.
         bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.

@@ -44,7 +44,8 @@ def test_from_insightface(monkeypatch):
 
 
 def test_beside_other_losses():
-    execute(BESIDE)
+    names = execute(BESIDE)
+    assert names["loss"].isfinite() and names["centers"].weight.grad.is_sparse and names["head"].weight.grad.any()
 
 
 def heads():

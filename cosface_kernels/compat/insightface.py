@@ -18,7 +18,7 @@ from ..modules import MarginSoftmaxLoss
 KNOWN = ("ArcFace", "CombinedMarginLoss", "CosFace")
 
 
-def head(margin_loss, embedding_size, num_classes, **options):
+def head(margin_loss, embedding_size, num_classes, *, ignore_index=-1, **options):
     """A MarginSoftmaxLoss with the margin and scale of `margin_loss`, and InsightFace's convention that label -1 is no class.
 
     What differs from their PartialFC with that object, in one process and without sampling:
@@ -37,7 +37,7 @@ def head(margin_loss, embedding_size, num_classes, **options):
         TypeError, ValueError: from `translate`, or from MarginSoftmaxLoss.
     """
     margin, scale = translate(margin_loss)
-    return MarginSoftmaxLoss(embedding_size, num_classes, margin=margin, scale=scale, **{"ignore_index": -1, **options})
+    return MarginSoftmaxLoss(embedding_size, num_classes, margin=margin, scale=scale, ignore_index=ignore_index, **options)
 
 
 def translate(margin_loss):

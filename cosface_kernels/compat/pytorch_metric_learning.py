@@ -197,7 +197,7 @@ class NormalizedSoftmaxLoss(_RowLosses, losses.NormalizedSoftmaxLoss):
     """
 
     def _head(self):
-        normalize = None if self.distance.normalize_embeddings else False
+        normalize = bool(self.distance.normalize_embeddings)
         return {"margin": margins.NormSoftmax(), "scale": 1 / self.temperature, "normalize_features": normalize}
 
     def get_logits(self, embeddings):
