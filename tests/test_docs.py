@@ -72,7 +72,7 @@ def test_margins_first_example():
 
 
 def test_cost_is_what_was_measured():
-    report = json.loads((DOCS.parent / "benchmarks" / "results" / "cpu_epyc_zen4_margins.json").read_text())
+    report = json.loads((DOCS.parent / "benchmarks" / "results" / "cpu_epyc_zen5_margins.json").read_text())
     assert benchmark.table(report) in text("margins.md")
 
 
