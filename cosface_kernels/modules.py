@@ -33,6 +33,11 @@ class _Head(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _options(self):
+        """What both losses take by the same name, as it is now."""
+        names = ("scale", "reduction", "ignore_index", "memory_budget", "backend")
+        return {name: getattr(self, name) for name in names}
+
     def logits(self, features):
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
         return self._logits(self._rows(features), 0, len(self.weight))
@@ -129,17 +134,7 @@ class CosFaceLoss(_Head):
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
-        return cosface_loss(
-            features,
-            self.weight,
-            labels,
-            scale=self.scale,
-            margin=self.margin,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            memory_budget=self.memory_budget,
-            backend=self.backend,
-        )
+        return cosface_loss(features, self.weight, labels, margin=self.margin, **self._options())
 
 
 class MarginSoftmaxLoss(_Head):
@@ -240,14 +235,10 @@ class MarginSoftmaxLoss(_Head):
             self.weight,
             labels,
             margin=self.margin,
-            scale=self.scale,
             bias=self.bias,
             normalize_features=self.normalize_features,
             centers_per_class=self.centers_per_class,
-            reduction=self.reduction,
-            ignore_index=self.ignore_index,
-            memory_budget=self.memory_budget,
-            backend=self.backend,
+            **self._options(),
             state={name: getattr(self, name) for name in self.margin.state},
             training=self.training,
         )
