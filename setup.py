@@ -8,7 +8,7 @@ import platform
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SOURCE = "csrc/cpu/kernels.cpp"
+SOURCES = ["csrc/cpu/kernels.cpp", "csrc/cpu/update.cpp"]
 FLAGS = [
     "-std=c++17",
     "-fno-exceptions",
@@ -49,6 +49,6 @@ class BuildNative(build_ext):
 
 # optional: where it cannot be compiled, setuptools says so in a line and goes on.
 setup(
-    ext_modules=[Extension("cosface_kernels.libcosface_cpu", [SOURCE], depends=["csrc/cpu/vector.h"], optional=True)],
+    ext_modules=[Extension("cosface_kernels.libcosface_cpu", SOURCES, depends=["csrc/cpu/vector.h"], optional=True)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -3,10 +3,13 @@
 from . import margins, reference, theory
 from .functional import cosface_loss, cosine_lse, margin_softmax_loss
 from .modules import CosFaceLoss, MarginSoftmaxLoss
+from .optim import FusedAdamW, FusedSGD
 from .version import __version__
 
 __all__ = [
     "CosFaceLoss",
+    "FusedAdamW",
+    "FusedSGD",
     "MarginSoftmaxLoss",
     "__version__",
     "cosface_loss",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from . import validation
+from . import deferred, validation
 from .margins import CosFace
 from .ops import negative_lse, snapshot
 
@@ -235,26 +235,36 @@ def _negatives_and_target(
         _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = _class_indices(labels), int(ignore_index)
     grad_mode = torch.is_grad_enabled()
-    lse, target_rows, unit, *_ = negative_lse(
-        features,
-        weight,
-        bias,
-        labels,
-        float(scale),
-        ignore_index,
-        bool(normalize_features),
-        normalize_weight,
-        int(centers_per_class),
-        _product_dtype(features, weight),
-        None if memory_budget == "auto" else min(int(memory_budget), 2**62),  # an operator takes 64-bit integers
-        backend,
-        grad_mode and features.requires_grad,
-        grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+    trained = grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    recorded = trained and deferred.pending(weight) is not None
+    options = deferred.Options(
+        *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
+        *(_product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )
+    lse, target_rows, unit, _, _, shift, total, kept = negative_lse(
+        features,
+        weight.detach() if recorded else weight,
+        bias.detach() if recorded and bias is not None else bias,
+        labels,
+        *options,
+        grad_mode and features.requires_grad,
+        trained,
+    )
+    if recorded:
+        lse, target_rows = deferred.record(weight, bias, lse, target_rows, (unit.detach(), labels, shift, total, kept), options)
     if centers_per_class > 1:  # the gradient goes to the nearest centre alone
         nearest = (unit[:, None] * target_rows).sum(2).argmax(1)
         target_rows = target_rows.take_along_dim(nearest[:, None, None], 1)
     return lse, unit, target_rows.squeeze(1), labels != ignore_index
+
+
+def _bytes_to_keep(memory_budget, weight, recorded):
+    """What an operator takes for memory_budget: 64 bits, or None for its own "auto". Where a fused optimiser makes no gradient of
+    the table's size, "auto" is an eighth of the table.
+    """
+    if memory_budget == "auto":
+        return weight.nbytes // 8 if recorded else None
+    return min(int(memory_budget), 2**62)
 
 
 def _refuse_forward_mode(*tensors):

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import theory, validation
+from . import deferred, formats, theory, validation
 from .functional import cosface_loss, default_scale, stateful_loss
 from .margins import CosFace
 from .plan import slab_rows, wide_dtype
@@ -14,7 +14,7 @@ from .unit import unit_rows
 class _Head(nn.Module):
     """A class table weight (C K, D) drawn from N(0, 0.01²), and its logits."""
 
-    def __init__(self, embedding_size, num_classes, centers_per_class, device, dtype, **options):
+    def __init__(self, embedding_size, num_classes, centers_per_class, table_format, device, dtype, **options):
         super().__init__()
         validation.check_size("embedding_size", embedding_size)
         validation.check_size("num_classes", num_classes)
@@ -24,9 +24,22 @@ class _Head(nn.Module):
             setattr(self, name, value)
         self.centers_per_class = centers_per_class
         rows = num_classes * centers_per_class
+        self.table_format = table_format
+        dtype = table_dtype(table_format, dtype)
         self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.normalize_features = self.normalize_weight = True
+        deferred.register(self)
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        deferred.register(self)
+
+    def _trained_weight(self):
+        """weight, with the backward pass refused that its format cannot take."""
+        if self.table_format == "float32" or deferred.pending(self.weight) is not None:
+            return self.weight
+        return deferred.refused(self.weight)
 
     def reset_parameters(self):
         nn.init.normal_(self.weight, std=0.01)
@@ -85,6 +98,17 @@ class _Head(nn.Module):
         return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
 
 
+def table_dtype(table_format, dtype):
+    """The dtype of a table: what the format says, and for float32 what the caller wants."""
+    validation.check_choice("table_format", table_format, formats.TABLE_FORMATS)
+    if table_format == "float32":
+        return dtype
+    wanted = formats.TABLE_FORMATS[table_format]
+    if dtype not in (None, wanted):
+        raise ValueError(f'table_format="{table_format}" makes the table {wanted}, got dtype={dtype}')
+    return wanted
+
+
 class CosFaceLoss(_Head):
     """`cosface_loss` with a learned class table, weight (num_classes, embedding_size) drawn from N(0, 0.01²).
 
@@ -92,6 +116,7 @@ class CosFaceLoss(_Head):
         embedding_size: D.
         num_classes: C, the number of identities.
         scale, margin, reduction, ignore_index, memory_budget, backend: as in `cosface_loss`.
+        table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
         device, dtype: of the table.
 
     Raises:
@@ -112,6 +137,7 @@ class CosFaceLoss(_Head):
         ignore_index=-100,
         memory_budget="auto",
         backend="auto",
+        table_format="float32",
         device=None,
         dtype=None,
     ):
@@ -119,6 +145,7 @@ class CosFaceLoss(_Head):
             embedding_size,
             num_classes,
             1,
+            table_format,
             device,
             dtype,
             scale=scale,
@@ -134,7 +161,7 @@ class CosFaceLoss(_Head):
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
-        return cosface_loss(features, self.weight, labels, margin=self.margin, **self._options())
+        return cosface_loss(features, self._trained_weight(), labels, margin=self.margin, **self._options())
 
 
 class MarginSoftmaxLoss(_Head):
@@ -154,6 +181,7 @@ class MarginSoftmaxLoss(_Head):
         bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.
+        table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
         device, dtype: of the table.
 
     Raises:
@@ -177,6 +205,7 @@ class MarginSoftmaxLoss(_Head):
         ignore_index=-100,
         memory_budget="auto",
         backend="auto",
+        table_format="float32",
         device=None,
         dtype=None,
     ):
@@ -187,6 +216,7 @@ class MarginSoftmaxLoss(_Head):
             embedding_size,
             num_classes,
             centers_per_class,
+            table_format,
             device,
             dtype,
             scale=default_scale(margin, normalize_features) if scale is None else scale,
@@ -232,7 +262,7 @@ class MarginSoftmaxLoss(_Head):
         """The loss of features (N, D) with labels (N,)."""
         return stateful_loss(
             features,
-            self.weight,
+            self._trained_weight(),
             labels,
             margin=self.margin,
             bias=self.bias,

@@ -29,9 +29,36 @@ _ARGUMENTS = {
     ],
 }
 # Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 3
+INTERFACE = 4
+_STATES = 2  # csrc/cpu/update.cpp: at most, for each number of the table
 CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+
+
+class _Buffer(ctypes.Structure):
+    """csrc/cpu/update.cpp's Buffer."""
+
+    _fields_ = [("data", _POINTER), ("scale", _POINTER), ("format", ctypes.c_int32)]
+    FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+
+    @classmethod
+    def of(cls, rows, scale=None):
+        return cls(_pointer(rows), None if scale is None else _pointer(scale), cls.FORMATS.index(rows.dtype))
+
+
+def update(rule, numbers, rows, states, grad, index, first_row, key):
+    """One optimiser step as updates.Part says it; grad (M, D) float32 with any distance between its rows."""
+    assert grad.dtype == torch.float32 and grad.stride(1) == 1
+    first, count, size = (index.start, index.stop - index.start, rows.shape[1])
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads, 4, size)
+    buffers = [_Buffer.of(*state) for state in states] + [_Buffer()] * (_STATES - len(states))
+    library, _ = _load()
+    getattr(library, f"cosface_update_{available()[0]}")(
+        *(rule, (ctypes.c_float * len(numbers))(*numbers), ctypes.byref(_Buffer.of(rows)), (_Buffer * _STATES)(*buffers)),
+        *(_POINTER(grad.data_ptr()), _SIZE(grad.stride(0)), None, _SIZE(first), _SIZE(count), _SIZE(size)),
+        *(_SIZE(first_row), ctypes.c_uint64(key), _POINTER(scratch.data_ptr()), threads),
+    )
 
 
 class Kernels:

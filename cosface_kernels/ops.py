@@ -113,24 +113,48 @@ def negative_lse_backward(
     What is not needed comes back empty. All are one op, of x, weight and bias, so that no second derivative can miss one of them.
     """
     table = Table(weight, bias, normalize_weight, centers)
-    chosen = backends.choose(backend, x.device, dtype)
-    functions = _row_functions(chosen, table, normalize_features)
     x_grad, weight_grad, bias_grad = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if need_x_grad:
+            functions = _row_functions(backends.choose(backend, x.device, dtype), table, normalize_features)
             x_grad = functions.x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, x.shape, x.dtype)
             if not normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
                 x_grad = torch.where((labels == ignore_index)[:, None], 0.0, x_grad)
         if need_table_grad:
-            cosines = normalize_features and normalize_weight
-            plan = make_plan(x, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
-            targets, row_scale, unscale, target_rows, target_sums = functions.weight_factors(
-                lse_grad, target_grad, total, table, labels, ignore_index, scale
-            )
             gradient = TableGradient.of(table)
-            chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
+            write_table_gradient(
+                *(gradient, table, unit, labels, shift, total, kept, lse_grad, target_grad, scale, ignore_index),
+                *(normalize_features, dtype, memory_budget, backend),
+            )
             weight_grad, bias_grad = gradient.weight, bias_grad if gradient.bias is None else gradient.bias
     return x_grad, weight_grad, bias_grad
+
+
+def write_table_gradient(
+    gradient,
+    table,
+    unit,
+    labels,
+    shift,
+    total,
+    kept,
+    lse_grad,
+    target_grad,
+    scale,
+    ignore_index,
+    normalize_features,
+    dtype,
+    memory_budget,
+    backend,
+):
+    """dW and db slab by slab into a TableGradient, or what has its methods."""
+    chosen = backends.choose(backend, unit.device, dtype)
+    cosines = normalize_features and table.normalize
+    plan = make_plan(unit, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
+    targets, row_scale, unscale, target_rows, target_sums = _row_functions(chosen, table, normalize_features).weight_factors(
+        lse_grad, target_grad, total, table, labels, ignore_index, scale
+    )
+    chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
 
 
 @negative_lse_backward.register_fake

@@ -53,9 +53,12 @@ class TableGradient(NamedTuple):
         weight = torch.empty(table.weight.shape, dtype=table.weight.dtype, device=table.weight.device)
         return cls(weight, None if table.bias is None else torch.empty_like(table.bias))
 
-    def place(self, start, stop, dtype):
-        """Where a slab's rows may be written in dtype before they are `put`: the gradient itself if it can hold them."""
+    def place(self, start, stop, dtype=None):
+        """Where a slab's rows may be written in dtype (None: the gradient's) before they are `put`: the gradient itself if it can
+        hold them.
+        """
         rows = self.weight[start:stop]
+        dtype = dtype or rows.dtype
         if self.bias is None and rows.dtype == dtype:
             return rows
         return torch.empty(len(rows), rows.shape[1] + (self.bias is not None), dtype=dtype, device=rows.device)

@@ -95,7 +95,7 @@ def check_probability(probability):
 
 
 def check_ignore_index(ignore_index):
-    _check_int("ignore_index", ignore_index)
+    check_integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
 
@@ -129,13 +129,13 @@ def check_options(*, scale, ignore_index, memory_budget, backend, reduction="non
 
 
 def check_k(k, num_classes):
-    _check_int("k", k)
+    check_integer("k", k)
     if not 0 <= k <= num_classes:
         raise ValueError(f"k must be from 0 to the number of classes, {num_classes}, got {k}")
 
 
 def check_size(name, size):
-    _check_int(name, size)
+    check_integer(name, size)
     if size < 1:
         raise ValueError(f"{name} must be 1 or more, got {size}")
 
@@ -143,6 +143,17 @@ def check_size(name, size):
 def check_flag(name, value):
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_choice(name, value, choices):
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+
+
+def check_at_least_zero(name, value):
+    check_number(name, value)
+    if value < 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
 def check_number(name, value):
@@ -159,6 +170,6 @@ def _is_finite(value):
         return False
 
 
-def _check_int(name, value):
+def check_integer(name, value):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")

@@ -90,7 +90,7 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
             slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
         grad = accumulated(e[:, : stop - start].T, scaled)
         rows = table.rows(start, stop)
-        out = gradient.place(start, stop, gradient.weight.dtype)
+        out = gradient.place(start, stop)
         blocks = triton_kernels.row_blocks(grad.shape[1])
         triton_kernels.project_rows[(triton.cdiv(stop - start, blocks["BLOCK_R"]),)](
             rows,

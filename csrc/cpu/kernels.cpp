@@ -337,7 +337,7 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
 #define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
 
 // What callers are written for: native.py refuses a library of another number. Changes with any signature or layout.
-EXPORT(int, interface)() { return 3; }
+EXPORT(int, interface)() { return 4; }
 
 // How much room callers leave: native.constant reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }

@@ -1,0 +1,273 @@
+"""Optimisers of class tables whose `step` makes the gradient itself, slab by slab: no C x D gradient ever exists.
+
+    head = CosFaceLoss(512, 10_000_000, table_format="bfloat16")
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format="int8")
+    head(features, labels).backward()     # head.weight.grad stays None
+    optimizer.step()                      # gradient and update together, while a slab is in the cache
+    optimizer.zero_grad()
+
+The backbone has an optimiser of its own, as ever.
+"""
+
+from itertools import chain
+
+import torch
+
+from . import deferred, formats, updates, validation
+
+
+class _Fused(torch.optim.Optimizer):
+    """What both have in common. A subclass has its rule, and names its state."""
+
+    # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, defaults):
+        validation.check_at_least_zero("lr", defaults["lr"])
+        validation.check_at_least_zero("weight_decay", defaults["weight_decay"])
+        validation.check_choice("state_format", defaults["state_format"], formats.STATE_FORMATS)
+        validation.check_integer("seed", defaults["seed"])
+        self._complete = False  # the groups are added one by one
+        super().__init__(params, defaults)
+        self._complete = True
+        self._attach()
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if self._complete:
+            self._attach()
+
+    def _attach(self):
+        self._tables = self._find_tables()
+        for weight, _ in self._tables:
+            deferred.attach(weight, self)
+
+    @property
+    def skipped_steps(self):
+        """How many steps changed nothing, because a loss or a gradient was not finite."""
+        return max((int(self.state[weight].get("skipped", 0)) for weight, _ in self._tables), default=0)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step with what backward has recorded since the last one, which is then forgotten.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            RuntimeError: the table has an ordinary gradient too, or was changed between backward and step; `unscale_` of a
+                GradScaler was called for this optimiser.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        recorded = [(weight, bias, deferred.pending(weight).take(weight)) for weight, bias in self._tables]
+        recorded = [(weight, bias, records) for weight, bias, records in recorded if records]
+        finite = self._finite([factors for *_, records in recorded for _, factors in records])
+        for weight, bias, records in recorded:
+            self._step_table(weight, bias, self._unscaled(records), finite)
+        return loss
+
+    def zero_grad(self, set_to_none=True):
+        """Forgets what backward has recorded."""
+        super().zero_grad(set_to_none)
+        for weight, _ in self._tables:
+            deferred.pending(weight).records.clear()
+
+    def load_state_dict(self, state_dict):
+        """As torch.optim's, but state keeps the dtype that it has there.
+
+        Raises:
+            ValueError: state of another shape than the table's.
+        """
+        ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
+        for key, state in state_dict["state"].items():
+            for name, value in state.items():
+                if value.dim() and key in params and value.shape[0] != params[key].shape[0]:
+                    raise ValueError(f"{name} has {value.shape[0]} rows, but the table has {params[key].shape[0]}")
+        super().load_state_dict({**state_dict, "state": {}})
+        for key, state in state_dict["state"].items():
+            device = params[key].device
+            self.state[params[key]] = {name: value.to(device if value.dim() else value.device) for name, value in state.items()}
+
+    def _find_tables(self):
+        """(weight, bias or None) of each table."""
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        known = {id(parameter) for parameter in params}
+        tables = []
+        for parameter in params:
+            head = deferred.head_of(parameter)
+            if head is None:
+                raise ValueError(
+                    f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
+                    f"like, but was given one of shape {tuple(parameter.shape)} that is none: it needs another optimiser"
+                )
+            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
+            if any(id(other) not in known for other in head.parameters()):
+                raise ValueError("the weight and the bias of a head are one table: give both to the optimiser")
+            if parameter is head.weight:
+                tables.append((parameter, head.bias))
+        return tables
+
+    def _finite(self, factors):
+        """Whether everything that was recorded is finite and no scaler found anything else: bool (0-dim), on the device."""
+        device = factors[0].unit.device if factors else None
+        found = getattr(self, "found_inf", None)
+        flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
+        flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, f.lse_grad, f.target_grad)]
+        return torch.stack(flags).all() if flags else None
+
+    def _unscaled(self, records):
+        """records, with gradients divided by the scale of a GradScaler that is at work."""
+        if not hasattr(self, "grad_scale"):
+            return records
+        if self.grad_scale is None:
+            raise RuntimeError(
+                "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
+                f"{type(self).__name__}, whose step divides by the scale"
+            )
+        scale = self.grad_scale
+        return [(options, f._replace(lse_grad=f.lse_grad / scale, target_grad=f.target_grad / scale)) for options, f in records]
+
+    def _step_table(self, weight, bias, records, finite):
+        state = self.state[weight]
+        if not state:
+            state["skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
+            state["rounding_step"] = torch.zeros((), dtype=torch.int64)
+        state["skipped"] += ~finite
+        state["rounding_step"] += 1
+        skip = None
+        if weight.device.type == "cpu":
+            if not finite:
+                return
+        else:
+            skip = ~finite
+        rounding_step = int(state["rounding_step"])
+        parts = [self._part(parameter, rounding_step, skip) for parameter in (weight, bias) if parameter is not None]
+        deferred.write_gradient(weight, bias, records, updates.Update(*parts))
+        torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])  # native kernels don't
+
+    def _part(self, parameter, rounding_step, skip):
+        group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
+        state = self.state[parameter]
+        rows = parameter if parameter.dim() == 2 else parameter[:, None]
+        buffers = []
+        for name in self._names(group):
+            if name not in state:
+                self._allocate(parameter, state, name, group["state_format"])
+            buffer, scale = state[name], state.get(f"{name}_scale")
+            buffers.append((buffer if buffer.dim() == 2 else buffer[:, None], scale))
+        key = formats.rounding_key(group["seed"], rounding_step)
+        return updates.Part(rows.detach(), buffers, self._rule(group, parameter, skip), key, 0, skip)
+
+    def _allocate(self, parameter, state, name, state_format):
+        """Zeros: what a first step would begin with."""
+        dtype = formats.STATE_FORMATS[state_format if parameter.dim() == 2 else "float32"]
+        if dtype == torch.float32:
+            dtype = torch.promote_types(parameter.dtype, dtype)
+        if dtype == torch.int8 and name == "exp_avg_sq":
+            dtype = torch.uint8
+        state[name] = torch.zeros_like(parameter, dtype=dtype)
+        if dtype in formats.LARGEST_CODE:
+            state[f"{name}_scale"] = torch.zeros(len(parameter), device=parameter.device)
+
+
+class FusedSGD(_Fused):
+    """torch.optim.SGD for class tables, without their gradient.
+
+        g = ∇ + λ w,     m = μ m + g,     w = w - η m, or with nesterov η (g + μ m)
+
+    Args:
+        params: the parameters of heads (CosFaceLoss, MarginSoftmaxLoss), or groups of them.
+        lr, momentum, weight_decay, nesterov, maximize: η, μ, λ and the rest as in torch.optim.SGD.
+        state_format: of the momentum: "float32" (4 D bytes for each row of the table), "bfloat16" (2 D) or "int8" (D + 4: codes
+            and a scale for each row).
+        seed: of the stochastic rounding of tables and state that are not float32.
+
+    What `backward` records is O(N D), and added up over several of them. A loss or gradient that is not finite makes `step` leave
+    everything as it was and count that in `skipped_steps`; on a GPU that is decided there. `clip_grad_norm_` cannot see the
+    table. GradScaler works without `unscale_` for this optimiser; its `update` wants at least one optimiser with ordinary
+    gradients.
+
+    Raises:
+        TypeError, ValueError: a hyperparameter of the wrong type or value; a parameter that is not a class table.
+
+    Source: torch.optim.SGD.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        momentum=0.0,
+        weight_decay=0.0,
+        nesterov=False,
+        *,
+        maximize=False,
+        state_format="float32",
+        seed=0,
+    ):
+        validation.check_at_least_zero("momentum", momentum)
+        if nesterov and not momentum:
+            raise ValueError("nesterov needs a momentum, got momentum = 0")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
+        super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
+
+    def _names(self, group):
+        return ["momentum_buffer"] if group["momentum"] else []
+
+    def _rule(self, group, parameter, skip):
+        numbers = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
+        return updates.SGD(*numbers, group["nesterov"], group["maximize"])
+
+
+class FusedAdamW(_Fused):
+    """torch.optim.AdamW for class tables, without their gradient.
+
+        m = β1 m + (1 - β1) ∇,  v = β2 v + (1 - β2) ∇²,  w = w - η λ w - η (m / (1 - β1^t)) / (√(v / (1 - β2^t)) + ε)
+
+    Args:
+        params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW, for heads.
+        state_format, seed: as in FusedSGD, for both m and v: twice its bytes. In "int8" v is stored as its square root, and
+            never becomes 0.
+
+    All else, and what is raised: as FusedSGD.
+
+    Source: torch.optim.AdamW; Loshchilov and Hutter, arXiv 1711.05101.
+    """
+
+    def __init__(
+        self,
+        params,
+        lr=1e-3,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=1e-2,
+        *,
+        maximize=False,
+        state_format="float32",
+        seed=0,
+    ):
+        validation.check_at_least_zero("eps", eps)
+        for index, beta in enumerate(betas):
+            validation.check_number(f"betas[{index}]", beta)
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
+
+    def _names(self, group):
+        return ["exp_avg", "exp_avg_sq"]
+
+    def _rule(self, group, parameter, skip):
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), device=parameter.device)
+        state["step"] += 1 if skip is None else ~skip
+        betas = tuple(map(float, group["betas"]))
+        return updates.AdamW(
+            float(group["lr"]), betas, float(group["eps"]), float(group["weight_decay"]), group["maximize"], state["step"]
+        )

@@ -1,0 +1,142 @@
+"""Are 16 and 8 bits right on average, and the same bits in PyTorch and in native code?"""
+
+import numpy as np
+import pytest
+import torch
+
+from cosface_kernels import formats, native, updates
+
+INDEX = slice(0, 64)
+
+
+def stored(dtype, rows=64, size=37):
+    """(buffer, scale) of a format, zeros."""
+    return torch.zeros(rows, size, dtype=dtype), torch.zeros(rows) if dtype in formats.LARGEST_CODE else None
+
+
+def rounded(dtype, rows, key=1, stream=0):
+    buffer, scale = stored(dtype, *rows.shape)
+    bits = formats.random_bits(key, torch.arange(len(rows)), rows.shape[1], stream)
+    formats.write(buffer, scale, slice(0, len(rows)), rows, bits)
+    return buffer, scale
+
+
+def normal(rows=64, size=37):
+    """Rows of many magnitudes."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(rows, size, generator=generator) * torch.logspace(-12, 12, rows)[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.uint8])
+def test_rounds_to_a_neighbour_and_is_right_on_average(dtype):
+    rows = normal().abs() if dtype == torch.uint8 else normal()
+    count = 400
+    values = torch.stack([formats.read(*rounded(dtype, rows, key=formats.rounding_key(0, step)), INDEX) for step in range(count)])
+    values, exact = values.double(), rows.double()
+    if dtype == torch.uint8:
+        values, exact = values.sqrt(), exact.sqrt()
+    largest = exact.abs().amax(1, keepdim=True)
+    if dtype == torch.bfloat16:
+        unit = torch.exp2(torch.floor(torch.log2(exact.abs())) - 7)
+    else:
+        unit = (largest / formats.LARGEST_CODE[dtype]).expand_as(exact)
+    slack = 1 + 1e-5  # float32 roundings of the code
+    assert ((values - exact).abs() <= unit * slack).all()
+    # A mean of `count` numbers within `unit` of each other is off by unit / 2 / sqrt(count) (one standard deviation); of 2368
+    # numbers none should be off by five. A square's code is never 0, which is a bias for those below one code.
+    fair = exact >= unit if dtype == torch.uint8 else torch.ones_like(exact, dtype=torch.bool)
+    off = ((values.mean(0) - exact) / unit)[fair]
+    assert (off.abs() < 5 * 0.5 / count**0.5).all()
+    assert abs(off.mean()) < 5 * 0.5 / (count * len(off)) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.uint8])
+def test_what_is_stored_stays(dtype):
+    """Written again, a number that the format has is the same number: a skipped step, or rows at rest, must not drift."""
+    first = formats.read(*rounded(dtype, normal().abs()), INDEX)
+    again = first
+    for step in range(20):
+        again = formats.read(*rounded(dtype, again, key=step), INDEX)
+    # 8 bits: the scale of a row is divided by 127 and multiplied again.
+    assert torch.equal(again, first) if dtype == torch.bfloat16 else torch.allclose(again, first, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8, torch.uint8])
+def test_zeros_and_what_is_not_finite(dtype):
+    rows = torch.ones(3, 8)
+    rows[0] = 0
+    rows[1, 2] = torch.nan
+    rows[2, 3] = torch.inf
+    values = formats.read(*rounded(dtype, rows), slice(0, 3))
+    assert not values[0].any() and not values[1, 2].isfinite() and not values[2, 3].isfinite()
+
+
+def test_a_square_never_becomes_zero():
+    rows = torch.tensor([[1.0, 1e-12, 1e-30, 0.0]])
+    values = formats.read(*rounded(torch.uint8, rows), slice(0, 1))
+    assert (values[0, :3] > 0).all() and values[0, 3] == 0
+
+
+def test_random_bits_are_uniform_and_independent():
+    """Bits of rows, columns, steps, streams and seeds, each against a bound of five standard deviations."""
+    words = [
+        formats.random_bits(formats.rounding_key(seed, step), torch.arange(2**33, 2**33 + 200), 50, stream)
+        for seed in (0, 1)
+        for step in (0, 1)
+        for stream in (0, 1, 2, 3)
+    ]
+    bits = torch.stack(words)[..., None] >> torch.arange(16) & 1
+    signs = (2 * bits - 1).double()
+    assert (signs.mean((1, 2)).abs() < 5 / 10_000**0.5).all()
+    flat = signs.movedim(3, 1).reshape(len(words) * 16, -1)
+    correlations = flat @ flat.T / flat.shape[1] - torch.eye(len(flat))
+    assert correlations.abs().max() < 6 / 10_000**0.5  # of 32,640 pairs
+    for neighbour in (signs[:, 1:] * signs[:, :-1], signs[:, :, 1:] * signs[:, :, :-1]):
+        assert abs(neighbour.mean()) < 5 / neighbour.numel() ** 0.5
+    assert np.unique(words[0].numpy()).size > 9000  # of 10,000 draws from 65,536
+
+
+ISAS = [
+    pytest.param(name, marks=pytest.mark.skipif(name not in native.available(), reason=f"no {name} here"))
+    for name in native.INSTRUCTION_SETS
+]
+
+
+@pytest.mark.parametrize("instruction_set", ISAS)
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["sgd", "nesterov", "no momentum", "adamw"])
+@pytest.mark.parametrize("size", [1, 37, 64])
+def test_native_code_is_the_same_step(rule, table, state, size, instruction_set, monkeypatch):
+    """Three steps from the same numbers each time: float32 within roundings, stored ones one unit apart, few of them."""
+    rules = {
+        "sgd": updates.SGD(0.1, 0.9, 0.01, False, False),
+        "nesterov": updates.SGD(0.1, 0.9, 0.0, True, True),
+        "no momentum": updates.SGD(0.1, 0.0, 0.01, False, False),
+        "adamw": updates.AdamW(0.01, (0.9, 0.999), 1e-8, 0.01, False, torch.tensor(3.0)),
+    }
+    names = {"no momentum": [], "adamw": [state, torch.uint8 if state == torch.int8 else state]}.get(rule, [state])
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(40, size, generator=generator).to(table)
+    states = [stored(dtype, 40, size) for dtype in names]
+    monkeypatch.setattr(native, "available", lambda: (instruction_set,))
+    for step in range(3):
+        # The last column is that of a bias, so rows lie apart.
+        grad = torch.randn(30, size + 1, generator=generator)[:, :size] * torch.logspace(-6, 2, 30)[:, None]
+        results = []
+        for is_native in (True, False):
+            monkeypatch.setattr(updates.Part, "_is_native", lambda part, is_native=is_native: is_native)
+            copies = [tuple(None if t is None else t.clone() for t in s) for s in states]
+            part = updates.Part(rows.clone(), copies, rules[rule], formats.rounding_key(3, step), 1000, None)
+            part.apply(slice(5, 35), grad)
+            results.append([(part.rows, None), *part.states])
+        for (ours, our_scale), (theirs, their_scale), (before, _) in zip(*results, [(rows, None), *states], strict=True):
+            assert torch.equal(ours[:5], before[:5]) and torch.equal(ours[35:], before[35:])
+            one, other = (formats.read(t, s, slice(5, 35)).double() for t, s in ((ours, our_scale), (theirs, their_scale)))
+            size_of = other.abs().amax(1, keepdim=True)
+            differ = (one - other).abs() > 2**-18 * size_of
+            # Rounded, a number that lies within a float32 rounding of the border goes the other way: of 2^16 borders, few.
+            assert differ.double().mean() < (0 if ours.dtype == torch.float32 else 0.01) + 1e-9
+            unit = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.int8: 1 / 127, torch.uint8: 3 / 255}[ours.dtype]
+            assert ((one - other).abs() <= unit * size_of * 1.001).all()
+        rows, states = results[1][0][0], results[1][1:]

@@ -1,0 +1,582 @@
+"""Do the fused optimisers do what torch.optim does with the gradient that they never have?"""
+
+import copy
+import gc
+import io
+
+import pytest
+import torch
+from cases import make
+from margin_rows import every_row
+
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, deferred, formats, native, updates
+from cosface_kernels.margins import ArcFace, Softmax
+
+SIZE, NUM_CLASSES, ROWS = 20, 300, 9  # three slabs, the last one short; not a multiple of any vector
+
+SGD_OPTIONS = [
+    {"lr": 0.5},
+    {"lr": 0.5, "weight_decay": 0.01, "maximize": True},
+    {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01},
+    {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True},
+    {"lr": 0.5, "momentum": 0.9, "maximize": True, "nesterov": True},
+]
+ADAMW_OPTIONS = [{"lr": 1e-2}, {"lr": 1e-2, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.5, "maximize": True}]
+RULES = [(FusedSGD, torch.optim.SGD, o) for o in SGD_OPTIONS] + [(FusedAdamW, torch.optim.AdamW, o) for o in ADAMW_OPTIONS]
+every_rule = pytest.mark.parametrize("rule", RULES, ids=lambda rule: "-".join([rule[0].__name__, *map(str, rule[2].values())]))
+
+pytestmark = pytest.mark.usefixtures("small_slabs")
+
+
+@pytest.fixture(params=["native", "torch"])
+def path(request, monkeypatch):
+    """Both forms of the update."""
+    if request.param == "torch":
+        monkeypatch.setattr(updates.Part, "_is_native", lambda part: False)
+    elif not native.available():
+        pytest.skip("the native library was not built here")
+    return request.param
+
+
+def batches(count, device="cpu", dtype=torch.float32, num_rows=ROWS, num_classes=NUM_CLASSES):
+    for seed in range(count):
+        features, _, labels = make("uniform", num_rows, num_classes, SIZE, seed=seed)
+        yield features.to(device, dtype), labels.to(device)
+
+
+def twins(device="cpu", head=CosFaceLoss, **options):
+    """Two equal heads. Rows of norm 1, so that a step of theirs turns them."""
+    torch.manual_seed(0)
+    first = head(SIZE, NUM_CLASSES, device=device, **options)
+    with torch.no_grad():
+        first.weight.normal_()
+    return first, copy.deepcopy(first)
+
+
+def largest_error(ours, exact):
+    ours, exact = ours.detach().double(), exact.detach().double()
+    size = float(exact.abs().max())
+    return float((ours - exact).abs().max()) / (size or 1.0)
+
+
+def test_float64_is_torch_optim_to_the_last_digits(device):
+    for fused, plain, options in RULES:
+        ours, theirs = twins(device, dtype=torch.float64)
+        optimizers = fused(ours.parameters(), **options), plain(theirs.parameters(), **options)
+        for features, labels in batches(4, device, torch.float64):
+            for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+                head(features, labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert ours.weight.grad is None
+        assert largest_error(ours.weight, theirs.weight) < 1e-12, options
+        for name, buffer in optimizers[1].state[theirs.weight].items():
+            if buffer is not None:
+                assert largest_error(optimizers[0].state[ours.weight][name], buffer) < 1e-12, (name, options)
+
+
+@every_rule
+def test_same_as_torch_optim(rule, backend, device, path):
+    fused, plain, options = rule
+    ours, theirs = twins(device, backend=backend)
+    optimizers = fused(ours.parameters(), **options), plain(theirs.parameters(), **options)
+    for features, labels in batches(3, device):
+        for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+            head(features, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    # Step by step the two tables part and so do their gradients: s = 64 roundings each time.
+    assert largest_error(ours.weight, theirs.weight) < 3 * 64 * 2**-23
+    if "momentum" in options:
+        buffers = (o.state[h.weight]["momentum_buffer"] for o, h in zip(optimizers, (ours, theirs), strict=True))
+        assert largest_error(*buffers) < 3 * 64 * 2**-20
+
+
+@every_row
+def test_every_margin(row, device):
+    torch.manual_seed(0)
+    ours, theirs = (
+        MarginSoftmaxLoss(
+            *(SIZE, NUM_CLASSES // row.centers),
+            **{"margin": row.margin, "bias": row.bias, "dtype": torch.float64, "device": device, **row.options},
+        )
+        for _ in range(2)
+    )
+    theirs.load_state_dict(ours.state_dict())
+    options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
+    optimizers = FusedSGD(ours.parameters(), **options), torch.optim.SGD(theirs.parameters(), **options)
+    for features, labels in batches(3, device, torch.float64, num_classes=NUM_CLASSES // row.centers):
+        gradients = []
+        for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+            leaf = features.clone().requires_grad_()
+            head(leaf, labels).backward()
+            gradients.append(leaf.grad)
+            optimizer.step()
+            optimizer.zero_grad()
+        assert largest_error(*gradients) < 1e-10
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert one.grad is None and largest_error(one, other) < 1e-10
+
+
+def test_bias_with_hyperparameters_of_its_own(path, device):
+    ours, theirs = twins(device, head=MarginSoftmaxLoss, margin=Softmax(), bias=True)
+    optimizers = []
+    for head, optimizer in ((ours, FusedSGD), (theirs, torch.optim.SGD)):
+        groups = [{"params": [head.weight], "weight_decay": 0.1}, {"params": [head.bias], "lr": 2.0}]
+        optimizers.append(optimizer(groups, lr=0.5, momentum=0.9))
+        for features, labels in batches(3, device):
+            head(features, labels).backward()
+            optimizers[-1].step()
+            optimizers[-1].zero_grad()
+    assert theirs.bias.abs().max() > 0.1
+    assert largest_error(ours.bias, theirs.bias) < 1e-5 and largest_error(ours.weight, theirs.weight) < 1e-5
+
+
+def train(head, optimizer, steps, changed=lambda head, features, labels: head(features, labels).backward(), device="cpu"):
+    for features, labels in batches(steps, device, torch.float64):
+        changed(head, features, labels)
+        optimizer.step()
+        optimizer.zero_grad()
+    return head.weight.detach()
+
+
+def several_batches(head, features, labels):
+    for part in range(3):
+        head(features[part::3], labels[part::3]).backward()
+
+
+def one_loss_of_several_forwards(head, features, labels):
+    (head(features[:2], labels[:2]) + 3 * head(features[2:], labels[2:])).backward()
+
+
+def retained_graph(head, features, labels):
+    loss = head(features, labels)
+    loss.backward(retain_graph=True)
+    (0.5 * loss).backward()
+
+
+def scale_between_forwards(head, features, labels):
+    """Exponentials of two scales have no sum; gradients have."""
+    head.scale = 16.0
+    head(features[:4], labels[:4]).backward()
+    head.scale = 64.0
+    head(features[4:], labels[4:]).backward()
+
+
+def very_different_gradients(head, features, labels):
+    (1e-30 * head(features[:4], labels[:4])).backward()
+    (1e3 * head(features[4:], labels[4:])).backward()
+
+
+def nothing_counted(head, features, labels):
+    head(features, labels.fill_(-100)).backward()
+
+
+def no_rows(head, features, labels):
+    head(features[:0], labels[:0]).backward()
+
+
+def frozen_half_way(head, features, labels):
+    head.weight.requires_grad_(False)
+    head(features[:2].requires_grad_(), labels[:2]).backward()
+    head.weight.requires_grad_(True)
+    head(features[2:].detach(), labels[2:]).backward()
+
+
+def trained_features(head, features, labels):
+    head(features.requires_grad_(), labels).backward()
+
+
+def per_row_losses(head, features, labels):
+    head.reduction = "none"
+    head(features, labels).backward(torch.linspace(-1, 1, len(labels), dtype=torch.float64, device=features.device))
+
+
+def some_kept(head, features, labels):
+    head.memory_budget = ROWS * 128 * 8  # one slab of three
+    head(features, labels).backward()
+
+
+def all_kept(head, features, labels):
+    head.memory_budget = 10**9
+    head(features, labels).backward()
+
+
+def all_kept_of_several(head, features, labels):
+    head.memory_budget = 10**9
+    several_batches(head, features, labels)
+
+
+WAYS = [
+    some_kept,
+    all_kept,
+    all_kept_of_several,
+    several_batches,
+    one_loss_of_several_forwards,
+    retained_graph,
+    scale_between_forwards,
+    very_different_gradients,
+]
+WAYS += [nothing_counted, no_rows, frozen_half_way, trained_features, per_row_losses]
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
+def test_every_way_to_a_gradient(way, device):
+    options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
+    ours, theirs = twins(device, dtype=torch.float64)
+    before = ours.weight.detach().clone()
+    got = train(ours, FusedSGD(ours.parameters(), **options), 3, way, device)
+    exact = train(theirs, torch.optim.SGD(theirs.parameters(), **options), 3, way, device)
+    assert ours.weight.grad is None and not torch.equal(exact, before)
+    assert largest_error(got, exact) < 1e-12
+
+
+def test_only_the_tables_gradient_records(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    loss = head(features.requires_grad_(), labels)
+    (gradient,) = torch.autograd.grad(loss, features, retain_graph=True)
+    before = head.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(head.weight, before)  # no weight decay, no momentum either: nothing was recorded
+    loss.backward()
+    assert torch.equal(features.grad, gradient)
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+def test_step_and_zero_grad_forget(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    head(features, labels).backward()
+    optimizer.step()
+    before = head.weight.detach().clone()
+    optimizer.step()
+    head(features, labels).backward()
+    optimizer.zero_grad()
+    optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
+def test_closure_and_learning_rate_schedule(device):
+    ours, theirs = twins(device, dtype=torch.float64)
+    features, labels = next(batches(1, device, torch.float64))
+    for head, kind in ((ours, FusedSGD), (theirs, torch.optim.SGD)):
+        optimizer = kind(head.parameters(), lr=0.5, momentum=0.9)
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1)
+
+        def closure(head=head, optimizer=optimizer):
+            optimizer.zero_grad()
+            loss = head(features, labels)
+            loss.backward()
+            return loss
+
+        losses = []
+        for _ in range(3):
+            losses.append(float(optimizer.step(closure).detach()))
+            schedule.step()
+        assert losses == sorted(losses, reverse=True) and losses[0] > losses[-1]
+    assert largest_error(ours.weight, theirs.weight) < 1e-12
+
+
+@pytest.mark.parametrize("bad", ["features", "upstream", "table"])
+def test_not_finite_changes_nothing(bad, device, path):
+    head, _ = twins(device)
+    optimizer = FusedAdamW(head.parameters(), lr=0.5, state_format="int8")
+    (features, labels), *_ = batches(1, device)
+    head(features, labels).backward()
+    optimizer.step()
+    if bad == "table":
+        with torch.no_grad():
+            head.weight[3, 2] = torch.inf
+    before = copy.deepcopy((head.state_dict(), optimizer.state_dict()["state"]))
+    upstream = torch.tensor(torch.nan if bad == "upstream" else 1.0, device=device)
+    head(features, labels).backward()  # a good one beside it
+    head(features * (torch.nan if bad == "features" else 1), labels).backward(upstream)
+    optimizer.step()
+    after = (head.state_dict(), optimizer.state_dict()["state"])
+    assert torch.equal(before[0]["weight"].nan_to_num(), after[0]["weight"].nan_to_num())
+    (was,), (now,) = before[1].values(), after[1].values()
+    for name in was:
+        assert torch.equal(was[name], now[name]) == (name not in ("skipped", "rounding_step")), name
+    assert optimizer.skipped_steps == 1
+    if bad != "table":
+        head(features, labels).backward()
+        optimizer.step()
+        assert optimizer.skipped_steps == 1 and not torch.equal(head.weight, before[0]["weight"])
+
+
+def scaled_steps(device, head, table_optimizer, overflow_at=None, **scaler_options):
+    torch.manual_seed(1)
+    backbone = torch.nn.Linear(SIZE, SIZE, device=device)
+    optimizer = torch.optim.SGD(backbone.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=2, **scaler_options)
+    for step, (features, labels) in enumerate(batches(5, device)):
+        loss = head(backbone(features), labels) * (torch.inf if step == overflow_at else 1)
+        scaler.scale(loss).backward()
+        for one in (optimizer, table_optimizer):
+            scaler.step(one)
+            one.zero_grad()
+        scaler.update()
+    return scaler
+
+
+@pytest.mark.parametrize("overflow_at", [None, 2])
+def test_grad_scaler(device, overflow_at, path):
+    ours, theirs = twins(device)
+    options = {"lr": 0.5, "momentum": 0.9}
+    scaler = scaled_steps(device, ours, FusedSGD(ours.parameters(), **options), overflow_at)
+    scaled_steps(device, theirs, torch.optim.SGD(theirs.parameters(), **options), overflow_at)
+    assert scaler.get_scale() == 2.0 ** (12 if overflow_at is None else 11)
+    assert largest_error(ours.weight, theirs.weight) < 5 * 64 * 2**-23
+
+
+def test_unscale_is_refused(device):
+    head, _ = twins(device)
+    optimizer, scaler = FusedSGD(head.parameters(), lr=0.5), torch.amp.GradScaler(device.type)
+    features, labels = next(batches(1, device))
+    scaler.scale(head(features, labels)).backward()
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="don't call it for FusedSGD"):
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+    assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("state_format", formats.STATE_FORMATS)
+@pytest.mark.parametrize("table_format", formats.TABLE_FORMATS)
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_resumed_run_has_the_same_bits(kind, table_format, state_format, device, path):
+    def new(seed=5):
+        head = twins(device, table_format=table_format)[0]
+        options = {"momentum": 0.9} if kind is FusedSGD else {}
+        return head, kind(head.parameters(), lr=0.1, state_format=state_format, seed=seed, **options)
+
+    def go(head, optimizer, some):
+        for features, labels in some:
+            head(features, labels).backward()
+            optimizer.step()
+
+    whole, first, other = new(), new(), new(seed=6)
+    everything = list(batches(4, device))
+    go(*whole, everything)
+    go(*other, everything)
+    go(*first, everything[:2])
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in first], file)
+    file.seek(0)
+    resumed = new(seed=7)
+    for part, state in zip(resumed, torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    go(*resumed, everything[2:])
+    assert torch.equal(whole[0].weight, resumed[0].weight)
+    for name, tensor in whole[1].state[whole[0].weight].items():
+        found = resumed[1].state[resumed[0].weight][name]
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
+    rounded = table_format != "float32" or state_format != "float32"
+    assert torch.equal(whole[0].weight, other[0].weight) != rounded
+
+
+def test_slabs_of_any_size_and_threads_round_the_same(monkeypatch):
+    def go(largest_slab, threads, is_native):
+        monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", largest_slab)
+        monkeypatch.setattr(updates.Part, "_is_native", lambda part: is_native)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        head, _ = twins(table_format="bfloat16", backend="torch")
+        optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, state_format="bfloat16", weight_decay=0.1)
+        head(
+            torch.zeros(3, SIZE), torch.zeros(3, dtype=torch.int64)
+        ).backward()  # no gradient but the decay's: no rounding but ours
+        optimizer.step()
+        torch.set_num_threads(before)
+        return head.weight.detach(), optimizer.state[head.weight]["momentum_buffer"]
+
+    first = go(128, 1, False)
+    others = [go(256, 2, False)] + ([go(128, 1, True), go(384, 2, True)] if native.available() else [])
+    for other in others:
+        for one, two in zip(first, other, strict=True):
+            assert torch.equal(one, two)
+
+
+def test_a_table_of_16_bits_refuses_other_optimisers(device):
+    head, _ = twins(device, table_format="bfloat16")
+    features, labels = next(batches(1, device))
+    loss = head(features.requires_grad_(), labels)
+    with pytest.raises(RuntimeError, match="trains with FusedSGD or FusedAdamW"):
+        loss.backward()
+    with torch.no_grad():
+        head(features, labels)
+    head.requires_grad_(False)
+    head(features, labels).backward()  # a frozen one is as good as any
+    assert features.grad.isfinite().all()
+    CosFaceLoss(SIZE, NUM_CLASSES, dtype=torch.bfloat16, device=device)(features, labels).backward()  # asked for
+
+
+def test_copies_pickles_and_former_tables_have_ordinary_gradients(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    file = io.BytesIO()
+    torch.save(head, file)
+    file.seek(0)
+    for other in (copy.deepcopy(head), torch.load(file, weights_only=False)):
+        other(features, labels).backward()
+        assert other.weight.grad is not None
+        other.weight.grad = None
+        trained = FusedSGD(other.parameters(), lr=0.5)  # and are tables
+        other(features, labels).backward()
+        assert other.weight.grad is None
+        trained.step()
+    del optimizer
+    gc.collect()
+    head(features, labels).backward()
+    assert head.weight.grad is not None
+
+
+def test_second_optimiser_takes_over(device):
+    head, _ = twins(device)
+    first = FusedSGD(head.parameters(), lr=0.5)
+    second = FusedSGD(head.parameters(), lr=0.5)
+    del first
+    gc.collect()
+    features, labels = next(batches(1, device))
+    head(features, labels).backward()
+    assert head.weight.grad is None
+    before = head.weight.detach().clone()
+    second.step()
+    assert not torch.equal(head.weight, before)
+
+
+def test_compiled_head(device):
+    ours, theirs = twins(device)
+    optimizers = FusedSGD(ours.parameters(), lr=0.5), torch.optim.SGD(theirs.parameters(), lr=0.5)
+    compiled = torch.compile(ours, backend="aot_eager")
+    for features, labels in batches(2, device):
+        for head, optimizer in zip((compiled, theirs), optimizers, strict=True):
+            head(features, labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert largest_error(ours.weight, theirs.weight) < 2 * 64 * 2**-23
+
+
+def test_autocast(device):
+    ours, theirs = twins(device)
+    optimizers = FusedSGD(ours.parameters(), lr=0.5), torch.optim.SGD(theirs.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    before = ours.weight.detach().clone()
+    for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = head(features, labels)
+        loss.backward()
+        optimizer.step()
+    # The same bfloat16 products, so the same gradient but for float32 roundings.
+    assert largest_error(ours.weight - before, theirs.weight - before) < 64 * 2**-20
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda head: FusedSGD(torch.nn.Linear(3, 3).parameters()), r"trains class tables alone.* shape \(3, 3\)"),
+        (lambda head: FusedSGD([*head.parameters(), torch.nn.Parameter(torch.ones(2))]), r"shape \(2,\)"),
+        (lambda head: FusedSGD([head.weight]), "give both"),
+        (lambda head: FusedSGD([head.bias]), "give both"),
+        (lambda head: FusedSGD(head.parameters(), lr=-1), "lr must be 0 or more, got -1"),
+        (lambda head: FusedSGD(head.parameters(), momentum=-1), "momentum must be 0 or more"),
+        (lambda head: FusedSGD(head.parameters(), weight_decay=-1), "weight_decay must be 0 or more"),
+        (lambda head: FusedSGD(head.parameters(), nesterov=True), "nesterov needs a momentum"),
+        (lambda head: FusedSGD(head.parameters(), state_format="int4"), "state_format must be one of .*int8.*int4"),
+        (lambda head: FusedAdamW(head.parameters(), betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1.0"),
+        (lambda head: FusedAdamW(head.parameters(), eps=-1), "eps must be 0 or more"),
+        (lambda head: CosFaceLoss(3, 4, table_format="int8"), "table_format must be one of .*'bfloat16'.*'int8'"),
+        (lambda head: CosFaceLoss(3, 4, table_format="bfloat16", dtype=torch.float32), "makes the table torch.bfloat16"),
+        (lambda head: FusedSGD(head.half().parameters()), "float32, bfloat16 or float64, got torch.float16"),
+    ],
+)
+def test_wrong_arguments(wrong, message):
+    head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=Softmax(), bias=True)
+    with pytest.raises(ValueError, match=message):
+        wrong(head)
+    gc.collect()
+    head(torch.ones(1, SIZE, dtype=head.weight.dtype), torch.zeros(1, dtype=torch.int64)).backward()
+    assert head.weight.grad is not None  # a constructor that failed left no trace
+
+
+def test_wrong_use(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    loss = head(features, labels)
+    with torch.no_grad():
+        head.weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    head(features, labels).backward()
+    with torch.no_grad():
+        head.weight.mul_(2)
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="changed between backward and step"):
+        optimizer.step()
+    (head(features, labels) + head.weight.sum()).backward()
+    with pytest.raises(RuntimeError, match="has an ordinary gradient"):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
+def test_step_is_a_change_that_autograd_sees(device, path):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    earlier = head(features, labels)
+    head(features, labels).backward()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        earlier.backward()
+
+
+def test_state_of_another_table_is_refused(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+    features, labels = next(batches(1, device))
+    head(features, labels).backward()
+    optimizer.step()
+    larger = CosFaceLoss(SIZE, NUM_CLASSES + 1, device=device)
+    other = FusedSGD(larger.parameters(), lr=0.5, momentum=0.9)
+    with pytest.raises(ValueError, match=f"has {NUM_CLASSES} rows, but the table has {NUM_CLASSES + 1}"):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_two_heads_and_added_group(device):
+    first, second = twins(device, dtype=torch.float64), twins(device, margin=0.2, dtype=torch.float64)
+    ours, theirs = FusedSGD(first[0].parameters(), lr=0.5), torch.optim.SGD(first[1].parameters(), lr=0.5)
+    ours.add_param_group({"params": second[0].parameters(), "lr": 0.1})
+    theirs.add_param_group({"params": second[1].parameters(), "lr": 0.1})
+    for which, optimizer in enumerate((ours, theirs)):
+        for features, labels in batches(2, device, torch.float64):
+            (first[which](features, labels) + second[which](features, labels)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for one, other in (first, second):
+        assert one.weight.grad is None and largest_error(one.weight, other.weight) < 1e-12
+
+
+def test_nothing_to_do_is_no_step(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+    optimizer.step()
+    assert not optimizer.state and optimizer.skipped_steps == 0
+
+
+def test_margin_and_table_format_of_every_head(device):
+    head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=ArcFace(), table_format="bfloat16", device=device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    losses = []
+    for _ in range(10):
+        losses.append(float(head(features, labels).detach()))
+        head(features, labels).backward()
+        optimizer.step()
+    assert losses[-1] < losses[0] / 4 and head.weight.dtype == torch.bfloat16
+    assert deferred.head_of(head.weight) is head
