@@ -1,0 +1,122 @@
+"""Does training notice how the table and its state are stored?  python -m benchmarks.formats [--json FILE] [--plot FILE]
+
+1,797 identities, each one of scikit-learn's handwritten digits, seen shifted and under noise: the paper's recipe (SGD with momentum
+and weight decay on the table) for 200 steps in every format, from the same start and with the same batches. What a format changes is
+compared with what another seed changes: its last losses must lie within the spread of float32's.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from torch import nn
+
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, formats
+
+from . import measure
+from .bench import write_json
+
+ROWS, SIZE, STEPS, LAST = 128, 64, 200, 40
+SEEDS = range(5)
+TABLES_AND_STATES = tuple(itertools.product(formats.TABLE_FORMATS, formats.STATE_FORMATS))
+OPTIMIZERS = {
+    "SGD": (FusedSGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}),
+    "AdamW": (FusedAdamW, {"lr": 3e-3}),
+}
+
+
+def losses(optimizer, table_format, state_format, seed):
+    """The loss of each step."""
+    images = torch.tensor(load_digits().images / 16, dtype=torch.float32)
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, SIZE), nn.BatchNorm1d(SIZE))
+    head = CosFaceLoss(SIZE, len(images), scale=32.0, margin=0.2, table_format=table_format)
+    with torch.no_grad():
+        head.weight.copy_(0.01 * torch.randn(head.weight.shape))  # the same start in every format
+    kind, options = OPTIMIZERS[optimizer]
+    optimizers = torch.optim.Adam(backbone.parameters(), 1e-3), kind(head.parameters(), state_format=state_format, **options)
+    found = []
+    for _ in range(STEPS):
+        labels = torch.randperm(len(images))[:ROWS]
+        views = torch.stack([images[label].roll((dx, dy), (0, 1)) for label, (dx, dy) in zip(labels, shifts(), strict=True)])
+        loss = head(backbone((views + 0.1 * torch.randn_like(views)).flatten(1)), labels)
+        loss.backward()
+        for each in optimizers:
+            each.step()
+            each.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def shifts():
+    return (torch.randint(3, (ROWS, 2)) - 1).tolist()
+
+
+def last(curve):
+    """The loss that a run ends with: a mean, because batches differ."""
+    return statistics.mean(curve[-LAST:])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    curves = {}
+    for optimizer, pair in itertools.product(OPTIMIZERS, TABLES_AND_STATES):
+        print(optimizer, *pair, file=sys.stderr, flush=True)
+        curves[optimizer, pair] = [losses(optimizer, *pair, seed) for seed in SEEDS]
+    rows = [
+        {"optimizer": optimizer, "table": table, "state": state, "last": [last(curve) for curve in found], "curves": found}
+        for (optimizer, (table, state)), found in curves.items()
+    ]
+    environment = measure.environment(torch.device("cpu"))
+    print(table(rows, environment))
+    if arguments.json:
+        write_json(arguments.json, {"environment": environment, "rows": rows})
+    if arguments.plot:
+        draw(rows).savefig(arguments.plot)
+
+
+def table(rows, environment):
+    lines = [
+        f"The mean loss of the last {LAST} of {STEPS} steps, mean over {len(SEEDS)} seeds (least to most), on {environment['device']}, "
+        f"torch {environment['torch']}, {environment['date']}.",
+        "",
+        "| table | state | " + " | ".join(OPTIMIZERS) + " |",
+        "| --- | --- |" + " --- |" * len(OPTIMIZERS),
+    ]
+    for table, state in TABLES_AND_STATES:
+        cells = []
+        for optimizer in OPTIMIZERS:
+            (found,) = [
+                row["last"] for row in rows if (row["optimizer"], row["table"], row["state"]) == (optimizer, table, state)
+            ]
+            cells.append(f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})")
+        lines.append(f"| {table} | {state} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(rows):
+    figure = Figure(figsize=(10, 4), dpi=100, layout="constrained")
+    for place, optimizer in enumerate(OPTIMIZERS):
+        axes = figure.add_subplot(1, len(OPTIMIZERS), place + 1)
+        for row in rows:
+            if row["optimizer"] == optimizer:
+                means = [statistics.mean(step) for step in zip(*row["curves"], strict=True)]
+                axes.plot(range(1, STEPS + 1), means, linewidth=1, label=f"{row['table']}, {row['state']}")
+        axes.set_title(f"Fused{optimizer}: table and state in every format")
+        axes.set(xlabel="step", ylabel=f"loss, mean of {len(SEEDS)} seeds", yscale="log")
+        axes.legend()
+        axes.grid(alpha=0.3)
+    return figure
+
+
+if __name__ == "__main__":
+    main()
