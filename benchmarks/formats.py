@@ -1,8 +1,7 @@
 """Does training notice how the table and its state are stored?  python -m benchmarks.formats [--json FILE] [--plot FILE]
 
-1,797 identities, each one of scikit-learn's handwritten digits, seen shifted and under noise: the paper's recipe (SGD with momentum
-and weight decay on the table) for 200 steps in every format, from the same start and with the same batches. What a format changes is
-compared with what another seed changes: its last losses must lie within the spread of float32's.
+1,797 identities, each one of scikit-learn's handwritten digits, seen shifted and under noise: 200 steps in every format, from the
+same start and with the same batches. What a format changes is to be compared with what another seed changes.
 """
 
 import argparse
@@ -86,8 +85,8 @@ def main():
 
 def table(rows, environment):
     lines = [
-        f"The mean loss of the last {LAST} of {STEPS} steps, mean over {len(SEEDS)} seeds (least to most), on {environment['device']}, "
-        f"torch {environment['torch']}, {environment['date']}.",
+        f"The mean loss of the last {LAST} of {STEPS} steps, mean over {len(SEEDS)} seeds (least to most), on "
+        f"{environment['device']}, torch {environment['torch']}, {environment['date']}.",
         "",
         "| table | state | " + " | ".join(OPTIMIZERS) + " |",
         "| --- | --- |" + " --- |" * len(OPTIMIZERS),

@@ -1,9 +1,12 @@
 """Are 16 and 8 bits right on average, and the same bits in PyTorch and in native code?"""
 
+import statistics
+
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import formats as training
 from cosface_kernels import formats, native, updates
 
 INDEX = slice(0, 64)
@@ -140,3 +143,20 @@ def test_native_code_is_the_same_step(rule, table, state, size, instruction_set,
             unit = {torch.float32: 2**-18, torch.bfloat16: 2**-7, torch.int8: 1 / 127, torch.uint8: 3 / 255}[ours.dtype]
             assert ((one - other).abs() <= unit * size_of * 1.001).all()
         rows, states = results[1][0][0], results[1][1:]
+
+
+def test_training_does_not_notice():
+    """Real images, 200 steps: what a format changes is less than what another seed changes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        other_seeds = [training.last(training.losses("SGD", "float32", "float32", seed)) for seed in range(3)]
+        spread = statistics.stdev(other_seeds)
+        for table, state in training.TABLES_AND_STATES[1:]:
+            assert abs(training.last(training.losses("SGD", table, state, 0)) - other_seeds[0]) < spread / 3, (table, state)
+        exact, coarse = (
+            training.last(training.losses("AdamW", *formats, 0)) for formats in (("float32",) * 2, ("bfloat16", "int8"))
+        )
+        assert abs(exact - coarse) < spread / 3
+    finally:
+        torch.set_num_threads(threads)

@@ -56,8 +56,8 @@ def run(out, device):
     """Train, measure the plain expression, draw million_loss.png into `out`, return the Result."""
     torch.manual_seed(0)
     head = CosFaceLoss(EMBEDDING, CLASSES, device=device)
-    backbone = _backbone().to(device)
-    draw_batch = _generator(device)
+    backbone = make_backbone(EMBEDDING).to(device)
+    draw_batch = generator(CLASSES, ROWS, device)
     groups = [{"params": head.parameters(), "lr": HEAD_RATE}, {"params": backbone.parameters(), "lr": BACKBONE_RATE}]
     optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, fused=True)
     losses, seconds = _train(head, backbone, optimizer, draw_batch)
@@ -72,21 +72,20 @@ def run(out, device):
     return Result(name, len(losses), step_seconds, peak, losses, classes, plain_seconds, plain_peak)
 
 
-def _backbone():
-    return nn.Sequential(
-        nn.Linear(VIEW, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, EMBEDDING), nn.BatchNorm1d(EMBEDDING)
-    )
+def make_backbone(size):
+    """From a view to `size` features."""
+    return nn.Sequential(nn.Linear(VIEW, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, size), nn.BatchNorm1d(size))
 
 
-def _generator(device):
-    """A function that draws (views (N, VIEW), labels (N,)) of N different identities of the pool."""
+def generator(classes, rows, device):
+    """A function that draws (views (N, VIEW), labels (N,)) of N different identities of a pool among all."""
     latents = torch.randn(POOL, LATENT, device=device)
     mixing = torch.randn(LATENT, VIEW, device=device) / LATENT**0.5
-    identities = torch.randperm(CLASSES, device=device)[:POOL]
+    identities = torch.randperm(classes, device=device)[:POOL]
 
     def draw_batch():
-        drawn = torch.randperm(POOL, device=device)[:ROWS]
-        return latents[drawn] @ mixing + NOISE * torch.randn(ROWS, VIEW, device=device), identities[drawn]
+        drawn = torch.randperm(POOL, device=device)[:rows]
+        return latents[drawn] @ mixing + NOISE * torch.randn(rows, VIEW, device=device), identities[drawn]
 
     return draw_batch
 

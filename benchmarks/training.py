@@ -1,0 +1,225 @@
+"""Whole training steps of large tables:  python -m benchmarks.training [step | tables | identities] ... [--json FILE]
+
+    step         1M identities x 512, N = 128 under autocast: FusedSGD beside torch.optim.SGD, fused=True and default, on the same
+                 head. Times are interleaved in one process, two heads at a time; peak memory is that of a process for each.
+    tables       20 steps of 10M identities: x 256 with a float32 and a bfloat16 table and bfloat16 momentum, with all classes and
+                 with a tenth of them; x 512 with a bfloat16 table and 8-bit momentum. On a GPU 100M. A process each.
+    identities   what an identity costs in a step as their number grows, N and D fixed.
+
+The batches are demo/million.py's: views of 2,048 identities among all, through a backbone that is trained too. Peak memory is all
+that a process holds, on a GPU all that its tensors do. What does not fit is left out with a line that says so; a run that is
+stopped prints what it has.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from cosface_kernels import CosFaceLoss, FusedSGD
+from cosface_kernels.demo import million
+
+from . import measure
+from .bench import write_json
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ROWS = 128
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+STEPS = 20
+TABLES = {
+    "cpu": [
+        {"identities": 10_000_000, "size": 256, "table_format": "float32", "state_format": "bfloat16"},
+        {"identities": 10_000_000, "size": 256, "table_format": "float32", "state_format": "bfloat16", "sample_rate": 0.1},
+        {"identities": 10_000_000, "size": 256, "table_format": "bfloat16", "state_format": "bfloat16"},
+        {"identities": 10_000_000, "size": 256, "table_format": "bfloat16", "state_format": "bfloat16", "sample_rate": 0.1},
+        {"identities": 10_000_000, "size": 512, "table_format": "bfloat16", "state_format": "int8"},
+    ],
+    "cuda": [
+        {"identities": 100_000_000, "size": 512, "table_format": "bfloat16", "momentum": 0.0},
+        {"identities": 100_000_000, "size": 256, "table_format": "bfloat16", "state_format": "bfloat16"},
+    ],
+}
+STEP = {"identities": 1_000_000, "size": 512}
+OPTIMIZERS = {
+    "FusedSGD": lambda params: FusedSGD(params, **OPTIONS),
+    "torch.optim.SGD(fused=True)": lambda params: torch.optim.SGD(params, **OPTIONS, fused=True),
+    "torch.optim.SGD": lambda params: torch.optim.SGD(params, **OPTIONS),
+}
+STEP_TURNS = 7
+GROWTH = (10_000, 100_000, 1_000_000, 4_000_000)
+GROWTH_SIZE = 128
+
+
+class Run:
+    """A head, its optimiser and a backbone, and one training step of them."""
+
+    def __init__(self, identities, size, optimizer, **options):
+        torch.manual_seed(0)
+        self.head = CosFaceLoss(size, identities, device=DEVICE, **options)
+        self.backbone = million.make_backbone(size).to(DEVICE)
+        self.draw_batch = million.generator(identities, ROWS, DEVICE)
+        backbone_optimizer = torch.optim.SGD(self.backbone.parameters(), lr=million.BACKBONE_RATE, momentum=0.9)
+        self.optimizers = backbone_optimizer, optimizer(self.head.parameters())
+
+    def step(self):
+        """(loss, seconds)."""
+        started = time.perf_counter()
+        views, labels = self.draw_batch()
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = self.head(self.backbone(views), labels)
+        loss.backward()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        return loss.item(), time.perf_counter() - started
+
+
+def alone(what, **arguments):
+    """What `what(**arguments)` returns in a process of its own, or the reason why there is nothing."""
+    command = [sys.executable, "-m", "benchmarks.training", "--alone", what, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=measure.ROOT, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else {"error": f"exit status {done.returncode}"}
+
+
+def table_run(identities, size, table_format, state_format="float32", momentum=OPTIONS["momentum"], sample_rate=1.0):
+    """A row of `tables`: losses, seconds of each step and the peak."""
+    options = {**OPTIONS, "momentum": momentum, "state_format": state_format}
+    sampled = {} if sample_rate == 1 else {"sample_rate": sample_rate}
+    run = Run(identities, size, lambda params: FusedSGD(params, **options), table_format=table_format, **sampled)
+    steps = []
+    for _ in range(STEPS):
+        steps.append(run.step())
+        print(f"loss {steps[-1][0]:.2f}, {steps[-1][1]:.2f} s", file=sys.stderr, flush=True)
+    losses, seconds = zip(*steps, strict=True)
+    return {"losses": losses, "seconds": seconds, "peak_bytes": million.peak_bytes(DEVICE)}
+
+
+def step_peak(optimizer):
+    """The peak of a process that does three steps."""
+    run = Run(**STEP, optimizer=OPTIMIZERS[optimizer])
+    for _ in range(3):
+        run.step()
+    return million.peak_bytes(DEVICE)
+
+
+def tables():
+    for arguments in TABLES[DEVICE.type]:
+        needed = arguments["identities"] * arguments["size"] * (6 if arguments["table_format"] == "float32" else 4)
+        if shortage := measure.shortage(needed, DEVICE):
+            print(f"{describe(arguments)}: {shortage}", file=sys.stderr)
+            continue
+        print(describe(arguments), file=sys.stderr, flush=True)
+        yield {**arguments, **alone("table_run", **arguments)}
+
+
+def steps():
+    """Ours and theirs in turns, for each of theirs; then the memory of each."""
+    ours, *others = OPTIMIZERS
+    for other in others:
+        if shortage := measure.shortage(11 * STEP["identities"] * STEP["size"] * 2, DEVICE):
+            print(f"{other}: {shortage}", file=sys.stderr)
+            continue
+        runs = {name: Run(**STEP, optimizer=OPTIMIZERS[name]) for name in (ours, other)}
+        seconds = {name: [] for name in runs}
+        for turn in range(STEP_TURNS + 1):
+            for name in reversed(runs) if turn % 2 else runs:
+                taken = runs[name].step()[1]
+                print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
+                seconds[name] += [taken] if turn else []  # the first allocates
+        del runs
+        peaks = {name: alone("step_peak", optimizer=name) for name in seconds}
+        yield {**STEP, "optimizer": other, "seconds": seconds, "peak_bytes": peaks}
+
+
+def growth():
+    """Seconds of a step for each number of identities, in turns."""
+    runs = {identities: Run(identities, GROWTH_SIZE, OPTIMIZERS["FusedSGD"]) for identities in GROWTH}
+    seconds = {identities: [] for identities in GROWTH}
+    for turn, identities in itertools.product(range(STEP_TURNS + 1), GROWTH):
+        repeats = max(1, 200_000 // identities)
+        taken = [runs[identities].step()[1] for _ in range(repeats)]
+        seconds[identities] += taken if turn else []
+    for identities, taken in seconds.items():
+        yield {"identities": identities, "size": GROWTH_SIZE, "seconds": taken}
+
+
+def describe(row):
+    sampled = f", {row['sample_rate']:.0%} sampled" if row.get("sample_rate", 1) < 1 else ""
+    momentum = f"{row['state_format']} momentum" if row.get("momentum", 1) else "no momentum"
+    return f"{row['identities']:,} x {row['size']}, {row['table_format']} table, {momentum}{sampled}"
+
+
+def report(found, environment):
+    """Markdown."""
+    where = f"N = {ROWS}, bfloat16 autocast, on {environment['device']}, torch {environment['torch']}, {environment['date']}"
+    yield f"Whole training steps, {where}."
+    if "tables" in found:
+        yield "\n| table | step, s | peak of the process, GiB | loss in 20 steps |\n| --- | --- | --- | --- |"
+        for row in found["tables"]:
+            if "error" in row:
+                yield f"| {describe(row)} | {row['error']} | | |"
+                continue
+            loss = f"{row['losses'][0]:.1f} -> {row['losses'][-1]:.1f}"
+            yield f"| {describe(row)} | {_median(row['seconds']):.2f} | {row['peak_bytes'] / 2**30:.1f} | {loss} |"
+    if "step" in found:
+        shape = f"{STEP['identities']:,} x {STEP['size']}"
+        yield f"\n| {shape} | step, s | FusedSGD, s | faster | peak, GiB | FusedSGD, GiB | of it |"
+        yield "| --- | --- | --- | --- | --- | --- | --- |"
+        for row in found["step"]:
+            names = row["optimizer"], "FusedSGD"
+            seconds, (theirs, ours) = (
+                [row["seconds"][name] for name in names],
+                [row["peak_bytes"][name] / 2**30 for name in names],
+            )
+            ratio = _median([other / fused for other, fused in zip(*seconds, strict=True)])
+            times = f"{_median(seconds[0]):.2f} | {_median(seconds[1]):.2f} | {ratio:.2f} x"
+            yield f"| {row['optimizer']} | {times} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.0%} |"
+    if "identities" in found:
+        yield f"\n| identities, D = {GROWTH_SIZE} | step, ms | ns for each identity |\n| --- | --- | --- |"
+        for row in found["identities"]:
+            median = _median(row["seconds"])
+            yield f"| {row['identities']:,} | {1e3 * median:.1f} | {1e9 * median / row['identities']:.0f} |"
+
+
+def _median(numbers):
+    return statistics.median(numbers)
+
+
+PARTS = {"step": steps, "tables": tables, "identities": growth}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+    if arguments.alone:
+        name, given = arguments.alone
+        print(json.dumps({"table_run": table_run, "step_peak": step_peak}[name](**json.loads(given))))
+        return
+    environment, found = measure.environment(DEVICE), {}
+    try:
+        for part in arguments.parts or PARTS:
+            found[part] = []
+            for row in PARTS[part]():
+                found[part].append(row)
+                if arguments.json:
+                    write_json(arguments.json, {"environment": environment, "rows_of_a_batch": ROWS, **found})
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+    print("\n".join(report(found, environment)))
+
+
+if __name__ == "__main__":
+    main()
