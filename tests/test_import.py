@@ -27,6 +27,15 @@ print(*sorted(name for name in new - set(sys.stdlib_module_names) if name != "to
 """) == ["cosface_kernels"]
 
 
+def test_import_brings_no_checkpoints():
+    """Half a second on top of torch's own."""
+    assert not run("""
+import sys, torch
+import cosface_kernels
+print(*(name for name in sys.modules if name.startswith("torch.distributed.checkpoint")))
+""")
+
+
 def test_import_touches_no_gpu():
     # Recorded, because a machine without a GPU would hide a question about it.
     assert run("""
@@ -59,7 +68,8 @@ print(head.weight.grad.isfinite().all().item())
 
 def test_exports():
     functions, modules = {"cosface_loss", "cosine_lse", "margin_softmax_loss"}, {"CosFaceLoss", "MarginSoftmaxLoss"}
-    assert set(cosface_kernels.__all__) == functions | modules | {"margins", "reference", "theory", "__version__"}
+    checkpoints = {"save_checkpoint", "load_checkpoint", "latest_checkpoint", "CorruptCheckpointError"}
+    assert set(cosface_kernels.__all__) == functions | modules | checkpoints | {"margins", "reference", "theory", "__version__"}
     assert all(hasattr(cosface_kernels, name) for name in cosface_kernels.__all__)
 
 
