@@ -152,8 +152,7 @@ def _write(temporary, tensors, small):
 def _not_saved(folder, error):
     """What to raise of the failure of a save."""
     failed = getattr(error, "failed_rank", rank())
-    why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-    message = f"checkpoint {folder} was not saved, and nothing of it is left: rank {failed}: {why}"
+    message = f"checkpoint {folder} was not saved, earlier ones are as they were: rank {failed}: {type(error).__name__}: {error}"
     return OSError(error.errno, message) if isinstance(error, OSError) and error.errno else RuntimeError(message)
 
 

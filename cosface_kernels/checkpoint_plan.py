@@ -28,8 +28,6 @@ class PiecewiseSavePlanner(DefaultSavePlanner):
 
     def _cut(self, item):
         whole, chunk = local_part(self.state_dict[item.index.fqn]), item.tensor_data.chunk
-        if not whole.numel() and item.tensor_data.size.numel():  # a rank beyond the last row, which DCP calls out of bounds
-            return
         if not (whole.dim() and whole.numel()):
             self.pieces[item.index] = whole
             yield item

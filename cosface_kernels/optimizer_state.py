@@ -8,6 +8,8 @@ import torch
 from torch.distributed import tensor as distributed
 from torch.distributed.tensor import DTensor
 
+from .checkpoint_plan import local_part
+
 
 def by_name(optimizer):
     """{name: optimizer} of one optimizer, a dict of them, or a sequence of them."""
@@ -31,6 +33,8 @@ def flatten(prefix, optimizer, module):
             raise ValueError(f"{prefix} has state of something that is no parameter of its: {parameter!r}")
         name = names[parameter]
         own = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        for key, value in own.items():
+            _check_not_local(_key(prefix, name, key), value, name, parameter)
         tensors |= {_key(prefix, name, key): value for key, value in own.items()}
         states[name] = {
             "on_cpu": {key: value.device.type == "cpu" for key, value in own.items()},
@@ -108,6 +112,15 @@ def _names(prefix, optimizer, module):
             f"such as nn.ModuleDict({{'backbone': backbone, 'head': head}})"
         )
     return {parameter: names[parameter] for parameter in own}
+
+
+def _check_not_local(where, value, name, parameter):
+    """Of plain tensors rank 0's are saved, and the other ranks' rows would be lost."""
+    if not (isinstance(parameter, DTensor) and parameter.dim() and value.dim()) or isinstance(value, DTensor):
+        return
+    rows = len(local_part(parameter))
+    if len(value) == rows != len(parameter):
+        raise ValueError(f"{where} has this rank's rows of {name} as a plain tensor; it must be a DTensor as {name} is")
 
 
 def _options(group):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 from checkpoint_worker import SIZE, TRAININGS, Model, assert_equal, flip, left_over, optimizers_of, train, trained, whole
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import CorruptCheckpointError, CosFaceLoss, latest_checkpoint, load_checkpoint, save_checkpoint
 
@@ -40,10 +42,13 @@ def run(scenario, folder, world_size=1, killed=()):
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), str(WORKER.parent)])}
     commands = [[sys.executable, WORKER, scenario, folder, str(rank), str(world_size)] for rank in range(world_size)]
     ranks = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
-    ends = [process.communicate(timeout=120) for process in ranks]
+    try:
+        ends = [process.communicate(timeout=120) for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
     for rank, (process, (_, errors)) in enumerate(zip(ranks, ends, strict=True)):
         assert process.returncode == (-9 if rank in killed else 0), f"rank {rank}:\n{errors}"
-    return ends[0][0]
 
 
 def saved(folder, rows=7, **options):
@@ -112,6 +117,41 @@ def test_loads_in_place(tmp_path):
     save_checkpoint(tmp_path / "b", unstepped, optimizers_of(unstepped))
     load_checkpoint(tmp_path / "b", model, optimizers)
     assert not optimizers["table"].state and not optimizers["backbone"].state
+
+
+class LargestNew(TorchDispatchMode):
+    """The most bytes of a storage that an operator made and was not given."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        given = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        for each in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(each, torch.Tensor) and each.untyped_storage().data_ptr() not in given:
+                self.nbytes = max(self.nbytes, each.untyped_storage().nbytes())
+        return result
+
+
+def test_no_copy_of_a_table(tmp_path, monkeypatch):
+    """Neither saving nor loading makes or reads more than a piece: 16 KB of a table of 160, and more than a generator's 5."""
+    monkeypatch.setattr("cosface_kernels.checkpoint_plan.PIECE_BYTES", 16_000)
+    head = CosFaceLoss(40, 1000)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head(torch.randn(8, 40), torch.arange(8)).backward()
+    optimizer.step()
+    load, read = torch.load, []
+
+    def recorded_load(*arguments, **options):
+        found = load(*arguments, **options)
+        read.append(found.nbytes if isinstance(found, torch.Tensor) else 0)
+        return found
+
+    monkeypatch.setattr(torch, "load", recorded_load)
+    with LargestNew() as largest:
+        save_checkpoint(tmp_path / "a", head, optimizer)
+        load_checkpoint(tmp_path / "a", head, optimizer)
+    assert largest.nbytes <= 16_000 and max(read) == 16_000 and sum(read) == 2 * 160_000
 
 
 def test_options_are_loaded(tmp_path):
@@ -333,8 +373,18 @@ def test_never_over_another(tmp_path):
     assert not left_over(tmp_path)
 
 
+def test_interrupted(tmp_path, monkeypatch):
+    def interrupt(descriptor):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        saved(tmp_path / "a")
+    assert not [*tmp_path.iterdir()]
+
+
 def test_removes_what_killed_saves_of_that_name_left(tmp_path):
-    kept = ["b.tmp-0123456789abcdef", "a.tmp-mine", "a.tmp-0123456789abcdef.old"]
+    kept = ["b.tmp-0123456789abcdef", "a.tmp-mine", "a.tmp-mine.tmp-0123456789abcdef", "a.tmp-0123456789abcdef.old"]
     for name in [*kept, "a.tmp-0123456789abcdef"]:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
@@ -402,3 +452,14 @@ def test_head(tmp_path):
     assert torch.equal(again.weight, head.weight)
     buffers = [each.state[of.weight]["momentum_buffer"] for each, of in ((optimizer, head), (again_optimizer, again))]
     assert torch.equal(*buffers) and buffers[0][:10].any()
+
+
+def test_examples_of_the_document(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    document = WORKER.parents[1] / "docs" / "checkpoints.md"
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.S):
+        exec(block, names)
+    assert names["extra"] == {"epoch": 0} and (tmp_path / "checkpoints" / "step-2000" / "manifest.json").exists()
+    assert names["new"] == range(1000, 1050) and names["labels"].tolist() == [2, -1, 3]
+    assert len(names["larger"]["head"].weight) == 2000
