@@ -43,7 +43,7 @@ def run(scenario, folder, world_size=1, killed=()):
     commands = [[sys.executable, WORKER, scenario, folder, str(rank), str(world_size)] for rank in range(world_size)]
     ranks = [subprocess.Popen(c, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for c in commands]
     try:
-        ends = [process.communicate(timeout=120) for process in ranks]
+        ends = [process.communicate(timeout=300) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
