@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from . import deferred, formats, theory, validation
+from . import deferred, formats, identities, theory, validation
 from .functional import cosface_loss, default_scale, stateful_loss
 from .margins import CosFace
 from .plan import slab_rows, wide_dtype
@@ -41,8 +41,46 @@ class _Head(nn.Module):
             return self.weight
         return deferred.refused(self.weight)
 
+    @staticmethod
+    def draw(rows):
+        """Fills rows of a table with their initial values."""
+        nn.init.normal_(rows, std=0.01)
+
+    def grow(self, count, optimizer=None):
+        """Adds `count` identities, drawn as the initial ones were, and returns the range of their ids.
+
+        The parameters stay the same objects, so that an optimizer keeps them; their gradients are dropped. A replica by
+        DistributedDataParallel has to be wrapped anew.
+
+        Args:
+            count: how many.
+            optimizer: the torch.optim.Optimizer that has weight; FusedSGD and FusedAdamW are known without it. All its state
+                with a number or vector for each row (momentum, second moments, scales) is zero for the new rows. Without it,
+                another optimiser's state of the old shape stays: its next step raises.
+
+        Raises:
+            TypeError, ValueError: count is no int, or less than 1; optimizer is none, or without weight. Nothing changed.
+            NotImplementedError: the table is sharded; the message says what to do.
+        """
+        return identities.grow(self, count, optimizer)
+
+    def remove(self, ids, optimizer=None):
+        """Removes the identities `ids`, and returns the new id of each old one, (C_old,) int64 on the CPU, -1 for those removed.
+
+        The others move up and keep their order: `labels = new_ids[labels]`. For parameters, gradients and state see `grow`.
+
+        Args:
+            ids: class ids, a sequence or tensor of ints; duplicates are one.
+            optimizer: as in `grow`.
+
+        Raises:
+            TypeError, ValueError, IndexError: ids are no ints, all ids, or out of range; optimizer as in `grow`. Nothing changed.
+            NotImplementedError: as in `grow`.
+        """
+        return identities.remove(self, ids, optimizer)
+
     def reset_parameters(self):
-        nn.init.normal_(self.weight, std=0.01)
+        self.draw(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 

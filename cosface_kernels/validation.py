@@ -134,6 +134,35 @@ def check_k(k, num_classes):
         raise ValueError(f"k must be from 0 to the number of classes, {num_classes}, got {k}")
 
 
+def check_ids(ids, num_classes):
+    """Class ids as an int64 tensor on the CPU: some, not all, in range."""
+    try:
+        found = torch.as_tensor(ids if isinstance(ids, torch.Tensor) else [*ids])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"ids must be class ids, a sequence or tensor of ints, got {ids!r}") from error
+    if not found.numel():
+        return found.flatten().long()
+    if found.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"ids must be class ids, ints, got {found.dtype}")
+    if found.dim() != 1:
+        raise ValueError(f"ids must have one dimension, got shape {tuple(found.shape)}")
+    found = found.long().cpu()
+    outside = found[(found < 0) | (found >= num_classes)]
+    if len(outside):
+        raise IndexError(f"ids must be from 0 to {num_classes - 1}, got {outside[:5].tolist()}")
+    if len(found.unique()) == num_classes:
+        raise ValueError(f"ids must leave at least one class, got all {num_classes}")
+    return found
+
+
+def check_optimizer(optimizer, parameter):
+    """A torch optimizer that has parameter."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
+    if not any(parameter is each for group in optimizer.param_groups for each in group["params"]):
+        raise ValueError("optimizer must be the one that has the head's weight among its parameters")
+
+
 def check_size(name, size):
     check_integer(name, size)
     if size < 1:

@@ -27,6 +27,15 @@ print(*sorted(name for name in new - set(sys.stdlib_module_names) if name != "to
 """) == ["cosface_kernels"]
 
 
+def test_import_brings_no_checkpoints():
+    """Half a second on top of torch's own."""
+    assert not run("""
+import sys, torch
+import cosface_kernels
+print(*(name for name in sys.modules if name.startswith("torch.distributed.checkpoint")))
+""")
+
+
 def test_import_touches_no_gpu():
     # Recorded, because a machine without a GPU would hide a question about it.
     assert run("""
@@ -58,11 +67,11 @@ print(head.weight.grad.isfinite().all().item())
 
 
 def test_exports():
-    functions, modules = (
-        {"cosface_loss", "cosine_lse", "margin_softmax_loss"},
-        {"CosFaceLoss", "MarginSoftmaxLoss", "FusedSGD", "FusedAdamW"},
-    )
-    assert set(cosface_kernels.__all__) == functions | modules | {"margins", "reference", "theory", "__version__"}
+    functions = {"cosface_loss", "cosine_lse", "margin_softmax_loss"}
+    classes = {"CosFaceLoss", "MarginSoftmaxLoss", "FusedSGD", "FusedAdamW"}
+    checkpoints = {"save_checkpoint", "load_checkpoint", "latest_checkpoint", "CorruptCheckpointError"}
+    modules = {"margins", "reference", "theory", "__version__"}
+    assert set(cosface_kernels.__all__) == functions | classes | checkpoints | modules
     assert all(hasattr(cosface_kernels, name) for name in cosface_kernels.__all__)
 
 
