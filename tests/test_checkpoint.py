@@ -15,7 +15,15 @@ from checkpoint_worker import SIZE, TRAININGS, Model, assert_equal, flip, left_o
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosface_kernels import CorruptCheckpointError, CosFaceLoss, latest_checkpoint, load_checkpoint, save_checkpoint
+from cosface_kernels import (
+    CorruptCheckpointError,
+    CosFaceLoss,
+    FusedAdamW,
+    FusedSGD,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 
 WORKER = Path(checkpoint_worker.__file__)
 
@@ -463,3 +471,39 @@ def test_examples_of_the_document(tmp_path, monkeypatch):
     assert names["extra"] == {"epoch": 0} and (tmp_path / "checkpoints" / "step-2000" / "manifest.json").exists()
     assert names["new"] == range(1000, 1050) and names["labels"].tolist() == [2, -1, 3]
     assert len(names["larger"]["head"].weight) == 2000
+
+
+@pytest.mark.parametrize(
+    ("table_format", "state_format"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")]
+)
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_fused_optimisers_go_on_to_the_bit(kind, table_format, state_format, tmp_path):
+    """State of every dtype, the place in the stream of rounding bits, and what was skipped."""
+
+    def new(seed):
+        head = CosFaceLoss(SIZE, 7, table_format=table_format)
+        options = {"momentum": 0.9} if kind is FusedSGD else {}
+        return head, kind(head.parameters(), lr=0.1, state_format=state_format, seed=seed, **options)
+
+    def go(head, optimizer, seeds):
+        for seed in seeds:
+            features = torch.randn(5, SIZE, generator=torch.Generator().manual_seed(seed))
+            head(features * (torch.nan if seed == 1 else 1), torch.arange(5)).backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    head, optimizer = new(seed=1)
+    go(head, optimizer, range(3))
+    save_checkpoint(tmp_path / "one", head, optimizer)
+    go(head, optimizer, range(3, 6))
+    for started in (False, True):  # state allocated from the checkpoint, and state loaded in place
+        resumed, other = new(seed=2)
+        if started:
+            go(resumed, other, range(2))
+        load_checkpoint(tmp_path / "one", resumed, other)
+        assert other.skipped_steps == 1
+        go(resumed, other, range(3, 6))
+        assert torch.equal(resumed.weight, head.weight)
+        for name, tensor in optimizer.state[head.weight].items():
+            found = other.state[resumed.weight][name]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor), name
