@@ -3,6 +3,7 @@
 from . import margins, reference, theory
 from .functional import cosface_loss, cosine_lse, margin_softmax_loss
 from .modules import CosFaceLoss, MarginSoftmaxLoss
+from .sampling import sample_classes
 from .version import __version__
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "margin_softmax_loss",
     "margins",
     "reference",
+    "sample_classes",
     "theory",
 ]

@@ -4,17 +4,18 @@ import torch
 from torch import nn
 
 from . import theory, validation
-from .functional import cosface_loss, default_scale, stateful_loss
+from .functional import class_indices, cosface_loss, default_scale, stateful_loss
 from .margins import CosFace
 from .plan import slab_rows, wide_dtype
+from .sampling import sample_classes
 from .table import Table
 from .unit import unit_rows
 
 
 class _Head(nn.Module):
-    """A class table weight (C K, D) drawn from N(0, 0.01²), and its logits."""
+    """A class table weight (C K, D) drawn from N(0, 0.01²), its logits, and which classes take part in a training step."""
 
-    def __init__(self, embedding_size, num_classes, centers_per_class, device, dtype, **options):
+    def __init__(self, embedding_size, num_classes, centers_per_class, device, dtype, sampling, **options):
         super().__init__()
         validation.check_size("embedding_size", embedding_size)
         validation.check_size("num_classes", num_classes)
@@ -27,11 +28,42 @@ class _Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.normalize_features = self.normalize_weight = True
+        self.sample_rate, self.sample_seed, self.sample_correction = sampling
+        validation.check_rate("sample_rate", self.sample_rate)
+        validation.check_count("sample_seed", self.sample_seed)
+        validation.check_flag("sample_correction", self.sample_correction)
+        if self.sample_rate < 1:
+            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
 
     def reset_parameters(self):
         nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if self.sample_rate < 1:
+            self.sample_step.zero_()
+
+    def forward(self, features, labels):
+        """The loss of features (N, D) with labels (N,)."""
+        if self.sample_rate == 1 or not self.training:
+            return self._loss(features, labels)
+        classes = self._sample(features, labels)
+        loss = self._loss(features, labels, classes=classes, sample_correction=self.sample_correction)
+        self.sample_step += 1
+        return loss
+
+    def _sample(self, features, labels):
+        """The classes of this step: those of the labels that are not ignored, and others."""
+        if _runs_in_backward():
+            raise RuntimeError(
+                "a head with sample_rate < 1 was computed again in backward, as activation checkpointing does, and would draw "
+                "other classes than in forward: leave the head out of the checkpointed part (it keeps no logits; memory_budget "
+                "bounds what it keeps), or draw them outside with sample_classes and call margin_softmax_loss(..., classes=...)"
+            )
+        validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
+        labels = class_indices(labels)
+        counted = torch.where(labels == self.ignore_index, -1, labels)
+        num_classes = len(self.weight) // self.centers_per_class
+        return sample_classes(counted, num_classes, self.sample_rate, seed=self.sample_seed, step=int(self.sample_step))
 
     def _options(self):
         """What both losses take by the same name, as it is now."""
@@ -82,7 +114,14 @@ class _Head(nn.Module):
     def extra_repr(self):
         rows, embedding_size = self.weight.shape
         shape = f"{embedding_size}, {rows // self.centers_per_class}"
-        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+        usual = {"sample_rate": 1.0, "sample_seed": 0, "sample_correction": False}
+        sampling = "".join(f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value)
+        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}{sampling}"
+
+
+def _runs_in_backward():
+    """Whether autograd is at work; torch.utils.checkpoint asks it the same way."""
+    return torch._C._current_graph_task_id() != -1
 
 
 class CosFaceLoss(_Head):
@@ -92,6 +131,10 @@ class CosFaceLoss(_Head):
         embedding_size: D.
         num_classes: C, the number of identities.
         scale, margin, reduction, ignore_index, memory_budget, backend: as in `cosface_loss`.
+        sample_rate: of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below 1 the
+            gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
+        sample_seed: what samples are drawn from; step t's is a function of sample_seed, t and the labels.
+        sample_correction: as in `margin_softmax_loss`, in training.
         device, dtype: of the table.
 
     Raises:
@@ -112,6 +155,9 @@ class CosFaceLoss(_Head):
         ignore_index=-100,
         memory_budget="auto",
         backend="auto",
+        sample_rate=1.0,
+        sample_seed=0,
+        sample_correction=False,
         device=None,
         dtype=None,
     ):
@@ -121,6 +167,7 @@ class CosFaceLoss(_Head):
             1,
             device,
             dtype,
+            (sample_rate, sample_seed, sample_correction),
             scale=scale,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -132,9 +179,8 @@ class CosFaceLoss(_Head):
         self.margin = margin
         self.reset_parameters()
 
-    def forward(self, features, labels):
-        """The loss of features (N, D) with labels (N,)."""
-        return cosface_loss(features, self.weight, labels, margin=self.margin, **self._options())
+    def _loss(self, features, labels, **sample):
+        return cosface_loss(features, self.weight, labels, margin=self.margin, **self._options(), **sample)
 
 
 class MarginSoftmaxLoss(_Head):
@@ -154,6 +200,7 @@ class MarginSoftmaxLoss(_Head):
         bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.
+        sample_rate, sample_seed, sample_correction: as in `CosFaceLoss`.
         device, dtype: of the table.
 
     Raises:
@@ -177,6 +224,9 @@ class MarginSoftmaxLoss(_Head):
         ignore_index=-100,
         memory_budget="auto",
         backend="auto",
+        sample_rate=1.0,
+        sample_seed=0,
+        sample_correction=False,
         device=None,
         dtype=None,
     ):
@@ -189,6 +239,7 @@ class MarginSoftmaxLoss(_Head):
             centers_per_class,
             device,
             dtype,
+            (sample_rate, sample_seed, sample_correction),
             scale=default_scale(margin, normalize_features) if scale is None else scale,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -228,8 +279,7 @@ class MarginSoftmaxLoss(_Head):
         )
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value, usual in options if value != usual)])
 
-    def forward(self, features, labels):
-        """The loss of features (N, D) with labels (N,)."""
+    def _loss(self, features, labels, **sample):
         return stateful_loss(
             features,
             self.weight,
@@ -241,4 +291,5 @@ class MarginSoftmaxLoss(_Head):
             **self._options(),
             state={name: getattr(self, name) for name in self.margin.state},
             training=self.training,
+            **sample,
         )
