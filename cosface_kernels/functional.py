@@ -149,8 +149,8 @@ def margin_softmax_loss(
         As `cosface_loss`.
 
     Raises:
-        As `cosface_loss`; ValueError also for a bias with a margin, rows of weight that are not whole classes, and classes that do
-        not ascend; IndexError also for a number in classes that is no class, and for a label that is not among them.
+        As `cosface_loss`; ValueError also for a bias with a margin, for rows of weight that are not whole classes, and for
+        classes that do not ascend; IndexError also for one of them that is no class, and for a label that is not among them.
 
     Source: CosFace, arXiv 1801.09414, section 3; the margins' own papers; sub-centres: J. Deng et al., ECCV 2020; sampled
     classes: Partial FC, X. An et al., arXiv 2010.05222.

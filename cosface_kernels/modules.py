@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from . import theory, validation
-from .functional import class_indices, cosface_loss, default_scale, stateful_loss
+from .functional import cosface_loss, default_scale, stateful_loss
 from .margins import CosFace
 from .plan import slab_rows, wide_dtype
-from .sampling import sample_classes
+from .sampling import classes_of_step
 from .table import Table
 from .unit import unit_rows
 
@@ -46,24 +46,12 @@ class _Head(nn.Module):
         """The loss of features (N, D) with labels (N,)."""
         if self.sample_rate == 1 or not self.training:
             return self._loss(features, labels)
-        classes = self._sample(features, labels)
+        validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
+        num_classes = len(self.weight) // self.centers_per_class
+        classes = classes_of_step(labels, self.ignore_index, num_classes, self.sample_rate, self.sample_seed, self.sample_step)
         loss = self._loss(features, labels, classes=classes, sample_correction=self.sample_correction)
         self.sample_step += 1
         return loss
-
-    def _sample(self, features, labels):
-        """The classes of this step: those of the labels that are not ignored, and others."""
-        if _runs_in_backward():
-            raise RuntimeError(
-                "a head with sample_rate < 1 was computed again in backward, as activation checkpointing does, and would draw "
-                "other classes than in forward: leave the head out of the checkpointed part (it keeps no logits; memory_budget "
-                "bounds what it keeps), or draw them outside with sample_classes and call margin_softmax_loss(..., classes=...)"
-            )
-        validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
-        labels = class_indices(labels)
-        counted = torch.where(labels == self.ignore_index, -1, labels)
-        num_classes = len(self.weight) // self.centers_per_class
-        return sample_classes(counted, num_classes, self.sample_rate, seed=self.sample_seed, step=int(self.sample_step))
 
     def _options(self):
         """What both losses take by the same name, as it is now."""
@@ -117,11 +105,6 @@ class _Head(nn.Module):
         usual = {"sample_rate": 1.0, "sample_seed": 0, "sample_correction": False}
         sampling = "".join(f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value)
         return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}{sampling}"
-
-
-def _runs_in_backward():
-    """Whether autograd is at work; torch.utils.checkpoint asks it the same way."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class CosFaceLoss(_Head):

@@ -15,7 +15,7 @@ import os
 import torch
 from torch import Tensor, library
 
-from . import backends, rows
+from . import backends, rows, strata
 from .plan import kept_size, make_plan, wide_dtype
 from .table import Table, TableGradient
 
@@ -191,6 +191,25 @@ def _no_second_derivative(ctx, *grads):
 
 
 negative_lse_backward.register_autograd(_no_second_derivative)
+
+
+@library.custom_op("cosface_kernels::sample_classes", mutates_args=())
+def sample_classes(labels: Tensor, step: Tensor, num_classes: int, rate: float, seed: int, step_moves: bool) -> Tensor:
+    """strata.draw for labels (N,) int64 and a 0-dim step, which may move after it was read."""
+    if step_moves and torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint asks the same way where it is
+        raise RuntimeError(
+            "a head with sample_rate < 1 was computed again in backward, as activation checkpointing does, and would draw other "
+            "classes than in forward: leave the head out of the checkpointed part (it holds no logits beyond memory_budget), or "
+            "draw outside with sample_classes and call margin_softmax_loss(..., classes=...)"
+        )
+    return strata.draw(labels, num_classes, rate, seed, int(step))
+
+
+@sample_classes.register_fake
+def _(labels, step, num_classes, rate, seed, step_moves):
+    most = strata.wanted(num_classes, rate)
+    size = most if labels.shape[0] <= most else library.get_ctx().new_dynamic_size()
+    return torch.empty(size, dtype=torch.int64, device=labels.device)
 
 
 @library.custom_op("cosface_kernels::snapshot", mutates_args=())

@@ -165,8 +165,8 @@ def check_size(name, size):
 
 def check_count(name, count):
     _check_int(name, count)
-    if count < 0:
-        raise ValueError(f"{name} must be 0 or more, got {count}")
+    if not 0 <= count < 2**63:
+        raise ValueError(f"{name} must be in [0, 2^63), got {count}")
 
 
 def check_rate(name, rate):
