@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
 from torch import library
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, ops, reference, sample_classes
@@ -43,7 +43,7 @@ def test_every_number_is_as_likely_as_any_other(population, count):
 
 def test_marginals(device):
     """P(|X - T p| > t) <= 2 exp(-t² / 2(T p (1 - p) + t / 3)), Bernstein, for X of T draws: 10^-9 for all classes together."""
-    num_classes, steps = 50, 5000
+    num_classes, steps = 50, 4000
     labels = torch.tensor([0, 17, 18, 49, 17, -1, 50], device=device)
     tally = torch.zeros(num_classes, dtype=torch.int64, device=device)
     for step in range(steps):
@@ -157,8 +157,8 @@ def split(function):
     return lambda x, table, y: function(x[:, :-1], table[:, :-1], y, bias=table[:, -1])
 
 
-# (N, rows of the table, D): half of 822 rows and those of 67 labels are four slabs of 128, or two of 384, the last one short.
-SHAPE = (67, 822, 70)
+# (N, rows of the table, D): half of 522 rows and those of 33 labels are three slabs of 128, or one of 384, the last one short.
+SHAPE = (33, 522, 64)
 # margin, scale, options, centres. A scale of 100 is past a constant shift.
 FORMS = {
     "cosines": (CosFace(0.35), 64.0, {}, 1),
@@ -168,26 +168,30 @@ FORMS = {
     "3 centres": (CosFace(0.35), 64.0, {"centers_per_class": 3}, 3),
     "2 raw centres": (Softmax(), 1.0, {"centers_per_class": 2}, 2),
 }
-PRECISIONS = {
-    "float32": (torch.float32, torch.float32, False),
-    "autocast": (torch.float32, torch.float32, True),
-    "bfloat16": (torch.bfloat16, torch.bfloat16, False),
-}
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("memory_budget", [0, 10**9])
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("form", FORMS)
-def test_error_at_most_the_references(backend, device, form, precision, memory_budget):
+def check_form(backend, device, form, precision, memory_budget):
     margin, scale, options, centers = FORMS[form]
-    *dtypes, autocast = PRECISIONS[precision]
     ours, plain = sampled(margin, scale, backend=backend, memory_budget=memory_budget, **options)
     if form == "bias":
         ours, plain = split(ours), split(plain)
-    inputs = [(x, w, y // centers) for x, w, y in draws("hard", SHAPE, *dtypes)]
+    inputs = [(x, w, y // centers) for x, w, y in draws("hard", SHAPE, *[PRECISIONS[precision]] * 2)]
     # Raw logits are as large as the product of two rows of norm 3, or of sqrt(D).
     largest = scale * (1 if margin.normalize_features and options.get("normalize_features", True) else SHAPE[2])
-    check_rule(ours, plain, inputs, device=device, scale=largest, autocast=autocast)
+    check_rule(ours, plain, inputs, device=device, scale=largest)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("form", FORMS)
+def test_error_at_most_the_references(backend, device, form, precision):
+    """By default all slabs of so small a table but the last are kept, or all."""
+    check_form(backend, device, form, precision, "auto")
+
+
+@pytest.mark.parametrize("memory_budget", [0, 33 * 128 * 4, 10**9], ids=["recompute", "keep one slab", "keep all"])
+def test_any_budget(backend, device, memory_budget):
+    check_form(backend, device, "bias", "float32", memory_budget)
 
 
 @pytest.mark.parametrize("case", ["repeated", "all equal", "ignored", "all ignored", "first and last", "strided", "no rows"])
@@ -271,7 +275,7 @@ def test_correction_is_nearer_to_the_whole(device):
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 32, 10_000, 64))
     options = {"scale": 8.0, "classes": sample_classes(labels, 10_000, 0.1)}
     whole = cosface_loss(features, weight, labels, scale=8.0)
-    # A row's sum has 10^3 exponentials of logits with deviation 8 / sqrt(64) = 1, whose variance is e - 1 times their squared mean.
+    # A row's sum has 10^3 exponentials of logits with deviation 8 / sqrt(64) = 1: variance e - 1 where the mean is 1.
     deviation = math.sqrt((math.e - 1) / 1000 / 32)
     assert abs(cosface_loss(features, weight, labels, **options, sample_correction=True) - whole) < 5 * deviation
     assert abs(cosface_loss(features, weight, labels, **options) - whole + math.log(10)) < 5 * deviation
@@ -295,6 +299,20 @@ class Sizes(TorchDispatchMode):
         return result
 
 
+@pytest.fixture
+def interpreter_uncounted(monkeypatch):
+    """Triton's interpreter moves its arguments about with operators of its own."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    run = interpreter.GridExecutor.__call__
+
+    def uncounted(*arguments, **keywords):
+        with _disable_current_modes():
+            return run(*arguments, **keywords)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", uncounted)
+
+
+@pytest.mark.usefixtures("interpreter_uncounted")
 @pytest.mark.parametrize("form", ["cosines", "cosines, large", "bias", "3 centres"])
 def test_rows_are_gathered_slab_by_slab(backend, device, form):
     """Forward holds no M x D numbers and backward the gradient's own alone: slabs are 128 of 500 rows, or 384 of 1500."""
