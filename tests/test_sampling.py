@@ -6,6 +6,7 @@ The oracle is the plain loss over the sampled rows of the table, labels renumber
 import copy
 import math
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -39,6 +40,15 @@ def test_every_number_is_as_likely_as_any_other(population, count):
             assert (numbers.diff() > 0).all() and numbers[0] >= 0 and numbers[-1] < population
             tally[numbers] += 1
     assert (tally == remainders * count).all()
+
+
+@pytest.mark.parametrize("population, count", [(7, 3), (12, 4), (5, 5)])
+def test_every_number_of_a_stratum_is_drawn(population, count):
+    edges = [i * population // count for i in range(count + 1)]
+    remainders = math.lcm(*(stop - start for start, stop in pairwise(edges)))
+    drawn = [one_of_each(population, torch.full((count,), draw), torch.tensor(0)).tolist() for draw in range(remainders)]
+    for numbers, (start, stop) in zip(zip(*drawn, strict=True), pairwise(edges), strict=True):
+        assert sorted(numbers) == sorted([*range(start, stop)] * (remainders // (stop - start)))
 
 
 def test_marginals(device):
@@ -255,8 +265,19 @@ def test_no_other_class_and_every_other(backend, device):
         assert loss == 0 and not dx.any() and not dw.to_dense().any()
 
 
+@pytest.mark.parametrize("centers", [1, 3])
+def test_correction_of_classes(centers, device):
+    """In classes, not rows."""
+    features, weight, labels = (tensor.to(device) for tensor in make("hard", 9, 300, 70))
+    labels = labels // centers
+    options = {"centers_per_class": centers, "classes": half_of(labels, 300 // centers), "scale": 1e-3, "reduction": "none"}
+    # At so small a scale every logit is 0, and the loss the log of how many classes there are.
+    loss = margin_softmax_loss(features, weight, labels, margin=NormSoftmax(), sample_correction=True, **options)
+    torch.testing.assert_close(loss, torch.full_like(loss, math.log(300 // centers)), rtol=0, atol=2e-3)
+
+
 def test_correction(backend, device):
-    """log of the negatives that there are over those that were summed, on the log-sum-exp; the sample's own draw is exact."""
+    """log of the negatives that there are over those that were summed, on the log-sum-exp."""
     features, weight, labels = (tensor.to(device) for tensor in make("hard", 9, 300, 70))
     classes = half_of(labels, 300)
     loss = cosface_loss(
@@ -334,6 +355,16 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
         gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(saved[0])
         ops.negative_lse_backward._init_fn(*gradients, *inputs, *saved, *constants)
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
+
+
+def test_auto_budget_is_at_most_the_sampled_gradient(device):
+    """One slab of 30 x 128 numbers: the gradient of 256 rows of 16 takes a little more; that of all 512 would be two."""
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 30, 512, 16))
+    weight.requires_grad_()
+    classes = torch.arange(0, 512, 2, device=device)
+    constants = 64.0, -100, True, True, 1, torch.float32, None, "auto", True, True
+    *_, kept = ops.negative_lse(features, weight, None, labels // 2 * 2, classes, *constants)
+    assert kept.numel() == 30 * 128
 
 
 # --- gradients and optimisers
