@@ -175,7 +175,7 @@ def _backward(ctx, lse_grad, target_grad, unit_grad, *_):
 
 def _in_rows(index, grad, of):
     """The gradient of `of` as a sparse tensor whose rows at index are those of grad, the others never being touched."""
-    if of is None or not len(grad):
+    if of is None or grad.shape[0] == 0:  # not needed
         return grad
     return torch.sparse_coo_tensor(index[None], grad, of.shape, is_coalesced=True, check_invariants=False)
 
