@@ -4,6 +4,7 @@ from . import margins, reference, theory
 from .functional import cosface_loss, cosine_lse, margin_softmax_loss
 from .modules import CosFaceLoss, MarginSoftmaxLoss
 from .optim import FusedAdamW, FusedSGD
+from .sampling import sample_classes
 from .version import __version__
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "margin_softmax_loss",
     "margins",
     "reference",
+    "sample_classes",
     "save_checkpoint",
     "theory",
 ]

@@ -41,42 +41,47 @@ class Factors(NamedTuple):
     kept: torch.Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
 
 
+class Record(NamedTuple):
+    options: Options
+    index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
+    factors: Factors
+    version: int  # of the table then
+
+
 class Pending:
     """What has been recorded for a table since the last step."""
 
     def __init__(self, optimizer):
         self.optimizer = weakref.ref(optimizer)
-        self.records = []  # (Options, Factors, the table's version), in the order of backward
+        self.records = []  # in the order of backward
 
     def __reduce__(self):
         return type(None), ()  # a pickled parameter has no optimiser
 
-    def add(self, options, factors, version):
+    def add(self, record):
         """Kept exponentials serve a single record: of several, one below the other, they would be another matrix."""
-        if self.records:
-            (first, single, at), *others = self.records
-            self.records = [(first, _without_kept(single), at), *others]
-            factors = _without_kept(factors)
-        self.records.append((options, factors, version))
+        self.records.append(record)
+        if len(self.records) > 1:
+            self.records = [_without_kept(each) for each in self.records]
 
     def take(self, weight):
-        """[(Options, Factors)], forgotten from now on."""
+        """The records, forgotten from now on."""
         if weight.grad is not None:
             raise RuntimeError(
                 "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
                 "head may depend on the table. Set weight.grad = None"
             )
         records, self.records = self.records, []
-        if any(version != weight._version for *_, version in records):
+        if any(record.version != weight._version for record in records):
             raise RuntimeError(
                 "the class table was changed between backward and step, so the gradient can no longer be made: change it after "
                 "step, or call zero_grad first"
             )
-        return [record[:2] for record in records]
+        return records
 
 
-def _without_kept(factors):
-    return factors._replace(kept=factors.kept.new_empty(0))
+def _without_kept(record):
+    return record._replace(factors=record.factors._replace(kept=record.factors.kept.new_empty(0)))
 
 
 def register(head):
@@ -109,20 +114,20 @@ def pending(weight):
 
 
 @torch._disable_dynamo
-def record(weight, bias, lse, target_rows, factors, options):
+def record(weight, bias, lse, target_rows, factors, index, options):
     """lse (N,) and target_rows (N, K, D) as they are; their gradients are recorded when backward asks for the table's.
 
     They come from an operator that saw no gradient of the table. Two zeros are added to them, because the path to the features
     must not lead through here: torch.autograd.grad(loss, features) records nothing.
     """
-    lse_part, rows_part = _Record.apply(weight, bias, lse.detach(), target_rows.detach(), *factors, options)
+    lse_part, rows_part = _Record.apply(weight, bias, lse.detach(), target_rows.detach(), *factors, index, options)
     return lse + lse_part, target_rows + rows_part
 
 
 class _Record(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, bias, lse, target_rows, unit, labels, shift, total, kept, options):
-        ctx.save_for_backward(weight, unit, labels, shift, total, kept)  # weight: a change of it is then noticed
+    def forward(ctx, weight, bias, lse, target_rows, unit, labels, shift, total, kept, index, options):
+        ctx.save_for_backward(weight, unit, labels, shift, total, kept, index)  # weight: a change of it is then noticed
         ctx.options, ctx.target_shape = options, target_rows.shape
         ctx.set_materialize_grads(False)
         return torch.zeros_like(lse), torch.zeros_like(target_rows)
@@ -130,15 +135,15 @@ class _Record(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, lse_grad, target_grad):
-        weight, unit, labels, shift, total, kept = ctx.saved_tensors
+        weight, unit, labels, shift, total, kept, index = ctx.saved_tensors
         lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
         target_grad = unit.new_zeros(ctx.target_shape) if target_grad is None else target_grad
         factors = Factors(unit, labels, shift, total, lse_grad, target_grad, kept)
         found = pending(weight)
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(ctx.options, factors, weight._version)
-        return (None,) * 10
+        found.add(Record(ctx.options, index, factors, weight._version))
+        return (None,) * 11
 
 
 def refused(weight):
@@ -159,21 +164,32 @@ class _Refuse(torch.autograd.Function):
         )
 
 
+def rows_of(records):
+    """The rows of the table (M,) ascending that any record has a gradient for; None: all."""
+    samples = {id(record.index): record.index for record in records}
+    if None in samples.values():
+        return None
+    samples = list(samples.values())
+    return samples[0] if len(samples) == 1 else torch.cat(samples).unique()
+
+
 def write_gradient(weight, bias, records, gradient):
-    """The sum of what all records describe, slab by slab into a TableGradient, or what has its methods."""
-    by_options = {}
-    for options, factors in records:
-        by_options.setdefault(options, []).append(factors)
-    if len(by_options) == 1:
-        ((options, factors),) = by_options.items()
-        _write(weight, bias, options, factors, gradient)
+    """The sum of what all records describe, of the `rows_of` them, slab by slab into a TableGradient, or what has its methods."""
+    alike = {}
+    for record in records:
+        alike.setdefault((record.options, id(record.index)), []).append(record)
+    if len(alike) == 1:
+        _write(weight, bias, records, gradient)
         return
-    # Batches with another scale, say, have exponentials of their own: only gradients can be added, so this once they exist.
-    total = _Sum(Table(weight, bias), gradient.place(0, 1).dtype)
-    for options, factors in by_options.items():
-        _write(weight, bias, options, factors, total)
-    for start in range(0, len(weight), SLAB_CLASSES_MAX):
-        stop = min(start + SLAB_CLASSES_MAX, len(weight))
+    # Batches with other classes or another scale have exponentials of their own: only gradients can be added, so this once they
+    # exist, of the rows that any of them has.
+    index = rows_of(records)
+    total = _Sum(Table(weight, bias, index=index), gradient.place(0, 1).dtype)
+    for group in alike.values():
+        total.into(group[0].index)
+        _write(weight, bias, group, total)
+    for start in range(0, len(total.rows), SLAB_CLASSES_MAX):
+        stop = min(start + SLAB_CLASSES_MAX, len(total.rows))
         gradient.put(start, stop, total.rows[start:stop])
 
 
@@ -182,19 +198,27 @@ class _Sum:
 
     def __init__(self, table, dtype):
         size = table.weight.shape[1] + (table.bias is not None)
+        self.index = table.index
         self.rows = torch.zeros(table.num_rows, size, dtype=dtype, device=table.weight.device)
 
+    def into(self, index):
+        """What comes is of these rows of the table."""
+        self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
+
     def place(self, start, stop, dtype=None):
-        return torch.empty_like(self.rows[start:stop], dtype=dtype)
+        return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
 
     def put(self, start, stop, rows):
-        self.rows[start:stop] += rows
+        self.rows[slice(start, stop) if self.positions is None else self.positions[start:stop]] += rows
 
 
-def _write(weight, bias, options, factors, gradient):
-    unit, labels, shift, total, lse_grad, target_grad, kept = (torch.cat(parts) for parts in zip(*factors, strict=True))
+def _write(weight, bias, records, gradient):
+    """Of records that have their options and rows in common."""
+    options, index = records[0].options, records[0].index
+    columns = zip(*(record.factors for record in records), strict=True)
+    unit, labels, shift, total, lse_grad, target_grad, kept = (torch.cat(parts) for parts in columns)
     write_table_gradient(
-        *(gradient, Table(weight, bias, options.normalize_weight, options.centers), unit, labels, shift, total),
+        *(gradient, Table(weight, bias, options.normalize_weight, options.centers, index), unit, labels, shift, total),
         *(kept, lse_grad, target_grad, options.scale, options.ignore_index, options.normalize_features, options.dtype),
         *(options.memory_budget if len(kept) else 0, options.backend),
     )

@@ -62,6 +62,8 @@ def cosface_loss(
     ignore_index=-100,
     memory_budget="auto",
     backend="auto",
+    classes=None,
+    sample_correction=False,
 ):
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
 
@@ -74,6 +76,7 @@ def cosface_loss(
         features, weight, labels, scale, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: m, a finite number in units of cosine.
         reduction: "mean" over the rows that are not ignored (0 with zero gradients if there are none), "sum", or "none".
+        classes, sample_correction: as in `margin_softmax_loss`.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or (N,) for "none" with 0 at ignored rows.
@@ -95,6 +98,8 @@ def cosface_loss(
         ignore_index=ignore_index,
         memory_budget=memory_budget,
         backend=backend,
+        classes=classes,
+        sample_correction=sample_correction,
     )
 
 
@@ -112,6 +117,8 @@ def margin_softmax_loss(
     ignore_index=-100,
     memory_budget="auto",
     backend="auto",
+    classes=None,
+    sample_correction=False,
 ):
     """Softmax cross-entropy with any margin over any number of classes, without an N x C matrix.
 
@@ -130,6 +137,11 @@ def margin_softmax_loss(
             normalised but for those two.
         centers_per_class: K sub-centres to a class, K consecutive rows of weight (C K, D): the largest of the K cosines counts.
         reduction: as in `cosface_loss`.
+        classes: (M,), any integer dtype, ascending: the classes that take part, among them every row's own, as
+            `sampling.sample_classes` draws them; labels stay class numbers of the whole table. The gradients of weight and bias
+            are then sparse tensors of those rows, as nn.Embedding(sparse=True) gives. None: all.
+        sample_correction: whether to add log((C - 1) / (M - 1)) to the log-sum-exp of the M - 1 negatives, an estimate of that of
+            all C - 1.
 
     Logits that are no cosines have no bound, so each row's largest one is found first: 2 N C D flops more.
 
@@ -137,9 +149,11 @@ def margin_softmax_loss(
         As `cosface_loss`.
 
     Raises:
-        As `cosface_loss`; ValueError also for a bias with a margin, and for rows of weight that are not whole classes.
+        As `cosface_loss`; ValueError also for a bias with a margin, for rows of weight that are not whole classes, and for
+        classes that do not ascend; IndexError also for one of them that is no class, and for a label that is not among them.
 
-    Source: CosFace, arXiv 1801.09414, section 3; the margins' own papers; sub-centres: J. Deng et al., ECCV 2020.
+    Source: CosFace, arXiv 1801.09414, section 3; the margins' own papers; sub-centres: J. Deng et al., ECCV 2020; sampled
+    classes: Partial FC, X. An et al., arXiv 2010.05222.
     """
     return stateful_loss(
         features,
@@ -154,15 +168,32 @@ def margin_softmax_loss(
         ignore_index=ignore_index,
         memory_budget=memory_budget,
         backend=backend,
+        classes=classes,
+        sample_correction=sample_correction,
     )
 
 
 def stateful_loss(
-    features, weight, labels, *, margin, scale, bias, normalize_features, reduction, state=None, training=False, **options
+    features,
+    weight,
+    labels,
+    *,
+    margin,
+    scale,
+    bias,
+    normalize_features,
+    centers_per_class,
+    reduction,
+    classes=None,
+    sample_correction=False,
+    state=None,
+    training=False,
+    **options,
 ):
     """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training."""
     validation.check_margin_object(margin, bias is not None, normalize_features)
     validation.check_reduction(reduction)
+    validation.check_flag("sample_correction", sample_correction)
     if normalize_features is None:
         normalize_features = margin.normalize_features
     scale = default_scale(margin, normalize_features) if scale is None else scale
@@ -174,8 +205,12 @@ def stateful_loss(
         bias=bias,
         normalize_features=normalize_features,
         normalize_weight=margin.normalize_weight,
+        centers_per_class=centers_per_class,
+        classes=classes,
         **options,
     )
+    if sample_correction and classes is not None:
+        lse = lse + _log_of_inverse_rate(weight.shape[0] // centers_per_class, classes.shape[0])
     lengths = [
         rows.norm(dim=1) for rows, is_unit in ((unit, normalize_features), (target, margin.normalize_weight)) if not is_unit
     ]
@@ -206,6 +241,11 @@ def stateful_loss(
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
+def _log_of_inverse_rate(num_classes, num_sampled):
+    """log of how many negatives there are over how many were summed; 0 where none was, of which nothing can be estimated."""
+    return math.log((num_classes - 1) / (num_sampled - 1)) if num_sampled > 1 else 0.0
+
+
 def default_scale(margin, normalize_features):
     """The scale where none is given."""
     return 64.0 if normalize_features and margin.normalize_weight else 1.0
@@ -221,6 +261,7 @@ def _negatives_and_target(
     normalize_features=True,
     normalize_weight=True,
     centers_per_class=1,
+    classes=None,
     ignore_index,
     memory_budget,
     backend,
@@ -229,11 +270,11 @@ def _negatives_and_target(
 
     The lse of an ignored row is that of all classes.
     """
-    validation.check_tensors(features, weight, labels, bias, centers_per_class)
+    validation.check_tensors(features, weight, labels, bias, centers_per_class, classes)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
     if not torch.compiler.is_compiling():
         _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
-    labels, ignore_index = _class_indices(labels), int(ignore_index)
+    labels, ignore_index = class_indices(labels), int(ignore_index)
     grad_mode = torch.is_grad_enabled()
     trained = grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad))
     recorded = trained and deferred.pending(weight) is not None
@@ -241,17 +282,20 @@ def _negatives_and_target(
         *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
         *(_product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )
+    index = None if classes is None else _rows_of(class_indices(classes), centers_per_class, weight.shape[0])
     lse, target_rows, unit, _, _, shift, total, kept = negative_lse(
         features,
         weight.detach() if recorded else weight,
         bias.detach() if recorded and bias is not None else bias,
         labels,
+        index,
         *options,
         grad_mode and features.requires_grad,
         trained,
     )
     if recorded:
-        lse, target_rows = deferred.record(weight, bias, lse, target_rows, (unit.detach(), labels, shift, total, kept), options)
+        factors = unit.detach(), labels, shift, total, kept
+        lse, target_rows = deferred.record(weight, bias, lse, target_rows, factors, index, options)
     if centers_per_class > 1:  # the gradient goes to the nearest centre alone
         nearest = (unit[:, None] * target_rows).sum(2).argmax(1)
         target_rows = target_rows.take_along_dim(nearest[:, None, None], 1)
@@ -267,13 +311,21 @@ def _bytes_to_keep(memory_budget, weight, recorded):
     return min(int(memory_budget), 2**62)
 
 
+def _rows_of(classes, centers, num_rows):
+    """(M K,) the rows of the table that make up the classes; a number that is no class stays none, however large."""
+    if centers > 1:
+        rows = classes.clamp(-1, num_rows // centers)[:, None] * centers + torch.arange(centers, device=classes.device)
+        return rows.flatten()
+    return classes.contiguous()
+
+
 def _refuse_forward_mode(*tensors):
     """A custom operator would silently drop the tangents."""
     if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
 
 
-def _class_indices(labels):
+def class_indices(labels):
     """labels as int64. A uint64 past its range becomes the largest int64, which is no class either, not a negative number."""
     if labels.dtype != torch.uint64:
         return labels.long()

@@ -7,14 +7,15 @@ from . import deferred, formats, identities, theory, validation
 from .functional import cosface_loss, default_scale, stateful_loss
 from .margins import CosFace
 from .plan import slab_rows, wide_dtype
+from .sampling import classes_of_step
 from .table import Table
 from .unit import unit_rows
 
 
 class _Head(nn.Module):
-    """A class table weight (C K, D) drawn from N(0, 0.01²), and its logits."""
+    """A class table weight (C K, D) drawn from N(0, 0.01²), its logits, and which classes take part in a training step."""
 
-    def __init__(self, embedding_size, num_classes, centers_per_class, table_format, device, dtype, **options):
+    def __init__(self, embedding_size, num_classes, centers_per_class, table_format, sampling, device, dtype, **options):
         super().__init__()
         validation.check_size("embedding_size", embedding_size)
         validation.check_size("num_classes", num_classes)
@@ -29,6 +30,12 @@ class _Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.normalize_features = self.normalize_weight = True
+        self.sample_rate, self.sample_seed, self.sample_correction = sampling
+        validation.check_rate("sample_rate", self.sample_rate)
+        validation.check_count("sample_seed", self.sample_seed)
+        validation.check_flag("sample_correction", self.sample_correction)
+        if self.sample_rate < 1:
+            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
         deferred.register(self)
 
     def __setstate__(self, state):
@@ -83,6 +90,19 @@ class _Head(nn.Module):
         self.draw(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if self.sample_rate < 1:
+            self.sample_step.zero_()
+
+    def forward(self, features, labels):
+        """The loss of features (N, D) with labels (N,)."""
+        if self.sample_rate == 1 or not self.training:
+            return self._loss(features, labels)
+        validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
+        num_classes = len(self.weight) // self.centers_per_class
+        classes = classes_of_step(labels, self.ignore_index, num_classes, self.sample_rate, self.sample_seed, self.sample_step)
+        loss = self._loss(features, labels, classes=classes, sample_correction=self.sample_correction)
+        self.sample_step += 1
+        return loss
 
     def _options(self):
         """What both losses take by the same name, as it is now."""
@@ -133,7 +153,9 @@ class _Head(nn.Module):
     def extra_repr(self):
         rows, embedding_size = self.weight.shape
         shape = f"{embedding_size}, {rows // self.centers_per_class}"
-        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+        usual = {"sample_rate": 1.0, "sample_seed": 0, "sample_correction": False}
+        sampling = "".join(f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value)
+        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}{sampling}"
 
 
 def table_dtype(table_format, dtype):
@@ -155,6 +177,10 @@ class CosFaceLoss(_Head):
         num_classes: C, the number of identities.
         scale, margin, reduction, ignore_index, memory_budget, backend: as in `cosface_loss`.
         table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
+        sample_rate: of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below 1 the
+            gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
+        sample_seed: what samples are drawn from; step t's is a function of sample_seed, t and the labels.
+        sample_correction: as in `margin_softmax_loss`, in training.
         device, dtype: of the table.
 
     Raises:
@@ -176,6 +202,9 @@ class CosFaceLoss(_Head):
         memory_budget="auto",
         backend="auto",
         table_format="float32",
+        sample_rate=1.0,
+        sample_seed=0,
+        sample_correction=False,
         device=None,
         dtype=None,
     ):
@@ -184,6 +213,7 @@ class CosFaceLoss(_Head):
             num_classes,
             1,
             table_format,
+            (sample_rate, sample_seed, sample_correction),
             device,
             dtype,
             scale=scale,
@@ -197,9 +227,8 @@ class CosFaceLoss(_Head):
         self.margin = margin
         self.reset_parameters()
 
-    def forward(self, features, labels):
-        """The loss of features (N, D) with labels (N,)."""
-        return cosface_loss(features, self._trained_weight(), labels, margin=self.margin, **self._options())
+    def _loss(self, features, labels, **sample):
+        return cosface_loss(features, self._trained_weight(), labels, margin=self.margin, **self._options(), **sample)
 
 
 class MarginSoftmaxLoss(_Head):
@@ -220,6 +249,7 @@ class MarginSoftmaxLoss(_Head):
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.
         table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
+        sample_rate, sample_seed, sample_correction: as in `CosFaceLoss`.
         device, dtype: of the table.
 
     Raises:
@@ -244,6 +274,9 @@ class MarginSoftmaxLoss(_Head):
         memory_budget="auto",
         backend="auto",
         table_format="float32",
+        sample_rate=1.0,
+        sample_seed=0,
+        sample_correction=False,
         device=None,
         dtype=None,
     ):
@@ -255,6 +288,7 @@ class MarginSoftmaxLoss(_Head):
             num_classes,
             centers_per_class,
             table_format,
+            (sample_rate, sample_seed, sample_correction),
             device,
             dtype,
             scale=default_scale(margin, normalize_features) if scale is None else scale,
@@ -296,8 +330,7 @@ class MarginSoftmaxLoss(_Head):
         )
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value, usual in options if value != usual)])
 
-    def forward(self, features, labels):
-        """The loss of features (N, D) with labels (N,)."""
+    def _loss(self, features, labels, **sample):
         return stateful_loss(
             features,
             self._trained_weight(),
@@ -309,4 +342,5 @@ class MarginSoftmaxLoss(_Head):
             **self._options(),
             state={name: getattr(self, name) for name in self.margin.state},
             training=self.training,
+            **sample,
         )

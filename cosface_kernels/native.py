@@ -49,14 +49,15 @@ class _Buffer(ctypes.Structure):
 def update(rule, numbers, rows, states, grad, index, first_row, key):
     """One optimiser step as updates.Part says it; grad (M, D) float32 with any distance between its rows."""
     assert grad.dtype == torch.float32 and grad.stride(1) == 1
-    first, count, size = (index.start, index.stop - index.start, rows.shape[1])
-    threads = torch.get_num_threads()
+    is_slice = isinstance(index, slice)
+    threads, size = torch.get_num_threads(), rows.shape[1]
     scratch = torch.empty(threads, 4, size)
     buffers = [_Buffer.of(*state) for state in states] + [_Buffer()] * (_STATES - len(states))
     library, _ = _load()
     getattr(library, f"cosface_update_{available()[0]}")(
         *(rule, (ctypes.c_float * len(numbers))(*numbers), ctypes.byref(_Buffer.of(rows)), (_Buffer * _STATES)(*buffers)),
-        *(_POINTER(grad.data_ptr()), _SIZE(grad.stride(0)), None, _SIZE(first), _SIZE(count), _SIZE(size)),
+        *(_POINTER(grad.data_ptr()), _SIZE(grad.stride(0)), None if is_slice else _POINTER(_pointer(index))),
+        *(_SIZE(index.start if is_slice else 0), _SIZE(len(grad)), _SIZE(size)),
         *(_SIZE(first_row), ctypes.c_uint64(key), _POINTER(scratch.data_ptr()), threads),
     )
 

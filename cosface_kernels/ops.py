@@ -15,7 +15,7 @@ import os
 import torch
 from torch import Tensor, library
 
-from . import backends, rows
+from . import backends, rows, strata
 from .plan import kept_size, make_plan, wide_dtype
 from .table import Table, TableGradient
 
@@ -26,6 +26,7 @@ def negative_lse(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    index: Tensor | None,
     scale: float,
     ignore_index: int,
     normalize_features: bool,
@@ -40,12 +41,14 @@ def negative_lse(
     """(lse (N,), target rows w̃_{y_n} (N, K, D), x̃ (N, D)), and what else backward reuses: 1 / ‖x‖ (N,), pull (N, D), shift (N,),
     total (N,), kept (1-D). D + 1 columns with a bias; no 1 / ‖x‖ where features are not normalised.
 
-    x (N, D) any float dtype and norms; weight (C K, D); bias (C K,) or None; labels (N,) int64. A row labelled ignore_index
-    counts as zero, whatever it holds, and has no target: every class is a negative and its target row is zero. dtype: what the
-    products read. memory_budget: bytes of kept exponentials.
+    x (N, D) any float dtype and norms; weight (C K, D); bias (C K,) or None; labels (N,) int64; index (M,) int64, the rows of the
+    table that take part, ascending and all of a class, or None for all. A row labelled ignore_index counts as zero, whatever it
+    holds, and has no target: every class is a negative and its target row is zero. dtype: what the products read. memory_budget:
+    bytes of kept exponentials.
     """
-    table = Table(weight, bias, normalize_weight, centers)
-    _check_labels(labels, table.num_classes, ignore_index)
+    table = Table(weight, bias, normalize_weight, centers, index)
+    _check_index(table)
+    _check_labels(labels, table, ignore_index)
     cosines = normalize_features and normalize_weight
     plan = make_plan(x, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_table_grad, cosines=cosines)
     chosen = backends.choose(backend, x.device, dtype)
@@ -58,16 +61,17 @@ def negative_lse(
 
 
 def _row_functions(backend, table, normalize_features):
-    """A backend's own are for cosines with one row to a class."""
-    return backend.row_functions if normalize_features and table.normalize and table.centers == 1 else rows
+    """A backend's own are for cosines over all of a table with one row to a class."""
+    plain = normalize_features and table.normalize and table.centers == 1 and table.index is None
+    return backend.row_functions if plain else rows
 
 
 @negative_lse.register_fake
-def _(x, weight, bias, labels, scale, ignore_index, *options):
+def _(x, weight, bias, labels, index, scale, ignore_index, *options):
     normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad = options
     num_rows, size = x.shape[0], x.shape[1] + (bias is not None)
     wide = wide_dtype(dtype)
-    table = Table(weight, bias, normalize_weight, centers)
+    table = Table(weight, bias, normalize_weight, centers, index)
     _, elements = kept_size(x, table, dtype, memory_budget) if need_table_grad else (0, 0)
     row = x.new_empty(num_rows, dtype=wide)
     return (
@@ -91,6 +95,7 @@ def negative_lse_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
+    index: Tensor | None,
     unit: Tensor,
     inverse_norm: Tensor,
     pull: Tensor,
@@ -110,9 +115,10 @@ def negative_lse_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dX (N, D), dW (C K, D), db (C K,), each in its tensor's dtype) from the gradients of lse (N,), target rows and x̃.
 
-    What is not needed comes back empty. All are one op, of x, weight and bias, so that no second derivative can miss one of them.
+    With an index dW (M, D) and db (M,) are those of its rows. What is not needed comes back empty. All are one op, of x, weight
+    and bias, so that no second derivative can miss one of them.
     """
-    table = Table(weight, bias, normalize_weight, centers)
+    table = Table(weight, bias, normalize_weight, centers, index)
     x_grad, weight_grad, bias_grad = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if need_x_grad:
@@ -158,35 +164,44 @@ def write_table_gradient(
 
 
 @negative_lse_backward.register_fake
-def _(lse_grad, target_grad, unit_grad, x, weight, bias, *rest):
+def _(lse_grad, target_grad, unit_grad, x, weight, bias, labels, index, *rest):
     *_, need_x_grad, need_table_grad = rest
     x_grad = x.new_empty(x.shape if need_x_grad else 0)
     if not need_table_grad:
         return x_grad, weight.new_empty(0), weight.new_empty(0)
-    weight_grad = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    return x_grad, weight_grad, weight.new_empty(0) if bias is None else torch.empty_like(bias)
+    gradient = TableGradient.of(Table(weight, bias, index=index))
+    return x_grad, gradient.weight, weight.new_empty(0) if bias is None else gradient.bias
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, labels, *constants = inputs
+    x, weight, bias, labels, index, *constants = inputs
     ctx.mark_non_differentiable(*output[3:])
     # Else autograd would hand backward a zero tensor as large as `kept`.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, labels, *output[2:])
+    ctx.save_for_backward(x, weight, bias, labels, index, *output[2:])
     ctx.constants = constants[:-2]
     ctx.no_grads = [None] * (len(inputs) - 3)
 
 
 def _backward(ctx, lse_grad, target_grad, unit_grad, *_):
     saved = ctx.saved_tensors  # once: each access unpacks them all, and activation checkpointing allows one
-    unit, *_, total, _ = saved[4:]
+    _, weight, bias, _, index, unit, *_, total, _ = saved
     centers = ctx.constants[4]
     lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
     target_grad = unit.new_zeros(len(unit), centers, unit.shape[1]) if target_grad is None else target_grad
     unit_grad = torch.zeros_like(unit) if unit_grad is None else unit_grad
     need = ctx.needs_input_grad[:3]
     grads = negative_lse_backward(lse_grad, target_grad, unit_grad, *saved, *ctx.constants, need[0], need[1] or need[2])
+    if index is not None:
+        grads = grads[0], *(_in_rows(index, grad, of) for grad, of in zip(grads[1:], (weight, bias), strict=True))
     return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *ctx.no_grads
+
+
+def _in_rows(index, grad, of):
+    """The gradient of `of` as a sparse tensor whose rows at index are those of grad, the others never being touched."""
+    if of is None or grad.shape[0] == 0:  # not needed
+        return grad
+    return torch.sparse_coo_tensor(index[None], grad, of.shape, is_coalesced=True, check_invariants=False)
 
 
 negative_lse.register_autograd(_backward, setup_context=_setup_context)
@@ -200,6 +215,25 @@ def _no_second_derivative(ctx, *grads):
 
 
 negative_lse_backward.register_autograd(_no_second_derivative)
+
+
+@library.custom_op("cosface_kernels::sample_classes", mutates_args=())
+def sample_classes(labels: Tensor, step: Tensor, num_classes: int, rate: float, seed: int, step_moves: bool) -> Tensor:
+    """strata.draw for labels (N,) int64 and a 0-dim step, which may move after it was read."""
+    if step_moves and torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint asks the same way where it is
+        raise RuntimeError(
+            "a head with sample_rate < 1 was computed again in backward, as activation checkpointing does, and would draw other "
+            "classes than in forward: leave the head out of the checkpointed part (it holds no logits beyond memory_budget), or "
+            "draw outside with sample_classes and call margin_softmax_loss(..., classes=...)"
+        )
+    return strata.draw(labels, num_classes, rate, seed, int(step))
+
+
+@sample_classes.register_fake
+def _(labels, step, num_classes, rate, seed, step_moves):
+    most = strata.wanted(num_classes, rate)
+    size = most if labels.shape[0] <= most else library.get_ctx().new_dynamic_size()
+    return torch.empty(size, dtype=torch.int64, device=labels.device)
 
 
 @library.custom_op("cosface_kernels::snapshot", mutates_args=())
@@ -217,13 +251,38 @@ def _(value):
     return torch.empty_like(value)
 
 
-def _check_labels(labels, num_classes, ignore_index):
-    """On a CPU, or with COSFACE_CHECK_LABELS=1 at the price of a device synchronisation, a label that is no class raises."""
-    if labels.device.type != "cpu" and os.environ.get("COSFACE_CHECK_LABELS") != "1":
+def _checks_values(tensor):
+    """On a CPU, or with COSFACE_CHECK_LABELS=1 at the price of a device synchronisation."""
+    return tensor.device.type == "cpu" or os.environ.get("COSFACE_CHECK_LABELS") == "1"
+
+
+def _check_labels(labels, table, ignore_index):
+    """Where values are checked, a label that is no class, or one that takes no part, raises."""
+    if not _checks_values(labels):
         return
-    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise IndexError(
-            f"labels[{row}] is {int(labels[row])}, but a label must be in [0, {num_classes}) or be ignore_index = {ignore_index}"
+    outside = (table.positions(labels) < 0) & (labels != ignore_index)
+    if not outside.any():
+        return
+    row = int(outside.nonzero()[0])
+    label = int(labels[row])
+    if 0 <= label < table.num_classes:
+        raise IndexError(f"labels[{row}] is {label}, but classes must hold the class of every row, and {label} is not in it")
+    raise IndexError(
+        f"labels[{row}] is {label}, but a label must be in [0, {table.num_classes}) or be ignore_index = {ignore_index}"
+    )
+
+
+def _check_index(table):
+    """Where values are checked, classes that are none, or do not ascend, raise."""
+    if table.index is None or not _checks_values(table.index):
+        return
+    classes = table.index[:: table.centers] // table.centers
+    first, last = int(classes[0]), int(classes[-1])
+    descents = (classes.diff() <= 0).nonzero()
+    if len(descents):
+        place = int(descents[0])
+        raise ValueError(
+            f"classes must ascend, each number once, got {int(classes[place])} before {int(classes[place + 1])} at {place}"
         )
+    if first < 0 or last >= table.num_classes:
+        raise IndexError(f"classes must be in [0, {table.num_classes}), got {first if first < 0 else last}")

@@ -64,9 +64,9 @@ class _Fused(torch.optim.Optimizer):
                 loss = closure()
         recorded = [(weight, bias, deferred.pending(weight).take(weight)) for weight, bias in self._tables]
         recorded = [(weight, bias, records) for weight, bias, records in recorded if records]
-        finite = self._finite([factors for *_, records in recorded for _, factors in records])
+        finite = self._finite([record.factors for *_, records in recorded for record in records])
         for weight, bias, records in recorded:
-            self._step_table(weight, bias, self._unscaled(records), finite)
+            self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
         return loss
 
     def zero_grad(self, set_to_none=True):
@@ -120,17 +120,18 @@ class _Fused(torch.optim.Optimizer):
         flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, f.lse_grad, f.target_grad)]
         return torch.stack(flags).all() if flags else None
 
-    def _unscaled(self, records):
-        """records, with gradients divided by the scale of a GradScaler that is at work."""
+    def _unscaled(self, record):
+        """A record, with gradients divided by the scale of a GradScaler that is at work."""
         if not hasattr(self, "grad_scale"):
-            return records
+            return record
         if self.grad_scale is None:
             raise RuntimeError(
                 "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
                 f"{type(self).__name__}, whose step divides by the scale"
             )
-        scale = self.grad_scale
-        return [(options, f._replace(lse_grad=f.lse_grad / scale, target_grad=f.target_grad / scale)) for options, f in records]
+        factors = record.factors
+        lse_grad, target_grad = factors.lse_grad / self.grad_scale, factors.target_grad / self.grad_scale
+        return record._replace(factors=factors._replace(lse_grad=lse_grad, target_grad=target_grad))
 
     def _step_table(self, weight, bias, records, finite):
         state = self.state[weight]
@@ -146,8 +147,8 @@ class _Fused(torch.optim.Optimizer):
         else:
             skip = ~finite
         rounding_step = int(state["rounding_step"])
-        parts = [self._part(parameter, rounding_step, skip) for parameter in (weight, bias) if parameter is not None]
-        deferred.write_gradient(weight, bias, records, updates.Update(*parts))
+        parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in (weight, bias)]
+        deferred.write_gradient(weight, bias, records, updates.Update(*parts, deferred.rows_of(records)))
         torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])  # native kernels don't
 
     def _part(self, parameter, rounding_step, skip):

@@ -87,7 +87,8 @@ def kept_size(features, table, dtype, memory_budget):
     None: at most what the weight's gradient takes and at most an eighth of the device's memory.
     """
     if memory_budget is None:
-        memory_budget = min(table.weight.numel() * table.weight.element_size(), total_memory(features.device) // 8)
+        gradient = table.num_rows * table.weight.shape[1] * table.weight.element_size()
+        memory_budget = min(gradient, total_memory(features.device) // 8)
     num_rows, slab = features.shape[0], slab_rows(features, table)
     slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), -(-table.num_rows // slab))
     return slabs, num_rows * min(slabs * slab, aligned(table.num_rows))

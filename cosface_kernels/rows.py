@@ -16,11 +16,11 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True):
     """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D)), all but the targets in the wide dtype; D + 1 with a
     bias.
 
-    A target is the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x holds there; so
-    is the target row of a row without a target. A row with any other label outside [0, C) is NaN, and makes NaN of all that it
-    reaches.
+    A target is the position of the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x
+    holds there; so is the target row of a row without a target. A row with any other label that is no class, or one that takes no
+    part, is NaN, and makes NaN of all that it reaches.
     """
-    targets = _targets(labels, table.num_classes, ignore_index)
+    targets = _targets(labels, table, ignore_index)
     ignored = labels == ignore_index
     rows = torch.where(ignored[:, None], 0.0, x).to(wide).contiguous()
     unit, inverse_norm = unit_rows(rows) if normalize_features else (rows, rows.new_empty(0, 1))
@@ -29,7 +29,6 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True):
     unit = torch.where(((targets < 0) & ~ignored)[:, None], torch.nan, unit)
     target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
     target_unit = target_unit.unflatten(0, (-1, table.centers))
-    targets = torch.where(targets < 0, -1, targets * table.centers)
     return targets, unit, inverse_norm[:, 0], torch.where((targets < 0)[:, None, None], 0.0, target_unit)
 
 
@@ -46,23 +45,23 @@ def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, sc
 
     target_grad (N, K, D) is the gradient of the unit target rows; its sum over a row of the table is projected once.
     """
-    targets = _targets(labels, table.num_classes, ignore_index)
+    targets = _targets(labels, table, ignore_index)
     power = _power_of_two(lse_grad)
     row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)
     rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
     rows, sums = _sum_by_row(rows, target_grad.flatten(0, 1), table.num_rows)
     sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
-    return torch.where(targets < 0, -1, targets * table.centers), row_scale, scale / power, rows, sums
+    return targets, row_scale, scale / power, rows, sums
 
 
-def _targets(labels, num_classes, ignore_index):
-    """The class, or -1 for a label that is none."""
-    return torch.where((labels >= 0) & (labels < num_classes) & (labels != ignore_index), labels, -1)
+def _targets(labels, table, ignore_index):
+    """The position of the class's first row, or -1 for a label that is no class or takes no part."""
+    return torch.where(labels == ignore_index, -1, table.positions(labels))
 
 
-def _rows_of(classes, centers):
-    """The rows of the table (N, K) that make up each class (N,)."""
-    return classes[:, None] * centers + torch.arange(centers, device=classes.device)
+def _rows_of(targets, centers):
+    """The positions (N, K) of the rows that make up each target's class (N,)."""
+    return targets[:, None] + torch.arange(centers, device=targets.device)
 
 
 def _power_of_two(lse_grad):

@@ -15,24 +15,41 @@ class Table(NamedTuple):
     bias: torch.Tensor | None = None  # (R,)
     normalize: bool = True  # whether each row is divided by its norm; never with a bias
     centers: int = 1  # a class's logit is the largest of its rows'
+    index: torch.Tensor | None = None  # (M,) int64 ascending: the rows of weight that take part, in whole classes; None: all
 
     @property
     def num_rows(self):
-        return self.weight.shape[0]
+        """How many rows take part; wherever a row has a position, it is counted among them."""
+        return (self.weight if self.index is None else self.index).shape[0]
 
     @property
     def num_classes(self):
+        """How many classes there are, taking part or not: labels are below it."""
         return self.weight.shape[0] // self.centers
 
+    def positions(self, classes):
+        """The first row of each class (N,); -1 for one that takes no part, and for a number that is no class."""
+        inside = (classes >= 0) & (classes < self.num_classes)
+        first = torch.where(inside, classes, 0) * self.centers
+        if self.index is not None:
+            place = torch.searchsorted(self.index, first).clamp(max=self.num_rows - 1)
+            inside, first = inside & (self.index[place] == first), place
+        return torch.where(inside, first, -1)
+
     def rows(self, start, stop):
-        """The raw rows of a slab: a view, or with a bias a copy of that slab."""
+        """The raw rows of a slab: a view, or where they are sampled or have a bias a copy of that slab."""
+        if self.index is not None:
+            return self._gather(self.index[start:stop])
         rows = self.weight[start:stop]
         return rows if self.bias is None else torch.cat([rows, self.bias[start:stop, None]], 1)
 
-    def gathered(self, index, dtype):
-        """The raw rows at index (M,), in dtype."""
-        rows = self.weight.index_select(0, index).to(dtype)
-        return rows if self.bias is None else torch.cat([rows, self.bias.index_select(0, index)[:, None].to(dtype)], 1)
+    def gathered(self, positions, dtype):
+        """The raw rows at positions (P,), in dtype."""
+        return self._gather(positions if self.index is None else self.index[positions]).to(dtype)
+
+    def _gather(self, index):
+        rows = self.weight.index_select(0, index)
+        return rows if self.bias is None else torch.cat([rows, self.bias.index_select(0, index)[:, None]], 1)
 
     def unit(self, rows):
         """(what is multiplied with x, 1 / ‖rows‖ (M, 1) or None) for raw rows in the dtype to compute in."""
@@ -44,14 +61,15 @@ class Table(NamedTuple):
 
 
 class TableGradient(NamedTuple):
-    weight: torch.Tensor  # (R, D)
+    weight: torch.Tensor  # (R, D), of the rows that take part
     bias: torch.Tensor | None  # (R,)
 
     @classmethod
     def of(cls, table):
         """Not yet written: every slab must be."""
-        weight = torch.empty(table.weight.shape, dtype=table.weight.dtype, device=table.weight.device)
-        return cls(weight, None if table.bias is None else torch.empty_like(table.bias))
+        shape, bias = (table.num_rows, table.weight.shape[1]), table.bias
+        weight = torch.empty(shape, dtype=table.weight.dtype, device=table.weight.device)
+        return cls(weight, None if bias is None else torch.empty(shape[0], dtype=bias.dtype, device=bias.device))
 
     def place(self, start, stop, dtype=None):
         """Where a slab's rows may be written in dtype (None: the gradient's) before they are `put`: the gradient itself if it can

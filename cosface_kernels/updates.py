@@ -111,9 +111,9 @@ class Part(NamedTuple):
 class Update:
     """What stands where a TableGradient is expected, and updates instead."""
 
-    def __init__(self, weight, bias=None):
-        """weight, bias: a Part each, or bias None."""
-        self.weight, self.bias = weight, bias
+    def __init__(self, weight, bias, index):
+        """weight, bias: a Part each, or bias None; index: (M,) which of their rows have a gradient, or None for all."""
+        self.weight, self.bias, self.index = weight, bias, index
         self._room = None
 
     def place(self, start, stop, dtype=None):
@@ -126,6 +126,7 @@ class Update:
 
     def put(self, start, stop, rows):
         size = self.weight.rows.shape[1]
-        self.weight.apply(slice(start, stop), rows[:, :size])
+        index = slice(start, stop) if self.index is None else self.index[start:stop]
+        self.weight.apply(index, rows[:, :size])
         if self.bias is not None:
-            self.bias.apply(slice(start, stop), rows[:, size:])
+            self.bias.apply(index, rows[:, size:])

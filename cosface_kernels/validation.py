@@ -13,8 +13,9 @@ REDUCTIONS = ("mean", "sum", "none")
 BACKENDS = ("auto", *backends.NAMES)
 
 
-def check_tensors(features, weight, labels, bias=None, centers_per_class=1):
-    """features (N, D), weight (C, D) and bias (C,) of any float dtype, labels (N,) of any integer dtype, all on one device."""
+def check_tensors(features, weight, labels, bias=None, centers_per_class=1, classes=None):
+    """features (N, D), weight (C, D) and bias (C,) of any float dtype, labels (N,) of any integer dtype, classes (M,), all on one
+    device."""
     check_features(features, weight)
     check_size("centers_per_class", centers_per_class)
     if weight.shape[0] % centers_per_class:
@@ -23,10 +24,7 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1):
         )
     if bias is not None:
         _check_bias(bias, weight)
-    if not isinstance(labels, torch.Tensor):
-        raise TypeError(f"labels must be a tensor of shape (N,), got {type(labels).__name__}")
-    if labels.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"labels must have an integer dtype, got {labels.dtype}")
+    _check_integers("labels", "(N,)", labels)
     if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
         raise ValueError(
             f"labels must have shape (N,) = ({features.shape[0]},), one class index for each row of features, "
@@ -34,6 +32,31 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1):
         )
     if labels.device != features.device:
         raise ValueError(f"labels must be on the device of features ({features.device}), got {labels.device}")
+    if classes is not None:
+        _check_classes(classes, features)
+
+
+def _check_integers(name, shape, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+    if tensor.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
+
+
+def _check_classes(classes, features):
+    """Their values are checked where those of labels are, in ops.py."""
+    _check_integers("classes", "(M,)", classes)
+    if classes.dim() != 1 or classes.shape[0] < 1:
+        raise ValueError(f"classes must have shape (M,), at least one class, got {tuple(classes.shape)}")
+    if classes.device != features.device:
+        raise ValueError(f"classes must be on the device of features ({features.device}), got {classes.device}")
+
+
+def check_labels(labels):
+    """labels (N,) of any integer dtype."""
+    _check_integers("labels", "(N,)", labels)
+    if labels.dim() != 1:
+        raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
 
 
 def check_features(features, weight):
@@ -167,6 +190,18 @@ def check_size(name, size):
     check_integer(name, size)
     if size < 1:
         raise ValueError(f"{name} must be 1 or more, got {size}")
+
+
+def check_count(name, count):
+    check_integer(name, count)
+    if not 0 <= count < 2**63:
+        raise ValueError(f"{name} must be in [0, 2^63), got {count}")
+
+
+def check_rate(name, rate):
+    check_number(name, rate)
+    if not 0 < rate <= 1:
+        raise ValueError(f"{name} must be in (0, 1], got {rate}")
 
 
 def check_flag(name, value):

@@ -15,7 +15,7 @@ from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, 
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Of each, all python blocks are run one after another, with the names of those before.
-DOCUMENTS = ["margins.md"]
+DOCUMENTS = ["margins.md", "sampling.md"]
 MARGINS = {
     name: kind
     for name, kind in inspect.getmembers(margins, inspect.isclass)
@@ -125,6 +125,12 @@ def test_margins_what_the_paper_compares():
     assert all(head.scale == (1 if method in as_they_are else 64) for method, head in heads.items())
     for method in found.keys() - heads.keys():
         assert "migrate.md#center-contrastive-and-triplet-losses-beside-this-head" in found[method]
+
+
+def test_sampling():
+    first, second = run("sampling.md")
+    assert len(first["touched"]) == 1000 and torch.isin(first["labels"], first["touched"]).all()
+    assert len(second["classes"]) == 1000 and second["loss"].isfinite()
 
 
 def test_margins_theory():

@@ -67,7 +67,7 @@ print(head.weight.grad.isfinite().all().item())
 
 
 def test_exports():
-    functions = {"cosface_loss", "cosine_lse", "margin_softmax_loss"}
+    functions = {"cosface_loss", "cosine_lse", "margin_softmax_loss", "sample_classes"}
     classes = {"CosFaceLoss", "MarginSoftmaxLoss", "FusedSGD", "FusedAdamW"}
     checkpoints = {"save_checkpoint", "load_checkpoint", "latest_checkpoint", "CorruptCheckpointError"}
     modules = {"margins", "reference", "theory", "__version__"}

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cosface_kernels import cosface_loss, margin_softmax_loss
+from cosface_kernels import cosface_loss, margin_softmax_loss, sample_classes
 from cosface_kernels.margins import Softmax
 
 negative_lse = torch.ops.cosface_kernels.negative_lse.default
@@ -33,9 +33,20 @@ OP_CASES = {
     "bias": (torch.float32, ALL, True, True),
     "centres": (torch.bfloat16, 2 * 7 * 384 * 2, True, True),
     "raw": (torch.bfloat16, 0, True, True),
+    "sampled": (torch.float32, 7 * 128 * 4, True, True),
+    "sampled, frozen weight": (torch.bfloat16, 0, True, False),
+    "sampled with a bias": (torch.float64, ALL, True, True),
+    "sampled centres": (torch.bfloat16, 0, False, True),
 }
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
 FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}
+FORMS |= {"sampled with a bias": FORMS["bias"], "sampled centres": FORMS["centres"]}
+
+
+def sampled_rows(labels, centers):
+    """Those of half of the classes, in two slabs, the second one short."""
+    classes = sample_classes(labels, NUM_CLASSES // centers, 0.5)
+    return (classes[:, None] * centers + torch.arange(centers, device=labels.device)).flatten()
 
 
 def op_arguments(case, device):
@@ -45,9 +56,10 @@ def op_arguments(case, device):
     features.requires_grad_(need_x_grad)
     weight = weight.to(dtype).requires_grad_(need_weight_grad)
     form = FORMS.get(case, (True, True, 1))
-    bias = weight[:, 0].detach().clone().requires_grad_(need_weight_grad) if case == "bias" else None
+    bias = weight[:, 0].detach().clone().requires_grad_(need_weight_grad) if "bias" in case else None
     labels = torch.where(labels < 0, labels, labels // form[2])
-    return features, weight, bias, labels, 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
+    index = sampled_rows(labels, form[2]) if "sampled" in case else None
+    return features, weight, bias, labels, index, 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
 
 
 @pytest.mark.parametrize("case", OP_CASES)
@@ -59,9 +71,9 @@ def test_opcheck_forward(case, device):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
-        x, weight, bias, labels, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
+        x, weight, bias, labels, index, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
-        inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels
+        inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index
         lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
         gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(saved[0])
         arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad

@@ -1,0 +1,42 @@
+"""Sampled classes (Partial FC): which ones take part in a step, for a caller and for the heads."""
+
+import torch
+
+from . import ops, validation
+from .functional import class_indices
+
+
+def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
+    """The classes that take part in a step: those of the labels, and others drawn at random.
+
+    M = rate C in all, rounded, and more only where the labels alone are more. Each class that is no label's is drawn with
+    probability (M - P) / (C - P), P being the number of those that are. A pure function of its arguments, on one kind of device:
+    a run resumed at the same step draws the same classes. On a GPU it waits for the device, because P depends on the labels.
+
+    Args:
+        labels: (N,), any integer dtype. Numbers outside [0, C) are ignored.
+        num_classes: C.
+        rate: 0 < rate <= 1.
+        seed, step: ints from 0 on, from which the others are drawn.
+
+    Returns:
+        (max(P, M),) int64, ascending, on the device of labels: the `classes` of `margin_softmax_loss`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape or value.
+
+    Source: Partial FC, X. An et al., arXiv 2010.05222, section 3.2, which ranks a random number for each of C classes.
+    """
+    validation.check_labels(labels)
+    validation.check_size("num_classes", num_classes)
+    validation.check_rate("rate", rate)
+    validation.check_count("seed", seed)
+    validation.check_count("step", step)
+    return ops.sample_classes(class_indices(labels), torch.tensor(step), int(num_classes), float(rate), int(seed), False)
+
+
+def classes_of_step(labels, ignore_index, num_classes, rate, seed, step):
+    """The same for a head whose step, a 0-dim int64 tensor, moves with every forward pass; ignored rows bring no class."""
+    labels = class_indices(labels)
+    counted = torch.where(labels == ignore_index, -1, labels)
+    return ops.sample_classes(counted, step, int(num_classes), float(rate), int(seed), True)
