@@ -158,9 +158,24 @@ def margin_softmax_loss(
 
 
 def stateful_loss(
-    features, weight, labels, *, margin, scale, bias, normalize_features, reduction, state=None, training=False, **options
+    features,
+    weight,
+    labels,
+    *,
+    margin,
+    scale,
+    bias,
+    normalize_features,
+    reduction,
+    state=None,
+    training=False,
+    shards=None,
+    **options,
 ):
-    """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training."""
+    """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training.
+
+    shards: a sharded.Batch, where the table is one of several shards and features are those of all ranks.
+    """
     validation.check_margin_object(margin, bias is not None, normalize_features)
     validation.check_reduction(reduction)
     if normalize_features is None:
@@ -176,15 +191,20 @@ def stateful_loss(
         normalize_weight=margin.normalize_weight,
         **options,
     )
-    lengths = [
-        rows.norm(dim=1) for rows, is_unit in ((unit, normalize_features), (target, margin.normalize_weight)) if not is_unit
-    ]
-    length = math.prod(lengths) if lengths else None
+    product = (unit * target).sum(1)
+    feature_length = None if normalize_features else unit.norm(dim=1)
+    target_length = None if margin.normalize_weight else target.norm(dim=1)
     norm = None
     if margin.needs_norm:
         rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
         # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
         norm = (rows * F.normalize(unit.detach())).sum(1)
+    if shards is not None:
+        largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
+        lse, product, target_length = shards.combine(largest, lse, product, target_length)
+        feature_length, norm = shards.own(feature_length), shards.own(norm)
+    lengths = [length for length in (feature_length, target_length) if length is not None]
+    length = math.prod(lengths) if lengths else None
     state = state or {}
     if training:
         with torch.no_grad():
@@ -193,7 +213,7 @@ def stateful_loss(
     terms = margin.terms(norm, counted, state)
     if not isinstance(terms, tuple):
         raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
-    logit = float(scale) * margin.target_logit((unit * target).sum(1), length, *terms)
+    logit = float(scale) * margin.target_logit(product, length, *terms)
     if logit.shape != lse.shape:
         raise ValueError(f"psi of {type(margin).__name__} must return shape (N,) = {tuple(lse.shape)}, got {tuple(logit.shape)}")
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
@@ -202,7 +222,7 @@ def stateful_loss(
     penalty = margin.penalty(norm)
     losses = torch.where(counted, losses if penalty is None else losses + penalty, 0.0)
     if reduction == "none":
-        return losses
+        return losses if shards is None else shards.own_rows(losses)
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
@@ -224,6 +244,7 @@ def _negatives_and_target(
     ignore_index,
     memory_budget,
     backend,
+    foreign_index=None,
 ):
     """(negative lse (N,), x̃ (N, D), w̃_y of the nearest centre (N, D), which rows are not ignored).
 
@@ -250,6 +271,7 @@ def _negatives_and_target(
         backend,
         grad_mode and features.requires_grad,
         grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad)),
+        foreign_index,
     )
     if centers_per_class > 1:  # the gradient goes to the nearest centre alone
         nearest = (unit[:, None] * target_rows).sum(2).argmax(1)

@@ -22,11 +22,19 @@ class _Head(nn.Module):
         validation.check_options(**options)
         for name, value in options.items():
             setattr(self, name, value)
-        self.centers_per_class = centers_per_class
+        self.num_classes, self.centers_per_class = num_classes, centers_per_class
         rows = num_classes * centers_per_class
-        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(self._empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.normalize_features = self.normalize_weight = True
+
+    def _empty(self, *shape, device, dtype):
+        """Not yet drawn, a number or a row of numbers for each row of the table."""
+        return torch.empty(*shape, device=device, dtype=dtype)
+
+    def _table(self):
+        """(weight, bias) as this process holds them."""
+        return self.weight, self.bias
 
     def reset_parameters(self):
         nn.init.normal_(self.weight, std=0.01)
@@ -40,6 +48,7 @@ class _Head(nn.Module):
 
     def logits(self, features):
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
+        validation.check_features(features, self.weight)
         return self._logits(self._rows(features), 0, len(self.weight))
 
     @torch.no_grad()
@@ -49,12 +58,17 @@ class _Head(nn.Module):
         Raises:
             TypeError, ValueError: k is no int, negative, or larger than the number of classes.
         """
-        rows, centers = self._rows(features), self.centers_per_class
-        validation.check_k(k, len(self.weight) // centers)
+        validation.check_features(features, self.weight)
+        validation.check_k(k, self.num_classes)
+        return self._topk(features, k)
+
+    def _topk(self, features, k):
+        """Of the rows that this process holds, as many as there are up to k."""
+        rows, weight, centers = self._rows(features), self._table()[0], self.centers_per_class
         values = rows.new_empty(len(rows), 0)
         indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-        slab = slab_rows(features, Table(self.weight, centers=centers))
-        for start in range(0, len(self.weight), slab):
+        slab = slab_rows(features, Table(weight, centers=centers))
+        for start in range(0, len(weight), slab or 1):  # 0: an empty shard
             found = self._logits(rows, start, start + slab)
             best = found.topk(min(k, found.shape[1]))
             candidates = torch.cat([values, best.values], 1)
@@ -64,25 +78,23 @@ class _Head(nn.Module):
 
     def _rows(self, features):
         """What is multiplied with the table."""
-        validation.check_features(features, self.weight)
         rows = features.to(wide_dtype(torch.promote_types(features.dtype, self.weight.dtype)))
         return unit_rows(rows)[0] if self.normalize_features else rows
 
     def _logits(self, rows, start, stop):
         """Outside autocast: rounded to 16 bits, many of a million cosines would be equal."""
         with torch.autocast(rows.device.type, enabled=False):
-            table = self.weight[start:stop].to(rows.dtype)
+            weight, bias = self._table()
+            table = weight[start:stop].to(rows.dtype)
             products = rows @ (unit_rows(table)[0] if self.normalize_weight else table).T
-            if self.bias is not None:
-                products = products + self.bias[start:stop].to(rows.dtype)
+            if bias is not None:
+                products = products + bias[start:stop].to(rows.dtype)
             if self.centers_per_class > 1:
                 products = products.unflatten(1, (-1, self.centers_per_class)).max(2).values
             return self.scale * products
 
     def extra_repr(self):
-        rows, embedding_size = self.weight.shape
-        shape = f"{embedding_size}, {rows // self.centers_per_class}"
-        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+        return f"{self.weight.shape[1]}, {self.num_classes}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
 
 
 class CosFaceLoss(_Head):
@@ -200,7 +212,7 @@ class MarginSoftmaxLoss(_Head):
         self.margin, self.normalize_features = margin, normalize_features
         self.normalize_weight = margin.normalize_weight
         if bias:
-            self.bias = nn.Parameter(self.weight.new_empty(len(self.weight)))
+            self.bias = nn.Parameter(self._empty(len(self.weight), device=device, dtype=dtype))
         for name, value in margin.state.items():
             self.register_buffer(name, torch.tensor(value, device=device))
         self.reset_parameters()
@@ -230,15 +242,15 @@ class MarginSoftmaxLoss(_Head):
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
-        return stateful_loss(
-            features,
-            self.weight,
-            labels,
-            margin=self.margin,
-            bias=self.bias,
-            normalize_features=self.normalize_features,
-            centers_per_class=self.centers_per_class,
+        return stateful_loss(features, self.weight, labels, bias=self.bias, **self._loss_options())
+
+    def _loss_options(self):
+        """What `stateful_loss` takes beside its tensors."""
+        return {
+            "margin": self.margin,
+            "normalize_features": self.normalize_features,
+            "centers_per_class": self.centers_per_class,
             **self._options(),
-            state={name: getattr(self, name) for name in self.margin.state},
-            training=self.training,
-        )
+            "state": {name: getattr(self, name) for name in self.margin.state},
+            "training": self.training,
+        }
