@@ -94,7 +94,8 @@ class _Head(nn.Module):
             return self.scale * products
 
     def extra_repr(self):
-        return f"{self.weight.shape[1]}, {self.num_classes}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+        shape = f"{self.weight.shape[1]}, {self.num_classes}"
+        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
 
 
 class CosFaceLoss(_Head):

@@ -34,7 +34,7 @@ class Batch:
         self.ranks, self.counts, self.holds_classes = ranks, counts, holds_classes
 
     def combine(self, largest, lse, product, target_length):
-        """(A, x̃·w̃_y, ‖w̃_y‖) of the whole table from those of this shard; target_length may be None. largest: a bound of |logits|."""
+        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table from those of this shard. largest: a bound of |logits|."""
         if self.ranks.group is None:
             return lse, product, target_length
         dtype = lse.dtype
@@ -82,7 +82,7 @@ class _ShardedHead(_Head):
         chunk = -(-rows // size)  # the rule of Shard(0), and of torch.chunk
         if chunk % centers and size > 1:
             raise ValueError(
-                f"a DTensor cuts {rows} rows for {size} ranks after every {chunk}, which is inside the {centers} rows of a class: "
+                f"a DTensor cuts {rows} rows for {size} ranks after every {chunk}, inside the {centers} rows of a class: "
                 f"num_classes must be a multiple of the number of ranks, such as {-(-rows // centers // size) * size}"
             )
         stop = min((rank + 1) * chunk, rows)
@@ -203,9 +203,9 @@ class ShardedCosFaceLoss(CosFaceLoss, _ShardedHead):
             mesh's type, and by default that.
         mesh: a 1-D DeviceMesh whose ranks hold the table and bring the batch. None: all ranks, with a process group made by
             torchrun's rules if there is none yet; this process alone where there is no torchrun either, with a plain tensor.
-        ddp_average: True: the gradient of the features is that of the loss times the number of ranks, so that after DDP or FSDP2
-            has averaged a backbone's gradient over the ranks it is that of the loss. False: that of the loss itself. weight.grad is
-            always that of the loss.
+        ddp_average: True: the gradient of the features is that of the loss times the number of ranks, so that after DDP or
+            FSDP2 has averaged a backbone's gradient over the ranks it is that of the loss. False: that of the loss itself.
+            weight.grad is always that of the loss.
 
     With reduction "none" each rank gets the losses of its own rows, and what is differentiated is the sum over the ranks of what
     they make of them.
@@ -232,8 +232,8 @@ class ShardedMarginSoftmaxLoss(MarginSoftmaxLoss, _ShardedHead):
     """`MarginSoftmaxLoss` with the class table, and the bias, sharded over the ranks of torch.distributed.
 
     Args:
-        embedding_size, num_classes, **options: as for `MarginSoftmaxLoss`. With centers_per_class > 1 num_classes must be such that
-            a DTensor's shards are whole classes: a multiple of the number of ranks is.
+        embedding_size, num_classes, **options: as for `MarginSoftmaxLoss`. With centers_per_class > 1 num_classes must be such
+            that a DTensor's shards are whole classes: a multiple of the number of ranks is.
         mesh, ddp_average: as for `ShardedCosFaceLoss`, and so is all else. Running statistics are of the global batch, and the
             same on every rank.
     """

@@ -16,9 +16,6 @@ import torch
 
 from ..margins import ArcFace, Combined, CosFace
 from ..modules import MarginSoftmaxLoss
-from .partial_fc import PartialFC_V2
-
-__all__ = ["PartialFC_V2", "head", "translate"]
 
 KNOWN = ("ArcFace", "CombinedMarginLoss", "CosFace")
 
@@ -153,3 +150,12 @@ def _comparable(margin, angles):
     if isinstance(margin, Combined):
         return margin.m1 * angles + margin.m2 <= math.pi
     return torch.ones_like(angles, dtype=torch.bool)
+
+
+def __getattr__(name):
+    """PartialFC_V2 when it is asked for: torch.distributed.tensor takes half a second to import, and not every PyTorch has it."""
+    if name == "PartialFC_V2":
+        from .partial_fc import PartialFC_V2
+
+        return PartialFC_V2
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
