@@ -34,6 +34,7 @@ class Ranks:
         """numbers() -> `count` ints, called on every rank; returns those of all, a list for each rank.
 
         Where it raises on one rank, every rank raises: that one its own error, the others one of that type that names the rank.
+        On a GPU the host waits for the device here, unless the group sends what is on the CPU too.
         """
         if self.group is None:
             return [list(numbers())]
@@ -42,6 +43,7 @@ class Ranks:
             own = list(numbers())
         except Exception as error:
             failure = error
+        device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else device
         message = torch.tensor([failure is not None, *own], dtype=torch.int64, device=device)
         everyone = message.new_empty(self.size * len(message))
         with self._named("the exchange of batch sizes"):

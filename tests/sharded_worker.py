@@ -550,7 +550,7 @@ def out_of_memory(*arguments):
     raise MemoryError("none left")
 
 
-@check("a rank that does not come", 3, timeout=3)
+@check("a rank that does not come", 3, timeout=5)
 def _(world):
     features, weight, labels = draw()
     head = sharded(world, weight)
@@ -561,7 +561,7 @@ def _(world):
     world.leave()
 
 
-@check("a rank that does not come to backward", 3, timeout=3)
+@check("a rank that does not come to backward", 3, timeout=5)
 def _(world):
     features, weight, labels = draw()
     loss = sharded(world, weight)(world.mine(features).requires_grad_(), world.mine(labels))

@@ -58,7 +58,8 @@ print(head.weight.grad.isfinite().all().item())
 
 
 def test_exports():
-    functions, modules = {"cosface_loss", "cosine_lse", "margin_softmax_loss"}, {"CosFaceLoss", "MarginSoftmaxLoss"}
+    functions = {"cosface_loss", "cosine_lse", "margin_softmax_loss"}
+    modules = {"CosFaceLoss", "MarginSoftmaxLoss", "ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"}
     assert set(cosface_kernels.__all__) == functions | modules | {"margins", "reference", "theory", "__version__"}
     assert all(hasattr(cosface_kernels, name) for name in cosface_kernels.__all__)
 

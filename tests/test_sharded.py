@@ -5,8 +5,10 @@ start; each is a test here.
 """
 
 import functools
+import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,34 +28,33 @@ from cosface_kernels.ops import negative_lse
 from cosface_kernels.sharded import FOREIGN, IGNORED, INVALID, _labels_here
 
 HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """outcomes(size) -> {check: [traceback or None of each rank]}."""
+    """outcomes(size) -> ({check: [traceback or None of each rank]}, exit codes, what the ranks printed)."""
+    folders = {size: tmp_path_factory.mktemp(f"{size}_ranks") for size in sharded_worker.COUNTS}
+    running = {size: [start(rank, size, folder) for rank in range(size)] for size, folder in folders.items()}
 
     @functools.cache
-    def run(size):
-        folder = tmp_path_factory.mktemp("ranks")
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-        processes = []
+    def collect(size):
+        codes, folder, found = [process.wait(timeout=180) for process in running[size]], folders[size], {}
         for rank in range(size):
-            command = [sys.executable, HERE / "sharded_worker.py", str(rank), str(size), folder]
-            with open(folder / f"log.{rank}", "wb") as log:
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        try:
-            codes = [process.wait(timeout=180) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        found = {}
-        for rank in range(size):
-            lines = (folder / f"outcomes.{rank}").read_text().splitlines()
-            for name, outcome in map(json.loads, lines):
-                found.setdefault(name, [None] * rank).append(outcome)
+            for name, outcome in map(json.loads, (folder / f"outcomes.{rank}").read_text().splitlines()):
+                found.setdefault(name, []).append(outcome and f"rank {rank}: {outcome}")
         return found, codes, [(folder / f"log.{rank}").read_text(errors="replace") for rank in range(size)]
 
-    return run
+    yield collect
+    for process in itertools.chain(*running.values()):
+        process.kill()
+        process.wait()
+
+
+def start(rank, size, folder):
+    with open(folder / f"log.{rank}", "wb") as log:
+        command = [sys.executable, HERE / "sharded_worker.py", str(rank), str(size), folder]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,7 @@ def outcomes(tmp_path_factory):
 def test_ranks(name, size, outcomes):
     found, _, logs = outcomes(size)
     assert len(found.get(name, [])) == size, "a rank did not come so far:\n" + "\n".join(log[-2000:] for log in logs)
-    for rank, outcome in enumerate(found[name]):
-        assert outcome is None, f"rank {rank}: {outcome}"
+    assert not any(found[name]), "\n".join(filter(None, found[name]))
 
 
 def test_a_rank_that_is_killed_ends_all(outcomes):
@@ -72,25 +72,30 @@ def test_a_rank_that_is_killed_ends_all(outcomes):
     assert found["a rank that is killed"] == [None, None], found["a rank that is killed"]
 
 
+# Around the examples. PyTorch 2.13 with a DeviceMesh over gloo aborts at a normal exit, one time in ten, whoever made the mesh.
+BEFORE = """
+import os, pathlib, sys, types
+from test_compat_insightface import CombinedToday
+sys.modules["losses"] = types.SimpleNamespace(CombinedMarginLoss=CombinedToday)
+"""
+AFTER = """
+path = pathlib.Path(sys.argv[1], os.environ["RANK"])
+path.write_text(f"{tuple(head.weight.to_local().shape)} {loss.item()}")
+torch.distributed.barrier()
+os._exit(0)
+"""
+
+
 def test_torchrun(tmp_path):
-    """The three lines of the document, with no process group made by hand."""
+    """The examples of the document."""
+    examples = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs" / "distributed.md").read_text(), re.S)
     script = tmp_path / "train.py"
-    script.write_text(
-        "import pathlib, torch\n"
-        "from cosface_kernels import ShardedCosFaceLoss\n"
-        f"head = ShardedCosFaceLoss({SIZE}, 9)\n"
-        f"loss = head(torch.ones(2, {SIZE}, requires_grad=True), torch.tensor([0, 8]))\n"
-        "loss.backward()\n"
-        f"path = pathlib.Path({str(tmp_path)!r}, str(torch.distributed.get_rank()))\n"
-        "path.write_text(f'{tuple(head.weight.to_local().shape)} {loss.item()}')\n"
-        "torch.distributed.destroy_process_group()\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    *shapes, losses = zip(*((tmp_path / rank).read_text().rsplit(" ", 1) for rank in "01"), strict=True)
-    assert shapes == [("(5, 16)", "(4, 16)")] and losses[0] == losses[1]
+    script.write_text("\n".join([BEFORE, *examples, AFTER]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    shapes, losses = zip(*((tmp_path / rank).read_text().rsplit(" ", 1) for rank in "01"), strict=True)
+    assert shapes == ("(5000, 32)", "(5000, 32)") and losses[0] == losses[1]
 
 
 def test_one_process(device, small_slabs):
