@@ -13,6 +13,8 @@ __all__ = [
     "FusedAdamW",
     "FusedSGD",
     "MarginSoftmaxLoss",
+    "ShardedCosFaceLoss",
+    "ShardedMarginSoftmaxLoss",
     "__version__",
     "cosface_loss",
     "cosine_lse",
@@ -28,9 +30,13 @@ __all__ = [
 
 
 def __getattr__(name):
-    """Checkpoints on first use: torch.distributed.checkpoint takes half as long to import as torch itself."""
+    """On first use what is made of torch.distributed, which takes half as long to import as torch itself."""
     if name in ("CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"):
         from . import checkpoint
 
         return getattr(checkpoint, name)
+    if name in ("ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"):
+        from . import sharded
+
+        return getattr(sharded, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

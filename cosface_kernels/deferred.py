@@ -114,13 +114,13 @@ def pending(weight):
 
 
 @torch._disable_dynamo
-def record(weight, bias, lse, target_rows, factors, index, options):
+def record(parameters, lse, target_rows, factors, index, options):
     """lse (N,) and target_rows (N, K, D) as they are; their gradients are recorded when backward asks for the table's.
 
     They come from an operator that saw no gradient of the table. Two zeros are added to them, because the path to the features
     must not lead through here: torch.autograd.grad(loss, features) records nothing.
     """
-    lse_part, rows_part = _Record.apply(weight, bias, lse.detach(), target_rows.detach(), *factors, index, options)
+    lse_part, rows_part = _Record.apply(*parameters, lse.detach(), target_rows.detach(), *factors, index, options)
     return lse + lse_part, target_rows + rows_part
 
 
@@ -173,21 +173,23 @@ def rows_of(records):
     return samples[0] if len(samples) == 1 else torch.cat(samples).unique()
 
 
-def write_gradient(weight, bias, records, gradient):
-    """The sum of what all records describe, of the `rows_of` them, slab by slab into a TableGradient, or what has its methods."""
+def write_gradient(table, records, gradient):
+    """The sum of what all records describe, slab by slab into a TableGradient, or what has its methods.
+
+    table: whose index is the `rows_of` the records.
+    """
     alike = {}
     for record in records:
         alike.setdefault((record.options, id(record.index)), []).append(record)
     if len(alike) == 1:
-        _write(weight, bias, records, gradient)
+        _write(table, records, gradient)
         return
     # Batches with other classes or another scale have exponentials of their own: only gradients can be added, so this once they
     # exist, of the rows that any of them has.
-    index = rows_of(records)
-    total = _Sum(Table(weight, bias, index=index), gradient.place(0, 1).dtype)
+    total = _Sum(table, gradient.place(0, 1).dtype)
     for group in alike.values():
         total.into(group[0].index)
-        _write(weight, bias, group, total)
+        _write(table, group, total)
     for start in range(0, len(total.rows), SLAB_CLASSES_MAX):
         stop = min(start + SLAB_CLASSES_MAX, len(total.rows))
         gradient.put(start, stop, total.rows[start:stop])
@@ -212,13 +214,27 @@ class _Sum:
         self.rows[slice(start, stop) if self.positions is None else self.positions[start:stop]] += rows
 
 
-def _write(weight, bias, records, gradient):
+def _write(table, records, gradient):
     """Of records that have their options and rows in common."""
-    options, index = records[0].options, records[0].index
+    options = records[0].options
+    table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
     columns = zip(*(record.factors for record in records), strict=True)
     unit, labels, shift, total, lse_grad, target_grad, kept = (torch.cat(parts) for parts in columns)
     write_table_gradient(
-        *(gradient, Table(weight, bias, options.normalize_weight, options.centers, index), unit, labels, shift, total),
-        *(kept, lse_grad, target_grad, options.scale, options.ignore_index, options.normalize_features, options.dtype),
+        *(
+            gradient,
+            table,
+            unit,
+            labels,
+            shift,
+            total,
+            kept,
+            lse_grad,
+            target_grad,
+            options.scale,
+            options.ignore_index,
+            options.normalize_features,
+            options.dtype,
+        ),
         *(options.memory_budget if len(kept) else 0, options.backend),
     )

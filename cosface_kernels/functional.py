@@ -188,9 +188,13 @@ def stateful_loss(
     sample_correction=False,
     state=None,
     training=False,
+    shards=None,
     **options,
 ):
-    """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training."""
+    """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training.
+
+    shards: a sharded.Batch, where the table is one of several shards and features are those of all ranks.
+    """
     validation.check_margin_object(margin, bias is not None, normalize_features)
     validation.check_reduction(reduction)
     validation.check_flag("sample_correction", sample_correction)
@@ -211,15 +215,20 @@ def stateful_loss(
     )
     if sample_correction and classes is not None:
         lse = lse + _log_of_inverse_rate(weight.shape[0] // centers_per_class, classes.shape[0])
-    lengths = [
-        rows.norm(dim=1) for rows, is_unit in ((unit, normalize_features), (target, margin.normalize_weight)) if not is_unit
-    ]
-    length = math.prod(lengths) if lengths else None
+    product = (unit * target).sum(1)
+    feature_length = None if normalize_features else unit.norm(dim=1)
+    target_length = None if margin.normalize_weight else target.norm(dim=1)
     norm = None
     if margin.needs_norm:
         rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
         # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
         norm = (rows * F.normalize(unit.detach())).sum(1)
+    if shards is not None:
+        largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
+        lse, product, target_length = shards.combine(largest, lse, product, target_length)
+        feature_length, norm = shards.own(feature_length), shards.own(norm)
+    lengths = [length for length in (feature_length, target_length) if length is not None]
+    length = math.prod(lengths) if lengths else None
     state = state or {}
     if training:
         with torch.no_grad():
@@ -228,7 +237,7 @@ def stateful_loss(
     terms = margin.terms(norm, counted, state)
     if not isinstance(terms, tuple):
         raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
-    logit = float(scale) * margin.target_logit((unit * target).sum(1), length, *terms)
+    logit = float(scale) * margin.target_logit(product, length, *terms)
     if logit.shape != lse.shape:
         raise ValueError(f"psi of {type(margin).__name__} must return shape (N,) = {tuple(lse.shape)}, got {tuple(logit.shape)}")
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
@@ -237,7 +246,7 @@ def stateful_loss(
     penalty = margin.penalty(norm)
     losses = torch.where(counted, losses if penalty is None else losses + penalty, 0.0)
     if reduction == "none":
-        return losses
+        return losses if shards is None else shards.own_rows(losses)
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
@@ -265,10 +274,12 @@ def _negatives_and_target(
     ignore_index,
     memory_budget,
     backend,
+    foreign_index=None,
+    parameters=None,
 ):
     """(negative lse (N,), x̃ (N, D), w̃_y of the nearest centre (N, D), which rows are not ignored).
 
-    The lse of an ignored row is that of all classes.
+    The lse of an ignored row is that of all classes. parameters: whose rows weight and bias are, where they are not theirs.
     """
     validation.check_tensors(features, weight, labels, bias, centers_per_class, classes)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
@@ -276,11 +287,12 @@ def _negatives_and_target(
         _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = class_indices(labels), int(ignore_index)
     grad_mode = torch.is_grad_enabled()
-    trained = grad_mode and (weight.requires_grad or (bias is not None and bias.requires_grad))
-    recorded = trained and deferred.pending(weight) is not None
+    parameters = (weight, bias) if parameters is None else parameters
+    trained = grad_mode and any(each is not None and each.requires_grad for each in parameters)
+    recorded = trained and deferred.pending(parameters[0]) is not None
     options = deferred.Options(
         *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
-        *(_product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
+        *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )
     index = None if classes is None else _rows_of(class_indices(classes), centers_per_class, weight.shape[0])
     lse, target_rows, unit, _, _, shift, total, kept = negative_lse(
@@ -292,10 +304,11 @@ def _negatives_and_target(
         *options,
         grad_mode and features.requires_grad,
         trained,
+        foreign_index,
     )
     if recorded:
         factors = unit.detach(), labels, shift, total, kept
-        lse, target_rows = deferred.record(weight, bias, lse, target_rows, factors, index, options)
+        lse, target_rows = deferred.record(parameters, lse, target_rows, factors, index, options)
     if centers_per_class > 1:  # the gradient goes to the nearest centre alone
         nearest = (unit[:, None] * target_rows).sum(2).argmax(1)
         target_rows = target_rows.take_along_dim(nearest[:, None, None], 1)
@@ -333,7 +346,7 @@ def class_indices(labels):
     return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
 
 
-def _product_dtype(features, weight):
+def product_dtype(features, weight):
     """What the matrix products read: see `cosine_lse`."""
     device_type = features.device.type
     if torch.float64 in (features.dtype, weight.dtype):

@@ -21,6 +21,7 @@ def grow(head, count, optimizer=None):
     if head.bias is not None:
         changes.append((head.bias, with_new_rows(head.bias)))
     _change(head, changes, optimizer, with_new_rows)
+    head.num_classes += count
     first = rows // head.centers_per_class
     return range(first, first + count)
 
@@ -42,6 +43,7 @@ def remove(head, ids, optimizer=None):
 
     changes = [(parameter, of_kept_rows(parameter)) for parameter in (head.weight, head.bias) if parameter is not None]
     _change(head, changes, optimizer, of_kept_rows)
+    head.num_classes = int(kept.sum())
     return new_ids
 
 

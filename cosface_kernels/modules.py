@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from . import deferred, formats, identities, theory, validation
-from .functional import cosface_loss, default_scale, stateful_loss
+from .functional import default_scale, stateful_loss
 from .margins import CosFace
 from .plan import slab_rows, wide_dtype
 from .sampling import classes_of_step
@@ -23,11 +23,11 @@ class _Head(nn.Module):
         validation.check_options(**options)
         for name, value in options.items():
             setattr(self, name, value)
-        self.centers_per_class = centers_per_class
+        self.num_classes, self.centers_per_class = num_classes, centers_per_class
         rows = num_classes * centers_per_class
         self.table_format = table_format
         dtype = table_dtype(table_format, dtype)
-        self.weight = nn.Parameter(torch.empty(rows, embedding_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(self._empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
         self.normalize_features = self.normalize_weight = True
         self.sample_rate, self.sample_seed, self.sample_correction = sampling
@@ -86,6 +86,14 @@ class _Head(nn.Module):
         """
         return identities.remove(self, ids, optimizer)
 
+    def _empty(self, *shape, device, dtype):
+        """Not yet drawn, a number or a row of numbers for each row of the table."""
+        return torch.empty(*shape, device=device, dtype=dtype)
+
+    def _table(self):
+        """(weight, bias) as this process holds them."""
+        return self.weight, self.bias
+
     def reset_parameters(self):
         self.draw(self.weight)
         if self.bias is not None:
@@ -95,14 +103,23 @@ class _Head(nn.Module):
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
-        if self.sample_rate == 1 or not self.training:
-            return self._loss(features, labels)
-        validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
-        num_classes = len(self.weight) // self.centers_per_class
-        classes = classes_of_step(labels, self.ignore_index, num_classes, self.sample_rate, self.sample_seed, self.sample_step)
-        loss = self._loss(features, labels, classes=classes, sample_correction=self.sample_correction)
-        self.sample_step += 1
+        options, sampled = self._loss_options(), self.sample_rate < 1 and self.training
+        if sampled:
+            validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
+            options |= self._sample(labels, self.ignore_index, self.num_classes, self.sample_seed)
+        loss = stateful_loss(features, self._trained_weight(), labels, bias=self.bias, **options)
+        if sampled:
+            self.sample_step += 1
         return loss
+
+    def _sample(self, labels, ignore_index, num_classes, seed):
+        """What `stateful_loss` is told of the classes of this step."""
+        classes = classes_of_step(labels, ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
+        return {"classes": classes, "sample_correction": self.sample_correction}
+
+    def _loss_options(self):
+        """What `stateful_loss` takes beside its tensors."""
+        raise NotImplementedError
 
     def _options(self):
         """What both losses take by the same name, as it is now."""
@@ -111,6 +128,7 @@ class _Head(nn.Module):
 
     def logits(self, features):
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
+        validation.check_features(features, self.weight)
         return self._logits(self._rows(features), 0, len(self.weight))
 
     @torch.no_grad()
@@ -120,12 +138,17 @@ class _Head(nn.Module):
         Raises:
             TypeError, ValueError: k is no int, negative, or larger than the number of classes.
         """
-        rows, centers = self._rows(features), self.centers_per_class
-        validation.check_k(k, len(self.weight) // centers)
+        validation.check_features(features, self.weight)
+        validation.check_k(k, self.num_classes)
+        return self._topk(features, k)
+
+    def _topk(self, features, k):
+        """Of the rows that this process holds, as many as there are up to k."""
+        rows, weight, centers = self._rows(features), self._table()[0], self.centers_per_class
         values = rows.new_empty(len(rows), 0)
         indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-        slab = slab_rows(features, Table(self.weight, centers=centers))
-        for start in range(0, len(self.weight), slab):
+        slab = slab_rows(features, Table(weight, centers=centers))
+        for start in range(0, len(weight), slab or 1):  # 0: an empty shard
             found = self._logits(rows, start, start + slab)
             best = found.topk(min(k, found.shape[1]))
             candidates = torch.cat([values, best.values], 1)
@@ -135,27 +158,26 @@ class _Head(nn.Module):
 
     def _rows(self, features):
         """What is multiplied with the table."""
-        validation.check_features(features, self.weight)
         rows = features.to(wide_dtype(torch.promote_types(features.dtype, self.weight.dtype)))
         return unit_rows(rows)[0] if self.normalize_features else rows
 
     def _logits(self, rows, start, stop):
         """Outside autocast: rounded to 16 bits, many of a million cosines would be equal."""
         with torch.autocast(rows.device.type, enabled=False):
-            table = self.weight[start:stop].to(rows.dtype)
+            weight, bias = self._table()
+            table = weight[start:stop].to(rows.dtype)
             products = rows @ (unit_rows(table)[0] if self.normalize_weight else table).T
-            if self.bias is not None:
-                products = products + self.bias[start:stop].to(rows.dtype)
+            if bias is not None:
+                products = products + bias[start:stop].to(rows.dtype)
             if self.centers_per_class > 1:
                 products = products.unflatten(1, (-1, self.centers_per_class)).max(2).values
             return self.scale * products
 
     def extra_repr(self):
-        rows, embedding_size = self.weight.shape
-        shape = f"{embedding_size}, {rows // self.centers_per_class}"
-        usual = {"sample_rate": 1.0, "sample_seed": 0, "sample_correction": False}
-        sampling = "".join(f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value)
-        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}{sampling}"
+        shape = f"{self.weight.shape[1]}, {self.num_classes}"
+        usual = {"table_format": "float32", "sample_rate": 1.0, "sample_seed": 0, "sample_correction": False}
+        others = "".join(f", {name}={getattr(self, name)}" for name, value in usual.items() if getattr(self, name) != value)
+        return f"{shape}, scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}{others}"
 
 
 def table_dtype(table_format, dtype):
@@ -227,8 +249,8 @@ class CosFaceLoss(_Head):
         self.margin = margin
         self.reset_parameters()
 
-    def _loss(self, features, labels, **sample):
-        return cosface_loss(features, self._trained_weight(), labels, margin=self.margin, **self._options(), **sample)
+    def _loss_options(self):
+        return {"margin": CosFace(self.margin), "normalize_features": True, "centers_per_class": 1, **self._options()}
 
 
 class MarginSoftmaxLoss(_Head):
@@ -302,7 +324,7 @@ class MarginSoftmaxLoss(_Head):
         self.margin, self.normalize_features = margin, normalize_features
         self.normalize_weight = margin.normalize_weight
         if bias:
-            self.bias = nn.Parameter(self.weight.new_empty(len(self.weight)))
+            self.bias = nn.Parameter(self._empty(len(self.weight), device=device, dtype=dtype))
         for name, value in margin.state.items():
             self.register_buffer(name, torch.tensor(value, device=device))
         self.reset_parameters()
@@ -330,17 +352,12 @@ class MarginSoftmaxLoss(_Head):
         )
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value, usual in options if value != usual)])
 
-    def _loss(self, features, labels, **sample):
-        return stateful_loss(
-            features,
-            self._trained_weight(),
-            labels,
-            margin=self.margin,
-            bias=self.bias,
-            normalize_features=self.normalize_features,
-            centers_per_class=self.centers_per_class,
+    def _loss_options(self):
+        return {
+            "margin": self.margin,
+            "normalize_features": self.normalize_features,
+            "centers_per_class": self.centers_per_class,
             **self._options(),
-            state={name: getattr(self, name) for name in self.margin.state},
-            training=self.training,
-            **sample,
-        )
+            "state": {name: getattr(self, name) for name in self.margin.state},
+            "training": self.training,
+        }

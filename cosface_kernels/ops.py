@@ -37,6 +37,7 @@ def negative_lse(
     backend: str,
     need_x_grad: bool,
     need_table_grad: bool,
+    foreign_index: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(lse (N,), target rows w̃_{y_n} (N, K, D), x̃ (N, D)), and what else backward reuses: 1 / ‖x‖ (N,), pull (N, D), shift (N,),
     total (N,), kept (1-D). D + 1 columns with a bias; no 1 / ‖x‖ where features are not normalised.
@@ -44,17 +45,21 @@ def negative_lse(
     x (N, D) any float dtype and norms; weight (C K, D); bias (C K,) or None; labels (N,) int64; index (M,) int64, the rows of the
     table that take part, ascending and all of a class, or None for all. A row labelled ignore_index counts as zero, whatever it
     holds, and has no target: every class is a negative and its target row is zero. dtype: what the products read. memory_budget:
-    bytes of kept exponentials.
+    bytes of kept exponentials. foreign_index: the label of rows whose class another shard of the table holds: as they are, and
+    without a target.
     """
     table = Table(weight, bias, normalize_weight, centers, index)
     _check_index(table)
-    _check_labels(labels, table, ignore_index)
+    check_labels(labels, table.num_classes, ignore_index, foreign_index)
+    _check_sampled(labels, table, ignore_index, foreign_index)
     cosines = normalize_features and normalize_weight
     plan = make_plan(x, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_table_grad, cosines=cosines)
     chosen = backends.choose(backend, x.device, dtype)
     functions = _row_functions(chosen, table, normalize_features)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        targets, unit, inverse_norm, target_unit = functions.enter(x, table, labels, ignore_index, plan.wide, normalize_features)
+        targets, unit, inverse_norm, target_unit = functions.enter(
+            x, table, labels, ignore_index, plan.wide, normalize_features, foreign_index
+        )
         sums = chosen.forward(unit, table, targets, plan, need_pull=need_x_grad)
         lse = torch.add(sums.total.log(), sums.shift, alpha=math.log(2))
     return lse, target_unit, unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
@@ -68,7 +73,7 @@ def _row_functions(backend, table, normalize_features):
 
 @negative_lse.register_fake
 def _(x, weight, bias, labels, index, scale, ignore_index, *options):
-    normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad = options
+    normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad, *_ = options
     num_rows, size = x.shape[0], x.shape[1] + (bias is not None)
     wide = wide_dtype(dtype)
     table = Table(weight, bias, normalize_weight, centers, index)
@@ -179,7 +184,7 @@ def _setup_context(ctx, inputs, output):
     # Else autograd would hand backward a zero tensor as large as `kept`.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, bias, labels, index, *output[2:])
-    ctx.constants = constants[:-2]
+    ctx.constants = constants[:-3]
     ctx.no_grads = [None] * (len(inputs) - 3)
 
 
@@ -256,20 +261,31 @@ def _checks_values(tensor):
     return tensor.device.type == "cpu" or os.environ.get("COSFACE_CHECK_LABELS") == "1"
 
 
-def _check_labels(labels, table, ignore_index):
-    """Where values are checked, a label that is no class, or one that takes no part, raises."""
+def check_labels(labels, num_classes, ignore_index, foreign_index=None):
+    """Where values are checked, a label that is no class raises."""
     if not _checks_values(labels):
         return
-    outside = (table.positions(labels) < 0) & (labels != ignore_index)
-    if not outside.any():
+    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
+    if foreign_index is not None:
+        outside &= labels != foreign_index
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise IndexError(
+            f"labels[{row}] is {int(labels[row])}, but a label must be in [0, {num_classes}) or be ignore_index = {ignore_index}"
+        )
+
+
+def _check_sampled(labels, table, ignore_index, foreign_index):
+    """Where values are checked, a label whose class takes no part raises."""
+    if table.index is None or not _checks_values(labels):
         return
-    row = int(outside.nonzero()[0])
-    label = int(labels[row])
-    if 0 <= label < table.num_classes:
+    missing = (table.positions(labels) < 0) & (labels != ignore_index)
+    if foreign_index is not None:
+        missing &= labels != foreign_index
+    if missing.any():
+        row = int(missing.nonzero()[0])
+        label = int(labels[row])
         raise IndexError(f"labels[{row}] is {label}, but classes must hold the class of every row, and {label} is not in it")
-    raise IndexError(
-        f"labels[{row}] is {label}, but a label must be in [0, {table.num_classes}) or be ignore_index = {ignore_index}"
-    )
 
 
 def _check_index(table):

@@ -13,7 +13,8 @@ from itertools import chain
 
 import torch
 
-from . import deferred, formats, updates, validation
+from . import deferred, formats, shards, updates, validation
+from .table import Table
 
 
 class _Fused(torch.optim.Optimizer):
@@ -118,7 +119,8 @@ class _Fused(torch.optim.Optimizer):
         found = getattr(self, "found_inf", None)
         flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
         flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, f.lse_grad, f.target_grad)]
-        return torch.stack(flags).all() if flags else None
+        finite = torch.stack(flags).all() if flags else torch.tensor(True)
+        return shards.on_all_ranks(finite, [weight for weight, _ in self._tables])
 
     def _unscaled(self, record):
         """A record, with gradients divided by the scale of a GradScaler that is at work."""
@@ -147,22 +149,27 @@ class _Fused(torch.optim.Optimizer):
         else:
             skip = ~finite
         rounding_step = int(state["rounding_step"])
-        parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in (weight, bias)]
-        deferred.write_gradient(weight, bias, records, updates.Update(*parts, deferred.rows_of(records)))
-        torch.autograd.graph.increment_version([weight] if bias is None else [weight, bias])  # native kernels don't
+        parameters = [None if parameter is None or not parameter.requires_grad else parameter for parameter in (weight, bias)]
+        parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
+        rows = shards.local(weight.detach()), None if bias is None else shards.local(bias.detach())
+        table = Table(*rows, index=deferred.rows_of(records))
+        deferred.write_gradient(table, records, updates.Update(table, *parts))
+        torch.autograd.graph.increment_version(
+            [parameter for parameter in parameters if parameter is not None]
+        )  # native code does not
 
     def _part(self, parameter, rounding_step, skip):
         group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
         state = self.state[parameter]
-        rows = parameter if parameter.dim() == 2 else parameter[:, None]
         buffers = []
         for name in self._names(group):
             if name not in state:
                 self._allocate(parameter, state, name, group["state_format"])
-            buffer, scale = state[name], state.get(f"{name}_scale")
-            buffers.append((buffer if buffer.dim() == 2 else buffer[:, None], scale))
+            scale = state.get(f"{name}_scale")
+            buffers.append((_rows(state[name]), None if scale is None else shards.local(scale)))
         key = formats.rounding_key(group["seed"], rounding_step)
-        return updates.Part(rows.detach(), buffers, self._rule(group, parameter, skip), key, 0, skip)
+        first_row = shards.first_row(parameter)
+        return updates.Part(_rows(parameter.detach()), buffers, self._rule(group, parameter, skip), key, first_row, skip)
 
     def _allocate(self, parameter, state, name, state_format):
         """Zeros: what a first step would begin with."""
@@ -171,9 +178,15 @@ class _Fused(torch.optim.Optimizer):
             dtype = torch.promote_types(parameter.dtype, dtype)
         if dtype == torch.int8 and name == "exp_avg_sq":
             dtype = torch.uint8
-        state[name] = torch.zeros_like(parameter, dtype=dtype)
+        state[name] = shards.zeros(parameter, parameter.shape, dtype)
         if dtype in formats.LARGEST_CODE:
-            state[f"{name}_scale"] = torch.zeros(len(parameter), device=parameter.device)
+            state[f"{name}_scale"] = shards.zeros(parameter, parameter.shape[:1], torch.float32)
+
+
+def _rows(tensor):
+    """(R, D), (R, 1) of a bias, as this rank holds them."""
+    tensor = shards.local(tensor)
+    return tensor if tensor.dim() == 2 else tensor[:, None]
 
 
 class FusedSGD(_Fused):

@@ -12,13 +12,14 @@ import torch
 from .unit import project, unit_rows
 
 
-def enter(x, table, labels, ignore_index, wide, normalize_features=True):
+def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
     """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D)), all but the targets in the wide dtype; D + 1 with a
     bias.
 
     A target is the position of the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x
-    holds there; so is the target row of a row without a target. A row with any other label that is no class, or one that takes no
-    part, is NaN, and makes NaN of all that it reaches.
+    holds there; so is the target row of a row without a target. One labelled foreign_index, None for none, has target -1 and
+    counts: its class is held elsewhere. A row with any other label that is no class, or one that takes no part, is NaN, and makes
+    NaN of all that it reaches.
     """
     targets = _targets(labels, table, ignore_index)
     ignored = labels == ignore_index
@@ -26,7 +27,10 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True):
     unit, inverse_norm = unit_rows(rows) if normalize_features else (rows, rows.new_empty(0, 1))
     if table.bias is not None:
         unit = torch.cat([unit, unit.new_ones(len(unit), 1)], 1)
-    unit = torch.where(((targets < 0) & ~ignored)[:, None], torch.nan, unit)
+    lost = (targets < 0) & ~ignored
+    if foreign_index is not None:
+        lost &= labels != foreign_index
+    unit = torch.where(lost[:, None], torch.nan, unit)
     target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
     target_unit = target_unit.unflatten(0, (-1, table.centers))
     return targets, unit, inverse_norm[:, 0], torch.where((targets < 0)[:, None, None], 0.0, target_unit)

@@ -111,22 +111,24 @@ class Part(NamedTuple):
 class Update:
     """What stands where a TableGradient is expected, and updates instead."""
 
-    def __init__(self, weight, bias, index):
-        """weight, bias: a Part each, or bias None; index: (M,) which of their rows have a gradient, or None for all."""
-        self.weight, self.bias, self.index = weight, bias, index
+    def __init__(self, table, weight, bias):
+        """table: whose index says which rows have a gradient; weight, bias: a Part each, None for what stays as it is."""
+        self.table, self.weight, self.bias = table, weight, bias
         self._room = None
 
     def place(self, start, stop, dtype=None):
         """Where a slab's rows may be written before they are `put`: the same place for every slab."""
-        dtype = dtype or torch.promote_types(self.weight.rows.dtype, torch.float32)
+        weight = self.table.weight
+        dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         if self._room is None or len(self._room) < stop - start or self._room.dtype != dtype:
-            size = self.weight.rows.shape[1] + (self.bias is not None)
-            self._room = torch.empty(stop - start, size, dtype=dtype, device=self.weight.rows.device)
+            size = weight.shape[1] + (self.table.bias is not None)
+            self._room = torch.empty(stop - start, size, dtype=dtype, device=weight.device)
         return self._room[: stop - start]
 
     def put(self, start, stop, rows):
-        size = self.weight.rows.shape[1]
-        index = slice(start, stop) if self.index is None else self.index[start:stop]
-        self.weight.apply(index, rows[:, :size])
+        size = self.table.weight.shape[1]
+        index = slice(start, stop) if self.table.index is None else self.table.index[start:stop]
+        if self.weight is not None:
+            self.weight.apply(index, rows[:, :size])
         if self.bias is not None:
             self.bias.apply(index, rows[:, size:])

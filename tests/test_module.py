@@ -10,6 +10,7 @@ from rounding import NUM_CLASSES, SIZE, draw
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import CosFaceLoss, cosface_loss, reference
+from cosface_kernels.margins import CosFace
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
 
@@ -51,9 +52,10 @@ OPTIONS = {"scale": 16.0, "margin": 0.1, "reduction": "sum", "ignore_index": 2, 
 def test_every_option_reaches_the_loss(device, monkeypatch):
     head, features, labels = head_and_batch(device, **OPTIONS)
     received = {}
-    monkeypatch.setattr("cosface_kernels.modules.cosface_loss", lambda *tensors, **options: received.update(options))
+    monkeypatch.setattr("cosface_kernels.modules.stateful_loss", lambda *tensors, **options: received.update(options))
     head(features, labels)
-    assert received == OPTIONS
+    own = {"bias": None, "normalize_features": True, "centers_per_class": 1}
+    assert received == {**OPTIONS, **own, "margin": CosFace(OPTIONS["margin"])}
 
 
 def test_reset_parameters(device):

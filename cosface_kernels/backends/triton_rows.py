@@ -20,19 +20,20 @@ ROW_BLOCK_ELEMENTS = 1024
 ORDER_BLOCKS = {"BLOCK_R": 8, "BLOCK_M": 512}
 
 
-def enter(x, table, labels, ignore_index, wide, normalize_features=True):
+def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
     """See rows.enter."""
     assert normalize_features and table.normalize and table.centers == 1
     (num_rows, size), weight = x.shape, table.weight
     targets = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     inverse_norm = torch.empty(num_rows, dtype=wide, device=x.device)
     unit, target_unit = (torch.empty(num_rows, size, dtype=wide, device=x.device) for _ in range(2))
+    foreign_index = ignore_index if foreign_index is None else foreign_index
     _launch(
         enter_rows,
         num_rows,
         size,
         (x, weight, labels, targets, inverse_norm, unit, target_unit),
-        (len(weight), ignore_index, *x.stride(), *weight.stride(), labels.stride(0)),
+        (len(weight), ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
     )
     return targets, unit, inverse_norm, target_unit[:, None]
 
@@ -102,6 +103,7 @@ def enter_rows(
     D,
     C,
     ignore_index,
+    foreign_index,  # of rows that count and have no target here; ignore_index for none
     x_stride_row,
     x_stride_column,
     stride_row,
@@ -125,7 +127,7 @@ def enter_rows(
     )
     unit, inverse = unit_and_inverse(x.to(tl.float32))
     # A label that is no class: NaN, which reaches all that it should not leave untouched.
-    unit = tl.where((counted & ~found)[:, None], float("nan"), unit)
+    unit = tl.where((counted & ~found & (label != foreign_index))[:, None], float("nan"), unit)
     target_unit, _ = unit_and_inverse(target.to(tl.float32))
     tl.store(target_ptr + row, tl.where(found, label, -1), mask=live)
     tl.store(inverse_ptr + row, inverse, mask=live)

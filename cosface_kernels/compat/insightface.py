@@ -1,7 +1,9 @@
-"""InsightFace's margin objects (recognition/arcface_torch/losses.py) as margins of this package.
+"""InsightFace's margin objects (recognition/arcface_torch/losses.py) as margins of this package, and its PartialFC_V2.
 
     head = insightface.head(CombinedMarginLoss(64, 1.0, 0.5, 0.0), embedding_size=512, num_classes=1_000_000)
     loss = head(embeddings, labels)                      # instead of PartialFC and the margin object, in one process
+
+    from cosface_kernels.compat.insightface import PartialFC_V2      # instead of partial_fc_v2's, on every rank
 
 Their classes are source code that is copied and changed, and one name stands for several functions: ArcFace's gradient, for one,
 is exact in some releases and straight-through (∂ψ/∂cos θ = 1) in others. So an object is measured, not trusted: see `translate`.
@@ -148,3 +150,12 @@ def _comparable(margin, angles):
     if isinstance(margin, Combined):
         return margin.m1 * angles + margin.m2 <= math.pi
     return torch.ones_like(angles, dtype=torch.bool)
+
+
+def __getattr__(name):
+    """PartialFC_V2 when it is asked for: torch.distributed.tensor takes half a second to import, and not every PyTorch has it."""
+    if name == "PartialFC_V2":
+        from .partial_fc import PartialFC_V2
+
+        return PartialFC_V2
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,77 @@
+"""InsightFace's PartialFC_V2 (recognition/arcface_torch/partial_fc_v2.py): its constructor, call and state dict, our loss."""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from .. import validation
+from ..modules import MarginSoftmaxLoss
+from ..ranks import Ranks
+from ..sharded import _ShardedHead
+from . import insightface
+
+
+class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
+    """The class table over the ranks of the default process group, or in this process alone where there is none.
+
+        module_partial_fc = PartialFC_V2(margin_loss, embedding_size=512, num_classes=10_000_000)
+        loss = module_partial_fc(local_embeddings, local_labels)      # the mean over all ranks' rows, the same on all
+
+    weight (C_local, D) is a plain tensor with the rows that theirs gives this rank, C // W + (r < C % W) of them, not a DTensor:
+    so each rank's checkpoint loads as it is, its optimizer's momentum too, and `state_dict` asks no other rank. As with theirs,
+    the embeddings' gradient is that of the loss times W, for DistributedDataParallel to average.
+
+    Differences: those of `insightface.head`; batches may differ from rank to rank and step to step; fp16 computes in bfloat16,
+    and leaves autocast alone where it is False.
+
+    Args:
+        margin_loss: their CosFace, ArcFace or CombinedMarginLoss, measured by `insightface.translate`.
+        embedding_size: D.
+        num_classes: C, of all ranks.
+        sample_rate: as in `CosFaceLoss`. As with theirs weight.grad is then dense, zero for classes that took no part, unless
+            FusedSGD or FusedAdamW trains it, which touch sampled rows alone; and which classes were drawn is in no state dict.
+        fp16: whether to compute in 16 bits.
+
+    Raises:
+        TypeError, ValueError: from `translate`, or an argument of the wrong type or value.
+        RuntimeError: several processes were launched, and have no process group yet.
+    """
+
+    def __init__(self, margin_loss, embedding_size, num_classes, sample_rate=1.0, fp16=False):
+        if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError("PartialFC_V2 on several ranks needs torch.distributed.init_process_group() before it")
+        validation.check_flag("fp16", fp16)
+        margin, scale = insightface.translate(margin_loss)
+        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.ddp_average, self.fp16, self.embedding_size = True, fp16, embedding_size
+        super().__init__(embedding_size, num_classes, margin=margin, scale=scale, ignore_index=-1, sample_rate=sample_rate)
+        if sample_rate < 1:
+            self.register_buffer("sample_step", self.sample_step, persistent=False)
+            self.weight.register_post_accumulate_grad_hook(_make_dense)
+
+    def _empty(self, rows, size, *, device, dtype):
+        self.num_local = rows // self.world_size + (self.rank < rows % self.world_size)
+        self.class_start = self._first_class()
+        return torch.empty(self.num_local, size, device=device, dtype=dtype)
+
+    def _ranks(self):
+        return Ranks(dist.group.WORLD if self.world_size > 1 else None)
+
+    def _first_class(self):
+        return self.num_classes // self.world_size * self.rank + min(self.rank, self.num_classes % self.world_size)
+
+    def forward(self, local_embeddings, local_labels):
+        """The loss of the global batch, of which this rank has embeddings (N_r, D) with labels (N_r,) or (N_r, 1)."""
+        if isinstance(local_labels, torch.Tensor) and local_labels.shape[1:] == (1,):
+            local_labels = local_labels[:, 0]
+        if not self.fp16:
+            return _ShardedHead.forward(self, local_embeddings, local_labels)
+        with torch.autocast(self.weight.device.type, torch.bfloat16):
+            return _ShardedHead.forward(self, local_embeddings, local_labels)
+
+
+def _make_dense(weight):
+    """A sparse gradient, which most of torch.optim refuses together with weight decay."""
+    if weight.grad is not None and weight.grad.is_sparse:
+        weight.grad = weight.grad.to_dense()

@@ -1,0 +1,45 @@
+"""Parameters that may be sharded: DTensors, Shard(0), whose rows other ranks have too. Nothing here imports their module."""
+
+import sys
+
+import torch
+
+
+def is_sharded(tensor):
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor):
+    """This rank's rows."""
+    return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def first_row(tensor):
+    """The number of this rank's first row in the whole, by the rule of Shard(0)."""
+    if not is_sharded(tensor):
+        return 0
+    mesh = tensor.device_mesh
+    return min(mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
+
+
+def zeros(like, shape, dtype):
+    """Zeros of a shape whose rows lie where those of `like` do."""
+    rows = local(like)
+    here = torch.zeros(len(rows), *shape[1:], dtype=dtype, device=rows.device)
+    if not is_sharded(like):
+        return here
+    return type(like).from_local(
+        here, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=here.stride()
+    )
+
+
+def on_all_ranks(flag, tensors):
+    """Whether a flag (0-dim bool) is set on every rank that has a shard of these tensors."""
+    groups = {tensor.device_mesh.get_group() for tensor in tensors if is_sharded(tensor)}
+    for group in groups:
+        device = next(tensor for tensor in tensors if is_sharded(tensor) and tensor.device_mesh.get_group() == group).device
+        everyone = flag.to(device, torch.int32)
+        torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MIN, group=group)
+        flag = everyone.bool()
+    return flag

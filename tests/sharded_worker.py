@@ -1,0 +1,735 @@
+"""One rank of test_sharded.py: python sharded_worker.py RANK SIZE FOLDER runs every check that is for SIZE ranks.
+
+Each check has a process group of its own, so that one that fails on a rank takes no other with it. What became of it goes into
+FOLDER/outcomes.RANK, a line each: its name, and a traceback or null.
+"""
+
+import copy
+import json
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from margin_rows import ROWS, batch, steepness
+from rounding import NUM_CLASSES, SIZE, assert_close, tolerance
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+from cosface_kernels import (
+    CosFaceLoss,
+    FusedAdamW,
+    FusedSGD,
+    MarginSoftmaxLoss,
+    ShardedCosFaceLoss,
+    ShardedMarginSoftmaxLoss,
+    cosface_loss,
+    functional,
+    load_checkpoint,
+    margins,
+    plan,
+    save_checkpoint,
+)
+from cosface_kernels.compat import insightface
+
+CHECKS = {}  # name: (numbers of ranks, seconds until a collective gives up, function)
+# Rows of each rank, 12 in all.
+COUNTS = {1: [12], 2: [7, 5], 3: [7, 0, 5]}
+
+
+def check(name, *sizes, timeout=60):
+    def register(function):
+        assert name not in CHECKS
+        CHECKS[name] = (sizes, timeout, function)
+        return function
+
+    return register
+
+
+class World:
+    """This rank among the others, and its part of the rows and of a table."""
+
+    def __init__(self, rank, size, done):
+        self.rank, self.size, self.counts = rank, size, COUNTS[size]
+        self.done = done  # a path to mark with, for the others to see
+
+    def leave(self):
+        self.done.with_suffix(f".{self.rank}").touch()
+
+    def wait_for_others(self):
+        """Alive, and without a word to them."""
+        while not all(self.done.with_suffix(f".{rank}").exists() for rank in range(self.size) if rank != self.rank):
+            time.sleep(0.1)
+
+    def mine(self, rows):
+        return rows.split(self.counts)[self.rank].clone()
+
+    def shard(self, table):
+        """By torch.chunk's rule, which is Shard(0)'s; the last ranks may have none."""
+        chunks = table.chunk(self.size)
+        return chunks[self.rank] if self.rank < len(chunks) else table[:0]
+
+
+@contextmanager
+def raises(kind, pattern):
+    try:
+        yield
+    except Exception as error:
+        assert type(error) is kind, f"{type(error).__name__}: {error}"
+        assert re.search(pattern, str(error)), str(error)
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def draw(num_classes=NUM_CLASSES, dtype=torch.float64):
+    """(features, weight, labels) of CosFace."""
+    return batch(ROWS["CosFace"], num_classes=num_classes, dtype=dtype)
+
+
+def fill(world, head, *tables):
+    with torch.no_grad():
+        for parameter, table in zip(head.parameters(), tables, strict=True):
+            parameter.to_local().copy_(world.shard(table))
+    return head
+
+
+def sharded(world, weight, **options):
+    head = ShardedCosFaceLoss(SIZE, len(weight), **{"dtype": weight.dtype, "ddp_average": False} | options)
+    return fill(world, head, weight)
+
+
+def single(weight, *features, labels, upstream=1.0, **options):
+    """(loss, dX, dW) in one process."""
+    features, weight = (tensor.detach().clone().requires_grad_() for tensor in (*features, weight))
+    loss = cosface_loss(features, weight, labels, **options)
+    return loss.detach(), *torch.autograd.grad((loss * upstream).sum(), (features, weight))
+
+
+def assert_equals_single(world, head, features, weight, labels, relative=None, **options):
+    """Loss, dX and dW of one rank's part."""
+    relative = tolerance(features.dtype) if relative is None else relative
+    local = world.mine(features).requires_grad_()
+    loss = head(local, world.mine(labels))
+    loss.backward()
+    wanted, features_grad, weight_grad = single(weight, features, labels=labels, **options)
+    assert_close(loss.detach(), wanted, relative, "loss")
+    assert_close(local.grad, world.mine(features_grad), relative, "dX", size=features_grad.norm())
+    grad = head.weight.grad
+    grad = grad.to_local() if isinstance(grad, DTensor) else grad
+    assert grad.shape == world.shard(weight_grad).shape
+    assert_close(grad, world.shard(weight_grad), relative, "dW", size=weight_grad.norm())
+    head.weight.grad = None
+
+
+def every_margin(name, dtype):
+    """Two training steps and one in eval mode, with an ignored row of NaN: what one process with the whole batch computes."""
+
+    def function(world):
+        row = ROWS[name]
+        features, weight, labels, *bias = batch(row)
+        labels[4], features[4] = -100, torch.nan
+        options = dict(margin=row.margin, bias=row.bias, **row.options)
+        whole = MarginSoftmaxLoss(SIZE, NUM_CLASSES, dtype=torch.float64, **options).double()
+        head = ShardedMarginSoftmaxLoss(SIZE, NUM_CLASSES, dtype=dtype, ddp_average=False, **options)
+        head = head.double() if dtype == torch.float64 else head  # the statistics
+        fill(world, head, weight, *bias)
+        with torch.no_grad():
+            for parameter, values in zip(whole.parameters(), (weight, *bias), strict=True):
+                parameter.copy_(values.to(dtype))
+        relative = tolerance(dtype, steepness(row, features, weight))
+        for training in (True, True, False):
+            whole.train(training), head.train(training)
+            everything = features.to(dtype).to(torch.float64, copy=True).requires_grad_()
+            local = world.mine(features).to(dtype).requires_grad_()
+            exact, loss = whole(everything, labels), head(local, world.mine(labels))
+            assert loss.dtype == dtype
+            exact.backward(), loss.backward()
+            assert_close(loss.detach(), exact.detach(), relative, "loss")
+            assert_close(local.grad, world.mine(everything.grad), relative, "dX", size=everything.grad.norm())
+            for (what, ours), other in zip(head.named_parameters(), whole.parameters(), strict=True):
+                grad = ours.grad
+                assert isinstance(grad, DTensor) and grad.placements == (Shard(0),) and grad.shape == other.shape
+                assert_close(grad.to_local(), world.shard(other.grad), relative, "d" + what, size=other.grad.norm())
+            for (what, ours), other in zip(head.named_buffers(), whole.buffers(), strict=True):
+                assert_close(ours.double(), other.double(), relative, what)
+            head.zero_grad(), whole.zero_grad()
+
+    return function
+
+
+for name in ROWS:
+    check(f"{name} float64", 2)(every_margin(name, torch.float64))
+    check(f"{name} float32", 2)(every_margin(name, torch.float32))
+for name in ("CosFace", "AdaFace", "MagFace", "Softmax bias x3", "LSoftmax 4"):
+    check(f"{name} float64, 3 ranks", 3)(every_margin(name, torch.float64))
+
+
+@check("the weight is a DTensor", 1, 2, 3)
+def _(world):
+    torch.manual_seed(5)
+    head = ShardedCosFaceLoss(SIZE, 301)
+    assert isinstance(head.weight, torch.nn.Parameter) and isinstance(head.weight.data, DTensor)
+    assert head.weight.placements == (Shard(0),) and head.weight.shape == (301, SIZE)
+    whole = head.weight.full_tensor()
+    assert torch.equal(world.shard(whole), head.weight.to_local())
+    # Each rank draws its own: no two rows are equal. Of 4816 numbers.
+    assert len(whole.unique(dim=0)) == 301 and abs(whole.std() - 0.01) < 5 * 0.01 / (2 * 4816) ** 0.5
+    torch.manual_seed(5)
+    assert torch.equal(ShardedCosFaceLoss(SIZE, 301).weight.to_local(), head.weight.to_local())
+    again = ShardedCosFaceLoss(SIZE, 301)  # the generator has moved on
+    assert not again.weight.to_local().eq(head.weight.to_local()).any()
+    again.load_state_dict(head.state_dict())
+    assert torch.equal(again.weight.to_local(), head.weight.to_local())
+    for other in (copy.deepcopy(head), head.double()):
+        assert isinstance(other.weight.data, DTensor) and torch.equal(other.weight.full_tensor().float(), whole)
+    assert repr(head) == (
+        "ShardedCosFaceLoss(16, 301, scale=64.0, margin=0.35, reduction='mean', ddp_average=True, "
+        f"rank {world.rank} of {world.size})"
+    )
+    empty = ShardedCosFaceLoss(SIZE, 301, device="meta").to_empty(device="cpu")
+    torch.manual_seed(5)
+    empty.reset_parameters()
+    assert torch.equal(empty.weight.to_local(), again.weight.to_local())
+
+
+@check("every reduction", 1, 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    labels[5] = -100
+    for reduction in ("mean", "sum"):
+        head = sharded(world, weight, reduction=reduction)
+        assert_equals_single(world, head, features, weight, labels, reduction=reduction)
+    # "none": each rank its own rows, with upstream gradients of its own; one sum of all is differentiated.
+    head = sharded(world, weight, reduction="none")
+    local, upstream = world.mine(features).requires_grad_(), torch.linspace(1, 2, 12, dtype=torch.float64)
+    losses = head(local, world.mine(labels))
+    (losses * world.mine(upstream)).sum().backward()
+    wanted, dx, dw = single(weight, features, labels=labels, upstream=upstream, reduction="none")
+    assert_close(losses.detach(), world.mine(wanted), tolerance(torch.float64))
+    assert_close(local.grad, world.mine(dx), tolerance(torch.float64), size=dx.norm())
+    assert_close(head.weight.grad.to_local(), world.shard(dw), tolerance(torch.float64), size=dw.norm())
+
+
+@check("the same loss on every rank, bit for bit", 2, 3)
+def _(world):
+    features, weight, labels = draw(dtype=torch.float32)
+    loss = sharded(world, weight)(world.mine(features), world.mine(labels))
+    losses = [torch.empty_like(loss) for _ in range(world.size)]
+    dist.all_gather(losses, loss.detach())
+    assert all(torch.equal(loss, other) for other in losses)
+
+
+@check("ignore_index is a class's place", 2, 3)
+def _(world):
+    """A place in a shard, the reserved labels of the operator, and a class."""
+    features, weight, labels = draw()
+    labels[:4] = torch.tensor([2, 102, 152, 202])
+    for ignored in (2, 102, 152, -1, -2, -(2**63), 2**63 - 1):
+        labels[6] = ignored
+        head = sharded(world, weight, ignore_index=ignored)
+        assert_equals_single(world, head, features, weight, labels, ignore_index=ignored)
+
+
+@check("fewer classes than ranks", 2, 3)
+def _(world):
+    for num_classes in (1, 2):
+        features, weight, labels = draw(num_classes)
+        head = sharded(world, weight)
+        assert_equals_single(world, head, features, weight, labels)
+        # A class too few for one of its rows: every rank has a gradient all the same, as an optimizer of DTensors wants.
+        head(world.mine(features), world.mine(labels)).backward()
+        assert head.weight.grad.shape == weight.shape
+        values, indices = head.topk(world.mine(features), num_classes)
+        assert torch.equal(indices.sort(1).values, torch.arange(num_classes).expand_as(indices)) and values.isfinite().all()
+    features, weight, labels, bias = batch(ROWS["Softmax bias"], num_classes=2)
+    head = ShardedMarginSoftmaxLoss(SIZE, 2, margin=margins.Softmax(), bias=True, dtype=torch.float64)
+    fill(world, head, weight, bias)
+    loss = head(world.mine(features), world.mine(labels))
+    exact = functional.margin_softmax_loss(features, weight, labels, margin=margins.Softmax(), bias=bias)
+    assert_close(loss.detach(), exact, tolerance(torch.float64))
+
+
+@check("batches of any size", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    head = sharded(world, weight)
+    for counts in ([0, 12, 0], [12, 0, 0], [0, 0, 12], [1, 10, 1]):
+        world.counts = [*counts[: world.size - 1], 12 - sum(counts[: world.size - 1])]
+        assert_equals_single(world, head, features, weight, labels)
+    loss = head(features[:0].requires_grad_(), labels[:0])
+    loss.backward()
+    assert loss == 0 and not head.weight.grad.to_local().any()
+    head.zero_grad()
+    loss = head(world.mine(features), torch.full_like(world.mine(labels), -100))
+    loss.backward()
+    assert loss == 0 and not head.weight.grad.to_local().any()
+
+
+@check("huge logits", 2, 3)
+def _(world):
+    """Exponents past those of float64: each row's maximum over the ranks comes first."""
+    features, weight, labels = draw()
+    head = sharded(world, weight, scale=5000.0)
+    assert_equals_single(world, head, features, weight, labels, tolerance(torch.float64, 5000.0), scale=5000.0)
+    head = ShardedMarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=margins.Softmax(), dtype=torch.float64)
+    fill(world, head, weight)
+    loss = head(1e4 * world.mine(features), world.mine(labels))
+    exact = functional.margin_softmax_loss(1e4 * features, weight, labels, margin=margins.Softmax())
+    assert exact > 1e4
+    assert_close(loss.detach(), exact, tolerance(torch.float64))
+
+
+@check("16 bits", 2)
+def _(world):
+    """As one process in 16 bits does, but for another order of its sums and a rounding of dX: twice what rounding explains."""
+    for autocast in (False, True):
+        features, weight, labels = draw(dtype=torch.float32)
+        features = features if autocast else features.bfloat16()
+        head, local = sharded(world, weight, scale=8.0), world.mine(features).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = head(local, world.mine(labels))
+        loss.backward()
+        exact = single(weight.double(), features.double(), labels=labels, scale=8.0)
+        relative = tolerance(torch.bfloat16, 2.0)  # |cos| <= 1: most of an exponent's error is common to a row
+        assert local.grad.dtype == features.dtype and loss.dtype == torch.float32
+        assert_close(loss.detach(), exact[0], relative)
+        assert_close(local.grad, world.mine(exact[1]), relative, size=exact[1].norm())
+        assert_close(head.weight.grad.to_local(), world.shard(exact[2]), relative, size=exact[2].norm())
+
+
+@check("features without gradient", 2, 3)
+def _(world):
+    """On one rank only, and on all."""
+    features, weight, labels = draw()
+    head = sharded(world, weight)
+    _, dx, dw = single(weight, features, labels=labels)
+    for frozen in ([0], range(3)):
+        local = world.mine(features).requires_grad_(world.rank not in frozen)
+        head(local, world.mine(labels)).backward()
+        if local.requires_grad:
+            assert_close(local.grad, world.mine(dx), tolerance(torch.float64), size=dx.norm())
+        assert_close(head.weight.grad.to_local(), world.shard(dw), tolerance(torch.float64), size=dw.norm())
+        head.zero_grad()
+    with torch.no_grad():
+        assert not head(world.mine(features), world.mine(labels)).requires_grad
+    head.weight.requires_grad_(False)
+    local = world.mine(features).requires_grad_()
+    head(local, world.mine(labels)).backward()
+    assert_close(local.grad, world.mine(dx), tolerance(torch.float64), size=dx.norm())
+
+
+def backbone():
+    torch.manual_seed(7)
+    return torch.nn.Sequential(torch.nn.Linear(SIZE, 24), torch.nn.Tanh(), torch.nn.Linear(24, SIZE)).double()
+
+
+def check_backbone(world, wrap, **options):
+    features, weight, labels = draw()
+    model, plain, head = wrap(backbone()), backbone(), sharded(world, weight, **options)
+    head(model(world.mine(features)), world.mine(labels)).backward()
+    cosface_loss(plain(features), weight, labels).backward()
+    for ours, exact in zip(model.parameters(), plain.parameters(), strict=True):
+        grad = ours.grad.full_tensor() if isinstance(ours.grad, DTensor) else ours.grad
+        # Through a small network: some ten terms of the size of its Jacobian.
+        assert_close(grad, exact.grad, 10 * tolerance(torch.float64), size=exact.grad.norm())
+
+
+@check("a DDP backbone ends with the gradient of the global mean", 2, 3)
+def _(world):
+    check_backbone(world, DistributedDataParallel, ddp_average=True)
+
+
+@check("a FSDP2 backbone ends with the gradient of the global mean", 2, 3)
+def _(world):
+    mesh = init_device_mesh("cpu", (world.size,))
+    check_backbone(world, lambda model: fully_shard(model, mesh=mesh), ddp_average=True)
+
+
+@check("ddp_average", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    _, dx, dw = single(weight, features, labels=labels)
+    for average in (True, False):
+        head, local = sharded(world, weight, ddp_average=average), world.mine(features).requires_grad_()
+        head(local, world.mine(labels)).backward()
+        factor = world.size if average else 1
+        assert_close(local.grad, factor * world.mine(dx), tolerance(torch.float64), size=dx.norm())
+        assert_close(head.weight.grad.to_local(), world.shard(dw), tolerance(torch.float64), size=dw.norm())
+
+
+@check("optimizers", 2, 3)
+def _(world):
+    """Three steps of each, table and features, C < W too: the table of one process."""
+    for num_classes in (NUM_CLASSES, 2):
+        for kind in (torch.optim.SGD, torch.optim.AdamW):
+            features, weight, labels = draw(num_classes)
+            head, whole = sharded(world, weight), CosFaceLoss(SIZE, num_classes, dtype=torch.float64)
+            whole.weight.data.copy_(weight)
+            steps = [kind(module.parameters(), lr=0.01, weight_decay=0.1) for module in (head, whole)]
+            for _ in range(3):
+                head(world.mine(features), world.mine(labels)).backward(), whole(features, labels).backward()
+                for step in steps:
+                    step.step(), step.zero_grad()
+            # AdamW divides by a gradient that may be small: what rounds there is as large as a step.
+            relative = 0.01 if kind is torch.optim.AdamW and num_classes == 2 else 100 * tolerance(torch.float64)
+            assert_close(head.weight.to_local(), world.shard(whole.weight.detach()), relative)
+
+
+@check("topk", 1, 2, 3)
+def _(world):
+    features, weight, _ = draw()
+    head = sharded(world, weight)
+    whole = CosFaceLoss(SIZE, NUM_CLASSES, dtype=torch.float64)
+    whole.weight.data.copy_(weight)
+    for k in (0, 1, 5, 130, NUM_CLASSES):
+        values, indices = head.topk(world.mine(features), k)
+        wanted = whole.topk(features, k)
+        assert torch.equal(indices, world.mine(wanted[1]))
+        assert_close(values, world.mine(wanted[0]), tolerance(torch.float64))
+    with raises(ValueError, "k must be from 0 to the number of classes, 300, got 301"):
+        head.topk(world.mine(features), NUM_CLASSES + 1)
+    if world.size > 1:
+        with raises(ValueError, "k must be the same on all ranks, got 1, 2"):
+            head.topk(world.mine(features), 1 + world.rank)
+        with raises(NotImplementedError, "topk"):
+            head.logits(world.mine(features))
+
+
+# What one rank does wrong: (features, labels) -> them; the error of all.
+MISTAKES = {
+    "labels of floats": (lambda x, y: (x, y.float()), TypeError, "labels must have an integer dtype"),
+    "wrong D": (lambda x, y: (x[:, :5], y), ValueError, r"D = 16, got shape \(\d, 5\)"),
+    "no tensor": (lambda x, y: (None, y), TypeError, "features must be a tensor"),
+    "too few labels": (lambda x, y: (x, y[1:]), ValueError, "one class index for each row"),
+    "on another device": (lambda x, y: (x.to("meta"), y), ValueError, "must be on the device of features"),
+    "a label past the last class": (lambda x, y: (x, torch.full_like(y, 300)), IndexError, r"labels\[0\] is 300.* \[0, 300\)"),
+    "a negative label": (lambda x, y: (x, torch.full_like(y, -7)), IndexError, r"labels\[0\] is -7"),
+}
+
+
+@check("a mistake on one rank is an error on all", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    head, last = sharded(world, weight), world.size - 1
+    for wrong, kind, pattern in MISTAKES.values():
+        arguments = world.mine(features), world.mine(labels)
+        if world.rank == last:
+            with raises(kind, f"rank {last}: " + ".*" + pattern):
+                head(*wrong(*arguments))
+        else:
+            with raises(kind, f"rank {last}: {kind.__name__}: .*" + pattern):
+                head(*arguments)
+    # On two ranks at once: the others hear of both.
+    head.scale, wrong = (-5.0, "scale must be .*") if world.rank in (0, last) else (64.0, "ValueError: scale must.*\nrank 2: .*")
+    with raises(ValueError, f"^rank {world.rank if head.scale < 0 else 0}: {wrong}got -5"):
+        head(world.mine(features), world.mine(labels))
+    head.scale = 64.0
+    with raises(ValueError, r"same dtype on all ranks, got torch.float32, torch.float64"):
+        head(world.mine(features).to(torch.float64 if world.rank else torch.float32), world.mine(labels))
+    with raises(ValueError, "gradients must be enabled .*got True, False"), torch.set_grad_enabled(not world.rank):
+        head(world.mine(features), world.mine(labels))
+    # And all of them go on.
+    assert_equals_single(world, head, features, weight, labels)
+
+
+@check("meshes", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    some = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("replicate", "shard"))
+    assert_equals_single(world, sharded(world, weight, mesh=some["shard"]), features, weight, labels)
+    with raises(ValueError, "mesh must have one dimension"):
+        ShardedCosFaceLoss(SIZE, 5, mesh=some)
+    with raises(TypeError, "mesh must be a torch.distributed DeviceMesh or None, got int"):
+        ShardedCosFaceLoss(SIZE, 5, mesh=3)
+    with raises(ValueError, "device must be of the mesh's type, cpu, got"):
+        empty = torch.empty
+        torch.empty = lambda *shape, device, dtype: empty(*shape, dtype=dtype).as_subclass(OnGPU)
+        try:
+            ShardedCosFaceLoss(SIZE, 5, mesh=some["shard"], device="cuda")
+        finally:
+            torch.empty = empty
+    alone = some["replicate"]  # this rank alone
+    loss = ShardedCosFaceLoss(SIZE, NUM_CLASSES, mesh=alone, dtype=torch.float64)
+    with torch.no_grad():
+        loss.weight.to_local().copy_(weight)
+    exact = cosface_loss(world.mine(features), weight, world.mine(labels))
+    assert_close(loss(world.mine(features), world.mine(labels)).detach(), exact, tolerance(torch.float64))
+
+
+class OnGPU(torch.Tensor):
+    device = torch.device("cuda")
+
+
+@check("classes cut in two", 2)
+def _(world):
+    with raises(ValueError, "15 rows for 2 ranks after every 8.*num_classes must be a multiple.* such as 6"):
+        ShardedMarginSoftmaxLoss(SIZE, 5, margin=margins.ArcFace(), centers_per_class=3)
+    ShardedMarginSoftmaxLoss(SIZE, 6, margin=margins.ArcFace(), centers_per_class=3)
+
+
+class CosFace(torch.nn.Module):
+    """InsightFace's, in the one point that `translate` measures."""
+
+    s, m = 64.0, 0.4
+
+    def forward(self, cosines, labels):
+        rows = torch.where(labels != -1)[0]
+        cosines[rows, labels[rows]] -= self.m
+        return cosines * self.s
+
+
+def theirs(table, rank, size):
+    """Shard `rank` of InsightFace's rule."""
+    num_classes = len(table)
+    start = num_classes // size * rank + min(rank, num_classes % size)
+    return table[start : start + num_classes // size + int(rank < num_classes % size)]
+
+
+@check("PartialFC_V2", 1, 2, 3)
+def _(world):
+    world.shard = lambda table: theirs(table, world.rank, world.size)
+    # 301 classes: shards of 151 and 150, or of 101, 100 and 100; one class: empty ones.
+    for num_classes in (301, 1):
+        features, weight, labels = draw(num_classes)
+        labels[3] = -1
+        module = insightface.PartialFC_V2(CosFace(), SIZE, num_classes).double()
+        assert [*module.state_dict()] == ["weight"] and type(module.weight.data) is torch.Tensor
+        module.load_state_dict({"weight": world.shard(weight)})
+        module.ddp_average = False
+        assert_equals_single(world, module, features, weight, labels, margin=0.4, ignore_index=-1)
+        module.ddp_average = True
+    local = world.mine(features).requires_grad_()
+    module(local, world.mine(labels)[:, None]).backward()
+    _, dx, _ = single(weight, features, labels=labels, margin=0.4, ignore_index=-1)
+    assert_close(local.grad, world.size * world.mine(dx), tolerance(torch.float64), size=dx.norm())
+    assert module.weight.grad.shape == module.weight.shape
+
+
+@check("PartialFC_V2 keeps their constructor", 1, 2)
+def _(world):
+    torch.manual_seed(1)
+    module = insightface.PartialFC_V2(CosFace(), 16, 300, 1.0, True)
+    assert (module.embedding_size, module.num_classes, module.fp16, module.rank) == (16, 300, True, world.rank)
+    assert module.num_local == 300 // world.size and module.class_start == module.num_local * world.rank
+    features, weight, labels = draw(dtype=torch.float32)
+    module.load_state_dict({"weight": theirs(weight, world.rank, world.size)})
+    loss = module(world.mine(features), world.mine(labels))
+    with torch.autocast("cpu", torch.bfloat16):
+        exact = cosface_loss(features, weight, labels, margin=0.4)
+    assert loss.dtype == torch.float32
+    assert abs(loss - exact) < abs(loss - cosface_loss(features, weight, labels, margin=0.4)) / 4
+    others = [torch.empty(300 // world.size, 16) for _ in range(world.size)]
+    dist.all_gather(others, insightface.PartialFC_V2(CosFace(), 16, 300).weight.detach())
+    assert len(torch.cat(others).unique(dim=0)) == 300
+
+
+@check("PartialFC_V2 samples", 1, 2)
+def _(world):
+    """As theirs: a rank draws of its own classes, and the gradient is dense; two backward passes add up."""
+    features, weight, labels = draw()
+    module = insightface.PartialFC_V2(CosFace(), SIZE, NUM_CLASSES, 0.2).double()
+    assert [*module.state_dict()] == ["weight"]
+    module.load_state_dict({"weight": theirs(weight, world.rank, world.size)})
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    for _ in range(2):
+        module(world.mine(features), world.mine(labels)).backward()
+    touched = module.weight.grad.any(1)
+    assert not module.weight.grad.is_sparse and 0.2 * module.num_local <= touched.sum() < 0.5 * module.num_local
+    own = labels[(labels >= module.class_start) & (labels < module.class_start + module.num_local)] - module.class_start
+    assert touched[own].all()
+    optimizer.step()
+
+
+def fused_pair(world, weight, options, kind=FusedSGD, **head_options):
+    """((head, optimiser) sharded, the same in one process)."""
+    head = sharded(world, weight, **head_options)
+    whole = CosFaceLoss(SIZE, len(weight), **{"dtype": weight.dtype} | head_options)
+    with torch.no_grad():
+        whole.weight.copy_(weight)
+    return (head, kind(head.parameters(), **options)), (whole, kind(whole.parameters(), **options))
+
+
+FUSED = {
+    "FusedSGD": (FusedSGD, {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}),
+    "FusedAdamW": (FusedAdamW, {"lr": 0.01}),
+}
+
+
+def fused_like_one_process(name, rows):
+    def function(world):
+        kind, options = FUSED[name]
+        features, weight, labels = draw(rows)
+        (head, optimizer), (whole, other) = fused_pair(world, weight, options, kind)
+        for step in range(3):
+            turned = features.roll(step, 1)
+            local = world.mine(turned).requires_grad_()
+            head(local, world.mine(labels)).backward()
+            head(world.mine(turned), world.mine(labels.flip(0))).backward()
+            whole(turned, labels).backward()
+            whole(turned, labels.flip(0)).backward()
+            assert head.weight.grad is None and local.grad is not None
+            for each in (optimizer, other):
+                each.step()
+                each.zero_grad()
+        assert_close(head.weight.to_local().detach(), world.shard(whole.weight.detach()), 1e-11, size=weight.norm())
+        for key, buffer in other.state[whole.weight].items():
+            found = optimizer.state.get(head.weight, {}).get(key)
+            if buffer.dim() and len(head.weight.to_local()):
+                assert type(found) is DTensor and found.shape == buffer.shape
+                assert_close(found.to_local(), world.shard(buffer), 1e-11, size=buffer.norm())
+
+    return function
+
+
+for optimizer_name in FUSED:
+    check(f"{optimizer_name} as in one process", 1, 2, 3)(fused_like_one_process(optimizer_name, NUM_CLASSES))
+    check(f"{optimizer_name} where a shard is empty", 3)(fused_like_one_process(optimizer_name, 4))
+
+
+@check("fused, sampled and in 16 bits", 2, 3)
+def _(world):
+    """Only sampled rows change, on every rank; two runs have the same bits, another seed other ones."""
+    features, weight, labels = draw(dtype=torch.float32)
+    results = []
+    for seed in (1, 1, 2):
+        head = ShardedCosFaceLoss(SIZE, NUM_CLASSES, table_format="bfloat16", sample_rate=0.2, sample_seed=3)
+        fill(world, head, weight.bfloat16())
+        options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.5}  # decay moves every row that has a gradient, however small
+        optimizer = FusedSGD(head.parameters(), state_format="int8", seed=seed, **options)
+        for _ in range(2):
+            loss = head(world.mine(features), world.mine(labels))
+            loss.backward()
+            optimizer.step()
+        local = head.weight.to_local().detach()
+        changed = (local != world.shard(weight.bfloat16())).any(1)
+        assert 0.2 * len(local) <= changed.sum() < 0.6 * len(local) and loss.isfinite()
+        results.append(local.clone())
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@check("what is not finite is skipped on every rank", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    (head, optimizer), _ = fused_pair(world, weight, {"lr": 0.5, "momentum": 0.9})
+    features[0] = torch.nan  # of rank 0
+    head(world.mine(features), world.mine(labels)).backward()
+    optimizer.step()
+    assert torch.equal(head.weight.to_local().detach(), world.shard(weight)) and optimizer.skipped_steps == 1
+    found = torch.tensor([float(world.rank == 1)])  # a scaler's finding on one rank
+    head(world.mine(features.nan_to_num()), world.mine(labels)).backward()
+    optimizer.found_inf, optimizer.grad_scale = found.squeeze(), torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(head.weight.to_local().detach(), world.shard(weight)) and optimizer.skipped_steps == 2
+
+
+@check("checkpoint of a fused run", 2, 3)
+def _(world):
+    """Saved on these ranks, and on with it: on these ranks again, and in one process."""
+    features, weight, labels = draw(dtype=torch.float32)
+    options = {"lr": 0.1, "momentum": 0.9, "state_format": "int8"}
+    (head, optimizer), _ = fused_pair(world, weight, options, dtype=None, table_format="bfloat16")
+    folder = world.done.with_suffix(".checkpoint")
+
+    def step(head, optimizer):
+        head(world.mine(features), world.mine(labels)).backward()
+        optimizer.step()
+
+    step(head, optimizer)
+    save_checkpoint(folder, head, optimizer)
+    (again, other), (whole, single_optimizer) = fused_pair(world, weight, options, dtype=None, table_format="bfloat16")
+    load_checkpoint(folder, again, other)
+    load_checkpoint(folder, whole, single_optimizer)
+    assert torch.equal(world.shard(whole.weight.detach()), head.weight.to_local().detach())
+    for name, buffer in single_optimizer.state[whole.weight].items():
+        found = optimizer.state[head.weight][name]
+        assert torch.equal(world.shard(buffer), found.to_local()) if buffer.dim() else torch.equal(buffer, found)
+    for each in ((head, optimizer), (again, other)):
+        step(*each)
+    assert torch.equal(again.weight.to_local(), head.weight.to_local())
+
+
+@check("an error inside the loss", 3, timeout=30)
+def _(world):
+    """One rank has no memory left: it raises, and when it has left, so do the others, long before the timeout."""
+    features, weight, labels = draw()
+    head, began = sharded(world, weight), time.monotonic()
+    if world.rank == 1:
+        functional.negative_lse = out_of_memory
+        with raises(MemoryError, "none left"):
+            head(world.mine(features), world.mine(labels))
+        dist.destroy_process_group()
+    else:
+        with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed.*another rank has failed"):
+            head(world.mine(features), world.mine(labels))
+    assert time.monotonic() - began < 15
+
+
+def out_of_memory(*arguments):
+    raise MemoryError("none left")
+
+
+@check("a rank that does not come", 3, timeout=5)
+def _(world):
+    features, weight, labels = draw()
+    head = sharded(world, weight)
+    if world.rank == 1:
+        return world.wait_for_others()
+    with raises(RuntimeError, f"^rank {world.rank} of 3: the exchange of batch sizes failed or timed out"):
+        head(world.mine(features), world.mine(labels))
+    world.leave()
+
+
+@check("a rank that does not come to backward", 3, timeout=5)
+def _(world):
+    features, weight, labels = draw()
+    loss = sharded(world, weight)(world.mine(features).requires_grad_(), world.mine(labels))
+    if world.rank == 1:
+        return world.wait_for_others()
+    with raises(RuntimeError, f"rank {world.rank} of 3: the reduce-scatter of the features' gradient failed or timed out"):
+        loss.backward()
+    world.leave()
+
+
+@check("a rank that is killed", 3, timeout=30)  # the last one
+def _(world):
+    features, weight, labels = draw()
+    head, began = sharded(world, weight), time.monotonic()
+    if world.rank == 1:
+        functional.negative_lse = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+    with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed"):
+        head(world.mine(features), world.mine(labels))
+    assert time.monotonic() - began < 15
+
+
+def main(rank, size, folder):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # of scales and margins past the paper's bounds, at 300 classes
+    plan.SLAB_CLASSES_MIN, plan.SLAB_CLASSES_MAX = 1, 128  # several slabs to a shard
+    with open(folder / f"outcomes.{rank}", "w", buffering=1) as outcomes:
+        for number, (name, (sizes, timeout, function)) in enumerate(CHECKS.items()):
+            if size not in sizes:
+                continue
+            store = dist.FileStore(str(folder / f"store.{number}"), size)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+            lse, outcome = functional.negative_lse, None
+            try:
+                function(World(rank, size, folder / f"done{number}"))
+            except Exception:
+                outcome = traceback.format_exc()
+            functional.negative_lse = lse
+            print(json.dumps([name, outcome]), file=outcomes)
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
