@@ -68,10 +68,15 @@ class _ShardedHead(_Head):
     """What every head does when its table is sharded, but for where it comes in a class's bases."""
 
     def _place(self, mesh, ddp_average, device):
-        """Where the table will lie; before the constructor that makes it."""
+        """Where the table will lie, before the constructor that makes it; returns the device."""
         validation.check_flag("ddp_average", ddp_average)
         self.ddp_average = ddp_average
         self._mesh = _mesh(mesh, device)
+        if mesh is None or device is None:
+            return device if mesh is None else mesh.device_type
+        if torch.device(device).type not in ("meta", mesh.device_type):
+            raise ValueError(f"device must be of the mesh's type, {mesh.device_type}, got {device}")
+        return device
 
     def _empty(self, *shape, device, dtype):
         if self._mesh is None:
@@ -85,9 +90,7 @@ class _ShardedHead(_Head):
                 f"num_classes must be a multiple of the number of ranks, such as {-(-rows // centers // size) * size}"
             )
         stop = min((rank + 1) * chunk, rows)
-        local = torch.empty(stop - min(rank * chunk, stop), *shape[1:], device=device or self._mesh.device_type, dtype=dtype)
-        if local.device.type not in ("meta", self._mesh.device_type):
-            raise ValueError(f"device must be of the mesh's type, {self._mesh.device_type}, got {local.device}")
+        local = torch.empty(stop - min(rank * chunk, stop), *shape[1:], device=device, dtype=dtype)
         return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=(*shape[1:], 1))
 
     def _ranks(self):
@@ -235,7 +238,7 @@ class ShardedCosFaceLoss(CosFaceLoss, _ShardedHead):
     """
 
     def __init__(self, embedding_size, num_classes, *, mesh=None, ddp_average=True, device=None, **options):
-        self._place(mesh, ddp_average, device)
+        device = self._place(mesh, ddp_average, device)
         super().__init__(embedding_size, num_classes, device=device, **options)
 
 
@@ -250,7 +253,7 @@ class ShardedMarginSoftmaxLoss(MarginSoftmaxLoss, _ShardedHead):
     """
 
     def __init__(self, embedding_size, num_classes, *, mesh=None, ddp_average=True, device=None, **options):
-        self._place(mesh, ddp_average, device)
+        device = self._place(mesh, ddp_average, device)
         super().__init__(embedding_size, num_classes, device=device, **options)
 
 

@@ -446,27 +446,21 @@ def _(world):
     features, weight, labels = draw()
     some = init_device_mesh("cpu", (1, world.size), mesh_dim_names=("replicate", "shard"))
     assert_equals_single(world, sharded(world, weight, mesh=some["shard"]), features, weight, labels)
+    with torch.device("meta"):  # the default device is not the mesh's
+        adaface = ShardedMarginSoftmaxLoss(SIZE, 5, mesh=some["shard"], margin=margins.AdaFace())
+    assert {tensor.device.type for tensor in adaface.state_dict().values()} == {"cpu"}
     with raises(ValueError, "mesh must have one dimension"):
         ShardedCosFaceLoss(SIZE, 5, mesh=some)
     with raises(TypeError, "mesh must be a torch.distributed DeviceMesh or None, got int"):
         ShardedCosFaceLoss(SIZE, 5, mesh=3)
     with raises(ValueError, "device must be of the mesh's type, cpu, got"):
-        empty = torch.empty
-        torch.empty = lambda *shape, device, dtype: empty(*shape, dtype=dtype).as_subclass(OnGPU)
-        try:
-            ShardedCosFaceLoss(SIZE, 5, mesh=some["shard"], device="cuda")
-        finally:
-            torch.empty = empty
+        ShardedCosFaceLoss(SIZE, 5, mesh=some["shard"], device="cuda")
     alone = some["replicate"]  # this rank alone
     loss = ShardedCosFaceLoss(SIZE, NUM_CLASSES, mesh=alone, dtype=torch.float64)
     with torch.no_grad():
         loss.weight.to_local().copy_(weight)
     exact = cosface_loss(world.mine(features), weight, world.mine(labels))
     assert_close(loss(world.mine(features), world.mine(labels)).detach(), exact, tolerance(torch.float64))
-
-
-class OnGPU(torch.Tensor):
-    device = torch.device("cuda")
 
 
 @check("classes cut in two", 2)
