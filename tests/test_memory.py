@@ -45,3 +45,40 @@ def test_peak_is_five_percent_of_the_logits_beyond_what_is_kept(autocast, memory
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     assert json.loads(run.stdout) < kept + 0.05 * LOGITS
+
+
+TRAIN = """
+import sys
+import torch
+from cosface_kernels import CosFaceLoss, FusedSGD
+from cosface_kernels.demo.million import peak_bytes
+
+def step(head, optimizer, kept):
+    head.memory_budget = kept
+    for _ in range(int(sys.argv[1])):
+        head(torch.randn(128, 64), torch.randint(len(head.weight), (128,))).backward()
+    optimizer.step()
+
+def new(identities):
+    head = CosFaceLoss(64, identities, table_format=sys.argv[2])
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, state_format=sys.argv[3])
+    return head, optimizer
+
+cpu = torch.device("cpu")
+step(*new(5000), 0)
+before = peak_bytes(cpu)
+head, optimizer = new(1_000_000)
+step(head, optimizer, 0)
+step(head, optimizer, 0)
+state = [buffer for buffer in optimizer.state[head.weight].values() if buffer.dim()]
+print(peak_bytes(cpu) - before - sum(tensor.nbytes for tensor in (head.weight, *state)))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which only Linux has")
+@pytest.mark.parametrize(("batches", "formats"), [(1, ("float32", "float32")), (3, ("bfloat16", "int8"))])
+def test_training_holds_no_gradient_of_the_table(batches, formats):
+    """C=1M, D=64: a gradient would be 256 MB; slabs are of 16k rows in float32, 4 MB each of rows, gradient and state."""
+    run = subprocess.run([sys.executable, "-c", TRAIN, str(batches), *formats], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert int(run.stdout) < 0.1 * 1_000_000 * 64 * 4
