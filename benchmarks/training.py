@@ -1,10 +1,11 @@
-"""Whole training steps of large tables:  python -m benchmarks.training [step | tables | identities] ... [--json FILE]
+"""Whole training steps of large tables:  python -m benchmarks.training [step | tables | identities | ranks] ... [--json FILE]
 
     step         1M identities x 512, N = 128 under autocast: FusedSGD beside torch.optim.SGD, fused=True and default, on the same
                  head. Times are interleaved in one process, two heads at a time; peak memory is that of a process for each.
     tables       20 steps of 10M identities: x 256 with a float32 and a bfloat16 table and bfloat16 momentum, with all classes and
                  with a tenth of them; x 512 with a bfloat16 table and 8-bit momentum. On a GPU 100M. A process each.
     identities   what an identity costs in a step as their number grows, N and D fixed.
+    ranks        the head alone, sharded over two processes with half of the batch and of the threads each, beside one process.
 
 The batches are demo/million.py's: views of 2,048 identities among all, through a backbone that is trained too. Peak memory is all
 that a process holds, on a GPU all that its tensors do. What does not fit is left out with a line that says so; a run that is
@@ -14,6 +15,7 @@ stopped prints what it has.
 import argparse
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from cosface_kernels import CosFaceLoss, FusedSGD
+from cosface_kernels import CosFaceLoss, FusedSGD, ShardedCosFaceLoss
 from cosface_kernels.demo import million
 
 from . import measure
@@ -54,6 +56,7 @@ OPTIMIZERS = {
 STEP_TURNS = 7
 GROWTH = (10_000, 100_000, 1_000_000, 4_000_000)
 GROWTH_SIZE = 128
+RANKS = {"identities": 500_000, "size": 256, "rows": 256}
 
 
 class Run:
@@ -151,6 +154,44 @@ def growth():
         yield {"identities": identities, "size": GROWTH_SIZE, "seconds": taken}
 
 
+def ranks():
+    for size in (1, 2):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
+        command += ["-m", "benchmarks.training", "--alone", "rank_run", json.dumps({"threads": torch.get_num_threads() // size})]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=measure.ROOT, check=False)
+        yield {
+            **RANKS,
+            "ranks": size,
+            **(json.loads(done.stdout) if done.returncode == 0 else {"error": f"exit {done.returncode}"}),
+        }
+
+
+def rank_run(threads):
+    """Seconds of each step of this rank's part of a batch; rank 0 prints them."""
+    torch.set_num_threads(max(1, threads))
+    torch.distributed.init_process_group("gloo")
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    head = ShardedCosFaceLoss(RANKS["size"], RANKS["identities"])
+    optimizer = FusedSGD(head.parameters(), **OPTIONS)
+    rows = RANKS["rows"] // size
+    seconds = []
+    for _ in range(STEP_TURNS + 1):
+        features = torch.randn(rows, RANKS["size"], requires_grad=True)
+        labels = torch.randint(RANKS["identities"], (rows,))
+        torch.distributed.barrier()
+        started = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = head(features, labels)
+        loss.backward()
+        optimizer.step()
+        torch.distributed.barrier()
+        seconds.append(time.perf_counter() - started)
+    if rank == 0:
+        print(json.dumps({"seconds": seconds[1:]}), flush=True)
+    torch.distributed.barrier()
+    os._exit(0)  # PyTorch 2.13 with a DeviceMesh over gloo sometimes aborts at a normal exit
+
+
 def describe(row):
     sampled = f", {row['sample_rate']:.0%} sampled" if row.get("sample_rate", 1) < 1 else ""
     momentum = f"{row['state_format']} momentum" if row.get("momentum", 1) else "no momentum"
@@ -187,13 +228,23 @@ def report(found, environment):
         for row in found["identities"]:
             median = _median(row["seconds"])
             yield f"| {row['identities']:,} | {1e3 * median:.1f} | {1e9 * median / row['identities']:.0f} |"
+    if "ranks" in found:
+        yield f"\n| ranks, {RANKS['identities']:,} x {RANKS['size']}, N = {RANKS['rows']} in all | step, s | times one rank's |"
+        yield "| --- | --- | --- |"
+        one = next((row for row in found["ranks"] if row["ranks"] == 1 and "seconds" in row), None)
+        for row in found["ranks"]:
+            if "error" in row:
+                yield f"| {row['ranks']} | {row['error']} | |"
+                continue
+            ratio = f"{_median(row['seconds']) / _median(one['seconds']):.2f}" if one else "-"
+            yield f"| {row['ranks']} | {_median(row['seconds']):.2f} | {ratio} |"
 
 
 def _median(numbers):
     return statistics.median(numbers)
 
 
-PARTS = {"step": steps, "tables": tables, "identities": growth}
+PARTS = {"step": steps, "tables": tables, "identities": growth, "ranks": ranks}
 
 
 def main():
@@ -206,7 +257,8 @@ def main():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if arguments.alone:
         name, given = arguments.alone
-        print(json.dumps({"table_run": table_run, "step_peak": step_peak}[name](**json.loads(given))))
+        functions = {"table_run": table_run, "step_peak": step_peak, "rank_run": rank_run}
+        print(json.dumps(functions[name](**json.loads(given))))
         return
     environment, found = measure.environment(DEVICE), {}
     try:

@@ -1,0 +1,54 @@
+"""Does benchmarks/training.py train what it says, and report what it measured?"""
+
+import pytest
+import torch
+
+from benchmarks import measure, training
+
+
+def test_a_table_trains_in_a_process_of_its_own():
+    row = {"identities": 4000, "size": 32, "table_format": "bfloat16", "state_format": "int8", "sample_rate": 0.5}
+    found = training.alone("table_run", **row)
+    assert len(found["losses"]) == len(found["seconds"]) == training.STEPS
+    assert found["losses"][-1] < found["losses"][0] and 1e8 < found["peak_bytes"] < 4e9
+    text = "\n".join(training.report({"tables": [{**row, **found}]}, measure.environment(torch.device("cpu"))))
+    assert "| 4,000 x 32, bfloat16 table, int8 momentum, 50% sampled |" in text
+    assert f"{found['losses'][0]:.1f} -> {found['losses'][-1]:.1f}" in text
+
+
+def test_a_process_that_fails_is_a_row():
+    found = training.alone("table_run", identities=4000, size=32, table_format="float8")
+    assert found == {"error": "exit status 1"}
+    row = {"identities": 4000, "size": 32, "table_format": "float8", **found}
+    assert "| exit status 1 |" in "\n".join(training.report({"tables": [row]}, measure.environment(torch.device("cpu"))))
+
+
+def test_steps_are_compared_in_turns(monkeypatch):
+    monkeypatch.setattr(training, "STEP", {"identities": 3000, "size": 16})
+    monkeypatch.setattr(training, "STEP_TURNS", 3)
+    monkeypatch.setattr(training, "alone", lambda what, optimizer: 3 * 2**30 if optimizer == "FusedSGD" else 4 * 2**30)
+    rows = list(training.steps())
+    assert [row["optimizer"] for row in rows] == ["torch.optim.SGD(fused=True)", "torch.optim.SGD"]
+    for row in rows:
+        assert set(row["seconds"]) == {"FusedSGD", row["optimizer"]} and all(len(taken) == 3 for taken in row["seconds"].values())
+        row["seconds"] = {"FusedSGD": [1.0, 2.0, 3.0], row["optimizer"]: [2.0, 2.0, 9.0]}
+    text = "\n".join(training.report({"step": rows}, measure.environment(torch.device("cpu"))))
+    assert "| torch.optim.SGD | 2.00 | 2.00 | 2.00 x | 4.0 | 3.0 | 75% |" in text
+
+
+def test_growth(monkeypatch):
+    monkeypatch.setattr(training, "GROWTH", (3000, 5000))
+    monkeypatch.setattr(training, "STEP_TURNS", 1)
+    found = {"identities": list(training.growth())}
+    assert [row["identities"] for row in found["identities"]] == [3000, 5000]
+    assert all(min(row["seconds"]) > 0 for row in found["identities"])
+    found["ranks"] = [{"ranks": 1, "seconds": [2.0]}, {"ranks": 2, "seconds": [1.0]}, {"ranks": 4, "error": "exit 1"}]
+    text = "\n".join(training.report(found, measure.environment(torch.device("cpu"))))
+    assert "| 3,000 |" in text and "| 2 | 1.00 | 0.50 |" in text and "| 4 | exit 1 | |" in text
+
+
+def test_wrong_part(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["training", "everything"])
+    with pytest.raises(SystemExit) as raised:
+        training.main()
+    assert raised.value.code == 2 and "no such part: everything" in capsys.readouterr().err
