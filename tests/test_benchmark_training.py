@@ -19,7 +19,7 @@ def test_a_table_trains_in_a_process_of_its_own():
 def test_a_process_that_fails_is_a_row():
     found = training.alone("table_run", identities=4000, size=32, table_format="float8")
     assert found == {"error": "exit status 1"}
-    row = {"identities": 4000, "size": 32, "table_format": "float8", **found}
+    row = {"identities": 4000, "size": 32, "table_format": "float8", "state_format": "int8", **found}
     assert "| exit status 1 |" in "\n".join(training.report({"tables": [row]}, measure.environment(torch.device("cpu"))))
 
 
