@@ -234,6 +234,8 @@ def _plan(arguments):
     )
     if not found:
         arguments.wrong_usage("torch.optim's optimizers go with float32 for table and state and a sample rate of 1")
+    if arguments.identities * arguments.dim > planner.MOST_NUMBERS or arguments.batch * arguments.dim > planner.MOST_NUMBERS:
+        arguments.wrong_usage(f"a table or a batch of more than {planner.MOST_NUMBERS:,} numbers is beyond any plan")
     if max(training.devices for training in found) > arguments.identities:
         arguments.wrong_usage(f"{arguments.identities} identities cannot be shared by more devices than that")
     process = planner.measure_process(device.type)

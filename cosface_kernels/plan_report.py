@@ -144,7 +144,22 @@ def gigabytes(size):
 def _table(steps, memory, ceilings):
     """A line for each Training, its columns aligned."""
     parts = list(dict.fromkeys(name for step in steps.values() for name in step.parts))
-    lines = [["optimizer", "format", "momenta", "rate", "devices", *parts, "total", "fits", "TFLOP", "moved", "sent", "seconds"]]
+    lines = [
+        [
+            "optimizer",
+            "table_format",
+            "state_format",
+            "rate",
+            "devices",
+            *parts,
+            "total",
+            "fits",
+            "TFLOP",
+            "moved",
+            "sent",
+            "seconds",
+        ]
+    ]
     for training, step in steps.items():
         fits = "no" if step.total > memory else "barely" if step.total > (1 - SPARE) * memory else "yes"
         names = training.optimizer, training.table_format, training.state_format

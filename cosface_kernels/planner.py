@@ -17,7 +17,8 @@ from torch.utils.benchmark import Timer
 
 from . import backends, formats
 from .functional import _bytes_to_keep
-from .modules import CosFaceLoss
+from .margins import NormSoftmax
+from .modules import MarginSoftmaxLoss
 from .optim import FusedSGD
 from .plan import kept_size, slab_rows
 from .table import Table
@@ -33,6 +34,7 @@ BATCH_MATRICES = 8
 ROUNDING_BYTES = 64
 # A CUDA context, cuBLAS' workspace, and what the allocator rounds up: an estimate, where the process cannot be measured.
 GPU_PROCESS_BYTES = 10**9
+MOST_NUMBERS = 2**56  # whose bytes, several times over, are a 64-bit integer
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
 
@@ -192,7 +194,7 @@ def measure_process(device_type):
 
 def _step(identities, dim, batch, device, precision):
     """A function that trains a table by one step, recomputing exponentials."""
-    head = CosFaceLoss(dim, identities, memory_budget=0, device=device)
+    head = MarginSoftmaxLoss(dim, identities, margin=NormSoftmax(), memory_budget=0, device=device)
     optimizer = FusedSGD(head.parameters(), momentum=0.9)
     features = torch.randn(batch, dim, device=device, requires_grad=True)
     labels = torch.arange(batch, device=device) % identities

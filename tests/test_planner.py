@@ -237,6 +237,17 @@ def test_recommended_code_runs(capsys):
     assert 'FusedAdamW(head.parameters(), lr=1e-3, state_format="int8")' in plan_report.code(sampled)[1]
 
 
+def test_documented_command(capsys):
+    """It recommends what docs/planning.md says; its seconds are those of one day."""
+    text = (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
+    (command, output) = re.search(r"```\n\$ cosface (plan .*)\n((?:.*\n)*?)```", text).groups()
+    assert cli.main([*command.split(), "--device", "cpu", *GIVEN]) == 0
+    found = capsys.readouterr().out.splitlines()
+    expected = output.splitlines()
+    assert expected[-3:] == found[-3:]
+    assert [line.split()[:9] for line in expected[3:17]] == [line.split()[:9] for line in found[3:17]]
+
+
 def test_ceilings_are_measured_where_none_are_given(capsys, monkeypatch):
     monkeypatch.setattr(planner, "COPY_BYTES", {"cpu": 2**20, "cuda": 2**20})
     command = ["plan", "--identities", "1e4", "--dim", "32", "--batch", "8", "--devices", "1", "--optimizer", "sgd"]
@@ -258,6 +269,7 @@ def test_ceilings_are_measured_where_none_are_given(capsys, monkeypatch):
         (["--identities", "1M", "--optimizer", "adam"], "invalid choice"),
         (["--identities", "1M", "--optimizer", "torch-sgd", "--table-format", "bfloat16"], "go with float32"),
         (["--identities", "3", "--devices", "4", *GIVEN], "3 identities"),
+        (["--identities", "1e17", *GIVEN], "beyond any plan"),
         ([], "--identities"),
     ],
 )
