@@ -5,6 +5,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
+from . import plan_report, planner
+from .formats import STATE_FORMATS, TABLE_FORMATS
+from .memory import available_bytes
 from .version import __version__
 
 DEMO_EXTRAS = {"matplotlib", "sklearn", "tqdm"}
@@ -16,7 +21,7 @@ def main(argv=None):
     if arguments.command is None:
         parser.print_help()
         return 2
-    return {"demo": _demo, "bench": _bench, "convert": _convert, "info": _info}[arguments.command](arguments)
+    return {"demo": _demo, "bench": _bench, "convert": _convert, "info": _info, "plan": _plan}[arguments.command](arguments)
 
 
 def _parser():
@@ -64,6 +69,7 @@ def _parser():
     )
     bench.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
     _add_convert(commands)
+    _add_plan(commands)
     commands.add_parser(
         "info",
         help="versions, devices, and which backends can be used here",
@@ -97,6 +103,42 @@ def _add_convert(commands):
     convert.add_argument("--ranks", type=positive, metavar="W", help="with --to insightface, write a shard for each of W ranks")
     convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
     convert.set_defaults(wrong_usage=convert.error)
+
+
+def _add_plan(commands):
+    plan = commands.add_parser(
+        "plan",
+        help="memory and time of a training step by format, optimiser, sample rate and number of devices, and which to take",
+        description="What a training step over a class table takes, before any of it is allocated: bytes of each part, whether "
+        "they fit, flops, bytes moved and sent, and predicted seconds. Options that are not given are varied. For example: "
+        "cosface plan --identities 10e6 --dim 512 --batch 1024 --memory 24GiB.",
+    )
+    for flag, what in (("--identities", "C: 10e6, 10M, 10_000_000"), ("--dim", "D"), ("--batch", "N, of all devices together")):
+        plan.add_argument(flag, type=plan_report.count, required=True, metavar="N", help=what)
+    for flag, choices in (
+        ("--optimizer", tuple(planner.STATES)),
+        ("--table-format", TABLE_FORMATS),
+        ("--state-format", STATE_FORMATS),
+    ):
+        plan.add_argument(flag, nargs="+", choices=tuple(choices), metavar="NAME", help=f"of {', '.join(choices)}")
+    plan.add_argument(
+        "--sample-rate", nargs="+", type=plan_report.rate, metavar="RATE", help="classes in a step (varied: 1, 0.1)"
+    )
+    plan.add_argument(
+        "--devices",
+        nargs="+",
+        type=plan_report.count,
+        metavar="N",
+        help="that share the table (varied: this machine's, or with --memory 1, 2, 4, 8)",
+    )
+    plan.add_argument(
+        "--memory", type=plan_report.size, metavar="SIZE", help="of each device: 141GB, 24GiB (default: this machine's)"
+    )
+    plan.add_argument("--precision", choices=planner.PRECISIONS, default="bfloat16", help="of the products (default: bfloat16)")
+    plan.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    plan.add_argument("--tflops", type=plan_report.speed, metavar="X", help="10^12 flops a second that the device reaches")
+    plan.add_argument("--gbps", type=plan_report.speed, metavar="Y", help="10^9 bytes a second that it reads and writes")
+    plan.set_defaults(wrong_usage=plan.error)
 
 
 def positive(text):
@@ -167,6 +209,42 @@ def _convert(arguments):
         )
     except (OSError, ValueError) as error:
         return _fail(str(error))
+    return 0
+
+
+def _plan(arguments):
+    if (arguments.tflops is None) != (arguments.gbps is None):
+        arguments.wrong_usage("--tflops and --gbps go together")
+    has_gpu = torch.cuda.is_available()
+    device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
+    if device.type == "cuda" and not has_gpu and not (arguments.memory and arguments.tflops):
+        arguments.wrong_usage("there is no GPU here to measure: --device cuda needs --memory, --tflops and --gbps")
+    here = max(torch.cuda.device_count(), 1) if device.type == "cuda" else 1
+    found = plan_report.trainings(
+        optimizers=arguments.optimizer or ("sgd", "adamw", "torch-sgd"),
+        table_formats=arguments.table_format or tuple(TABLE_FORMATS),
+        state_formats=arguments.state_format or tuple(STATE_FORMATS),
+        sample_rates=arguments.sample_rate or (1.0, 0.1),
+        devices=arguments.devices or [n for n in (1, 2, 4, 8) if n <= (arguments.identities if arguments.memory else here)],
+        identities=arguments.identities,
+        dim=arguments.dim,
+        batch=arguments.batch,
+        precision=arguments.precision,
+        device_type=device.type,
+    )
+    if not found:
+        arguments.wrong_usage("torch.optim's optimizers go with float32 for table and state and a sample rate of 1")
+    if arguments.identities * arguments.dim > planner.MOST_NUMBERS or arguments.batch * arguments.dim > planner.MOST_NUMBERS:
+        arguments.wrong_usage(f"a table or a batch of more than {planner.MOST_NUMBERS:,} numbers is beyond any plan")
+    if max(training.devices for training in found) > arguments.identities:
+        arguments.wrong_usage(f"{arguments.identities} identities cannot be shared by more devices than that")
+    process = planner.measure_process(device.type)
+    if arguments.tflops:
+        ceilings, origin = planner.Ceilings(arguments.tflops * 1e12, arguments.gbps * 1e9), "as given"
+    else:
+        ceilings, origin = planner.measure_ceilings(found[0]), "measured here now"
+    memory = arguments.memory or available_bytes(device) + process
+    print("\n".join(plan_report.report(found, memory=memory, process=process, ceilings=ceilings, origin=origin)))
     return 0
 
 
