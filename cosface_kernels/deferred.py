@@ -219,7 +219,9 @@ def _write(table, records, gradient):
     options = records[0].options
     table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
     columns = zip(*(record.factors for record in records), strict=True)
-    unit, labels, shift, total, lse_grad, target_grad, kept = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns)
+    # A single record's as they are: `kept` may be an eighth of the table.
+    together = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns)
+    unit, labels, shift, total, lse_grad, target_grad, kept = together
     write_table_gradient(
         *(
             gradient,

@@ -96,8 +96,7 @@ def plan(training, memory, process):
         "table": weight.nbytes,
         "state": held * _state_row_bytes(training),
         "gradient": 0 if training.is_fused else weight.nbytes,
-        # step concatenates what several backward passes recorded, which copies what a single one did.
-        "kept": 2 * kept if training.is_fused else kept,
+        "kept": kept,
         "slabs": _slab_bytes(training, slab, dtype) + (8 * rows if training.sample_rate < 1 else 0),
         "batch": 4 * training.batch * (BATCH_MATRICES * training.dim + 4),
         "process": process,
@@ -120,7 +119,7 @@ def _moved(training, rows, row, kept):
     table = rows * 3 * row  # read by forward and backward, written by step, which finds it in the cache
     state = rows * 2 * _state_row_bytes(training)
     if training.is_fused:
-        return table + state + 4 * kept  # written, copied and read
+        return table + state + 2 * kept  # written and read
     # dW is written and read, the table read once more, and temporaries are written and read.
     return table + state + 2 * kept + rows * row * (3 + 2 * TEMPORARIES[training.optimizer])
 

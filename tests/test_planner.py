@@ -75,8 +75,8 @@ def test_peak_memory_is_within_ten_percent(case):
     assert run.returncode == 0, run.stderr[-2000:]
     predicted, peak, process, slabs = json.loads(run.stdout)
     assert predicted == pytest.approx(peak, rel=0.1)
-    # The C library may keep what the forward pass has freed, as much as a slab's buffers: 4 to 24 MB from run to run.
-    assert abs(predicted - peak) <= 0.1 * (peak - process) + slabs
+    # The C library may keep what the forward pass has freed: 4 to 24 MB from run to run.
+    assert abs(predicted - peak) <= 0.1 * (peak - process) + max(slabs, 32e6)
 
 
 def test_parts_are_what_formats_say():
@@ -87,8 +87,8 @@ def test_parts_are_what_formats_say():
             assert step.parts["table"] == rows * dim * 2
             assert step.parts["state"] == buffers * rows * row
             assert step.parts["gradient"] == 0 and step.parts["process"] == PROCESS
-            # An eighth of the table, and its copy; whole slabs of 2,816 rows.
-            assert 0.98 < step.parts["kept"] / (2 * rows * dim * 2 / 8) <= 1
+            # An eighth of the table, in whole slabs of 2,816 rows.
+            assert 0.98 < step.parts["kept"] / (rows * dim * 2 / 8) <= 1
 
 
 def test_work_of_a_step():
@@ -98,7 +98,7 @@ def test_work_of_a_step():
     kept = plan(Training(rows, dim, batch, "torch-sgd"), 100 * GB, PROCESS)
     assert kept.flops == 3 * product
     some = plan(Training(rows, dim, batch, table_format="bfloat16"), 100 * GB, PROCESS)
-    assert some.flops == pytest.approx((4 - some.parts["kept"] / 2 / (2 * batch * rows)) * product, rel=1e-3)
+    assert some.flops == pytest.approx((4 - some.parts["kept"] / (2 * batch * rows)) * product, rel=1e-3)
     assert some.moved == pytest.approx(rows * dim * (3 * 2 + 2 * 4) + 2 * some.parts["kept"])
     sampled = plan(Training(rows, dim, batch, sample_rate=0.1, table_format="bfloat16"), 100 * GB, PROCESS)
     assert 3 * product / 10 <= sampled.flops < 4 * product / 10
@@ -168,9 +168,10 @@ def test_every_combination_is_a_row():
 @pytest.mark.parametrize(
     ("identities", "memory", "devices", "expected"),
     [
-        # float32 and float32 take 41 GB and what is kept, a bfloat16 table with bfloat16 state 23.1, more than 90%.
-        (10**7, 24 * GIB, (1,), ("sgd", "bfloat16", "int8", 1.0, 1)),
-        (10**7, 24 * GIB, (1, 2, 4, 8), ("sgd", "float32", "float32", 1.0, 4)),
+        # float32 and float32 take 41 GB and what is kept, a bfloat16 table with bfloat16 state 22.
+        (10**7, 24 * GIB, (1,), ("sgd", "bfloat16", "bfloat16", 1.0, 1)),
+        (10**7, 22 * GIB, (1,), ("sgd", "bfloat16", "int8", 1.0, 1)),  # those take more than 90%
+        (10**7, 24 * GIB, (1, 2, 4, 8), ("sgd", "float32", "float32", 1.0, 2)),
         (10**6, 24 * GIB, (1, 2, 4, 8), ("sgd", "float32", "float32", 1.0, 1)),
         # 205 GB in float32.
         (10**8, 141 * GB, (4, 8), ("sgd", "float32", "float32", 1.0, 4)),
@@ -209,7 +210,7 @@ def run(capsys, *options):
 
 
 def test_printed_parts_add_up(capsys):
-    lines = run(capsys, "--identities", "10M", "--memory", "24GiB").splitlines()
+    lines = run(capsys, "--identities", "10M", "--memory", "22GiB").splitlines()
     head = lines[3].split()
     rows = [dict(zip(head, line.split(), strict=True)) for line in lines[4 : lines.index("", 4)]]
     assert len(rows) == 4 * 25
@@ -217,7 +218,7 @@ def test_printed_parts_add_up(capsys):
     for row in rows:
         assert sum(float(row[part]) for part in parts) == pytest.approx(float(row["total"]), abs=0.005)  # rounding of nine
         total = float(row["total"]) * GB
-        assert row["fits"] == ("no" if total > 24 * GIB else "barely" if total > 0.9 * 24 * GIB else "yes")
+        assert row["fits"] == ("no" if total > 22 * GIB else "barely" if total > 0.9 * 22 * GIB else "yes")
     assert {row["fits"] for row in rows} == {"yes", "barely", "no"}
 
 
