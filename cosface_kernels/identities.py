@@ -2,7 +2,7 @@
 
 import torch
 
-from . import deferred, validation
+from . import deferred, shards, validation
 
 
 @torch.no_grad()
@@ -76,5 +76,5 @@ def _change(head, changes, optimizer, change):
 
 
 def _check_plain(head, instead):
-    if hasattr(head.weight, "device_mesh"):  # a DTensor, without the import of its module
+    if shards.is_sharded(head.weight):
         raise NotImplementedError(f"the rows of a sharded table cannot be changed in place: save_checkpoint, and into {instead}")

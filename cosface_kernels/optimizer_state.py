@@ -5,10 +5,8 @@ and Optimizer.load_state_dict casts state to the parameter's dtype. Here a table
 """
 
 import torch
-from torch.distributed import tensor as distributed
-from torch.distributed.tensor import DTensor
 
-from .checkpoint_plan import local_part
+from . import shards
 
 
 def by_name(optimizer):
@@ -90,8 +88,8 @@ def apply(optimizer, saved, states):
 
 def _zeros(parameter, size, dtype, on_cpu):
     """Zeros placed as the parameter is: rows with its rows, numbers where they were."""
-    if isinstance(parameter, DTensor) and size[:1] == parameter.shape[:1]:
-        return distributed.zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    if shards.is_sharded(parameter) and size[:1] == parameter.shape[:1]:
+        return shards.zeros(parameter, size, dtype)
     return torch.zeros(size, dtype=dtype, device="cpu" if on_cpu and not size else parameter.device)
 
 
@@ -116,9 +114,9 @@ def _names(prefix, optimizer, module):
 
 def _check_not_local(where, value, name, parameter):
     """Of plain tensors rank 0's are saved, and the other ranks' rows would be lost."""
-    if not (isinstance(parameter, DTensor) and parameter.dim() and value.dim()) or isinstance(value, DTensor):
+    if not (shards.is_sharded(parameter) and parameter.dim() and value.dim()) or shards.is_sharded(value):
         return
-    rows = len(local_part(parameter))
+    rows = len(shards.local(parameter))
     if len(value) == rows != len(parameter):
         raise ValueError(f"{where} has this rank's rows of {name} as a plain tensor; it must be a DTensor as {name} is")
 

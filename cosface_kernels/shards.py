@@ -25,13 +25,10 @@ def first_row(tensor):
 
 def zeros(like, shape, dtype):
     """Zeros of a shape whose rows lie where those of `like` do."""
-    rows = local(like)
-    here = torch.zeros(len(rows), *shape[1:], dtype=dtype, device=rows.device)
     if not is_sharded(like):
-        return here
-    return type(like).from_local(
-        here, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=here.stride()
-    )
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    distributed = sys.modules["torch.distributed.tensor"]
+    return distributed.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
 
 
 def on_all_ranks(flag, tensors):
