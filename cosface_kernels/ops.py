@@ -265,9 +265,7 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
     """Where values are checked, a label that is no class raises."""
     if not _checks_values(labels):
         return
-    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if foreign_index is not None:
-        outside &= labels != foreign_index
+    outside = ((labels < 0) | (labels >= num_classes)) & rows.needs_target(labels, ignore_index, foreign_index)
     if outside.any():
         row = int(outside.nonzero()[0])
         raise IndexError(
@@ -279,9 +277,7 @@ def _check_sampled(labels, table, ignore_index, foreign_index):
     """Where values are checked, a label whose class takes no part raises."""
     if table.index is None or not _checks_values(labels):
         return
-    missing = (table.positions(labels) < 0) & (labels != ignore_index)
-    if foreign_index is not None:
-        missing &= labels != foreign_index
+    missing = (table.positions(labels) < 0) & rows.needs_target(labels, ignore_index, foreign_index)
     if missing.any():
         row = int(missing.nonzero()[0])
         label = int(labels[row])
