@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
-from . import backends, deferred, ops, shards, validation
+from . import backends, ops, shards, validation
 from .functional import class_indices, product_dtype, stateful_loss
 from .modules import CosFaceLoss, MarginSoftmaxLoss, _Head
 from .ranks import Ranks
@@ -101,14 +101,6 @@ class _ShardedHead(_Head):
     def _table(self):
         """(weight, bias) of this rank: the one place where a DTensor becomes the tensor that the losses take."""
         return tuple(each.to_local() if isinstance(each, DTensor) else each for each in (self.weight, self.bias))
-
-    def _trained_table(self):
-        """(weight, bias) of this rank for the loss, and whose rows they are where a fused optimiser trains them, or None."""
-        if deferred.pending(self.weight) is not None:
-            with torch.no_grad():
-                return *self._table(), (self.weight, self.bias)
-        weight, bias = self._table()
-        return weight if self.table_format == "float32" else deferred.refused(weight), bias, None
 
     @torch.no_grad()
     def reset_parameters(self):
