@@ -1,4 +1,4 @@
-"""Identities that come and go: new and removed rows of a head's table, its bias, and the optimizer's state of them."""
+"""Identities that come and go: new and removed rows of a head's table, its bias, and the optimiser's state of them."""
 
 import torch
 
@@ -48,7 +48,7 @@ def remove(head, ids, optimizer=None):
 
 
 def follow(optimizer, parameter, change):
-    """[(state, key, change(tensor))] of an optimizer's state tensors that have a row for each row of parameter."""
+    """[(state, key, change(tensor))] of an optimiser's state tensors that have a row for each row of parameter."""
     state = optimizer.state.get(parameter, {})
     per_row = {
         key: tensor

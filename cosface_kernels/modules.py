@@ -50,7 +50,7 @@ class _Head(nn.Module):
     def grow(self, count, optimizer=None):
         """Adds `count` identities, drawn as the initial ones were, and returns the range of their ids.
 
-        The parameters stay the same objects, so that an optimizer keeps them; their gradients are dropped. A replica by
+        The parameters stay the same objects, so that an optimiser keeps them; their gradients are dropped. A replica by
         DistributedDataParallel has to be wrapped anew.
 
         Args:

@@ -1,4 +1,4 @@
-"""An optimizer's state by the names of its parameters, saved and restored without a step and without a copy.
+"""An optimiser's state by the names of its parameters, saved and restored without a step and without a copy.
 
 torch.distributed.checkpoint.state_dict would first take a step with zero gradients where there is no state yet, C D numbers more,
 and Optimizer.load_state_dict casts state to the parameter's dtype. Here a table's state is allocated as the checkpoint has it.
@@ -10,7 +10,7 @@ from . import shards
 
 
 def by_name(optimizer):
-    """{name: optimizer} of one optimizer, a dict of them, or a sequence of them."""
+    """{name: optimizer} of one optimiser, a dict of them, or a sequence of them."""
     if optimizer is None:
         return {}
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -46,7 +46,7 @@ def flatten(prefix, optimizer, module):
 
 
 def prepare(prefix, optimizer, module, saved, metadata, grow):
-    """What `flatten` saved, for an optimizer that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
+    """What `flatten` saved, for an optimiser that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
 
     State that exists is loaded in place, other state is allocated; `metadata` is {key: TensorStorageMetadata} of the checkpoint,
     `grow` the names of parameters that may have more rows than there, whose state is zero.
@@ -77,7 +77,7 @@ def prepare(prefix, optimizer, module, saved, metadata, grow):
 
 
 def apply(optimizer, saved, states):
-    """Gives an optimizer the state that `prepare` made, and the options of its groups."""
+    """Gives an optimiser the state that `prepare` made, and the options of its groups."""
     optimizer.state.clear()
     optimizer.state.update(states)
     for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -100,7 +100,7 @@ def _wants_device(optimizer, parameter):
 
 
 def _names(prefix, optimizer, module):
-    """{parameter: its name in module} of all that an optimizer has."""
+    """{parameter: its name in module} of all that an optimiser has."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [tuple(parameter.shape) for parameter in own if parameter not in names]

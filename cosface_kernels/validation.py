@@ -177,7 +177,7 @@ def check_ids(ids, num_classes):
 
 
 def check_optimizer(optimizer, parameter):
-    """A torch optimizer that has parameter."""
+    """A torch optimiser that has parameter."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if not any(parameter is each for group in optimizer.param_groups for each in group["params"]):
