@@ -328,7 +328,7 @@ class MarginSoftmaxLoss(_Head):
         self.margin, self.normalize_features = margin, normalize_features
         self.normalize_weight = margin.normalize_weight
         if bias:
-            self.bias = nn.Parameter(self._empty(len(self.weight), device=device, dtype=dtype))
+            self.bias = nn.Parameter(self._empty(len(self.weight), device=device, dtype=self.weight.dtype))
         for name, value in margin.state.items():
             self.register_buffer(name, torch.tensor(value, device=device))
         self.reset_parameters()
