@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from . import deferred, validation
 from .margins import CosFace
-from .ops import negative_lse, snapshot
+from .ops import Options, negative_lse, snapshot
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -290,7 +290,7 @@ def _negatives_and_target(
     parameters = (weight, bias) if parameters is None else parameters
     trained = grad_mode and any(each is not None and each.requires_grad for each in parameters)
     recorded = trained and deferred.pending(parameters[0]) is not None
-    options = deferred.Options(
+    options = Options(
         *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
         *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )
