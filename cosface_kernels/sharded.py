@@ -136,7 +136,7 @@ class _ShardedHead(_Head):
         features = ranks.gather(features, counts, ranks.size if self.ddp_average else 1)
         labels = ranks.gather(class_indices(labels), counts)
         labels = _labels_here(labels, self.ignore_index, self.num_classes, self._first_class(), num_classes_here)
-        options |= {"ignore_index": IGNORED, "foreign_index": FOREIGN, "shards": batch, "parameters": parameters}
+        options |= {"ignore_index": IGNORED, "foreign_index": FOREIGN, "batch": batch, "parameters": parameters}
         sampled = self.sample_rate < 1 and self.training
         if sampled:
             seed = self.sample_seed * ranks.size + ranks.rank
