@@ -23,6 +23,8 @@ FLAGS = [
 # One binary for every processor: the source is compiled once for each set, and native.py picks one when it is loaded.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
+    # An MMX instruction, which the compiler may pick for 64-bit vectors, leaves the x87 unit that fmod uses in PyTorch unusable.
+    FLAGS.append("-mno-mmx")
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]

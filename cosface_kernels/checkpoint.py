@@ -1,4 +1,4 @@
-"""Checkpoints of a module and its optimizers, written by W ranks and read by any other number, whole or not at all."""
+"""Checkpoints of a module and its optimisers, written by W ranks and read by any other number, whole or not at all."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ __all__ = ["CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "sa
 
 
 def save_checkpoint(folder, module, optimizer=None, *, extra=None):
-    """Saves module, optimizers and random number generators into a new folder, which appears as a whole or not at all.
+    """Saves module, optimisers and random number generators into a new folder, which appears as a whole or not at all.
 
     All ranks of the default process group call it, if there is one. Sharded tensors (DTensor) are written by their ranks, plain
     ones, taken to be alike on all ranks, by rank 0. No copy of a table is made. A failure on any rank is raised on all of them,
@@ -29,15 +29,15 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
 
     Args:
         folder: where to, on a disk that all ranks share; must not exist.
-        module: with every parameter of the optimizers; parameters and persistent buffers are saved.
+        module: with every parameter of the optimisers; parameters and persistent buffers are saved.
         optimizer: a torch.optim.Optimizer, or a dict or sequence of them; state and options are saved by the parameters' names.
         extra: plain data of this rank's own, such as {"epoch": 3, "sampler": sampler.state_dict()}: numbers, strings, tensors,
             and tuples, lists and dicts of them.
 
     Raises:
         FileExistsError: folder exists.
-        ValueError: an optimizer has a parameter that module lacks.
-        TypeError: extra, or an option of an optimizer, is not plain data.
+        ValueError: an optimiser has a parameter that module lacks.
+        TypeError: extra, or an option of an optimiser, is not plain data.
         OSError: no space left, or another failure of a disk.
         RuntimeError: another failure of a rank.
     """
@@ -58,10 +58,10 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
 
 
 def load_checkpoint(folder, module, optimizer=None, *, grow=()):
-    """Loads what `save_checkpoint` saved, by any number of ranks, into module and optimizers of equal names, shapes and dtypes.
+    """Loads what `save_checkpoint` saved, by any number of ranks, into module and optimisers of equal names, shapes and dtypes.
 
-    First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimizers; only
-    then is anything changed. A tensor may have been sharded and be plain now, or the reverse. State of an optimizer is loaded in
+    First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimisers; only
+    then is anything changed. A tensor may have been sharded and be plain now, or the reverse. State of an optimiser is loaded in
     place where it exists, and allocated where it does not.
 
     Random number generators go on where each rank's stopped if the number of ranks is the same. If not, they stay as they are,
@@ -69,9 +69,9 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=()):
 
     Args:
         folder: a checkpoint.
-        module, optimizer: as they were saved, of any values; without optimizer the module alone is loaded.
+        module, optimizer: as they were saved, of any values; without an optimiser the module alone is loaded.
         grow: names of parameters and buffers that may have more rows here than in the checkpoint, such as ("head.weight",). The
-            further rows keep their values, and their optimizer state is zero: so does a sharded table get new identities.
+            further rows keep their values, and their optimiser state is zero: so does a sharded table get new identities.
 
     Returns:
         This rank's `extra`, its tensors on the CPU.

@@ -9,7 +9,8 @@ import dataclasses
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.tensor import DTensor
+
+from . import shards
 
 PIECE_BYTES = 2**26
 
@@ -27,7 +28,7 @@ class PiecewiseSavePlanner(DefaultSavePlanner):
         return self.plan
 
     def _cut(self, item):
-        whole, chunk = local_part(self.state_dict[item.index.fqn]), item.tensor_data.chunk
+        whole, chunk = shards.local(self.state_dict[item.index.fqn]), item.tensor_data.chunk
         if not (whole.dim() and whole.numel()):
             self.pieces[item.index] = whole
             yield item
@@ -58,7 +59,3 @@ class RowsLoadPlanner(DefaultLoadPlanner):
             if name in state_dict
         }
         super().set_up_planner(state_dict, dataclasses.replace(metadata, state_dict_metadata=sizes), is_coordinator)
-
-
-def local_part(tensor):
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -9,40 +9,17 @@ from typing import NamedTuple
 
 import torch
 
-from .ops import write_table_gradient
+from .ops import Factors, Options, write_table_gradient
 from .plan import SLAB_CLASSES_MAX
 from .table import Table
 
 _heads = weakref.WeakSet()  # an optimiser is given parameters, and has to know what they are
 
 
-class Options(NamedTuple):
-    """What two records must have in common to be one."""
-
-    scale: float
-    ignore_index: int
-    normalize_features: bool
-    normalize_weight: bool
-    centers: int
-    dtype: torch.dtype
-    memory_budget: int  # bytes of exponentials that may be kept from forward until step
-    backend: str
-
-
-class Factors(NamedTuple):
+class Record(NamedTuple):
     """One backward call's share of dW."""
 
-    unit: torch.Tensor  # x̃ (N, D), D + 1 with a bias
-    labels: torch.Tensor  # (N,)
-    shift: torch.Tensor  # (N,)
-    total: torch.Tensor  # (N,)
-    lse_grad: torch.Tensor  # (N,)
-    target_grad: torch.Tensor  # (N, K, D)
-    kept: torch.Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
-
-
-class Record(NamedTuple):
-    options: Options
+    options: Options  # those of two records must be equal for them to be one
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     factors: Factors
     version: int  # of the table then
@@ -220,23 +197,7 @@ def _write(table, records, gradient):
     table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
     columns = zip(*(record.factors for record in records), strict=True)
     # A single record's as they are: `kept` may be an eighth of the table.
-    together = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns)
-    unit, labels, shift, total, lse_grad, target_grad, kept = together
-    write_table_gradient(
-        *(
-            gradient,
-            table,
-            unit,
-            labels,
-            shift,
-            total,
-            kept,
-            lse_grad,
-            target_grad,
-            options.scale,
-            options.ignore_index,
-            options.normalize_features,
-            options.dtype,
-        ),
-        *(options.memory_budget if len(kept) else 0, options.backend),
-    )
+    factors = Factors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+    if not len(factors.kept):
+        options = options._replace(memory_budget=0)
+    write_table_gradient(gradient, table, factors, options)

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from . import deferred, validation
 from .margins import CosFace
-from .ops import negative_lse, snapshot
+from .ops import Options, negative_lse, snapshot
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -188,12 +188,12 @@ def stateful_loss(
     sample_correction=False,
     state=None,
     training=False,
-    shards=None,
+    batch=None,
     **options,
 ):
     """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training.
 
-    shards: a sharded.Batch, where the table is one of several shards and features are those of all ranks.
+    batch: a sharded.Batch, where the table is one of several shards and features are those of all ranks.
     """
     validation.check_margin_object(margin, bias is not None, normalize_features)
     validation.check_reduction(reduction)
@@ -223,10 +223,10 @@ def stateful_loss(
         rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
         # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
         norm = (rows * F.normalize(unit.detach())).sum(1)
-    if shards is not None:
+    if batch is not None:
         largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
-        lse, product, target_length = shards.combine(largest, lse, product, target_length)
-        feature_length, norm = shards.own(feature_length), shards.own(norm)
+        lse, product, target_length = batch.combine(largest, lse, product, target_length)
+        feature_length, norm = batch.own(feature_length), batch.own(norm)
     lengths = [length for length in (feature_length, target_length) if length is not None]
     length = math.prod(lengths) if lengths else None
     state = state or {}
@@ -246,7 +246,7 @@ def stateful_loss(
     penalty = margin.penalty(norm)
     losses = torch.where(counted, losses if penalty is None else losses + penalty, 0.0)
     if reduction == "none":
-        return losses if shards is None else shards.own_rows(losses)
+        return losses if batch is None else batch.own_rows(losses)
     return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
 
 
@@ -290,7 +290,7 @@ def _negatives_and_target(
     parameters = (weight, bias) if parameters is None else parameters
     trained = grad_mode and any(each is not None and each.requires_grad for each in parameters)
     recorded = trained and deferred.pending(parameters[0]) is not None
-    options = deferred.Options(
+    options = Options(
         *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
         *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )

@@ -1,8 +1,8 @@
-"""Identities that come and go: new and removed rows of a head's table, its bias, and the optimizer's state of them."""
+"""Identities that come and go: new and removed rows of a head's table, its bias, and the optimiser's state of them."""
 
 import torch
 
-from . import deferred, validation
+from . import deferred, shards, validation
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def remove(head, ids, optimizer=None):
 
 
 def follow(optimizer, parameter, change):
-    """[(state, key, change(tensor))] of an optimizer's state tensors that have a row for each row of parameter."""
+    """[(state, key, change(tensor))] of an optimiser's state tensors that have a row for each row of parameter."""
     state = optimizer.state.get(parameter, {})
     per_row = {
         key: tensor
@@ -76,5 +76,5 @@ def _change(head, changes, optimizer, change):
 
 
 def _check_plain(head, instead):
-    if hasattr(head.weight, "device_mesh"):  # a DTensor, without the import of its module
+    if shards.is_sharded(head.weight):
         raise NotImplementedError(f"the rows of a sharded table cannot be changed in place: save_checkpoint, and into {instead}")

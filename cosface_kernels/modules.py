@@ -42,12 +42,6 @@ class _Head(nn.Module):
         super().__setstate__(state)
         deferred.register(self)
 
-    def _trained_weight(self):
-        """weight, with the backward pass refused that its format cannot take."""
-        if self.table_format == "float32" or deferred.pending(self.weight) is not None:
-            return self.weight
-        return deferred.refused(self.weight)
-
     @staticmethod
     def draw(rows):
         """Fills rows of a table with their initial values."""
@@ -56,7 +50,7 @@ class _Head(nn.Module):
     def grow(self, count, optimizer=None):
         """Adds `count` identities, drawn as the initial ones were, and returns the range of their ids.
 
-        The parameters stay the same objects, so that an optimizer keeps them; their gradients are dropped. A replica by
+        The parameters stay the same objects, so that an optimiser keeps them; their gradients are dropped. A replica by
         DistributedDataParallel has to be wrapped anew.
 
         Args:
@@ -94,6 +88,14 @@ class _Head(nn.Module):
         """(weight, bias) as this process holds them."""
         return self.weight, self.bias
 
+    def _trained_table(self):
+        """(weight, bias) of this process for the loss, and whose rows they are where a fused optimiser trains them, or None."""
+        if deferred.pending(self.weight) is not None:
+            with torch.no_grad():
+                return *self._table(), (self.weight, self.bias)
+        weight, bias = self._table()
+        return weight if self.table_format == "float32" else deferred.refused(weight), bias, None
+
     def reset_parameters(self):
         self.draw(self.weight)
         if self.bias is not None:
@@ -103,11 +105,13 @@ class _Head(nn.Module):
 
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
-        options, sampled = self._loss_options(), self.sample_rate < 1 and self.training
+        weight, bias, parameters = self._trained_table()
+        options = self._loss_options() | {"parameters": parameters}
+        sampled = self.sample_rate < 1 and self.training
         if sampled:
-            validation.check_tensors(features, self.weight, labels, self.bias, self.centers_per_class)
+            validation.check_tensors(features, weight, labels, bias, self.centers_per_class)
             options |= self._sample(labels, self.ignore_index, self.num_classes, self.sample_seed)
-        loss = stateful_loss(features, self._trained_weight(), labels, bias=self.bias, **options)
+        loss = stateful_loss(features, weight, labels, bias=bias, **options)
         if sampled:
             self.sample_step += 1
         return loss
@@ -324,7 +328,7 @@ class MarginSoftmaxLoss(_Head):
         self.margin, self.normalize_features = margin, normalize_features
         self.normalize_weight = margin.normalize_weight
         if bias:
-            self.bias = nn.Parameter(self._empty(len(self.weight), device=device, dtype=dtype))
+            self.bias = nn.Parameter(self._empty(len(self.weight), device=device, dtype=self.weight.dtype))
         for name, value in margin.state.items():
             self.register_buffer(name, torch.tensor(value, device=device))
         self.reset_parameters()

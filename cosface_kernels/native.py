@@ -97,6 +97,11 @@ def available():
     return tuple(name for name in INSTRUCTION_SETS if getattr(library, f"cosface_supported_{name}", lambda: False)())
 
 
+def has_vectors():
+    """Whether the library can run here with vector instructions; without them it is slower than PyTorch's operators."""
+    return available()[:1] not in ((), ("portable",))
+
+
 def unavailable():
     """Why there is no library, or None."""
     return _load()[1]

@@ -11,6 +11,7 @@ w̃_{y_n} is projected and added to the rows of dW while the slabs are made, wha
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
@@ -18,6 +19,31 @@ from torch import Tensor, library
 from . import backends, rows, strata
 from .plan import kept_size, make_plan, wide_dtype
 from .table import Table, TableGradient
+
+
+class Options(NamedTuple):
+    """What the operators are told beside their tensors, in this order."""
+
+    scale: float
+    ignore_index: int
+    normalize_features: bool
+    normalize_weight: bool
+    centers: int
+    dtype: torch.dtype
+    memory_budget: int | None  # bytes of exponentials that may be kept from forward for backward; None: as plan.kept_size says
+    backend: str
+
+
+class Factors(NamedTuple):
+    """What dW is made of, beside the table."""
+
+    unit: torch.Tensor  # x̃ (N, D), D + 1 with a bias
+    labels: torch.Tensor  # (N,)
+    shift: torch.Tensor  # (N,)
+    total: torch.Tensor  # (N,)
+    lse_grad: torch.Tensor  # (N,)
+    target_grad: torch.Tensor  # (N, K, D)
+    kept: torch.Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
 
 
 @library.custom_op("cosface_kernels::negative_lse", mutates_args=())
@@ -133,36 +159,22 @@ def negative_lse_backward(
                 x_grad = torch.where((labels == ignore_index)[:, None], 0.0, x_grad)
         if need_table_grad:
             gradient = TableGradient.of(table)
-            write_table_gradient(
-                *(gradient, table, unit, labels, shift, total, kept, lse_grad, target_grad, scale, ignore_index),
-                *(normalize_features, dtype, memory_budget, backend),
-            )
+            factors = Factors(unit, labels, shift, total, lse_grad, target_grad, kept)
+            options = Options(scale, ignore_index, normalize_features, normalize_weight, centers, dtype, memory_budget, backend)
+            write_table_gradient(gradient, table, factors, options)
             weight_grad, bias_grad = gradient.weight, bias_grad if gradient.bias is None else gradient.bias
     return x_grad, weight_grad, bias_grad
 
 
-def write_table_gradient(
-    gradient,
-    table,
-    unit,
-    labels,
-    shift,
-    total,
-    kept,
-    lse_grad,
-    target_grad,
-    scale,
-    ignore_index,
-    normalize_features,
-    dtype,
-    memory_budget,
-    backend,
-):
+def write_table_gradient(gradient, table, factors, options):
     """dW and db slab by slab into a TableGradient, or what has its methods."""
+    unit, labels, shift, total, lse_grad, target_grad, kept = factors
+    scale, ignore_index, normalize_features, normalize_weight, _, dtype, memory_budget, backend = options
     chosen = backends.choose(backend, unit.device, dtype)
-    cosines = normalize_features and table.normalize
+    cosines = normalize_features and normalize_weight
     plan = make_plan(unit, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
-    targets, row_scale, unscale, target_rows, target_sums = _row_functions(chosen, table, normalize_features).weight_factors(
+    functions = _row_functions(chosen, table, normalize_features)
+    targets, row_scale, unscale, target_rows, target_sums = functions.weight_factors(
         lse_grad, target_grad, total, table, labels, ignore_index, scale
     )
     chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
@@ -265,9 +277,7 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
     """Where values are checked, a label that is no class raises."""
     if not _checks_values(labels):
         return
-    outside = ((labels < 0) | (labels >= num_classes)) & (labels != ignore_index)
-    if foreign_index is not None:
-        outside &= labels != foreign_index
+    outside = ((labels < 0) | (labels >= num_classes)) & rows.needs_target(labels, ignore_index, foreign_index)
     if outside.any():
         row = int(outside.nonzero()[0])
         raise IndexError(
@@ -279,9 +289,7 @@ def _check_sampled(labels, table, ignore_index, foreign_index):
     """Where values are checked, a label whose class takes no part raises."""
     if table.index is None or not _checks_values(labels):
         return
-    missing = (table.positions(labels) < 0) & (labels != ignore_index)
-    if foreign_index is not None:
-        missing &= labels != foreign_index
+    missing = (table.positions(labels) < 0) & rows.needs_target(labels, ignore_index, foreign_index)
     if missing.any():
         row = int(missing.nonzero()[0])
         label = int(labels[row])

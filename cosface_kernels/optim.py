@@ -142,21 +142,18 @@ class _Fused(torch.optim.Optimizer):
             state["rounding_step"] = torch.zeros((), dtype=torch.int64)
         state["skipped"] += ~finite
         state["rounding_step"] += 1
-        skip = None
-        if weight.device.type == "cpu":
-            if not finite:
-                return
-        else:
-            skip = ~finite
+        known = weight.device.type == "cpu"  # elsewhere asking would wait for the device
+        if known and not finite:
+            return
+        skip = None if known else ~finite
         rounding_step = int(state["rounding_step"])
         parameters = [None if parameter is None or not parameter.requires_grad else parameter for parameter in (weight, bias)]
         parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
         rows = shards.local(weight.detach()), None if bias is None else shards.local(bias.detach())
         table = Table(*rows, index=deferred.rows_of(records))
         deferred.write_gradient(table, records, updates.Update(table, *parts))
-        torch.autograd.graph.increment_version(
-            [parameter for parameter in parameters if parameter is not None]
-        )  # native code does not
+        changed = [parameter for parameter in parameters if parameter is not None]
+        torch.autograd.graph.increment_version(changed)  # native code does not
 
     def _part(self, parameter, rounding_step, skip):
         group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))

@@ -1,18 +1,16 @@
-"""An optimizer's state by the names of its parameters, saved and restored without a step and without a copy.
+"""An optimiser's state by the names of its parameters, saved and restored without a step and without a copy.
 
 torch.distributed.checkpoint.state_dict would first take a step with zero gradients where there is no state yet, C D numbers more,
 and Optimizer.load_state_dict casts state to the parameter's dtype. Here a table's state is allocated as the checkpoint has it.
 """
 
 import torch
-from torch.distributed import tensor as distributed
-from torch.distributed.tensor import DTensor
 
-from .checkpoint_plan import local_part
+from . import shards
 
 
 def by_name(optimizer):
-    """{name: optimizer} of one optimizer, a dict of them, or a sequence of them."""
+    """{name: optimizer} of one optimiser, a dict of them, or a sequence of them."""
     if optimizer is None:
         return {}
     if isinstance(optimizer, torch.optim.Optimizer):
@@ -48,7 +46,7 @@ def flatten(prefix, optimizer, module):
 
 
 def prepare(prefix, optimizer, module, saved, metadata, grow):
-    """What `flatten` saved, for an optimizer that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
+    """What `flatten` saved, for an optimiser that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
 
     State that exists is loaded in place, other state is allocated; `metadata` is {key: TensorStorageMetadata} of the checkpoint,
     `grow` the names of parameters that may have more rows than there, whose state is zero.
@@ -79,7 +77,7 @@ def prepare(prefix, optimizer, module, saved, metadata, grow):
 
 
 def apply(optimizer, saved, states):
-    """Gives an optimizer the state that `prepare` made, and the options of its groups."""
+    """Gives an optimiser the state that `prepare` made, and the options of its groups."""
     optimizer.state.clear()
     optimizer.state.update(states)
     for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -90,8 +88,8 @@ def apply(optimizer, saved, states):
 
 def _zeros(parameter, size, dtype, on_cpu):
     """Zeros placed as the parameter is: rows with its rows, numbers where they were."""
-    if isinstance(parameter, DTensor) and size[:1] == parameter.shape[:1]:
-        return distributed.zeros(size, dtype=dtype, device_mesh=parameter.device_mesh, placements=parameter.placements)
+    if shards.is_sharded(parameter) and size[:1] == parameter.shape[:1]:
+        return shards.zeros(parameter, size, dtype)
     return torch.zeros(size, dtype=dtype, device="cpu" if on_cpu and not size else parameter.device)
 
 
@@ -102,7 +100,7 @@ def _wants_device(optimizer, parameter):
 
 
 def _names(prefix, optimizer, module):
-    """{parameter: its name in module} of all that an optimizer has."""
+    """{parameter: its name in module} of all that an optimiser has."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [tuple(parameter.shape) for parameter in own if parameter not in names]
@@ -116,9 +114,9 @@ def _names(prefix, optimizer, module):
 
 def _check_not_local(where, value, name, parameter):
     """Of plain tensors rank 0's are saved, and the other ranks' rows would be lost."""
-    if not (isinstance(parameter, DTensor) and parameter.dim() and value.dim()) or isinstance(value, DTensor):
+    if not (shards.is_sharded(parameter) and parameter.dim() and value.dim()) or shards.is_sharded(value):
         return
-    rows = len(local_part(parameter))
+    rows = len(shards.local(parameter))
     if len(value) == rows != len(parameter):
         raise ValueError(f"{where} has this rank's rows of {name} as a plain tensor; it must be a DTensor as {name} is")
 

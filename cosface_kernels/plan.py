@@ -74,7 +74,8 @@ def make_plan(features, table, *, scale, dtype, memory_budget, keep, cosines):
 def slab_rows(features, table):
     """B: as many rows of the table as fill a slab, within bounds, no more than there are, and whole classes."""
     elements = SLAB_ELEMENTS.get(features.device.type, SLAB_ELEMENTS["cpu"])
-    num_rows, size = features.shape
+    # The table's D, since backward has features with a column more where there is a bias, and must find the same slabs.
+    num_rows, size = features.shape[0], table.weight.shape[1]
     wanted = elements // (num_rows + 2 * size)
     wanted = min(max(wanted, SLAB_CLASSES_MIN), SLAB_CLASSES_MAX, table.num_rows)
     alignment = math.lcm(SLAB_ALIGNMENT, table.centers)

@@ -22,18 +22,21 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign
     NaN of all that it reaches.
     """
     targets = _targets(labels, table, ignore_index)
-    ignored = labels == ignore_index
-    rows = torch.where(ignored[:, None], 0.0, x).to(wide).contiguous()
+    rows = torch.where((labels == ignore_index)[:, None], 0.0, x).to(wide).contiguous()
     unit, inverse_norm = unit_rows(rows) if normalize_features else (rows, rows.new_empty(0, 1))
     if table.bias is not None:
         unit = torch.cat([unit, unit.new_ones(len(unit), 1)], 1)
-    lost = (targets < 0) & ~ignored
-    if foreign_index is not None:
-        lost &= labels != foreign_index
+    lost = (targets < 0) & needs_target(labels, ignore_index, foreign_index)
     unit = torch.where(lost[:, None], torch.nan, unit)
     target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
     target_unit = target_unit.unflatten(0, (-1, table.centers))
     return targets, unit, inverse_norm[:, 0], torch.where((targets < 0)[:, None, None], 0.0, target_unit)
+
+
+def needs_target(labels, ignore_index, foreign_index):
+    """Which rows (N,) must have a target here: all that are not ignored, and whose class is not held elsewhere."""
+    needed = labels != ignore_index
+    return needed if foreign_index is None else needed & (labels != foreign_index)
 
 
 def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtype):

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
-from . import backends, deferred, ops, validation
+from . import backends, ops, shards, validation
 from .functional import class_indices, product_dtype, stateful_loss
 from .modules import CosFaceLoss, MarginSoftmaxLoss, _Head
 from .ranks import Ranks
@@ -81,36 +81,26 @@ class _ShardedHead(_Head):
     def _empty(self, *shape, device, dtype):
         if self._mesh is None:
             return super()._empty(*shape, device=device, dtype=dtype)
-        size, rank = self._mesh.size(), self._mesh.get_local_rank()
-        rows, centers = shape[0], self.centers_per_class
-        chunk = -(-rows // size)  # the rule of Shard(0), and of torch.chunk
+        size, rows, centers = self._mesh.size(), shape[0], self.centers_per_class
+        chunk = -(-rows // size)
         if chunk % centers and size > 1:
             raise ValueError(
                 f"a DTensor cuts {rows} rows for {size} ranks after every {chunk}, inside the {centers} rows of a class: "
                 f"num_classes must be a multiple of the number of ranks, such as {-(-rows // centers // size) * size}"
             )
-        stop = min((rank + 1) * chunk, rows)
-        local = torch.empty(stop - min(rank * chunk, stop), *shape[1:], device=device, dtype=dtype)
+        first, stop = shards.bounds(rows, self._mesh)
+        local = torch.empty(stop - first, *shape[1:], device=device, dtype=dtype)
         return DTensor.from_local(local, self._mesh, [Shard(0)], run_check=False, shape=shape, stride=(*shape[1:], 1))
 
     def _ranks(self):
         return Ranks(self.weight.device_mesh.get_group() if isinstance(self.weight, DTensor) else None)
 
     def _first_class(self):
-        ranks = self._ranks()
-        return min(ranks.rank * -(-self.num_classes // ranks.size), self.num_classes)
+        return shards.first_row(self.weight) // self.centers_per_class
 
     def _table(self):
         """(weight, bias) of this rank: the one place where a DTensor becomes the tensor that the losses take."""
         return tuple(each.to_local() if isinstance(each, DTensor) else each for each in (self.weight, self.bias))
-
-    def _trained_table(self):
-        """(weight, bias) of this rank for the loss, and whose rows they are where a fused optimiser trains them, or None."""
-        if deferred.pending(self.weight) is not None:
-            with torch.no_grad():
-                return *self._table(), (self.weight, self.bias)
-        weight, bias = self._table()
-        return weight if self.table_format == "float32" else deferred.refused(weight), bias, None
 
     @torch.no_grad()
     def reset_parameters(self):
@@ -146,7 +136,7 @@ class _ShardedHead(_Head):
         features = ranks.gather(features, counts, ranks.size if self.ddp_average else 1)
         labels = ranks.gather(class_indices(labels), counts)
         labels = _labels_here(labels, self.ignore_index, self.num_classes, self._first_class(), num_classes_here)
-        options |= {"ignore_index": IGNORED, "foreign_index": FOREIGN, "shards": batch, "parameters": parameters}
+        options |= {"ignore_index": IGNORED, "foreign_index": FOREIGN, "batch": batch, "parameters": parameters}
         sampled = self.sample_rate < 1 and self.training
         if sampled:
             seed = self.sample_seed * ranks.size + ranks.rank

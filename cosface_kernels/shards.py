@@ -15,23 +15,23 @@ def local(tensor):
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+def bounds(num_rows, mesh):
+    """(first, one past the last) of this rank's rows, by the rule of Shard(0), which is torch.chunk's."""
+    rank, chunk = mesh.get_local_rank(), -(-num_rows // mesh.size())
+    return min(rank * chunk, num_rows), min((rank + 1) * chunk, num_rows)
+
+
 def first_row(tensor):
-    """The number of this rank's first row in the whole, by the rule of Shard(0)."""
-    if not is_sharded(tensor):
-        return 0
-    mesh = tensor.device_mesh
-    return min(mesh.get_local_rank() * -(-tensor.shape[0] // mesh.size()), tensor.shape[0])
+    """The number of this rank's first row in the whole."""
+    return bounds(tensor.shape[0], tensor.device_mesh)[0] if is_sharded(tensor) else 0
 
 
 def zeros(like, shape, dtype):
     """Zeros of a shape whose rows lie where those of `like` do."""
-    rows = local(like)
-    here = torch.zeros(len(rows), *shape[1:], dtype=dtype, device=rows.device)
     if not is_sharded(like):
-        return here
-    return type(like).from_local(
-        here, like.device_mesh, like.placements, run_check=False, shape=torch.Size(shape), stride=here.stride()
-    )
+        return torch.zeros(shape, dtype=dtype, device=like.device)
+    distributed = sys.modules["torch.distributed.tensor"]
+    return distributed.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
 
 
 def on_all_ranks(flag, tensors):

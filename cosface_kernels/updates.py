@@ -96,8 +96,7 @@ class Part(NamedTuple):
             self._write(index, stream, buffer, scale, changed)
 
     def _is_native(self):
-        vectors = native.available()[:1] not in ((), ("portable",))
-        return vectors and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
+        return native.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
 
     def _write(self, index, stream, buffer, scale, rows):
         bits = None

@@ -124,8 +124,7 @@ def check_ignore_index(ignore_index):
 
 
 def check_reduction(reduction):
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_memory_budget(memory_budget):
@@ -138,8 +137,7 @@ def check_memory_budget(memory_budget):
 
 
 def check_backend(backend):
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    check_choice("backend", backend, BACKENDS)
 
 
 def check_options(*, scale, ignore_index, memory_budget, backend, reduction="none"):
@@ -179,7 +177,7 @@ def check_ids(ids, num_classes):
 
 
 def check_optimizer(optimizer, parameter):
-    """A torch optimizer that has parameter."""
+    """A torch optimiser that has parameter."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if not any(parameter is each for group in optimizer.param_groups for each in group["params"]):

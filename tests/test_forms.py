@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
 
-from cosface_kernels import margin_softmax_loss, reference
+from cosface_kernels import margin_softmax_loss, plan, reference
 from cosface_kernels.margins import CosFace, NormSoftmax, Softmax
 
 # (N, rows of the table, D). 522 rows: slabs of 128, or of 384 for three centres, the last one short; 67 rows: one past a tile.
@@ -185,3 +185,15 @@ def test_overflowing_target_beside_tiny_negatives(backend, device):
     ours, plain = losses(CosFace(1.9), **options)
     inputs = [(features, weight, labels)]
     check_rule(partial(ours, backend=backend), plain, inputs, device=device, scale=1000.0)
+
+
+def test_backward_finds_what_forward_kept_beside_a_bias(backend, device, monkeypatch):
+    """Backward's features have a column more, which must not make other slabs: of 384 rows for D = 4, of 256 for D = 5."""
+    monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", 2**16)
+    monkeypatch.setitem(plan.SLAB_ELEMENTS, torch.device(device).type, 257 * (7 + 2 * 4))
+    features, table, labels = make("uniform", 7, 700, 4)
+    inputs = features.to(device), table.to(device), labels.to(device), torch.ones(7, device=device)
+    bias = torch.linspace(-1, 1, 700, device=device)
+    loss = partial(margin_softmax_loss, margin=Softmax(), bias=bias, reduction="none", backend=backend)
+    (_, _, kept), (_, _, again) = (evaluate(partial(loss, memory_budget=budget), *inputs) for budget in (2**30, 0))
+    torch.testing.assert_close(kept, again)

@@ -285,7 +285,8 @@ def test_every_option_reaches_the_loss(device, monkeypatch):
     monkeypatch.setattr("cosface_kernels.modules.stateful_loss", lambda *tensors, **options: received.update(options))
     head.eval()(torch.ones(4, 3), torch.arange(4))
     state = {"batch_mean": head.batch_mean, "batch_std": head.batch_std}
-    own = {"margin": head.margin, "bias": None, "normalize_features": False, "state": state, "training": False}
+    carried = {"state": state, "training": False, "parameters": None}
+    own = {"margin": head.margin, "bias": None, "normalize_features": False, **carried}
     assert received == {**OPTIONS, **own}
 
 

@@ -54,7 +54,7 @@ def test_every_option_reaches_the_loss(device, monkeypatch):
     received = {}
     monkeypatch.setattr("cosface_kernels.modules.stateful_loss", lambda *tensors, **options: received.update(options))
     head(features, labels)
-    own = {"bias": None, "normalize_features": True, "centers_per_class": 1}
+    own = {"bias": None, "normalize_features": True, "centers_per_class": 1, "parameters": None}
     assert received == {**OPTIONS, **own, "margin": CosFace(OPTIONS["margin"])}
 
 

@@ -569,8 +569,9 @@ def test_nothing_to_do_is_no_step(device):
     assert not optimizer.state and optimizer.skipped_steps == 0
 
 
-def test_margin_and_table_format_of_every_head(device):
-    head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=ArcFace(), table_format="bfloat16", device=device)
+@pytest.mark.parametrize("options", [{"margin": ArcFace()}, {"margin": Softmax(), "bias": True}], ids=["ArcFace", "bias"])
+def test_margin_and_table_format_of_every_head(device, options):
+    head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, table_format="bfloat16", device=device, **options)
     optimizer = FusedSGD(head.parameters(), lr=0.5)
     features, labels = next(batches(1, device))
     losses = []

@@ -54,8 +54,7 @@ def choose(name, device, dtype):
 def _fastest(device):
     if device.type == "cuda":
         return "triton"
-    # Without vector instructions of its own the native library is slower than PyTorch's.
-    return "cpu" if device.type == "cpu" and native.available()[:1] != ("portable",) else "torch"
+    return "cpu" if device.type == "cpu" and native.has_vectors() else "torch"
 
 
 def unusable(name, device, dtype=torch.float32):

@@ -19,7 +19,7 @@ class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
         loss = module_partial_fc(local_embeddings, local_labels)      # the mean over all ranks' rows, the same on all
 
     weight (C_local, D) is a plain tensor with the rows that theirs gives this rank, C // W + (r < C % W) of them, not a DTensor:
-    so each rank's checkpoint loads as it is, its optimizer's momentum too, and `state_dict` asks no other rank. As with theirs,
+    so each rank's checkpoint loads as it is, its optimiser's momentum too, and `state_dict` asks no other rank. As with theirs,
     the embeddings' gradient is that of the loss times W, for DistributedDataParallel to average.
 
     Differences: those of `insightface.head`; batches may differ from rank to rank and step to step; fp16 computes in bfloat16,
