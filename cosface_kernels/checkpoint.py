@@ -36,7 +36,7 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
 
     Raises:
         FileExistsError: folder exists.
-        ValueError: an optimiser has a parameter that module lacks.
+        ValueError: an optimiser has a parameter that module lacks; a PartialFC_V2 on several ranks.
         TypeError: extra, or an option of an optimiser, is not plain data.
         OSError: no space left, or another failure of a disk.
         RuntimeError: another failure of a rank.
@@ -106,6 +106,12 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=()):
 
 def _contents(module, optimizer, extra):
     """({key: tensor}, {file name: bytes}) of all that this rank has."""
+    for each in module.modules():
+        if getattr(each, "holds_plain_shard", False):
+            raise ValueError(
+                f"{type(each).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would be "
+                "saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
+            )
     state = module.state_dict()
     tensors = {f"module/{name}": value for name, value in state.items() if _is_in_place(name, value)}
     shared = {

@@ -76,5 +76,9 @@ def _change(head, changes, optimizer, change):
 
 
 def _check_plain(head, instead):
+    if head.holds_plain_shard:
+        raise NotImplementedError(
+            f"the rows of a {type(head).__name__} on several ranks cannot be changed in place: use ShardedCosFaceLoss"
+        )
     if shards.is_sharded(head.weight):
         raise NotImplementedError(f"the rows of a sharded table cannot be changed in place: save_checkpoint, and into {instead}")

@@ -15,6 +15,8 @@ from .unit import unit_rows
 class _Head(nn.Module):
     """A class table weight (C K, D) drawn from N(0, 0.01²), its logits, and which classes take part in a training step."""
 
+    holds_plain_shard = False  # whether weight has this rank's rows alone, and does not say so as a DTensor does
+
     def __init__(self, embedding_size, num_classes, centers_per_class, table_format, sampling, device, dtype, **options):
         super().__init__()
         validation.check_size("embedding_size", embedding_size)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
-from . import backends, ops, shards, validation
+from . import backends, deferred, ops, shards, validation
 from .functional import class_indices, product_dtype, stateful_loss
 from .modules import CosFaceLoss, MarginSoftmaxLoss, _Head
 from .ranks import Ranks
@@ -139,7 +139,7 @@ class _ShardedHead(_Head):
         options |= {"ignore_index": IGNORED, "foreign_index": FOREIGN, "batch": batch, "parameters": parameters}
         sampled = self.sample_rate < 1 and self.training
         if sampled:
-            seed = self.sample_seed * ranks.size + ranks.rank
+            seed = (self.sample_seed * ranks.size + ranks.rank) % 2**63
             options |= self._sample(labels, IGNORED, max(num_classes_here, 1), seed)
         loss = stateful_loss(features, weight, labels, bias=bias, **options)
         if sampled:
@@ -148,6 +148,12 @@ class _ShardedHead(_Head):
 
     def _check(self, features, weight, labels, bias, *, margin, normalize_features, centers_per_class, **_):
         """All that can be wrong on one rank alone, before ranks wait for each other."""
+        wants_sparse = self.sample_rate < 1 and self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        if shards.is_sharded(self.weight) and wants_sparse and deferred.pending(self.weight) is None:
+            raise RuntimeError(
+                "a sharded table with sample_rate < 1 trains with FusedSGD or FusedAdamW alone, made before the forward pass: a "
+                "DTensor has no sparse gradient"
+            )
         validation.check_margin_object(margin, bias is not None, normalize_features)
         validation.check_options(**self._options())
         validation.check_tensors(features, weight, labels, bias, centers_per_class)

@@ -36,9 +36,8 @@ def zeros(like, shape, dtype):
 
 def on_all_ranks(flag, tensors):
     """Whether a flag (0-dim bool) is set on every rank that has a shard of these tensors."""
-    groups = {tensor.device_mesh.get_group() for tensor in tensors if is_sharded(tensor)}
-    for group in groups:
-        device = next(tensor for tensor in tensors if is_sharded(tensor) and tensor.device_mesh.get_group() == group).device
+    devices = {tensor.device_mesh.get_group(): tensor.device for tensor in tensors if is_sharded(tensor)}
+    for group, device in devices.items():
         everyone = flag.to(device, torch.int32)
         torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MIN, group=group)
         flag = everyone.bool()

@@ -526,6 +526,32 @@ def _(world):
     assert len(torch.cat(others).unique(dim=0)) == 300
 
 
+@check("PartialFC_V2 refuses what would lose rows", 2)
+def _(world):
+    module = insightface.PartialFC_V2(CosFace(), SIZE, NUM_CLASSES)
+    for change in (lambda: module.grow(3), lambda: module.remove([0])):
+        with raises(NotImplementedError, "on several ranks cannot be changed in place"):
+            change()
+    folder = world.done.with_suffix(".checkpoint")
+    with raises(ValueError, "save its state_dict.. on every rank"):
+        save_checkpoint(folder, module)
+    assert not folder.exists() and len(module.weight) == module.num_local
+
+
+@check("sampled shards want a fused optimiser", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    head = sharded(world, weight, sample_rate=0.5, sample_seed=2**62)
+    with raises(RuntimeError, "trains with FusedSGD or FusedAdamW alone"):
+        head(world.mine(features), world.mine(labels))
+    head.eval()
+    assert_equals_single(world, head, features, weight, labels)
+    head.train()
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    head(world.mine(features), world.mine(labels)).backward()
+    optimizer.step()
+
+
 @check("PartialFC_V2 samples", 1, 2)
 def _(world):
     """As theirs: a rank draws of its own classes, and the gradient is dense; two backward passes add up."""

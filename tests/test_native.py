@@ -2,6 +2,7 @@
 
 import _ctypes
 import ctypes
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from cases import check_accuracy, draws, evaluate, make
 
-from cosface_kernels import backends, cosface_loss, info, native
+from cosface_kernels import backends, cosface_loss, info, native, updates
 
 if not native.available():
     pytest.skip("the native library was not built here: that needs a C++ compiler", allow_module_level=True)
@@ -55,6 +56,17 @@ def test_exp2_within_two_ulp(instruction_set):
     overflow = np.isinf(nearest)
     assert np.isinf(got[overflow & (x >= 128)]).all()
     assert (got[x == -np.inf] == 0).all() and (got[x == np.inf] == np.inf).all()
+
+
+def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
+    """fmod, which torch.remainder is made of, runs there; an MMX instruction makes its next result NaN."""
+    monkeypatch.setattr(native, "available", lambda: (instruction_set,))
+    rule = updates.SGD(0.1, 0.9, 0.01, False, False)
+    for table, state in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.int8)):
+        scale = torch.zeros(8) if state == torch.int8 else None
+        states = [(torch.zeros(8, 37, dtype=state), scale)]
+        native.update(*rule.numbers(), torch.ones(8, 37, dtype=table), states, torch.ones(8, 37), slice(0, 8), 0, 1)
+        assert torch.remainder(torch.tensor([5.0, 4.0]), 3).tolist() == [2, 1]
 
 
 def test_rounding_to_bfloat16(instruction_set):

@@ -55,6 +55,10 @@ class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
         self.class_start = self._first_class()
         return torch.empty(self.num_local, size, device=device, dtype=dtype)
 
+    @property
+    def holds_plain_shard(self):
+        return self.world_size > 1
+
     def _ranks(self):
         return Ranks(dist.group.WORLD if self.world_size > 1 else None)
 
