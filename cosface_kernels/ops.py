@@ -161,7 +161,8 @@ def write_table_gradient(
     """dW and db slab by slab into a TableGradient, or what has its methods."""
     chosen = backends.choose(backend, unit.device, dtype)
     cosines = normalize_features and table.normalize
-    plan = make_plan(unit, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
+    features = unit[:, : table.weight.shape[1]]  # as many columns as forward's plan was made for
+    plan = make_plan(features, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
     targets, row_scale, unscale, target_rows, target_sums = _row_functions(chosen, table, normalize_features).weight_factors(
         lse_grad, target_grad, total, table, labels, ignore_index, scale
     )

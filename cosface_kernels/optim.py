@@ -40,8 +40,8 @@ class _Fused(torch.optim.Optimizer):
 
     def _attach(self):
         self._tables = self._find_tables()
-        for weight, _ in self._tables:
-            deferred.attach(weight, self)
+        for weight, bias in self._tables:
+            deferred.attach(weight, bias, self)
 
     @property
     def skipped_steps(self):
@@ -63,7 +63,9 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        recorded = [(weight, bias, deferred.pending(weight).take(weight)) for weight, bias in self._tables]
+        for weight, _ in self._tables:
+            deferred.pending(weight).check(weight)
+        recorded = [(weight, bias, deferred.pending(weight).take()) for weight, bias in self._tables]
         recorded = [(weight, bias, records) for weight, bias, records in recorded if records]
         finite = self._finite([record.factors for *_, records in recorded for record in records])
         for weight, bias, records in recorded:
@@ -86,12 +88,13 @@ class _Fused(torch.optim.Optimizer):
         params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
         for key, state in state_dict["state"].items():
             for name, value in state.items():
-                if value.dim() and key in params and value.shape[0] != params[key].shape[0]:
-                    raise ValueError(f"{name} has {value.shape[0]} rows, but the table has {params[key].shape[0]}")
+                _check_state(name, value, params.get(key))
         super().load_state_dict({**state_dict, "state": {}})
         for key, state in state_dict["state"].items():
             device = params[key].device
-            self.state[params[key]] = {name: value.to(device if value.dim() else value.device) for name, value in state.items()}
+            self.state[params[key]] = {
+                name: value.to(device).contiguous() if value.dim() else value for name, value in state.items()
+            }
 
     def _find_tables(self):
         """(weight, bias or None) of each table."""
@@ -187,6 +190,21 @@ def _rows(tensor):
     """(R, D), (R, 1) of a bias, as this rank holds them."""
     tensor = shards.local(tensor)
     return tensor if tensor.dim() == 2 else tensor[:, None]
+
+
+def _check_state(name, value, parameter):
+    """State that is no number has its parameter's shape, a scale a number for each row, and is sharded as the parameter is."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {value!r}")
+    if parameter is None or not value.dim():
+        return
+    shape = parameter.shape[:1] if name.endswith("_scale") else parameter.shape
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} for the table of {tuple(parameter.shape)}, got {tuple(value.shape)}"
+        )
+    if shards.is_sharded(value) != shards.is_sharded(parameter):
+        raise ValueError(f"{name} must be sharded where the table is: use load_checkpoint, which shards what was plain")
 
 
 class FusedSGD(_Fused):
