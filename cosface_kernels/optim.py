@@ -64,6 +64,11 @@ class _Fused(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for weight, _ in self._tables:
+            if not self._records(weight):
+                raise RuntimeError(
+                    "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
+                    "this one again"
+                )
             deferred.pending(weight).check(weight)
         recorded = [(weight, bias, deferred.pending(weight).take()) for weight, bias in self._tables]
         recorded = [(weight, bias, records) for weight, bias, records in recorded if records]
@@ -76,7 +81,13 @@ class _Fused(torch.optim.Optimizer):
         """Forgets what backward has recorded."""
         super().zero_grad(set_to_none)
         for weight, _ in self._tables:
-            deferred.pending(weight).records.clear()
+            if self._records(weight):
+                deferred.pending(weight).records.clear()
+
+    def _records(self, weight):
+        """Whether backward records for this optimiser, and not for one made later."""
+        found = deferred.pending(weight)
+        return found is not None and found.optimizer() is self
 
     def load_state_dict(self, state_dict):
         """As torch.optim's, but state keeps the dtype that it has there.
@@ -90,6 +101,9 @@ class _Fused(torch.optim.Optimizer):
             for name, value in state.items():
                 _check_state(name, value, params.get(key))
         super().load_state_dict({**state_dict, "state": {}})
+        for group in self.param_groups:  # torch.optim's own state has fewer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         for key, state in state_dict["state"].items():
             device = params[key].device
             self.state[params[key]] = {
@@ -140,7 +154,7 @@ class _Fused(torch.optim.Optimizer):
 
     def _step_table(self, weight, bias, records, finite):
         state = self.state[weight]
-        if not state:
+        if "skipped" not in state:
             state["skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
             state["rounding_step"] = torch.zeros((), dtype=torch.int64)
         state["skipped"] += ~finite

@@ -716,3 +716,39 @@ def test_a_loss_of_other_identities_has_no_backward(change):
     before = head.weight.detach().clone()
     optimizer.step()
     assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("fused, plain, options", [RULES[2], RULES[5]])
+def test_goes_on_from_torch_optim(fused, plain, options):
+    ours, theirs = twins()
+    optimizer = plain(theirs.parameters(), **options)
+    everything = list(batches(4))
+    for features, labels in everything[:2]:
+        optimizer.zero_grad()
+        theirs(features, labels).backward()
+        optimizer.step()
+    ours.load_state_dict(theirs.state_dict())
+    other = fused(ours.parameters(), lr=1e-9)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for features, labels in everything[2:]:
+        for head, each in ((ours, other), (theirs, optimizer)):
+            each.zero_grad()
+            head(features, labels).backward()
+            each.step()
+    assert largest_error(ours.weight, theirs.weight) < 1e-5
+
+
+def test_an_optimiser_that_lost_its_table_says_so():
+    head, _ = twins()
+    first, second = (FusedSGD(head.parameters(), lr=0.5) for _ in range(2))
+    head(*next(batches(1))).backward()
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="made later"):
+        first.step()
+    first.zero_grad()
+    second.step()
+    assert not torch.equal(head.weight, before)
+    del second
+    gc.collect()
+    with pytest.raises(RuntimeError, match="made later"):
+        first.step()
