@@ -63,7 +63,9 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for weight, _ in self._tables:
+        for weight, bias in self._tables:
+            for parameter in (weight,) if bias is None else (weight, bias):
+                _check_rows(parameter)
             if not self._records(weight):
                 raise RuntimeError(
                     "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
@@ -100,6 +102,8 @@ class _Fused(torch.optim.Optimizer):
         for key, state in state_dict["state"].items():
             for name, value in state.items():
                 _check_state(name, value, params.get(key))
+                if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
+                    raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:  # torch.optim's own state has fewer options
             for name, value in self.defaults.items():
@@ -122,8 +126,7 @@ class _Fused(torch.optim.Optimizer):
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
                     f"like, but was given one of shape {tuple(parameter.shape)} that is none: it needs another optimiser"
                 )
-            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
+            _check_rows(parameter)
             if any(id(other) not in known for other in head.parameters()):
                 raise ValueError("the weight and the bias of a head are one table: give both to the optimiser")
             if parameter is head.weight:
@@ -206,6 +209,14 @@ def _rows(tensor):
     return tensor if tensor.dim() == 2 else tensor[:, None]
 
 
+def _check_rows(parameter):
+    """A parameter that `step` can write, which also `head.to(...)` and `weight.data = ...` may have made another."""
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
+    if not shards.local(parameter).is_contiguous():
+        raise ValueError(f"a class table to train must be contiguous, got strides {parameter.stride()}")
+
+
 def _check_state(name, value, parameter):
     """State that is no number has its parameter's shape, a scale a number for each row, and is sharded as the parameter is."""
     if not isinstance(value, torch.Tensor):
@@ -217,6 +228,11 @@ def _check_state(name, value, parameter):
         raise ValueError(
             f"{name} must have shape {tuple(shape)} for the table of {tuple(parameter.shape)}, got {tuple(value.shape)}"
         )
+    dtypes = (
+        (torch.float32,) if name.endswith("_scale") else (torch.float32, torch.float64, torch.bfloat16, *formats.LARGEST_CODE)
+    )
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name} must be one of {dtypes}, got {value.dtype}")
     if shards.is_sharded(value) != shards.is_sharded(parameter):
         raise ValueError(f"{name} must be sharded where the table is: use load_checkpoint, which shards what was plain")
 

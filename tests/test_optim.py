@@ -703,6 +703,12 @@ def test_state_of_another_width_is_refused_and_strides_do_not_matter(state_forma
     saved["state"][0]["momentum_buffer"] = None
     with pytest.raises(TypeError, match="momentum_buffer must be a tensor, got None"):
         optimizer.load_state_dict(saved)
+    saved["state"][0]["momentum_buffer"] = buffer.half()
+    with pytest.raises(ValueError, match=r"momentum_buffer must be one of .*float16"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0] = {"momentum_buffer": buffer.char()}
+    with pytest.raises(ValueError, match="there must be a momentum_buffer_scale"):
+        optimizer.load_state_dict(saved)
 
 
 @pytest.mark.parametrize("change", [lambda head: head.grow(3), lambda head: head.remove([0])])
@@ -752,3 +758,22 @@ def test_an_optimiser_that_lost_its_table_says_so():
     gc.collect()
     with pytest.raises(RuntimeError, match="made later"):
         first.step()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows.t().contiguous().t(), "contiguous"),
+        (lambda rows: rows[:1].expand(NUM_CLASSES, SIZE), "contiguous"),
+        (lambda rows: rows.half(), "float16"),
+    ],
+)
+def test_a_table_that_became_unfit_is_refused(change, message):
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head.weight.data = change(head.weight.data)
+    head(*next(batches(1))).backward()
+    before = head.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
