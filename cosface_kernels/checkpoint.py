@@ -109,8 +109,8 @@ def _contents(module, optimizer, extra):
     for each in module.modules():
         if getattr(each, "holds_plain_shard", False):
             raise ValueError(
-                f"{type(each).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would be "
-                "saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
+                f"{type(each).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would "
+                "be saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
             )
     state = module.state_dict()
     tensors = {f"module/{name}": value for name, value in state.items() if _is_in_place(name, value)}

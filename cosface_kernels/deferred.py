@@ -22,14 +22,14 @@ class Record(NamedTuple):
     options: Options  # those of two records must be equal for them to be one
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     factors: Factors
-    version: int  # of the table then
+    versions: list  # of weight and bias then
 
 
 class Pending:
     """What has been recorded for a table since the last step."""
 
-    def __init__(self, optimizer):
-        self.optimizer = weakref.ref(optimizer)
+    def __init__(self, optimizer, bias):
+        self.optimizer, self.bias = weakref.ref(optimizer), bias
         self.records = []  # in the order of backward
 
     def __reduce__(self):
@@ -41,20 +41,27 @@ class Pending:
         if len(self.records) > 1:
             self.records = [_without_kept(each) for each in self.records]
 
-    def take(self, weight):
-        """The records, forgotten from now on."""
+    def check(self, weight):
+        """Raises where the records cannot be turned into a gradient any more; they stay."""
         if weight.grad is not None:
             raise RuntimeError(
                 "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
                 "head may depend on the table. Set weight.grad = None"
             )
-        records, self.records = self.records, []
-        if any(record.version != weight._version for record in records):
+        if any(record.versions != _versions(weight, self.bias) for record in self.records):
             raise RuntimeError(
                 "the class table was changed between backward and step, so the gradient can no longer be made: change it after "
                 "step, or call zero_grad first"
             )
+
+    def take(self):
+        """The records, forgotten from now on."""
+        records, self.records = self.records, []
         return records
+
+
+def _versions(*parameters):
+    return [parameter._version for parameter in parameters if parameter is not None]
 
 
 def _without_kept(record):
@@ -71,11 +78,11 @@ def head_of(parameter):
     return next((head for head in _heads if parameter is head.weight or parameter is head.bias), None)
 
 
-def attach(weight, optimizer):
+def attach(weight, bias, optimizer):
     """From now on, for as long as the optimiser lives, backward records for this table."""
     if pending(weight) is not None and pending(weight).optimizer() is optimizer:
         return
-    weight._pending = Pending(optimizer)
+    weight._pending = Pending(optimizer, bias)
     weakref.finalize(optimizer, _detach, weakref.ref(weight), weight._pending)
 
 
@@ -97,6 +104,11 @@ def record(parameters, lse, target_rows, factors, index, options):
     They come from an operator that saw no gradient of the table. Two zeros are added to them, because the path to the features
     must not lead through here: torch.autograd.grad(loss, features) records nothing.
     """
+    if parameters[1] is not pending(parameters[0]).bias:
+        raise ValueError(
+            "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
+            "heads that share a weight cannot have a bias each"
+        )
     lse_part, rows_part = _Record.apply(*parameters, lse.detach(), target_rows.detach(), *factors, index, options)
     return lse + lse_part, target_rows + rows_part
 
@@ -104,7 +116,9 @@ def record(parameters, lse, target_rows, factors, index, options):
 class _Record(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, lse, target_rows, unit, labels, shift, total, kept, index, options):
-        ctx.save_for_backward(weight, unit, labels, shift, total, kept, index)  # weight: a change of it is then noticed
+        # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
+        ctx.parameters, ctx.versions = (weight, bias), _versions(weight, bias)
+        ctx.save_for_backward(unit, labels, shift, total, kept, index)
         ctx.options, ctx.target_shape = options, target_rows.shape
         ctx.set_materialize_grads(False)
         return torch.zeros_like(lse), torch.zeros_like(target_rows)
@@ -112,14 +126,16 @@ class _Record(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, lse_grad, target_grad):
-        weight, unit, labels, shift, total, kept, index = ctx.saved_tensors
+        unit, labels, shift, total, kept, index = ctx.saved_tensors
+        if ctx.versions != _versions(*ctx.parameters):
+            raise RuntimeError("the class table was modified by an inplace operation between forward and backward")
         lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
         target_grad = unit.new_zeros(ctx.target_shape) if target_grad is None else target_grad
         factors = Factors(unit, labels, shift, total, lse_grad, target_grad, kept)
-        found = pending(weight)
+        found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(Record(ctx.options, index, factors, weight._version))
+        found.add(Record(ctx.options, index, factors, ctx.versions))
         return (None,) * 11
 
 

@@ -71,6 +71,7 @@ def _change(head, changes, optimizer, change):
     for parameter, rows in changes:
         parameter.grad = None
         parameter.data = rows
+        torch.autograd.graph.increment_version(parameter)  # a backward pass of the old rows then raises
     if recorded is not None:
         recorded.records.clear()
 

@@ -40,8 +40,8 @@ class _Fused(torch.optim.Optimizer):
 
     def _attach(self):
         self._tables = self._find_tables()
-        for weight, _ in self._tables:
-            deferred.attach(weight, self)
+        for weight, bias in self._tables:
+            deferred.attach(weight, bias, self)
 
     @property
     def skipped_steps(self):
@@ -63,7 +63,16 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        recorded = [(weight, bias, deferred.pending(weight).take(weight)) for weight, bias in self._tables]
+        for weight, bias in self._tables:
+            for parameter in (weight,) if bias is None else (weight, bias):
+                _check_rows(parameter)
+            if not self._records(weight):
+                raise RuntimeError(
+                    "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
+                    "this one again"
+                )
+            deferred.pending(weight).check(weight)
+        recorded = [(weight, bias, deferred.pending(weight).take()) for weight, bias in self._tables]
         recorded = [(weight, bias, records) for weight, bias, records in recorded if records]
         finite = self._finite([record.factors for *_, records in recorded for record in records])
         for weight, bias, records in recorded:
@@ -74,7 +83,13 @@ class _Fused(torch.optim.Optimizer):
         """Forgets what backward has recorded."""
         super().zero_grad(set_to_none)
         for weight, _ in self._tables:
-            deferred.pending(weight).records.clear()
+            if self._records(weight):
+                deferred.pending(weight).records.clear()
+
+    def _records(self, weight):
+        """Whether backward records for this optimiser, and not for one made later."""
+        found = deferred.pending(weight)
+        return found is not None and found.optimizer() is self
 
     def load_state_dict(self, state_dict):
         """As torch.optim's, but state keeps the dtype that it has there.
@@ -86,12 +101,18 @@ class _Fused(torch.optim.Optimizer):
         params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
         for key, state in state_dict["state"].items():
             for name, value in state.items():
-                if value.dim() and key in params and value.shape[0] != params[key].shape[0]:
-                    raise ValueError(f"{name} has {value.shape[0]} rows, but the table has {params[key].shape[0]}")
+                _check_state(name, value, params.get(key))
+                if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
+                    raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
         super().load_state_dict({**state_dict, "state": {}})
+        for group in self.param_groups:  # torch.optim's own state has fewer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
         for key, state in state_dict["state"].items():
             device = params[key].device
-            self.state[params[key]] = {name: value.to(device if value.dim() else value.device) for name, value in state.items()}
+            self.state[params[key]] = {
+                name: value.to(device).contiguous() if value.dim() else value for name, value in state.items()
+            }
 
     def _find_tables(self):
         """(weight, bias or None) of each table."""
@@ -105,8 +126,7 @@ class _Fused(torch.optim.Optimizer):
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
                     f"like, but was given one of shape {tuple(parameter.shape)} that is none: it needs another optimiser"
                 )
-            if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-                raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
+            _check_rows(parameter)
             if any(id(other) not in known for other in head.parameters()):
                 raise ValueError("the weight and the bias of a head are one table: give both to the optimiser")
             if parameter is head.weight:
@@ -137,7 +157,7 @@ class _Fused(torch.optim.Optimizer):
 
     def _step_table(self, weight, bias, records, finite):
         state = self.state[weight]
-        if not state:
+        if "skipped" not in state:
             state["skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
             state["rounding_step"] = torch.zeros((), dtype=torch.int64)
         state["skipped"] += ~finite
@@ -184,6 +204,34 @@ def _rows(tensor):
     """(R, D), (R, 1) of a bias, as this rank holds them."""
     tensor = shards.local(tensor)
     return tensor if tensor.dim() == 2 else tensor[:, None]
+
+
+def _check_rows(parameter):
+    """A parameter that `step` can write, which also `head.to(...)` and `weight.data = ...` may have made another."""
+    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
+    if not shards.local(parameter).is_contiguous():
+        raise ValueError(f"a class table to train must be contiguous, got strides {parameter.stride()}")
+
+
+def _check_state(name, value, parameter):
+    """State that is no number has its parameter's shape, a scale a number for each row, and is sharded as the parameter is."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {value!r}")
+    if parameter is None or not value.dim():
+        return
+    shape = parameter.shape[:1] if name.endswith("_scale") else parameter.shape
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)} for the table of {tuple(parameter.shape)}, got {tuple(value.shape)}"
+        )
+    dtypes = (
+        (torch.float32,) if name.endswith("_scale") else (torch.float32, torch.float64, torch.bfloat16, *formats.LARGEST_CODE)
+    )
+    if value.dtype not in dtypes:
+        raise ValueError(f"{name} must be one of {dtypes}, got {value.dtype}")
+    if shards.is_sharded(value) != shards.is_sharded(parameter):
+        raise ValueError(f"{name} must be sharded where the table is: use load_checkpoint, which shards what was plain")
 
 
 class FusedSGD(_Fused):

@@ -86,11 +86,11 @@ class Part(NamedTuple):
     def apply(self, index, grad):
         """index: which rows, a slice or int64 positions; grad: theirs, in the dtype to compute in."""
         if self._is_native():
-            native.update(*self.rule.numbers(), self.rows, self.states, grad, index, self.first_row, self.key)
+            native.update(*self.rule.numbers(), self.rows, self.states, grad.float(), index, self.first_row, self.key)
             return
         rows = formats.read(self.rows, None, index)
         states = [formats.read(*state, index) for state in self.states]
-        self.rule.apply(rows, grad.contiguous(), states, self.skip)
+        self.rule.apply(rows, grad.to(rows.dtype).contiguous(), states, self.skip)
         self._write(index, 0, self.rows, None, rows)
         for stream, ((buffer, scale), changed) in enumerate(zip(self.states, states, strict=True), 1):
             self._write(index, stream, buffer, scale, changed)

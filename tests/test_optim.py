@@ -6,10 +6,22 @@ import io
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from cases import make
 from margin_rows import every_row
 
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, deferred, formats, native, updates
+from cosface_kernels import (
+    CosFaceLoss,
+    FusedAdamW,
+    FusedSGD,
+    MarginSoftmaxLoss,
+    deferred,
+    formats,
+    margin_softmax_loss,
+    native,
+    plan,
+    updates,
+)
 from cosface_kernels.margins import ArcFace, Softmax
 
 SIZE, NUM_CLASSES, ROWS = 20, 300, 9  # three slabs, the last one short; not a multiple of any vector
@@ -544,7 +556,7 @@ def test_state_of_another_table_is_refused(device):
     optimizer.step()
     larger = CosFaceLoss(SIZE, NUM_CLASSES + 1, device=device)
     other = FusedSGD(larger.parameters(), lr=0.5, momentum=0.9)
-    with pytest.raises(ValueError, match=f"has {NUM_CLASSES} rows, but the table has {NUM_CLASSES + 1}"):
+    with pytest.raises(ValueError, match=f"for the table of .{NUM_CLASSES + 1}, {SIZE}., got .{NUM_CLASSES}, {SIZE}."):
         other.load_state_dict(optimizer.state_dict())
 
 
@@ -581,3 +593,188 @@ def test_margin_and_table_format_of_every_head(device, options):
         optimizer.step()
     assert losses[-1] < losses[0] / 4 and head.weight.dtype == torch.bfloat16
     assert deferred.head_of(head.weight) is head
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_exponentials_kept_beside_a_bias_are_read_as_they_were_written(monkeypatch, backend):
+    if backend == "cpu" and not native.available():
+        pytest.skip("the native library was not built here")
+    # A slab then is 384 rows for D columns, and would be 256 for D + 1.
+    monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", 2**16)
+    monkeypatch.setitem(plan.SLAB_ELEMENTS, "cpu", 257 * (ROWS + 2 * SIZE))
+    grads = []
+    for memory_budget in (0, 2**30):
+        options = {"margin": Softmax(), "bias": True, "memory_budget": memory_budget, "backend": backend}
+        torch.manual_seed(0)
+        head = MarginSoftmaxLoss(SIZE, 1000, **options)
+        torch.nn.init.normal_(head.bias)
+        features, labels = next(batches(1, num_classes=1000))
+        head(features, labels).backward()
+        grads.append((head.weight.grad, head.bias.grad))
+    for kept, again in zip(*grads, strict=True):
+        assert largest_error(kept, again) < 1e-6
+
+
+def test_a_loss_with_another_bias_is_refused():
+    head, _ = twins(head=MarginSoftmaxLoss, margin=Softmax(), bias=True)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1))
+    for bias in (None, head.bias.detach().clone()):
+        with pytest.raises(ValueError, match="takes that bias, and no other"):
+            margin_softmax_loss(features, head.weight, labels, margin=Softmax(), bias=bias)
+    plain, _ = twins()
+    optimizer = FusedSGD(plain.parameters(), lr=0.5)
+    with pytest.raises(ValueError, match="takes that bias, and no other"):
+        margin_softmax_loss(features, plain.weight, labels, margin=Softmax(), bias=head.bias)
+    before = plain.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(plain.weight, before)
+
+
+@pytest.mark.parametrize("when", ["before backward", "after backward"])
+def test_a_changed_bias_is_noticed(when):
+    head, _ = twins(head=MarginSoftmaxLoss, margin=Softmax(), bias=True)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    loss = head(*next(batches(1)))
+    if when == "after backward":
+        loss.backward()
+    with torch.no_grad():
+        head.bias.add_(1)
+    with pytest.raises(RuntimeError, match="between"):
+        loss.backward() if when == "before backward" else optimizer.step()
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "save_on_cpu"])
+def test_hooks_of_saved_tensors(way):
+    ours, plain = twins()
+    optimizers = FusedSGD(ours.parameters(), lr=0.5), FusedSGD(plain.parameters(), lr=0.5)
+    features, labels = next(batches(1))
+    if way == "checkpoint":
+        loss = torch.utils.checkpoint.checkpoint(ours, features.requires_grad_(), labels, use_reentrant=False)
+    else:
+        with torch.autograd.graph.save_on_cpu():
+            loss = ours(features, labels)
+    loss.backward()
+    plain(features, labels).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert torch.equal(ours.weight, plain.weight)
+
+
+def test_features_wider_than_the_table(path):
+    ours, theirs = twins()
+    optimizers = FusedSGD(ours.parameters(), lr=0.5, momentum=0.9), torch.optim.SGD(theirs.parameters(), lr=0.5, momentum=0.9)
+    for features, labels in batches(3, dtype=torch.float64):
+        for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.zero_grad()
+            head(features, labels).backward()
+            optimizer.step()
+    assert largest_error(ours.weight, theirs.weight) < 1e-6
+
+
+def test_nothing_is_lost_where_step_raises():
+    heads = [twins()[0] for _ in range(2)]
+    optimizer = FusedSGD([parameter for head in heads for parameter in head.parameters()], lr=0.5)
+    before = heads[0].weight.detach().clone()
+    sum(head(*next(batches(1))) for head in heads).backward()
+    heads[1].weight.grad = torch.zeros_like(heads[1].weight)
+    with pytest.raises(RuntimeError, match="ordinary gradient"):
+        optimizer.step()
+    heads[1].weight.grad = None
+    optimizer.step()
+    assert not torch.equal(heads[0].weight, before)
+
+
+@pytest.mark.parametrize("state_format", ["float32", "int8"])
+def test_state_of_another_width_is_refused_and_strides_do_not_matter(state_format):
+    head, other = twins()[0], CosFaceLoss(SIZE // 2, NUM_CLASSES)
+    optimizer, narrow = (FusedSGD(h.parameters(), lr=0.5, momentum=0.9, state_format=state_format) for h in (head, other))
+    features, labels = next(batches(1))
+    head(features, labels).backward()
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="momentum_buffer must have shape"):
+        narrow.load_state_dict(saved)
+    assert not narrow.state
+    buffer = saved["state"][0]["momentum_buffer"]
+    saved["state"][0]["momentum_buffer"] = buffer.t().contiguous().t()
+    optimizer.load_state_dict(saved)
+    head(features, labels).backward()
+    optimizer.step()
+    saved["state"][0]["momentum_buffer"] = None
+    with pytest.raises(TypeError, match="momentum_buffer must be a tensor, got None"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0]["momentum_buffer"] = buffer.half()
+    with pytest.raises(ValueError, match=r"momentum_buffer must be one of .*float16"):
+        optimizer.load_state_dict(saved)
+    saved["state"][0] = {"momentum_buffer": buffer.char()}
+    with pytest.raises(ValueError, match="there must be a momentum_buffer_scale"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("change", [lambda head: head.grow(3), lambda head: head.remove([0])])
+def test_a_loss_of_other_identities_has_no_backward(change):
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    loss = head(*next(batches(1)))
+    change(head)
+    with pytest.raises(RuntimeError, match="between forward and backward"):
+        loss.backward()
+    before = head.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("fused, plain, options", [RULES[2], RULES[5]])
+def test_goes_on_from_torch_optim(fused, plain, options):
+    ours, theirs = twins()
+    optimizer = plain(theirs.parameters(), **options)
+    everything = list(batches(4))
+    for features, labels in everything[:2]:
+        optimizer.zero_grad()
+        theirs(features, labels).backward()
+        optimizer.step()
+    ours.load_state_dict(theirs.state_dict())
+    other = fused(ours.parameters(), lr=1e-9)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for features, labels in everything[2:]:
+        for head, each in ((ours, other), (theirs, optimizer)):
+            each.zero_grad()
+            head(features, labels).backward()
+            each.step()
+    assert largest_error(ours.weight, theirs.weight) < 1e-5
+
+
+def test_an_optimiser_that_lost_its_table_says_so():
+    head, _ = twins()
+    first, second = (FusedSGD(head.parameters(), lr=0.5) for _ in range(2))
+    head(*next(batches(1))).backward()
+    before = head.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="made later"):
+        first.step()
+    first.zero_grad()
+    second.step()
+    assert not torch.equal(head.weight, before)
+    del second
+    gc.collect()
+    with pytest.raises(RuntimeError, match="made later"):
+        first.step()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda rows: rows.t().contiguous().t(), "contiguous"),
+        (lambda rows: rows[:1].expand(NUM_CLASSES, SIZE), "contiguous"),
+        (lambda rows: rows.half(), "float16"),
+    ],
+)
+def test_a_table_that_became_unfit_is_refused(change, message):
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head.weight.data = change(head.weight.data)
+    head(*next(batches(1))).backward()
+    before = head.weight.detach().clone()
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
