@@ -46,7 +46,8 @@ class Pending:
         if weight.grad is not None:
             raise RuntimeError(
                 "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
-                "head may depend on the table. Set weight.grad = None"
+                "head may depend on the table, and the head cannot be in DistributedDataParallel (ShardedCosFaceLoss is for "
+                "several ranks). Set weight.grad = None"
             )
         if any(record.versions != _versions(weight, self.bias) for record in self.records):
             raise RuntimeError(

@@ -24,19 +24,25 @@ class _Fused(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params, defaults):
-        validation.check_at_least_zero("lr", defaults["lr"])
-        validation.check_at_least_zero("weight_decay", defaults["weight_decay"])
-        validation.check_choice("state_format", defaults["state_format"], formats.STATE_FORMATS)
-        validation.check_integer("seed", defaults["seed"])
         self._complete = False  # the groups are added one by one
         super().__init__(params, defaults)
         self._complete = True
         self._attach()
 
+    def __getstate__(self):
+        raise TypeError(f"{type(self).__name__} belongs to its tables and cannot be copied or pickled: save its state_dict()")
+
     def add_param_group(self, param_group):
+        self._check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._complete:
             self._attach()
+
+    def _check_options(self, options):
+        for name in ("lr", "weight_decay"):
+            validation.check_at_least_zero(name, _number(options[name]))
+        validation.check_choice("state_format", options["state_format"], formats.STATE_FORMATS)
+        validation.check_integer("seed", options["seed"])
 
     def _attach(self):
         self._tables = self._find_tables()
@@ -63,21 +69,34 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for weight, bias in self._tables:
-            for parameter in (weight,) if bias is None else (weight, bias):
-                _check_rows(parameter)
-            if not self._records(weight):
-                raise RuntimeError(
-                    "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
-                    "this one again"
-                )
-            deferred.pending(weight).check(weight)
+        self._check_together()
         recorded = [(weight, bias, deferred.pending(weight).take()) for weight, bias in self._tables]
-        recorded = [(weight, bias, records) for weight, bias, records in recorded if records]
         finite = self._finite([record.factors for *_, records in recorded for record in records])
         for weight, bias, records in recorded:
-            self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
+            if records or not len(shards.local(weight)):  # a rank without rows counts and keeps state as the others do
+                self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
         return loss
+
+    def _check_together(self):
+        """Raises where a step cannot be made, on every rank of the tables if on one, before anything has changed."""
+        failure = None
+        try:
+            for weight, bias in self._tables:
+                for parameter in (weight,) if bias is None else (weight, bias):
+                    _check_rows(parameter, self._group_of(parameter), self.state.get(parameter, {}))
+                if not self._records(weight):
+                    raise RuntimeError(
+                        "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
+                        "this one again"
+                    )
+                deferred.pending(weight).check(weight)
+        except (RuntimeError, ValueError) as error:
+            failure = error
+        ready = shards.on_all_ranks(torch.tensor(failure is None), [weight for weight, _ in self._tables])
+        if failure is not None:
+            raise failure
+        if not ready:
+            raise RuntimeError("another rank cannot make this step, and says why; no rank has made it")
 
     def zero_grad(self, set_to_none=True):
         """Forgets what backward has recorded."""
@@ -126,7 +145,7 @@ class _Fused(torch.optim.Optimizer):
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
                     f"like, but was given one of shape {tuple(parameter.shape)} that is none: it needs another optimiser"
                 )
-            _check_rows(parameter)
+            _check_rows(parameter, self._group_of(parameter), {})
             if any(id(other) not in known for other in head.parameters()):
                 raise ValueError("the weight and the bias of a head are one table: give both to the optimiser")
             if parameter is head.weight:
@@ -169,6 +188,8 @@ class _Fused(torch.optim.Optimizer):
         rounding_step = int(state["rounding_step"])
         parameters = [None if parameter is None or not parameter.requires_grad else parameter for parameter in (weight, bias)]
         parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
+        if not records:
+            return
         rows = shards.local(weight.detach()), None if bias is None else shards.local(bias.detach())
         table = Table(*rows, index=deferred.rows_of(records))
         deferred.write_gradient(table, records, updates.Update(table, *parts))
@@ -176,8 +197,7 @@ class _Fused(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(changed)  # native code does not
 
     def _part(self, parameter, rounding_step, skip):
-        group = next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
-        state = self.state[parameter]
+        group, state = self._group_of(parameter), self.state[parameter]
         buffers = []
         for name in self._names(group):
             if name not in state:
@@ -187,6 +207,9 @@ class _Fused(torch.optim.Optimizer):
         key = formats.rounding_key(group["seed"], rounding_step)
         first_row = shards.first_row(parameter)
         return updates.Part(_rows(parameter.detach()), buffers, self._rule(group, parameter, skip), key, first_row, skip)
+
+    def _group_of(self, parameter):
+        return next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
 
     def _allocate(self, parameter, state, name, state_format):
         """Zeros: what a first step would begin with."""
@@ -200,18 +223,30 @@ class _Fused(torch.optim.Optimizer):
             state[f"{name}_scale"] = shards.zeros(parameter, parameter.shape[:1], torch.float32)
 
 
+def _number(value):
+    """A hyperparameter that may be a tensor."""
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
 def _rows(tensor):
     """(R, D), (R, 1) of a bias, as this rank holds them."""
     tensor = shards.local(tensor)
     return tensor if tensor.dim() == 2 else tensor[:, None]
 
 
-def _check_rows(parameter):
+def _check_rows(parameter, group, state):
     """A parameter that `step` can write, which also `head.to(...)` and `weight.data = ...` may have made another."""
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
     if not shards.local(parameter).is_contiguous():
         raise ValueError(f"a class table to train must be contiguous, got strides {parameter.stride()}")
+    if parameter.dtype == torch.float64 and group["state_format"] != "float32":
+        raise ValueError(f'a float64 table has state of its own dtype, state_format="float32", got {group["state_format"]!r}')
+    wide = torch.promote_types(parameter.dtype, torch.float32)
+    for name, value in state.items():
+        is_wide = value.dim() and value.is_floating_point() and not formats.is_rounded(value.dtype)
+        if is_wide and not name.endswith("_scale") and value.dtype != wide:
+            raise ValueError(f"{name} is {value.dtype}, but the table is {parameter.dtype} now: make the optimiser again")
 
 
 def _check_state(name, value, parameter):
@@ -269,11 +304,14 @@ class FusedSGD(_Fused):
         state_format="float32",
         seed=0,
     ):
-        validation.check_at_least_zero("momentum", momentum)
-        if nesterov and not momentum:
-            raise ValueError("nesterov needs a momentum, got momentum = 0")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
         super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
+
+    def _check_options(self, options):
+        super()._check_options(options)
+        validation.check_at_least_zero("momentum", _number(options["momentum"]))
+        if options["nesterov"] and not options["momentum"]:
+            raise ValueError("nesterov needs a momentum, got momentum = 0")
 
     def _names(self, group):
         return ["momentum_buffer"] if group["momentum"] else []
@@ -310,13 +348,19 @@ class FusedAdamW(_Fused):
         state_format="float32",
         seed=0,
     ):
-        validation.check_at_least_zero("eps", eps)
-        for index, beta in enumerate(betas):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
+
+    def _check_options(self, options):
+        super()._check_options(options)
+        validation.check_at_least_zero("eps", _number(options["eps"]))
+        betas = options["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}")
+        for index, beta in enumerate(map(_number, betas)):
             validation.check_number(f"betas[{index}]", beta)
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
 
     def _names(self, group):
         return ["exp_avg", "exp_avg_sq"]

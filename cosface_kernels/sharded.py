@@ -9,6 +9,7 @@ reduce-scatter of dX; dW is each rank's own. A row whose class another rank hold
 
 import math
 import os
+import zlib
 
 import torch
 import torch.distributed as dist
@@ -129,7 +130,7 @@ class _ShardedHead(_Head):
             self._check(features, weight, labels, bias, **options)
             return self._numbers(features)
 
-        counts, needs_gradient = _agreed(ranks.together(numbers, 4, weight.device))
+        counts, needs_gradient = _agreed(ranks.together(numbers, 5, weight.device))
         batch = Batch(ranks, counts, bool(num_classes_here))
         if needs_gradient and not features.requires_grad:
             features = features.detach().requires_grad_()
@@ -160,11 +161,12 @@ class _ShardedHead(_Head):
         backends.choose(self.backend, weight.device, product_dtype(features, weight))
         ops.check_labels(class_indices(labels), self.num_classes, self.ignore_index)
 
-    @staticmethod
-    def _numbers(features):
-        """What a rank tells the others of its batch; `_agreed` reads it."""
-        dtype = validation.FLOAT_DTYPES.index(features.dtype)
-        return len(features), dtype, torch.is_grad_enabled(), torch.is_grad_enabled() and features.requires_grad
+    def _numbers(self, features):
+        """What a rank tells the others of its batch and its head; `_agreed` reads it."""
+        dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
+        names = ("num_classes", "scale", "margin", "reduction", "normalize_features", "ddp_average", "sample_rate", "training")
+        options = zlib.crc32(repr([getattr(self, name) for name in names]).encode())
+        return len(features), dtype, grad_mode, options, grad_mode and features.requires_grad
 
     def logits(self, features):
         if self._ranks().group is None:
@@ -184,7 +186,7 @@ class _ShardedHead(_Head):
             validation.check_k(k, self.num_classes)
             return *self._numbers(features), k
 
-        *everyone, counts_k = zip(*ranks.together(numbers, 5, weight.device), strict=True)
+        *everyone, counts_k = zip(*ranks.together(numbers, 6, weight.device), strict=True)
         if len({*counts_k}) > 1:
             raise ValueError(f"k must be the same on all ranks, got {', '.join(map(str, counts_k))}")
         counts, _ = _agreed(list(zip(*everyone, strict=True)))
@@ -286,9 +288,10 @@ def _labels_here(labels, ignore_index, num_classes, first, count):
 
 def _agreed(everyone):
     """(rows of each rank, whether any needs the gradient of its features) of every rank's `_numbers`."""
-    counts, dtypes, grad_modes, needs_gradient = ([*each] for each in zip(*everyone, strict=True))
+    counts, dtypes, grad_modes, options, needs_gradient = ([*each] for each in zip(*everyone, strict=True))
     for what, values in (
         ("features must have the same dtype", [validation.FLOAT_DTYPES[dtype] for dtype in dtypes]),
+        ("num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)", options),
         ("gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same", map(bool, grad_modes)),
     ):
         values = [*values]

@@ -651,6 +651,54 @@ def _(world):
     assert torch.equal(head.weight.to_local().detach(), world.shard(weight)) and optimizer.skipped_steps == 2
 
 
+@check("a step that one rank cannot make is made by none", 2, 3)
+def _(world):
+    features, weight, labels = draw()
+    (head, optimizer), _ = fused_pair(world, weight, {"lr": 0.5, "momentum": 0.9})
+    head(world.mine(features), world.mine(labels)).backward()
+    if world.rank == 1:
+        with torch.no_grad():
+            head.weight.add_(1)
+    before = head.weight.to_local().detach().clone()
+    with raises(RuntimeError, "changed between" if world.rank == 1 else "another rank cannot make this step"):
+        optimizer.step()
+    assert torch.equal(head.weight.to_local().detach(), before)
+    optimizer.zero_grad()
+    head(world.mine(features), world.mine(labels)).backward()
+    optimizer.step()  # and on it goes
+    assert not torch.equal(head.weight.to_local().detach(), before)
+
+
+@check("options that differ between ranks", 2, 3)
+def _(world):
+    """Some would wait for each other, some would only be wrong."""
+    features, weight, labels = draw()
+    different = [
+        {"scale": 700.0},
+        {"reduction": "none"},
+        {"margin": 0.1},
+        {"num_classes": NUM_CLASSES - 1},
+        {"ddp_average": True},
+    ]
+    for options in different:
+        head = sharded(world, weight)
+        for name, value in options.items():
+            if world.rank == 1:
+                setattr(head, name, value)
+        with raises(ValueError, "options of the head must be the same"):
+            head(world.mine(features), world.mine(labels % 50))
+
+
+@check("skipped steps are counted where a shard is empty", 3)
+def _(world):
+    features, weight, labels = draw(4)
+    (head, optimizer), _ = fused_pair(world, weight, {"lr": 0.5, "momentum": 0.9})
+    features[0] = torch.nan
+    head(world.mine(features), world.mine(labels)).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+
+
 @check("checkpoint of a fused run", 2, 3)
 def _(world):
     """Saved on these ranks, and on with it: on these ranks again, and in one process."""

@@ -500,6 +500,11 @@ def test_autocast(device):
         (lambda head: FusedSGD(head.parameters(), weight_decay=-1), "weight_decay must be 0 or more"),
         (lambda head: FusedSGD(head.parameters(), nesterov=True), "nesterov needs a momentum"),
         (lambda head: FusedSGD(head.parameters(), state_format="int4"), "state_format must be one of .*int8.*int4"),
+        (lambda head: FusedSGD([{"params": head.parameters(), "lr": -1}]), "lr must be 0 or more, got -1"),
+        (lambda head: FusedSGD([{"params": head.parameters(), "state_format": "int4"}]), "state_format must be one of"),
+        (lambda head: FusedSGD(head.double().parameters(), state_format="int8"), "float64 table has state of its own dtype"),
+        (lambda head: FusedAdamW(head.parameters(), betas=(0.9,)), "betas must be two numbers"),
+        (lambda head: FusedAdamW(head.parameters(), betas=0.9), "betas must be two numbers"),
         (lambda head: FusedAdamW(head.parameters(), betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1.0"),
         (lambda head: FusedAdamW(head.parameters(), eps=-1), "eps must be 0 or more"),
         (lambda head: CosFaceLoss(3, 4, table_format="int8"), "table_format must be one of .*'bfloat16'.*'int8'"),
@@ -778,3 +783,35 @@ def test_a_table_that_became_unfit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         optimizer.step()
     assert torch.equal(head.weight, before)
+
+
+def test_learning_rate_as_a_tensor(device):
+    ours, theirs = twins(device, dtype=torch.float64)
+    for head, lr in ((ours, torch.tensor(0.5)), (theirs, 0.5)):
+        optimizer = FusedSGD(head.parameters(), lr=lr)
+        head(*next(batches(1, device, torch.float64))).backward()
+        optimizer.step()
+    assert torch.equal(ours.weight, theirs.weight)
+
+
+def test_an_optimiser_is_not_copied(device):
+    optimizer = FusedSGD(twins(device)[0].parameters())
+    with pytest.raises(TypeError, match="save its state_dict"):
+        copy.deepcopy(optimizer)
+
+
+def test_table_that_became_another_dtype(device):
+    """Refused before anything has changed, records included."""
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+    for features, labels in batches(2, device):
+        head(features, labels).backward()
+        optimizer.step()
+    head.double()
+    before = copy.deepcopy((head.weight.detach(), optimizer.state_dict()["state"]))
+    head(features.double(), labels).backward()
+    with pytest.raises(ValueError, match=r"the table is torch\.float64 now: make the optimiser again"):
+        optimizer.step()
+    assert torch.equal(before[0], head.weight)
+    (was,), (now,) = before[1].values(), optimizer.state_dict()["state"].values()
+    assert all(torch.equal(was[name], now[name]) for name in was)
