@@ -1,6 +1,7 @@
 """Markdown tables from measured results:  python -m benchmarks.tables FILE.json ...
 
-A file is a report of `cosface bench`, a list of them (--plot), or what `python -m benchmarks.gpu_check` wrote.
+A file is a report of `cosface bench`, a list of them (--plot), or what `python -m benchmarks.gpu_check`, `benchmarks.training` or
+`benchmarks.formats` wrote.
 """
 
 import json
@@ -121,8 +122,21 @@ def main(paths):
         return 2
     for path in paths:
         with open(path) as file:
-            print("\n\n".join(markdown(report) for report in reports_in(json.load(file))))
+            print(text(json.load(file)))
     return 0
+
+
+def text(found):
+    """Of whatever a file holds."""
+    if "rows_of_a_batch" in found:
+        from . import training
+
+        return "\n".join(training.report(found, found["environment"]))
+    if "rows" in found and "shape" not in found:
+        from . import formats
+
+        return formats.table(found["rows"], found["environment"])
+    return "\n\n".join(markdown(report) for report in reports_in(found))
 
 
 if __name__ == "__main__":

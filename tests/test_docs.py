@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import margins as benchmark
+from benchmarks import tables
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, theory
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -142,3 +143,22 @@ def test_margins_theory():
     with pytest.warns(UserWarning, match=r"eq\. 7"):
         CosFaceLoss(2, 8, margin=0.5)
     assert theory.suggest(1_000_000, 512)[:2] == (64, 0.35)
+
+
+def test_tables_of_training_are_what_was_measured():
+    """In README.md and docs/training.md, as `python -m benchmarks.tables` prints them."""
+    results = DOCS.parent / "benchmarks" / "results"
+    for name, document in (("cpu_epyc_zen5_training", DOCS.parent / "README.md"), ("formats", DOCS / "training.md")):
+        found = json.loads((results / f"{name}.json").read_text())
+        printed = tables.text(found)
+        _, *table = printed.split("\n\n", 1) if name == "formats" else ("", printed)
+        assert table[0].strip() in document.read_text(), f"python -m benchmarks.tables {name}.json prints another table"
+
+
+def test_example_of_training():
+    torch.manual_seed(0)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (DOCS / "training.md").read_text(), re.S):
+        exec(block, names)
+    assert names["head"].weight.grad is None and names["table_optimizer"].skipped_steps == 0
+    assert names["table_optimizer"].state[names["head"].weight]["momentum_buffer"].any()

@@ -11,7 +11,7 @@ from benchmarks import tables
 from cosface_kernels import cosface_loss, reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-REPLACED, _, USAGE, MARGIN = re.findall(r"```python\n(.*?)```", README, re.S)
+REPLACED, _, USAGE, MARGIN, LARGE = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def problem():
@@ -32,6 +32,18 @@ def test_usage_example():
     exec(USAGE, names)
     assert names["loss"].isfinite() and names["head"].weight.grad.any()
     assert names["nearest"].shape == (32, 5)
+
+
+def test_large_tables():
+    names = {}
+    torch.manual_seed(0)
+    exec(USAGE, names)
+    exec(LARGE.split("head = ShardedCosFaceLoss")[0], names)
+    head = names["head"]
+    assert head.weight.grad is None and head.weight.dtype == torch.bfloat16 and head.sample_rate == 0.1
+    assert names["table_optimizer"].state[head.weight]["momentum_buffer"].dtype == torch.int8
+    exec(LARGE, names)
+    assert names["head"](names["backbone"](names["images"]), names["identities"]).isfinite()
 
 
 def test_another_margin():
