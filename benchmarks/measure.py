@@ -195,13 +195,14 @@ def own_peak_bytes(peer, shape):
     tensors = inputs(*shape)
     gradients = [torch.ones_like(tensor) for tensor in tensors[:2]]
     Path("/proc/self/clear_refs").write_text("5")  # the high water mark starts again from what is held now
-    before = _high_water_bytes()
+    before = high_water_bytes()
     del gradients
     step(peer.function, *tensors)
-    return max(_high_water_bytes() - before, 0)
+    return max(high_water_bytes() - before, 0)
 
 
-def _high_water_bytes():
+def high_water_bytes():
+    """The most memory that this process has held. ru_maxrss would be its parent's where that was larger."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 

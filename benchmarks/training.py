@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -87,10 +86,7 @@ class Run:
 
 
 def peak_bytes():
-    """Of this process. ru_maxrss would be its parent's where that was larger."""
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else measure.high_water_bytes()
 
 
 def alone(what, **arguments):
