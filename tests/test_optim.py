@@ -795,7 +795,8 @@ def test_learning_rate_as_a_tensor(device):
 
 
 def test_an_optimiser_is_not_copied(device):
-    optimizer = FusedSGD(twins(device)[0].parameters())
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters())
     with pytest.raises(TypeError, match="save its state_dict"):
         copy.deepcopy(optimizer)
 
