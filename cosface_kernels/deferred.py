@@ -213,7 +213,7 @@ def _write(table, records, gradient):
     options = records[0].options
     table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
     columns = zip(*(record.factors for record in records), strict=True)
-    # A single record's as they are: `kept` may be an eighth of the table.
+    # A single record's as they are: `kept` may be large.
     factors = Factors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
     if not len(factors.kept):
         options = options._replace(memory_budget=0)

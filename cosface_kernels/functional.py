@@ -317,10 +317,10 @@ def _negatives_and_target(
 
 def _bytes_to_keep(memory_budget, weight, recorded):
     """What an operator takes for memory_budget: 64 bits, or None for its own "auto". Where a fused optimiser makes no gradient of
-    the table's size, "auto" is an eighth of the table.
+    the table's size, "auto" is a sixteenth of the table.
     """
     if memory_budget == "auto":
-        return weight.nbytes // 8 if recorded else None
+        return weight.nbytes // 16 if recorded else None
     return min(int(memory_budget), 2**62)
 
 

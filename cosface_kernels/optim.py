@@ -81,6 +81,11 @@ class _Fused(torch.optim.Optimizer):
         """Raises where a step cannot be made, on every rank of the tables if on one, before anything has changed."""
         failure = None
         try:
+            if getattr(self, "grad_scale", 1) is None:
+                raise RuntimeError(
+                    "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
+                    f"{type(self).__name__}, whose step divides by the scale"
+                )
             for weight, bias in self._tables:
                 for parameter in (weight,) if bias is None else (weight, bias):
                     _check_rows(parameter, self._group_of(parameter), self.state.get(parameter, {}))
@@ -165,11 +170,6 @@ class _Fused(torch.optim.Optimizer):
         """A record, with gradients divided by the scale of a GradScaler that is at work."""
         if not hasattr(self, "grad_scale"):
             return record
-        if self.grad_scale is None:
-            raise RuntimeError(
-                "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
-                f"{type(self).__name__}, whose step divides by the scale"
-            )
         factors = record.factors
         lse_grad, target_grad = factors.lse_grad / self.grad_scale, factors.target_grad / self.grad_scale
         return record._replace(factors=factors._replace(lse_grad=lse_grad, target_grad=target_grad))
@@ -366,6 +366,7 @@ class FusedAdamW(_Fused):
         return ["exp_avg", "exp_avg_sq"]
 
     def _rule(self, group, parameter, skip):
+        """Of the step that is made with it: asking counts it."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), device=parameter.device)

@@ -355,6 +355,9 @@ def test_unscale_is_refused(device):
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
     assert torch.equal(head.weight, before)
+    optimizer.grad_scale = scaler.scale(torch.ones((), device=device))  # as without unscale_: nothing was lost
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
 
 
 @pytest.mark.parametrize("state_format", formats.STATE_FORMATS)
