@@ -57,7 +57,7 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
         raise
 
 
-def load_checkpoint(folder, module, optimizer=None, *, grow=()):
+def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
     """Loads what `save_checkpoint` saved, by any number of ranks, into module and optimisers of equal names, shapes and dtypes.
 
     First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimisers; only
@@ -72,6 +72,8 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=()):
         module, optimizer: as they were saved, of any values; without an optimiser the module alone is loaded.
         grow: names of parameters and buffers that may have more rows here than in the checkpoint, such as ("head.weight",). The
             further rows keep their values, and their optimiser state is zero: so does a sharded table get new identities.
+        strict: whether module must have the checkpoint's names and no others. If not, what one of them lacks stays as it is, or is
+            not loaded, as in load_state_dict: a head that was trained with sample_rate 1 and is sampled now has a sample_step more.
 
     Returns:
         This rank's `extra`, its tensors on the CPU.
@@ -88,9 +90,9 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=()):
     manifest = together(lambda: checkpoint_files.read_manifest(folder))
     together(lambda: checkpoint_files.verify(folder, manifest, rank(), world_size()))
     metadata, shared, own = together(lambda: _read(folder, manifest))
-    state, optimizers, tensors = together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow))
+    state, optimizers, tensors = together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
     together(lambda: _read_tensors(folder, tensors))
-    module.load_state_dict(state | shared["module"])
+    module.load_state_dict(state | shared["module"], strict=strict)
     for name, (each, states) in optimizers.items():
         optimizer_state.apply(each, shared["optimizers"][name], states)
     if shared["world_size"] == world_size():
@@ -176,15 +178,17 @@ def _read(folder, manifest):
     return metadata, shared, torch.load(folder / own, map_location="cpu", weights_only=True)
 
 
-def _prepare(folder, module, optimizer, metadata, shared, grow):
+def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
     """(the module's state, {name: (optimizer, its state to be)}, {key: tensor to load into}), if all of it fits."""
     saved = metadata.state_dict_metadata
     everything = module.state_dict()
     state = {name: value for name, value in everything.items() if _is_in_place(name, value)}
     if unknown := [name for name in grow if name not in state]:
         raise ValueError(f"grow must have names of parameters and buffers of module, got {unknown}; there are {[*state]}")
-    problems = _differences(state, saved, grow)
-    if (plain := everything.keys() - state.keys()) != shared["module"].keys():
+    if not strict:
+        state = {name: value for name, value in state.items() if f"module/{name}" in saved}
+    problems = _differences(state, saved, grow, strict)
+    if strict and (plain := everything.keys() - state.keys()) != shared["module"].keys():
         problems.append(f"there is extra state {sorted(shared['module'])} in the checkpoint, {sorted(plain)} here")
     tensors, optimizers = {f"module/{name}": value for name, value in state.items()}, {}
     named = optimizer_state.by_name(optimizer)
@@ -203,11 +207,14 @@ def _prepare(folder, module, optimizer, metadata, shared, grow):
     return state, optimizers, tensors
 
 
-def _differences(state, saved, grow):
+def _differences(state, saved, grow, strict):
     """What about the module is not as in the checkpoint, a sentence for each."""
     saved = {key.removeprefix("module/"): found for key, found in saved.items() if key.startswith("module/")}
-    problems = [f"{name} is in the checkpoint and not in module" for name in saved.keys() - state.keys()]
-    problems += [f"{name} is in module and not in the checkpoint" for name in state.keys() - saved.keys()]
+    problems = []
+    if strict:
+        hint = "; strict=False leaves it out"
+        problems += [f"{name} is in the checkpoint and not in module{hint}" for name in saved.keys() - state.keys()]
+        problems += [f"{name} is in module and not in the checkpoint{hint}" for name in state.keys() - saved.keys()]
     for name in state.keys() & saved.keys():
         here, there = state[name], saved[name]
         fits = here.shape == there.size

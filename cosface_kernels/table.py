@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import reuse
 from .unit import project, unit_rows
 
 
@@ -68,7 +69,7 @@ class TableGradient(NamedTuple):
     def of(cls, table):
         """Not yet written: every slab must be."""
         shape, bias = (table.num_rows, table.weight.shape[1]), table.bias
-        weight = torch.empty(shape, dtype=table.weight.dtype, device=table.weight.device)
+        weight = reuse.empty(shape, table.weight.dtype, table.weight.device)
         return cls(weight, None if bias is None else torch.empty(shape[0], dtype=bias.dtype, device=bias.device))
 
     def place(self, start, stop, dtype=None):

@@ -314,7 +314,7 @@ OTHERS = {
     "other dtype": (lambda: Model(7, dtype=torch.float64), "weight is torch.float32 in the checkpoint, torch.float64 here"),
     "other names": (
         other_names,
-        r"bias is in the checkpoint and not in module\n.*more is in module and not in the checkpoint",
+        r"bias is in the checkpoint and not in module; strict=False.*\n.*more is in module and not in the checkpoint; strict=False",
     ),
     "no memory": (lambda: Model(7).to("meta"), "weight has no memory here, on the meta device"),
 }
@@ -370,6 +370,34 @@ def test_more_rows(intact):
         load_checkpoint(intact, model, optimizers, grow=("table",))
     with pytest.raises(ValueError, match=r"weight has shape \(7, 3\) in the checkpoint, \(6, 3\) here"):
         load_checkpoint(intact, Model(6), grow=("weight", "bias"))
+
+
+def test_not_strict(intact):
+    """Names that one side lacks are left as they are; what both have is loaded, and must fit."""
+    model = other_names()
+    nn.init.constant_(model.more, 5.0)
+    load_checkpoint(intact, model, strict=False)
+    reference = Model(7)
+    train(reference, optimizers_of(reference), 1)
+    assert torch.equal(model.weight, reference.weight)
+    assert model.more.item() == 5.0
+    with pytest.raises(ValueError, match=r"weight has shape \(7, 3\) in the checkpoint, \(7, 4\) here"):
+        load_checkpoint(intact, other_size(), strict=False)
+
+
+@pytest.mark.parametrize("rates", [(1.0, 0.5), (0.5, 1.0)])
+def test_another_sample_rate(rates, tmp_path):
+    before, after = (CosFaceLoss(4, 20, sample_rate=rate) for rate in rates)
+    optimizers = [FusedSGD(head.parameters(), lr=0.1, momentum=0.9) for head in (before, after)]
+    before(torch.randn(3, 4), torch.arange(3)).backward()
+    optimizers[0].step()
+    save_checkpoint(tmp_path / "a", before, optimizers[0])
+    with pytest.raises(ValueError, match="sample_step is in .*strict=False"):
+        load_checkpoint(tmp_path / "a", after, optimizers[1])
+    load_checkpoint(tmp_path / "a", after, optimizers[1], strict=False)
+    assert torch.equal(after.weight, before.weight)
+    momenta = [optimizer.state[head.weight]["momentum_buffer"] for optimizer, head in zip(optimizers, (before, after), strict=True)]
+    assert torch.equal(*momenta) and momenta[0].any()
 
 
 def test_never_over_another(tmp_path):

@@ -7,7 +7,7 @@ Memory beyond the results: one slab each of w̃ and E, each in the two layouts t
 
 import torch
 
-from .. import native, rows
+from .. import native, reuse, rows
 from ..plan import aligned
 from . import Sums, centers
 
@@ -23,7 +23,7 @@ def forward(x, table, targets, plan, *, need_pull):
     shift = _shift(slab, plan, num_rows)
     total = torch.zeros(num_rows, dtype=torch.float64)
     pull = torch.zeros(num_rows if need_pull else 0, padded(size), dtype=torch.float64)
-    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
+    kept = reuse.empty((plan.kept_elements,), plan.dtype, x.device)
     e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
     unit_panels = slab.panels(plan.slab, size) if need_pull else None
     for index, start, stop in plan.slabs(table):

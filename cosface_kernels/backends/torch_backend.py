@@ -8,7 +8,7 @@ Per slab of B rows of the table, nothing larger than N x B or B x D:
 
 import torch
 
-from .. import rows
+from .. import reuse, rows
 from ..plan import aligned
 from ..unit import project
 from . import Sums, centers
@@ -24,7 +24,7 @@ def forward(x, table, targets, plan, *, need_pull):
     # Sums over up to 10^5 slabs: in float32 they would lose three digits.
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
-    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
+    kept = reuse.empty((plan.kept_elements,), plan.dtype, x.device)
     for index, start, stop in plan.slabs(table):
         unit = _unit(table, start, stop, plan)[0].to(plan.dtype)
         e = _exponentials(low, unit, shift, targets - start, table, plan)

@@ -1,0 +1,54 @@
+"""Memory for large tensors on a CPU, kept when the last tensor over it dies and lent again.
+
+A page that the process has not touched costs a fault of over a microsecond for 4 KB, which is as long as a whole row of dW takes to
+compute. malloc keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
+"""
+
+import ctypes
+import math
+import weakref
+
+import torch
+
+from .memory import total_memory
+
+LARGE = 2**25  # bytes: glibc never takes a threshold above this for what goes back to the system
+SPARE_SHARE = 8  # of the machine's memory, at most one part in so many is kept for later
+
+_spare = []
+
+
+def empty(shape, dtype, device):
+    """torch.empty. On a CPU a large one cannot be resized in place."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or nbytes < LARGE:
+        return torch.empty(shape, dtype=dtype, device=device)
+    return _take(nbytes).lend()[:nbytes].view(dtype).view(shape)
+
+
+class _Block:
+    def __init__(self, nbytes):
+        self.bytes = torch.empty(nbytes, dtype=torch.uint8)
+
+    def lend(self):
+        window = (ctypes.c_char * self.bytes.nbytes).from_address(self.bytes.data_ptr())
+        weakref.finalize(window, self.give_back).atexit = False  # the tensor below holds the window
+        return torch.frombuffer(window, dtype=torch.uint8)
+
+    def give_back(self):
+        spare = sum(block.bytes.nbytes for block in _spare)
+        if spare + self.bytes.nbytes <= total_memory(self.bytes.device) // SPARE_SHARE:
+            _spare.append(self)
+
+
+def _take(nbytes):
+    """The smallest spare block that is large enough, if it is not twice as large; else a new one instead of them all."""
+    for block in sorted(_spare, key=lambda block: block.bytes.nbytes):
+        if nbytes <= block.bytes.nbytes <= 2 * nbytes:
+            try:
+                _spare.remove(block)
+            except ValueError:  # another thread was faster
+                continue
+            return block
+    _spare.clear()
+    return _Block(nbytes)

@@ -1,0 +1,89 @@
+import copy
+
+import pytest
+import torch
+
+from cosface_kernels import cosface_loss, reuse
+
+CPU = torch.device("cpu")
+ROWS = reuse.LARGE // (4 * 256) + 64
+
+
+@pytest.fixture(autouse=True)
+def nothing_spare():
+    reuse._spare.clear()
+    yield
+    reuse._spare.clear()
+
+
+def large(rows=ROWS):
+    return reuse.empty((rows, 256), torch.float32, CPU)
+
+
+def test_memory_is_lent_again_only_when_no_tensor_is_over_it():
+    tensor = large().fill_(1)
+    address, row = tensor.data_ptr(), tensor[5:6]
+    del tensor
+    other = large().fill_(2)
+    assert other.data_ptr() != address
+    assert bool((row == 1).all())
+    del row
+    assert large(ROWS - 7).data_ptr() == address
+
+
+def test_dtype_shape_and_device_are_as_asked():
+    low = reuse.empty((3, reuse.LARGE), torch.bfloat16, CPU)
+    assert (low.dtype, low.shape, low.is_contiguous()) == (torch.bfloat16, (3, reuse.LARGE), True)
+    assert reuse.empty((3, reuse.LARGE), torch.bfloat16, torch.device("meta")).device.type == "meta"
+    small = reuse.empty((4, 0), torch.float64, CPU)
+    assert small.resize_(5, 7).shape == (5, 7)  # torch's own
+
+
+def test_a_block_of_twice_the_size_stays_for_whom_it_fits():
+    address = large(3 * ROWS).data_ptr()
+    assert large().data_ptr() != address
+    # A size that none fits replaces those that were kept: sizes have changed.
+    assert [block.bytes.nbytes for block in reuse._spare] == [ROWS * 1024]
+
+
+def test_the_smallest_that_fits_is_taken():
+    first, second = large(ROWS + 64), large(ROWS + 32)
+    address = second.data_ptr()
+    del first, second
+    assert large().data_ptr() == address
+
+
+def test_what_is_spare_has_a_limit(monkeypatch):
+    monkeypatch.setattr(reuse, "total_memory", lambda device: reuse.SPARE_SHARE * 3 * ROWS * 1024)
+    tensors = [large() for _ in range(5)]
+    del tensors
+    assert len(reuse._spare) == 3
+
+
+def test_copies_and_shared_memory_own_theirs(tmp_path):
+    tensor = large().fill_(1)
+    copied = copy.deepcopy(tensor)
+    torch.save(tensor, tmp_path / "tensor")
+    tensor.share_memory_()
+    large().fill_(3)
+    for own in (tensor, copied, torch.load(tmp_path / "tensor")):
+        assert bool((own == 1).all())
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_gradient_that_is_kept_is_not_written_again(backend):
+    classes = ROWS
+    features, weight = torch.randn(8, 256), torch.randn(classes, 256, requires_grad=True)
+
+    def gradient(labels):
+        loss = cosface_loss(features, weight, labels, backend=backend)
+        return torch.autograd.grad(loss, weight)[0]
+
+    first = gradient(torch.arange(8))
+    before, address = first.clone(), first.data_ptr()
+    second = gradient(torch.arange(8) + 100)
+    assert torch.equal(first, before)
+    del first, second
+    again = gradient(torch.arange(8))
+    assert again.data_ptr() == address  # so it was memory that held other numbers
+    assert torch.equal(again, before)
