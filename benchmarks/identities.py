@@ -1,7 +1,8 @@
 """What an identity costs as the table grows:  python -m benchmarks.identities [--rows N] [--size D] [--json FILE]
 
 A step over C = 10^4 .. 4 * 10^6 classes that recomputes exponentials, in nanoseconds for each class. "reused": the slab loop
-alone, forward and backward, into a dW that exists already; "fresh": all of cosface_loss, whose dW is new memory at each step.
+alone, forward and backward, into a dW that exists already; "fresh": all of cosface_loss, whose dW is new memory at each step,
+none that an earlier step left.
 Turns are interleaved; medians. What does not fit is left out with a line that says so.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from cosface_kernels import backends, cosface_loss
+from cosface_kernels import backends, cosface_loss, reuse
 from cosface_kernels.cli import positive
 from cosface_kernels.plan import make_plan
 from cosface_kernels.table import Table, TableGradient
@@ -83,6 +84,7 @@ def reused(features, weight, labels):
 
 def fresh(features, weight, labels):
     def step():
+        reuse.release()
         with torch.autocast(features.device.type, dtype=torch.bfloat16):
             loss = cosface_loss(features, weight, labels, memory_budget=0)
         torch.autograd.grad(loss, (features, weight))

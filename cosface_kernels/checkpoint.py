@@ -72,8 +72,8 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
         module, optimizer: as they were saved, of any values; without an optimiser the module alone is loaded.
         grow: names of parameters and buffers that may have more rows here than in the checkpoint, such as ("head.weight",). The
             further rows keep their values, and their optimiser state is zero: so does a sharded table get new identities.
-        strict: whether module must have the checkpoint's names and no others. If not, what one of them lacks stays as it is, or is
-            not loaded, as in load_state_dict: a head that was trained with sample_rate 1 and is sampled now has a sample_step more.
+        strict: whether module must have the checkpoint's names and no others. If not, what one of them lacks stays as it is, or
+            is not loaded, as in load_state_dict: a head that is sampled only now has a sample_step more.
 
     Returns:
         This rank's `extra`, its tensors on the CPU.

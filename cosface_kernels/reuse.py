@@ -1,7 +1,7 @@
 """Memory for large tensors on a CPU, kept when the last tensor over it dies and lent again.
 
-A page that the process has not touched costs a fault of over a microsecond for 4 KB, which is as long as a whole row of dW takes to
-compute. malloc keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
+A page that the process has not touched costs a fault: over a microsecond for 4 KB, as long as a row of dW takes to compute. malloc
+keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ import torch
 from .memory import total_memory
 
 LARGE = 2**25  # bytes: glibc never takes a threshold above this for what goes back to the system
-SPARE_SHARE = 8  # of the machine's memory, at most one part in so many is kept for later
+SPARE_SHARE = 16  # of the machine's memory, at most one part in so many is kept for later
 
 _spare = []
 
@@ -24,6 +24,11 @@ def empty(shape, dtype, device):
     if device.type != "cpu" or nbytes < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
     return _take(nbytes).lend()[:nbytes].view(dtype).view(shape)
+
+
+def release():
+    """Gives all that is spare back to the system, as torch.cuda.empty_cache does."""
+    _spare.clear()
 
 
 class _Block:
@@ -50,5 +55,5 @@ def _take(nbytes):
             except ValueError:  # another thread was faster
                 continue
             return block
-    _spare.clear()
+    release()
     return _Block(nbytes)

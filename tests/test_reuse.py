@@ -11,9 +11,9 @@ ROWS = reuse.LARGE // (4 * 256) + 64
 
 @pytest.fixture(autouse=True)
 def nothing_spare():
-    reuse._spare.clear()
+    reuse.release()
     yield
-    reuse._spare.clear()
+    reuse.release()
 
 
 def large(rows=ROWS):

@@ -314,6 +314,10 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
             for (int64_t tile = first; tile < last; tile += TILE) {
                 const Number *row[TILE];
                 tile_rows(row, e, num_rows, tile, classes);
+                // What the projection below will read; where N is small, nothing else of the row is on its way from memory.
+                for (int64_t j = tile; j < smaller(tile + TILE, last); j++)
+                    for (int64_t d = q * PANEL; d < smaller((q + 1) * PANEL, size); d += 64 / sizeof(float))
+                        __builtin_prefetch(weight + j * size + d);
                 const Accumulator sum = product(row, PER_WORD<Number>, x_panels + q * words, num_rows);
                 for (int64_t j = tile; j < smaller(tile + TILE, last); j++)
                     for (int v = 0; v < VECTORS; v++)
