@@ -1,7 +1,7 @@
 """Memory for large tensors on a CPU, kept when the last tensor over it dies and lent again.
 
-A page that the process has not touched costs a fault: over a microsecond for 4 KB, as long as a row of dW takes to compute. malloc
-keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
+A page that the process has not touched costs a fault: over a microsecond for 4 KB, as long as a row of dW takes to compute.
+malloc keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
 """
 
 import ctypes
