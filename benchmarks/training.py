@@ -1,7 +1,9 @@
 """Whole training steps of large tables:  python -m benchmarks.training [step | tables | identities | ranks] ... [--json FILE]
 
     step         1M identities x 512, N = 128 under autocast: FusedSGD beside torch.optim.SGD, fused=True and default, on the same
-                 head. Times are interleaved in one process, two heads at a time; peak memory is that of a process for each.
+                 head. By turns in one process, two heads at a time; of each turn's two steps the second counts, because after
+                 the other's turn a step has to get its memory from the host of a virtual machine again. "faster" is the median
+                 of a turn's ratio. Peak memory is that of a process for each.
     tables       20 steps of 10M identities: x 256 with a float32 and a bfloat16 table and bfloat16 momentum, with all classes and
                  with a tenth of them; x 512 with a bfloat16 table and 8-bit momentum. On a GPU 100M. A process each.
     identities   what an identity costs in a step as their number grows, N and D fixed.
@@ -136,11 +138,11 @@ def steps():
             continue
         runs = {name: Run(**STEP, optimizer=OPTIMIZERS[name]) for name in (ours, other)}
         seconds = {name: [] for name in runs}
-        for turn in range(STEP_TURNS + 1):
+        for turn in range(STEP_TURNS):
             for name in reversed(runs) if turn % 2 else runs:
-                taken = runs[name].step()[1]
-                print(f"{name}: {taken:.2f} s", file=sys.stderr, flush=True)
-                seconds[name] += [taken] if turn else []  # the first allocates
+                first, second = (runs[name].step()[1] for _ in range(2))
+                print(f"{name}: {first:.2f} s, {second:.2f} s", file=sys.stderr, flush=True)
+                seconds[name].append(second)
         del runs
         peaks = {name: alone("step_peak", optimizer=name) for name in seconds}
         yield {**STEP, "optimizer": other, "seconds": seconds, "peak_bytes": peaks}

@@ -136,15 +136,35 @@ def _is_in_place(name, value):
 
 def _packed(what, value):
     """torch.save's bytes of plain data."""
-    stream = io.BytesIO()
     try:
-        torch.save(value, stream)
-        torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError) as error:
+        return _round_trip(value)
+    except _NOT_PLAIN as error:
         raise TypeError(
-            f"{what} must be plain data, numbers, strings, tensors, or tuples, lists, dicts of them: {error}"
+            f"{what} must be plain data, Python's own numbers and strings, tensors, or tuples, lists, dicts of them: "
+            f"{_not_plain(value)}"
         ) from error
+
+
+_NOT_PLAIN = (pickle.PickleError, AttributeError, TypeError)
+
+
+def _round_trip(value):
+    """The bytes of a value that can be loaded again."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
     return stream.getvalue()
+
+
+def _not_plain(value, path=""):
+    """The first place in a value of what cannot be loaded again, and its type."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, child in children:
+        try:
+            _round_trip(child)
+        except _NOT_PLAIN:
+            return _not_plain(child, f"{path}[{key!r}]")
+    return f"{path} is of {type(value)}"
 
 
 def _write(temporary, tensors, small):

@@ -114,7 +114,10 @@ def _sync_folder(folder):
 def read_manifest(folder):
     """{name: {"size", "sha256"}} of every file of a checkpoint."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"there is no checkpoint {folder}")
+        is_file = folder.exists()
+        raise FileNotFoundError(
+            f"{folder} is a file, and a checkpoint is a folder" if is_file else f"there is no checkpoint {folder}"
+        )
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["format"] == FORMAT:

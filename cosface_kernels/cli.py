@@ -46,7 +46,7 @@ def _parser():
     )
     bench = commands.add_parser(
         "bench",
-        help="time, memory and error of one forward and backward, beside the alternatives (about eight minutes on two cores)",
+        help="time, memory and error of one forward and backward, beside the alternatives (four to eight minutes on two cores)",
         description="Time, memory and error of one forward and backward of LMCL: each backend of this package, plain PyTorch, "
         "and whatever else of its kind is installed. Prints a Markdown table. Needs a source checkout.",
     )

@@ -22,7 +22,7 @@ class Record(NamedTuple):
     options: Options  # those of two records must be equal for them to be one
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     factors: Factors
-    versions: list  # of weight and bias then
+    versions: list  # of weight, bias and index then
 
 
 class Pending:
@@ -47,12 +47,12 @@ class Pending:
             raise RuntimeError(
                 "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
                 "head may depend on the table, and the head cannot be in DistributedDataParallel (ShardedCosFaceLoss is for "
-                "several ranks). Set weight.grad = None"
+                "several ranks); and the optimiser must be there before the forward pass. Set weight.grad = None"
             )
-        if any(record.versions != _versions(weight, self.bias) for record in self.records):
+        if any(record.versions != _versions(weight, self.bias, record.index) for record in self.records):
             raise RuntimeError(
-                "the class table was changed between backward and step, so the gradient can no longer be made: change it after "
-                "step, or call zero_grad first"
+                "the class table, or the classes that a loss was told to take, were changed between backward and step, so the "
+                "gradient can no longer be made: change them after step, or call zero_grad first"
             )
 
     def take(self):
@@ -132,11 +132,12 @@ class _Record(torch.autograd.Function):
             raise RuntimeError("the class table was modified by an inplace operation between forward and backward")
         lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
         target_grad = unit.new_zeros(ctx.target_shape) if target_grad is None else target_grad
-        factors = Factors(unit, labels, shift, total, lse_grad, target_grad, kept)
+        # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
+        factors = Factors(unit, labels.clone(), shift, total, lse_grad, target_grad, kept)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(Record(ctx.options, index, factors, ctx.versions))
+        found.add(Record(ctx.options, index, factors, [*ctx.versions, *_versions(index)]))
         return (None,) * 11
 
 

@@ -27,7 +27,7 @@ class _Head(nn.Module):
             setattr(self, name, value)
         self.num_classes, self.centers_per_class = num_classes, centers_per_class
         rows = num_classes * centers_per_class
-        self.table_format = table_format
+        self._table_format = table_format
         dtype = table_dtype(table_format, dtype)
         self.weight = nn.Parameter(self._empty(rows, embedding_size, device=device, dtype=dtype))
         self.register_parameter("bias", None)
@@ -43,6 +43,11 @@ class _Head(nn.Module):
     def __setstate__(self, state):
         super().__setstate__(state)
         deferred.register(self)
+
+    @property
+    def table_format(self):
+        """As it was asked for, while the table is of that dtype: head.float() makes any table an ordinary one."""
+        return self._table_format if self.weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
     @staticmethod
     def draw(rows):

@@ -16,10 +16,13 @@ import torch
 from . import deferred, formats, shards, updates, validation
 from .table import Table
 
+_COUNTS = ("step", "skipped", "rounding_step")
+
 
 class _Fused(torch.optim.Optimizer):
     """What both have in common. A subclass has its rule, and names its state."""
 
+    _STATE = ()  # names of what it may hold for each number of a table
     # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
     _step_supports_amp_scaling = True
 
@@ -33,12 +36,13 @@ class _Fused(torch.optim.Optimizer):
         raise TypeError(f"{type(self).__name__} belongs to its tables and cannot be copied or pickled: save its state_dict()")
 
     def add_param_group(self, param_group):
-        self._check_options({**self.defaults, **param_group})
+        self.check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._complete:
             self._attach()
 
-    def _check_options(self, options):
+    def check_options(self, options):
+        """Raises for options of a group, whether given here or loaded, that cannot be."""
         for name in ("lr", "weight_decay"):
             validation.check_at_least_zero(name, _number(options[name]))
         validation.check_choice("state_format", options["state_format"], formats.STATE_FORMATS)
@@ -119,12 +123,18 @@ class _Fused(torch.optim.Optimizer):
         """As torch.optim's, but state keeps the dtype that it has there.
 
         Raises:
-            ValueError: state of another shape than the table's.
+            ValueError: state of another shape than the table's, or of another kind of optimiser; an option that there is not.
         """
+        for group in state_dict["param_groups"]:
+            self.check_options({**self.defaults, **group})
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
         for key, state in state_dict["state"].items():
             for name, value in state.items():
+                if name.removesuffix("_scale") not in (*self._STATE, *_COUNTS):
+                    raise ValueError(
+                        f"{name} is no state of {type(self).__name__}, which has {[*self._STATE]}: another optimiser's"
+                    )
                 _check_state(name, value, params.get(key))
                 if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
                     raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
@@ -207,6 +217,10 @@ class _Fused(torch.optim.Optimizer):
         key = formats.rounding_key(group["seed"], rounding_step)
         first_row = shards.first_row(parameter)
         return updates.Part(_rows(parameter.detach()), buffers, self._rule(group, parameter, skip), key, first_row, skip)
+
+    def _names(self, group):
+        """Of the state that a group's parameters need."""
+        return self._STATE
 
     def _group_of(self, parameter):
         return next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
@@ -292,29 +306,34 @@ class FusedSGD(_Fused):
     Source: torch.optim.SGD.
     """
 
+    _STATE = ("momentum_buffer",)
+
     def __init__(
         self,
         params,
         lr=1e-3,
         momentum=0.0,
+        *,
         weight_decay=0.0,
         nesterov=False,
-        *,
         maximize=False,
         state_format="float32",
         seed=0,
     ):
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize}
-        super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
+        # torch.optim.SGD's, so that it can go on with a state_dict of this one.
+        defaults = {"lr": lr, "momentum": momentum, "dampening": 0, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__(params, {**defaults, "maximize": maximize, "state_format": state_format, "seed": seed})
 
-    def _check_options(self, options):
-        super()._check_options(options)
+    def check_options(self, options):
+        super().check_options(options)
         validation.check_at_least_zero("momentum", _number(options["momentum"]))
         if options["nesterov"] and not options["momentum"]:
             raise ValueError("nesterov needs a momentum, got momentum = 0")
+        if options["dampening"]:
+            raise ValueError(f"FusedSGD has no dampening, which must be 0, got {options['dampening']}")
 
     def _names(self, group):
-        return ["momentum_buffer"] if group["momentum"] else []
+        return self._STATE if group["momentum"] else ()
 
     def _rule(self, group, parameter, skip):
         numbers = (float(group[name]) for name in ("lr", "momentum", "weight_decay"))
@@ -336,6 +355,8 @@ class FusedAdamW(_Fused):
     Source: torch.optim.AdamW; Loshchilov and Hutter, arXiv 1711.05101.
     """
 
+    _STATE = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params,
@@ -348,11 +369,11 @@ class FusedAdamW(_Fused):
         state_format="float32",
         seed=0,
     ):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False, "maximize": maximize}
         super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
 
-    def _check_options(self, options):
-        super()._check_options(options)
+    def check_options(self, options):
+        super().check_options(options)
         validation.check_at_least_zero("eps", _number(options["eps"]))
         betas = options["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
@@ -361,9 +382,8 @@ class FusedAdamW(_Fused):
             validation.check_number(f"betas[{index}]", beta)
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")
-
-    def _names(self, group):
-        return ["exp_avg", "exp_avg_sq"]
+        if options["amsgrad"]:
+            raise ValueError("FusedAdamW has no amsgrad, which must be False")
 
     def _rule(self, group, parameter, skip):
         """Of the step that is made with it: asking counts it."""

@@ -42,7 +42,7 @@ def flatten(prefix, optimizer, module):
         {"names": [names[parameter] for parameter in group["params"]], "options": _options(group)}
         for group in optimizer.param_groups
     ]
-    return tensors, {"groups": groups, "states": states}
+    return tensors, {"kind": _kind(optimizer), "groups": groups, "states": states}
 
 
 def prepare(prefix, optimizer, module, saved, metadata, grow):
@@ -57,7 +57,9 @@ def prepare(prefix, optimizer, module, saved, metadata, grow):
     saved_groups = [sorted(group["names"]) for group in saved["groups"]]
     if groups != saved_groups:
         return {}, {}, [f"{prefix} has parameter groups {saved_groups} in the checkpoint, {groups} here"]
-    tensors, states, problems = {}, {}, []
+    if saved["kind"] != _kind(optimizer):
+        return {}, {}, [f"{prefix} is of another kind: {saved['kind']} in the checkpoint, {_kind(optimizer)} here"]
+    tensors, states, problems = {}, {}, list(_refusals(prefix, optimizer, saved["groups"]))
     for name, state in saved["states"].items():
         parameter = parameters[name]
         states[parameter] = dict(state["plain"])
@@ -84,6 +86,20 @@ def apply(optimizer, saved, states):
         for key, value in saved_group["options"].items():
             live = group.get(key)
             group[key] = value.to(live.device) if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor) else value
+
+
+def _kind(optimizer):
+    """Fused optimisers go on with what torch.optim's of the same rule left, and the reverse."""
+    return type(optimizer).__name__.removeprefix("Fused")
+
+
+def _refusals(prefix, optimizer, groups):
+    """Why an optimiser that checks its options cannot take those of the checkpoint."""
+    for group in groups if hasattr(optimizer, "check_options") else ():
+        try:
+            optimizer.check_options(optimizer.defaults | group["options"])
+        except (TypeError, ValueError) as error:
+            yield f"{prefix}: {error}"
 
 
 def _zeros(parameter, size, dtype, on_cpu):

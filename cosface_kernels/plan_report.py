@@ -9,7 +9,7 @@ import re
 from . import formats, planner
 
 # In capitals.
-SIZES = {"": 1, **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGTP", 1)}, "B": 1}
+SIZES = {f"{prefix}B": 1000**power for power, prefix in enumerate(["", *"KMGTP"])}
 SIZES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SPARE = 0.1
@@ -24,13 +24,15 @@ OPTIMIZERS = {
 
 
 def count(text):
-    """A number of things: 10e6, 10M, 10_000_000."""
-    return _whole(text, COUNTS, "a number such as 10e6, 10M or 10_000_000")
+    """A number of things: 10e6, 10M, 10_000_000 or 10,000,000."""
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", text.strip()):
+        text = text.replace(",", "")
+    return _whole(text, COUNTS, "a number such as 10e6, 10M or 10,000,000")
 
 
 def size(text):
-    """Bytes: 141GB, 24GiB, 25769803776."""
-    return _whole(text, SIZES, "a size such as 141GB, 24GiB or a number of bytes")
+    """Bytes: 141GB, 24GiB."""
+    return _whole(text, SIZES, "a size with its unit such as 141GB or 24GiB")
 
 
 def rate(text):

@@ -289,6 +289,9 @@ def test_no_checkpoint(tmp_path):
         load_checkpoint(tmp_path / "a", Model(7))
     with pytest.raises(CorruptCheckpointError, match="no finished checkpoint"):
         load_checkpoint(tmp_path, Model(7))
+    torch.save({}, tmp_path / "a.pt")
+    with pytest.raises(FileNotFoundError, match=r"a\.pt is a file, and a checkpoint is a folder"):
+        load_checkpoint(tmp_path / "a.pt", Model(7))
 
 
 def other_size():
@@ -349,6 +352,21 @@ def test_checkpoint_of_other_optimizers(intact):
     with pytest.raises(ValueError, match=r"weight/codes is torch.int8 \(7, 3\) in the checkpoint, torch.float32 \(7, 3\) here"):
         load_checkpoint(intact, model, optimizers)
     assert_equal(whole(model, optimizers), before)
+
+
+def test_checkpoint_of_another_rule(tmp_path):
+    head = CosFaceLoss(4, 20)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, dampening=0.5)
+    head(torch.randn(3, 4), torch.arange(3)).backward()
+    optimizer.step()
+    save_checkpoint(tmp_path / "a", head, optimizer)
+    other = CosFaceLoss(4, 20)
+    before = other.weight.detach().clone()
+    with pytest.raises(ValueError, match=r"optimizer/0 is of another kind: SGD in the checkpoint, AdamW here"):
+        load_checkpoint(tmp_path / "a", other, FusedAdamW(other.parameters()))
+    with pytest.raises(ValueError, match=r"optimizer/0: FusedSGD has no dampening"):
+        load_checkpoint(tmp_path / "a", other, FusedSGD(other.parameters()))
+    assert torch.equal(other.weight, before)
 
 
 def test_more_rows(intact):
@@ -458,10 +476,13 @@ def test_what_cannot_be_saved(tmp_path):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
     with pytest.raises(ValueError, match=r"optimizer/0 has parameters of shapes \[\(2,\)\] that are not in module"):
         save_checkpoint(tmp_path / "a", model, optimizer)
-    with pytest.raises(TypeError, match="extra must be plain data"):
-        save_checkpoint(tmp_path / "a", model, extra={"model": model})
-    with pytest.raises(TypeError, match="extra must be plain data"):
-        save_checkpoint(tmp_path / "a", model, extra=lambda: 0)
+    others = [
+        ({"epoch": 1, "best": [0.5, model]}, r"\['extra'\]\['best'\]\[1\] is of <class .*Model'>"),
+        (lambda: 0, r"\['extra'\] is of <class 'function'>"),
+    ]
+    for extra, where in others:
+        with pytest.raises(TypeError, match=f"extra must be plain data.*: {where}"):
+            save_checkpoint(tmp_path / "a", model, extra=extra)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, .* got '0'"):
         save_checkpoint(tmp_path / "a", model, [model])
     assert not [*tmp_path.iterdir()]

@@ -819,3 +819,77 @@ def test_table_that_became_another_dtype(device):
     assert torch.equal(before[0], head.weight)
     (was,), (now,) = before[1].values(), optimizer.state_dict()["state"].values()
     assert all(torch.equal(was[name], now[name]) for name in was)
+
+
+def test_the_batch_may_be_overwritten_before_step(device):
+    """Buffers that hold one batch after another, as accumulation often has them."""
+    ours, theirs = twins(device)
+    optimizers = FusedSGD(ours.parameters(), lr=0.5), torch.optim.SGD(theirs.parameters(), lr=0.5)
+    features, labels = torch.empty(ROWS, SIZE, device=device), torch.empty(ROWS, dtype=torch.int64, device=device)
+    for batch in batches(3, device):
+        for head in (ours, theirs):
+            features.copy_(batch[0]), labels.copy_(batch[1])
+            head(features, labels).backward()
+            features.zero_(), labels.zero_()
+    for optimizer in optimizers:
+        optimizer.step()
+    assert largest_error(ours.weight, theirs.weight) < 3 * 64 * 2**-23
+
+
+def test_classes_that_were_overwritten_before_step(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    classes, (features, labels) = torch.arange(NUM_CLASSES, device=device), next(batches(1, device))
+    before = head.weight.detach().clone()
+    margin_softmax_loss(features, head.weight, labels, margin=ArcFace(), classes=classes).backward()
+    classes += 1
+    with pytest.raises(RuntimeError, match="classes that a loss was told to take, were changed between backward and step"):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
+OTHERS = {
+    "FusedSGD has no dampening": (FusedSGD, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5)),
+    "FusedAdamW has no amsgrad": (FusedAdamW, lambda p: torch.optim.AdamW(p, amsgrad=True)),
+    "momentum_buffer is no state of FusedAdamW": (FusedAdamW, lambda p: FusedSGD(p, momentum=0.9)),
+}
+
+
+@pytest.mark.parametrize("match", OTHERS)
+def test_state_of_another_rule_is_refused(match):
+    kind, other = OTHERS[match]
+    ours, theirs = twins()
+    optimizer, others = kind(ours.parameters()), other(theirs.parameters())
+    features, labels = next(batches(1))
+    theirs(features, labels).backward()
+    others.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(others.state_dict())
+    assert optimizer.state_dict() == before
+
+
+@every_rule
+def test_torch_optim_goes_on_with_the_state(rule):
+    """What one has learnt, the other loads, and both go on alike."""
+    fused, plain, options = rule
+    ours, theirs = twins()
+    optimizers = fused(ours.parameters(), **options), plain(theirs.parameters(), lr=7.0)
+    for step, (features, labels) in enumerate(batches(3)):
+        if step == 2:
+            theirs.load_state_dict(ours.state_dict())
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+            if head is ours or step == 2:
+                head(features, labels).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    assert largest_error(ours.weight, theirs.weight) < 64 * 2**-23
+
+
+def test_a_table_that_is_no_longer_bfloat16_is_an_ordinary_one():
+    head = CosFaceLoss(SIZE, NUM_CLASSES, table_format="bfloat16").float()
+    assert head.table_format == "float32" and "table_format" not in repr(head)
+    features, labels = next(batches(1))
+    head(features, labels).backward()
+    assert head.weight.grad.any()

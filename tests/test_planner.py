@@ -115,7 +115,8 @@ def test_devices_share_the_table():
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("10e6", 10**7), ("10M", 10**7), ("10_000_000", 10**7), ("1.5m", 1_500_000), ("7", 7), ("1B", 10**9)]
+    ("text", "value"),
+    [("10e6", 10**7), ("10M", 10**7), ("10_000_000", 10**7), ("10,000,000", 10**7), ("1.5m", 1_500_000), ("7", 7), ("1B", 10**9)],
 )
 def test_counts(text, value):
     assert count(text) == value
@@ -126,7 +127,7 @@ def test_counts(text, value):
     [
         ("141GB", 141 * GB),
         ("24GiB", 24 * GIB),
-        ("25769803776", 24 * GIB),
+        ("25769803776 B", 24 * GIB),
         ("1.5 tb", 1500 * GB),
         ("80gb", 80 * GB),
         ("512B", 512),
@@ -265,7 +266,9 @@ def test_ceilings_are_measured_where_none_are_given(capsys, monkeypatch):
     ("options", "message"),
     [
         (["--identities", "ten"], "'ten' is not a number such as 10e6"),
-        (["--identities", "1M", "--memory", "24 apples"], "'24 apples' is not a size such as 141GB"),
+        (["--identities", "10,00"], "'10,00' is not a number such as 10e6"),
+        (["--identities", "1M", "--memory", "24"], "'24' is not a size with its unit such as 141GB"),
+        (["--identities", "1M", "--memory", "24 apples"], "'24 apples' is not a size with its unit such as 141GB"),
         (["--identities", "1M", "--sample-rate", "1.5"], "'1.5' is not a rate"),
         (["--identities", "1M", "--tflops", "5"], "--tflops and --gbps go together"),
         (["--identities", "1M", "--tflops", "-5", "--gbps", "1"], "not a positive number"),
