@@ -44,23 +44,27 @@ def main():
         tensors = inputs(arguments.rows, num_classes, arguments.size, device)
         steps[num_classes] = {"reused": reused(*tensors), "fresh": fresh(*tensors)}
     seconds = {num_classes: {kind: [] for kind in kinds} for num_classes, kinds in steps.items()}
-    for turn in range(TURNS + 1):
-        print(f"turn {turn} of {TURNS}", file=sys.stderr, flush=True)
-        for num_classes, kinds in steps.items():
-            repeats = max(1, TURN_CLASSES // num_classes)
-            for kind, step in kinds.items():
-                taken = [measure.seconds(step, device) for _ in range(repeats)]
-                if turn:  # the first warms up
-                    seconds[num_classes][kind] += taken
+    try:
+        for turn in range(TURNS + 1):
+            print(f"turn {turn} of {TURNS}", file=sys.stderr, flush=True)
+            for num_classes, kinds in steps.items():
+                repeats = max(1, TURN_CLASSES // num_classes)
+                for kind, step in kinds.items():
+                    taken = [measure.seconds(step, device) for _ in range(repeats)]
+                    if turn:  # the first warms up
+                        seconds[num_classes][kind] += taken
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
     cost = {
         num_classes: {kind: 1e9 * statistics.median(taken) / num_classes for kind, taken in kinds.items()}
         for num_classes, kinds in seconds.items()
+        if all(kinds.values())
     }
-    environment = measure.environment(device)
+    found = {"environment": measure.environment(device), "shape": (arguments.rows, arguments.size), "nanoseconds": cost}
     if cost:
-        print(table(cost, arguments.rows, arguments.size, environment))
+        print(table(found))
     if arguments.json:
-        write_json(arguments.json, {"environment": environment, "nanoseconds": cost})
+        write_json(arguments.json, found)
 
 
 def reused(features, weight, labels):
@@ -92,18 +96,20 @@ def fresh(features, weight, labels):
     return step
 
 
-def table(cost, num_rows, size, environment):
+def table(found):
+    """Markdown."""
+    facts, (num_rows, size), cost = found["environment"], found["shape"], found["nanoseconds"]
     first = next(iter(cost.values()))
     lines = [
-        f"One step in bfloat16, recomputing, N = {num_rows}, D = {size}, on {environment['device']}, "
-        f"torch {environment['torch']}, {environment['date']}: nanoseconds for each identity, and times the first row's.",
+        f"One step in bfloat16, recomputing, N = {num_rows}, D = {size}, on {facts['device']}, torch {facts['torch']}, "
+        f"{facts['date']}: nanoseconds for each identity, and times the first row's.",
         "",
         "| C | dW's buffer reused | | fresh | |",
         "| --- | --- | --- | --- | --- |",
     ]
     for num_classes, kinds in cost.items():
         cells = [f"{kinds[kind]:.0f} | {kinds[kind] / first[kind]:.2f}" for kind in ("reused", "fresh")]
-        lines.append(f"| {num_classes:,} | {' | '.join(cells)} |")
+        lines.append(f"| {int(num_classes):,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """Markdown tables from measured results:  python -m benchmarks.tables FILE.json ...
 
-A file is a report of `cosface bench`, a list of them (--plot), or what `python -m benchmarks.gpu_check`, `benchmarks.training` or
-`benchmarks.formats` wrote.
+A file is a report of `cosface bench`, a list of them (--plot), or what `python -m benchmarks.gpu_check`, `benchmarks.training`,
+`benchmarks.identities` or `benchmarks.formats` wrote.
 """
 
 import json
@@ -132,6 +132,10 @@ def text(found):
         from . import training
 
         return "\n".join(training.report(found, found["environment"]))
+    if "nanoseconds" in found:
+        from . import identities
+
+        return identities.table(found)
     if "rows" in found and "shape" not in found:
         from . import formats
 

@@ -4,6 +4,7 @@ import functools
 import inspect
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,29 @@ def test_tables_of_training_are_what_was_measured():
         printed = tables.text(found)
         _, *table = printed.split("\n\n", 1) if name == "formats" else ("", printed)
         assert table[0].strip() in document.read_text(), f"python -m benchmarks.tables {name}.json prints another table"
+
+
+def test_performance_is_what_was_measured():
+    results, document = DOCS.parent / "benchmarks" / "results", text("performance.md")
+    found = {name: json.loads((results / f"cpu_epyc_zen5{name}.json").read_text()) for name in ("", "_identities", "_memory")}
+    assert tables.text(found["_identities"]) in document
+    median = {(row["name"], row["precision"]): statistics.median(row["seconds"]) for row in found[""]["rows"]}
+    ours = {precision: median["cosface_loss, cpu", precision] for precision in ("float32", "bfloat16")}
+    plain, compiled, learning = "plain PyTorch", "torch.compile of plain PyTorch", "pytorch-metric-learning"
+    assert f"| float32 against {plain} | {median[plain, 'float32'] / ours['float32']:.1f} |" in document
+    for name, told in ((plain, plain), (compiled, "torch.compile of it"), (learning, learning)):
+        times = " / ".join(f"{median[name, precision] / ours['bfloat16']:.1f}" for precision in ("float32", "bfloat16"))
+        assert re.search(rf"\| bfloat16 against {told} in float32 / under the same autocast \| {times} \|", document), (
+            name,
+            times,
+        )
+    megabytes = {(row["name"], row["precision"]): f"{row['peak_bytes'] / 1e6:.0f}" for row in found["_memory"]["rows"]}
+    cpu, plain = (
+        [megabytes[f"cosface_loss, {backend}, memory_budget=0", precision] for precision in ("bfloat16", "float32")]
+        for backend in ("cpu", "torch")
+    )
+    told = f"{cpu[0]} MB in bfloat16 and {cpu[1]} MB in\nfloat32, and {plain[0]} and {plain[1]} MB with the torch backend"
+    assert told in document
 
 
 def test_example_of_training():
