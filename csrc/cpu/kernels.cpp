@@ -132,6 +132,7 @@ void column_panels(const Number *rows, int64_t num_rows, int64_t size, uint32_t 
 struct Factor {
     float power = 0, rest = 0;
 
+    Factor() = default;
     explicit Factor(double value) {
         if (value == 0) return;
         const int64_t exponent = (int64_t)(load<uint64_t>(&value) >> 52 & 0x7ff) - 1023;
@@ -168,13 +169,14 @@ void normalize(const float *weight, int64_t classes, int64_t size, bool normaliz
 #pragma omp parallel for num_threads(threads)
     for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
         const int64_t last = smaller(first + CACHED_CLASSES, classes);
+        // All norms first: a root and a division that the next row need not wait for.
+        Factor factors[CACHED_CLASSES];
+        for (int64_t j = first; j < last; j++) factors[j - first] = Factor(normalized ? inverse_norm(weight + j * size, size) : 1.0);
         for (int64_t j = first; j < last; j++) {
-            const double inverse = normalized ? inverse_norm(weight + j * size, size) : 1.0;
-            const Factor factor(inverse);
-            for (int64_t d = 0; d < size; d += LANES) {
-                const Vector row = load_lanes(weight + j * size + d, size - d);
-                store(unit + j * size + d, inverse == 0 ? Vector{} : factor * row, size - d);
-            }
+            const Factor factor = factors[j - first];
+            by_lanes(size, [&](int64_t d, int64_t count) {
+                store(unit + j * size + d, factor * load_lanes(weight + j * size + d, count), count);
+            });
         }
         for (int64_t q = 0; panels && q < ceil_div(size, PANEL); q++)
             column_panel(unit + first * size, last - first, size, size, q, panels + q * words + first / PER_WORD<Number> * PANEL);
@@ -271,23 +273,28 @@ void accumulate(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t c
     }
 }
 
-// dw of one class from dw̃; share: what its targets add, or null.
-inline void project(const float *row, const float *unit_grad, int64_t size, bool normalized, double unscale, const float *share,
-                    float *grad) {
-    const double inverse = normalized ? inverse_norm(row, size) : 1.0;
-    const Factor normalize(inverse), factor(inverse * unscale);
+// ŵ·dw̃ of one class.
+inline float component(const float *row, const float *unit_grad, int64_t size, Factor normalize) {
     Vector sums = {};
-    for (int64_t d = 0; normalized && d < size; d += LANES)
-        sums += normalize * load_lanes(row + d, size - d) * load_lanes(unit_grad + d, size - d);
-    float along = 0;
-    for (int i = 0; i < LANES; i++) along += sums[i];
-    for (int64_t d = 0; d < size; d += LANES) {
-        Vector across = load_lanes(unit_grad + d, size - d);
-        if (normalized) across -= normalize * load_lanes(row + d, size - d) * along;
+    by_lanes(size, [&](int64_t d, int64_t count) {
+        sums += normalize * load_lanes(row + d, count) * load_lanes(unit_grad + d, count);
+    });
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    return sum;
+}
+
+// dw of one class from dw̃ and, where it is normalised, along = ŵ·dw̃; share: what its targets add, or null.
+inline void project(const float *row, const float *unit_grad, int64_t size, bool normalized, double inverse, float along,
+                    double unscale, const float *share, float *grad) {
+    const Factor normalize(inverse), factor(inverse * unscale);
+    by_lanes(size, [&](int64_t d, int64_t count) {
+        Vector across = load_lanes(unit_grad + d, count);
+        if (normalized) across -= normalize * load_lanes(row + d, count) * along;
         Vector out = inverse == 0 ? Vector{} : factor * across;
-        if (share) out += load_lanes(share + d, size - d);
-        store(grad + d, out, size - d);
-    }
+        if (share) out += load_lanes(share + d, count);
+        store(grad + d, out, count);
+    });
 }
 
 // The first of `count` ascending classes that is not below `wanted`.
@@ -324,11 +331,18 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
                         store(unit_grad + (j - first) * width + q * PANEL + v * LANES, sum.at[j - tile][v], LANES);
             }
         }
+        // Norms and components are long chains: those of all rows first, so that no row waits for the one before.
+        double inverse[CACHED_CLASSES];
+        float along[CACHED_CLASSES] = {};
+        for (int64_t j = first; j < last; j++) inverse[j - first] = normalized ? inverse_norm(weight + j * size, size) : 1.0;
+        for (int64_t j = first; normalized && j < last; j++)
+            along[j - first] = component(weight + j * size, unit_grad + (j - first) * width, size, Factor(inverse[j - first]));
+        int64_t slot = lower_bound(target_classes, num_targets, first_class + first);
         for (int64_t j = first; j < last; j++) {
-            const int64_t slot = lower_bound(target_classes, num_targets, first_class + j);
+            while (slot < num_targets && target_classes[slot] < first_class + j) slot++;
             const bool held = slot < num_targets && target_classes[slot] == first_class + j;
-            project(weight + j * size, unit_grad + (j - first) * width, size, normalized, unscale,
-                    held ? target_sums + slot * size : nullptr, grad + j * size);
+            project(weight + j * size, unit_grad + (j - first) * width, size, normalized, inverse[j - first], along[j - first],
+                    unscale, held ? target_sums + slot * size : nullptr, grad + j * size);
         }
     }
 }

@@ -41,7 +41,13 @@ template <class To, class From> inline To load(const From *from) {
     return to;
 }
 
-inline Doubles widen(const float *from) { return __builtin_convertvector(load<Pieces>(from), Doubles); }
+inline Doubles widen(const float *from) {
+#ifdef __AVX512F__
+    return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes four instructions of the generic form
+#else
+    return __builtin_convertvector(load<Pieces>(from), Doubles);
+#endif
+}
 inline Vector splat(float value) { return Vector{} + value; }
 inline Words splat(uint32_t value) { return Words{} + value; }
 
@@ -88,6 +94,13 @@ inline Vector load_lanes(const float *from, int64_t count) {
     Vector x = {};
     memcpy(&x, from, sizeof(float) * count);
     return x;
+}
+
+// body(first, how many) for each vector of a row; whole ones in a loop of their own, which has no branch.
+template <class Body> inline void by_lanes(int64_t size, Body body) {
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) body(d, LANES);
+    if (d < size) body(d, size - d);
 }
 
 // The first `count` lanes of x, as floats or rounded to bfloat16.
