@@ -51,6 +51,8 @@ class BuildNative(build_ext):
 
 # optional: where it cannot be compiled, setuptools says so in a line and goes on.
 setup(
-    ext_modules=[Extension("cosface_kernels.libcosface_cpu", SOURCES, depends=["csrc/cpu/vector.h"], optional=True)],
+    ext_modules=[
+        Extension("cosface_kernels.libcosface_cpu", SOURCES, depends=["csrc/cpu/update.h", "csrc/cpu/vector.h"], optional=True)
+    ],
     cmdclass={"build_ext": BuildNative},
 )

@@ -202,6 +202,9 @@ class _Sum:
         """What comes is of these rows of the table."""
         self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
 
+    def step(self):
+        return None
+
     def place(self, start, stop, dtype=None):
         return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
 

@@ -13,6 +13,55 @@ LIBRARY = Path(os.environ.get("COSFACE_CPU_LIBRARY") or Path(__file__).with_name
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
+# Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
+INTERFACE = 5
+CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
+_NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+
+
+class _Buffer(ctypes.Structure):
+    """csrc/cpu/update.h's Buffer."""
+
+    _fields_ = [("data", _POINTER), ("scale", _POINTER), ("format", ctypes.c_int32)]
+    FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+
+    @classmethod
+    def of(cls, rows, scale=None):
+        return cls(_pointer(rows), None if scale is None else _pointer(scale), cls.FORMATS.index(rows.dtype))
+
+
+class Step(ctypes.Structure):
+    """csrc/cpu/update.h's Step: one optimiser step as updates.Part says it."""
+
+    _STATES = 2
+    _fields_ = [
+        *(("rule", ctypes.c_int32), ("numbers", ctypes.c_float * 11), ("table", _Buffer), ("states", _Buffer * _STATES)),
+        *(("size", _SIZE), ("first_of_shard", _SIZE), ("key", ctypes.c_uint64), ("scratch", _POINTER)),
+    ]
+
+    @classmethod
+    def of(cls, rule, numbers, rows, states, first_row, key):
+        room = torch.empty(torch.get_num_threads(), 4, rows.shape[1])
+        buffers = [_Buffer.of(*state) for state in states] + [_Buffer()] * (cls._STATES - len(states))
+        step = cls(
+            rule, numbers, _Buffer.of(rows), (_Buffer * cls._STATES)(*buffers), rows.shape[1], first_row, key, _pointer(room)
+        )
+        step._room = room  # for as long as the step
+        return step
+
+
+def update(step, grad, index):
+    """index: which rows, a slice or int64 positions; grad (M, D) float32 with any distance between its rows."""
+    assert grad.dtype == torch.float32 and grad.stride(1) == 1
+    is_slice = isinstance(index, slice)
+    library, _ = _load()
+    getattr(library, f"cosface_update_{available()[0]}")(
+        *(ctypes.byref(step), _POINTER(grad.data_ptr()), _SIZE(grad.stride(0))),
+        *(None if is_slice else _POINTER(_pointer(index)), _SIZE(index.start if is_slice else 0), _SIZE(len(grad))),
+        torch.get_num_threads(),
+    )
+
+
 _ARGUMENTS = {
     "row_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
     "column_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
@@ -25,41 +74,9 @@ _ARGUMENTS = {
     "accumulate": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
     "table_gradient": [
         *[_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_bool, ctypes.c_double, _SIZE],
-        *[_SIZE, _POINTER, _POINTER, _POINTER, _POINTER],
+        *[_SIZE, _POINTER, _POINTER, _POINTER, _POINTER, ctypes.POINTER(Step)],
     ],
 }
-# Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 4
-_STATES = 2  # csrc/cpu/update.cpp: at most, for each number of the table
-CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
-_NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
-
-
-class _Buffer(ctypes.Structure):
-    """csrc/cpu/update.cpp's Buffer."""
-
-    _fields_ = [("data", _POINTER), ("scale", _POINTER), ("format", ctypes.c_int32)]
-    FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
-
-    @classmethod
-    def of(cls, rows, scale=None):
-        return cls(_pointer(rows), None if scale is None else _pointer(scale), cls.FORMATS.index(rows.dtype))
-
-
-def update(rule, numbers, rows, states, grad, index, first_row, key):
-    """One optimiser step as updates.Part says it; grad (M, D) float32 with any distance between its rows."""
-    assert grad.dtype == torch.float32 and grad.stride(1) == 1
-    is_slice = isinstance(index, slice)
-    threads, size = torch.get_num_threads(), rows.shape[1]
-    scratch = torch.empty(threads, 4, size)
-    buffers = [_Buffer.of(*state) for state in states] + [_Buffer()] * (_STATES - len(states))
-    library, _ = _load()
-    getattr(library, f"cosface_update_{available()[0]}")(
-        *(rule, (ctypes.c_float * len(numbers))(*numbers), ctypes.byref(_Buffer.of(rows)), (_Buffer * _STATES)(*buffers)),
-        *(_POINTER(grad.data_ptr()), _SIZE(grad.stride(0)), None if is_slice else _POINTER(_pointer(index))),
-        *(_SIZE(index.start if is_slice else 0), _SIZE(len(grad)), _SIZE(size)),
-        *(_SIZE(first_row), ctypes.c_uint64(key), _POINTER(scratch.data_ptr()), threads),
-    )
 
 
 class Kernels:

@@ -72,6 +72,10 @@ class TableGradient(NamedTuple):
         weight = reuse.empty(shape, table.weight.dtype, table.weight.device)
         return cls(weight, None if bias is None else torch.empty(shape[0], dtype=bias.dtype, device=bias.device))
 
+    def step(self):
+        """The native.Step that is to use up each row as soon as it is made, where one can, instead of place and put; or None."""
+        return None
+
     def place(self, start, stop, dtype=None):
         """Where a slab's rows may be written in dtype (None: the gradient's) before they are `put`: the gradient itself if it can
         hold them.

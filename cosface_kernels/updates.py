@@ -38,7 +38,7 @@ class SGD(NamedTuple):
         )
 
     def numbers(self):
-        """(which rule, csrc/cpu/update.cpp's Hyper)."""
+        """(which rule, csrc/cpu/update.h's Step)."""
         sign = -1.0 if self.maximize else 1.0
         return 0, (self.lr, self.weight_decay, sign, float(self.nesterov), 0.0, self.momentum, *[0.0] * 5)
 
@@ -85,8 +85,8 @@ class Part(NamedTuple):
 
     def apply(self, index, grad):
         """index: which rows, a slice or int64 positions; grad: theirs, in the dtype to compute in."""
-        if self._is_native():
-            native.update(*self.rule.numbers(), self.rows, self.states, grad.float(), index, self.first_row, self.key)
+        if self.is_native():
+            native.update(self.step(), grad.float(), index)
             return
         rows = formats.read(self.rows, None, index)
         states = [formats.read(*state, index) for state in self.states]
@@ -95,7 +95,11 @@ class Part(NamedTuple):
         for stream, ((buffer, scale), changed) in enumerate(zip(self.states, states, strict=True), 1):
             self._write(index, stream, buffer, scale, changed)
 
-    def _is_native(self):
+    def step(self):
+        """As native code is told."""
+        return native.Step.of(*self.rule.numbers(), self.rows, self.states, self.first_row, self.key)
+
+    def is_native(self):
         return native.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
 
     def _write(self, index, stream, buffer, scale, rows):
@@ -131,3 +135,8 @@ class Update:
             self.weight.apply(index, rows[:, :size])
         if self.bias is not None:
             self.bias.apply(index, rows[:, size:])
+
+    def step(self):
+        """See TableGradient.step."""
+        whole = self.table.index is None and self.bias is None and self.table.bias is None
+        return self.weight.step() if whole and self.weight is not None and self.weight.is_native() else None

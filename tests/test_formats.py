@@ -128,7 +128,7 @@ def test_native_code_is_the_same_step(rule, table, state, size, instruction_set,
         grad = torch.randn(30, size + 1, generator=generator)[:, :size] * torch.logspace(-6, 2, 30)[:, None]
         results = []
         for is_native in (True, False):
-            monkeypatch.setattr(updates.Part, "_is_native", lambda part, is_native=is_native: is_native)
+            monkeypatch.setattr(updates.Part, "is_native", lambda part, is_native=is_native: is_native)
             copies = [tuple(None if t is None else t.clone() for t in s) for s in states]
             part = updates.Part(rows.clone(), copies, rules[rule], formats.rounding_key(3, step), 1000, None)
             part.apply(slice(5, 35), grad)

@@ -65,7 +65,8 @@ def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
     for table, state in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.int8)):
         scale = torch.zeros(8) if state == torch.int8 else None
         states = [(torch.zeros(8, 37, dtype=state), scale)]
-        native.update(*rule.numbers(), torch.ones(8, 37, dtype=table), states, torch.ones(8, 37), slice(0, 8), 0, 1)
+        part = updates.Part(torch.ones(8, 37, dtype=table), states, rule, 1, 0, None)
+        native.update(part.step(), torch.ones(8, 37), slice(0, 8))
         assert torch.remainder(torch.tensor([5.0, 4.0]), 3).tolist() == [2, 1]
 
 

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("small_slabs")
 def path(request, monkeypatch):
     """Both forms of the update."""
     if request.param == "torch":
-        monkeypatch.setattr(updates.Part, "_is_native", lambda part: False)
+        monkeypatch.setattr(updates.Part, "is_native", lambda part: False)
     elif not native.available():
         pytest.skip("the native library was not built here")
     return request.param
@@ -397,7 +397,7 @@ def test_resumed_run_has_the_same_bits(kind, table_format, state_format, device,
 def test_slabs_of_any_size_and_threads_round_the_same(monkeypatch):
     def go(largest_slab, threads, is_native):
         monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", largest_slab)
-        monkeypatch.setattr(updates.Part, "_is_native", lambda part: is_native)
+        monkeypatch.setattr(updates.Part, "is_native", lambda part: is_native)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         head, _ = twins(table_format="bfloat16", backend="torch")
@@ -893,3 +893,27 @@ def test_a_table_that_is_no_longer_bfloat16_is_an_ordinary_one():
     features, labels = next(batches(1))
     head(features, labels).backward()
     assert head.weight.grad.any()
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library was not built here")
+@pytest.mark.parametrize("table_format", formats.TABLE_FORMATS)
+@pytest.mark.parametrize("state_format", formats.STATE_FORMATS)
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_rows_are_updated_as_they_are_made(kind, table_format, state_format, monkeypatch):
+    """Without a slab of gradients between the two, and with the same bits."""
+
+    def trained():
+        torch.manual_seed(0)
+        head = CosFaceLoss(SIZE, NUM_CLASSES, table_format=table_format, backend="cpu")
+        momentum = {"momentum": 0.9} if kind is FusedSGD else {}
+        optimizer = kind(head.parameters(), lr=0.1, state_format=state_format, **momentum)
+        for features, labels in batches(2):
+            head(features, labels).backward()
+            optimizer.step()
+        return head.weight.detach(), *(value for value in optimizer.state[head.weight].values() if value.dim())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(updates.Update, "put", None)
+        found = trained()
+    monkeypatch.setattr(updates.Update, "step", lambda update: None)
+    assert all(torch.equal(one, other) for one, other in zip(found, trained(), strict=True))

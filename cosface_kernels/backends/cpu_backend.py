@@ -46,18 +46,20 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
     scratch = torch.empty(torch.get_num_threads() * CACHED_CLASSES * padded(size))
+    step = gradient.step()
     for index, start, stop in plan.slabs(table):
         e = _kept(plan, kept, index, start, stop, num_rows)
         if e is None:
             e = slab.scratch()
             slab.normalize(start, stop, None)
             slab.exponentials(start, stop, shift, e, None)
-        out = gradient.place(start, stop, torch.float32)
+        out = None if step else gradient.place(start, stop, torch.float32)
         slab.kernels.table_gradient(
             *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
-            *(float(unscale), start, len(target_rows), target_rows, target_sums, scratch, out),
+            *(float(unscale), start, len(target_rows), target_rows, target_sums, scratch, out, step),
         )
-        gradient.put(start, stop, out)
+        if not step:
+            gradient.put(start, stop, out)
 
 
 class _Slab:

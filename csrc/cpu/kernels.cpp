@@ -4,7 +4,8 @@
 //     exponentials        Eᵀ = 2^{k w̃ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
 //     maxima              each row's largest exponent, and with several centres to a class all exponents
 //     accumulate          U += E w̃, in float64
-//     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul
+//     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul;
+//                         stored, or used up by an optimiser's step (update.cpp) while it is in the cache
 //
 // Matrix products are sums over words of 32 bits (two bfloat16, or one float32). One operand is read a word at a time and spread
 // over a vector's lanes; the other lies in panels of PANEL columns, one word of each next to each other. With that:
@@ -19,6 +20,7 @@
 #include <math.h>
 #include <omp.h>
 
+#include "update.h"
 #include "vector.h"
 
 namespace {
@@ -308,10 +310,17 @@ inline int64_t lower_bound(const int64_t *classes, int64_t count, int64_t wanted
     return low;
 }
 
+constexpr int BYTES[] = {4, 2, 1, 1};  // of a number in each of update.cpp's formats
+
+// One of `parts` of a row.
+inline void prefetch(const void *row, int64_t bytes, int64_t part, int64_t parts) {
+    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch((const char *)row + i);
+}
+
 template <class Number>
 void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight, int64_t classes, int64_t size,
                     bool normalized, double unscale, int64_t first_class, int64_t num_targets, const int64_t *target_classes,
-                    const float *target_sums, float *scratch, float *grad, int threads) {
+                    const float *target_sums, float *scratch, float *grad, const Step *step, int threads) {
     const int64_t words = ceil_div(num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(size, PANEL) * PANEL;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
@@ -321,10 +330,15 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
             for (int64_t tile = first; tile < last; tile += TILE) {
                 const Number *row[TILE];
                 tile_rows(row, e, num_rows, tile, classes);
-                // What the projection below will read; where N is small, nothing else of the row is on its way from memory.
-                for (int64_t j = tile; j < smaller(tile + TILE, last); j++)
-                    for (int64_t d = q * PANEL; d < smaller((q + 1) * PANEL, size); d += 64 / sizeof(float))
-                        __builtin_prefetch(weight + j * size + d);
+                // What the rest of the block will read; where N is small, nothing else of it is on its way from memory.
+                for (int64_t j = tile; j < smaller(tile + TILE, last); j++) {
+                    prefetch(weight + j * size, size * sizeof(float), q, width / PANEL);
+                    for (int k = 0; step && k < Step::STATES; k++)
+                        if (step->states[k].data) {
+                            const int64_t bytes = size * BYTES[step->states[k].format];
+                            prefetch((const char *)step->states[k].data + (first_class + j) * bytes, bytes, q, width / PANEL);
+                        }
+                }
                 const Accumulator sum = product(row, PER_WORD<Number>, x_panels + q * words, num_rows);
                 for (int64_t j = tile; j < smaller(tile + TILE, last); j++)
                     for (int v = 0; v < VECTORS; v++)
@@ -337,25 +351,25 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
         for (int64_t j = first; j < last; j++) inverse[j - first] = normalized ? inverse_norm(weight + j * size, size) : 1.0;
         for (int64_t j = first; normalized && j < last; j++)
             along[j - first] = component(weight + j * size, unit_grad + (j - first) * width, size, Factor(inverse[j - first]));
+        // With a step the gradient is not kept: its rows take the place of dw̃'s, and are used up.
+        float *out = step ? unit_grad : grad + first * size;
+        const int64_t stride = step ? width : size;
         int64_t slot = lower_bound(target_classes, num_targets, first_class + first);
         for (int64_t j = first; j < last; j++) {
             while (slot < num_targets && target_classes[slot] < first_class + j) slot++;
             const bool held = slot < num_targets && target_classes[slot] == first_class + j;
             project(weight + j * size, unit_grad + (j - first) * width, size, normalized, inverse[j - first], along[j - first],
-                    unscale, held ? target_sums + slot * size : nullptr, grad + j * size);
+                    unscale, held ? target_sums + slot * size : nullptr, out + (j - first) * stride);
         }
+        if (step)
+            JOIN(update_rows, INSTRUCTION_SET)(step, out, stride, nullptr, first_class + first, last - first, omp_get_thread_num());
     }
 }
 
 }  // namespace
 
-// What the library exports for each instruction set: cosface_<step>_<number>_<set>, and cosface_supported_<set>.
-#define JOIN_(name, set) cosface_##name##_##set
-#define JOIN(name, set) JOIN_(name, set)
-#define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
-
 // What callers are written for: native.py refuses a library of another number. Changes with any signature or layout.
-EXPORT(int, interface)() { return 4; }
+EXPORT(int, interface)() { return 5; }
 
 // How much room callers leave: native.constant reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
@@ -409,9 +423,9 @@ EXPORT(int, supported)() {
     EXPORT(void, table_gradient_##Number)(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight,        \
                                           int64_t classes, int64_t size, bool normalized, double unscale, int64_t first_class,     \
                                           int64_t num_targets, const int64_t *target_classes, const float *target_sums,            \
-                                          float *scratch, float *grad, int threads) {                                              \
+                                          float *scratch, float *grad, const Step *step, int threads) {                            \
         table_gradient(e, num_rows, x_panels, weight, classes, size, normalized, unscale, first_class, num_targets, target_classes,\
-                       target_sums, scratch, grad, threads);                                                                       \
+                       target_sums, scratch, grad, step, threads);                                                                 \
     }
 
 EXPORT_ALL(bfloat16)

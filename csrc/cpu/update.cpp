@@ -1,4 +1,4 @@
-// One optimiser step for a slab of the class table, its gradient still in the cache: rows and state are decoded, updated and encoded
+// One optimiser step for rows of the class table, their gradient still in the cache: rows and state are decoded, updated and encoded
 // again, a row at a time. Compiled once for each instruction set; plain C boundary. cosface_kernels/formats.py and updates.py say the
 // same in PyTorch.
 //
@@ -8,26 +8,14 @@
 
 #include <math.h>
 #include <omp.h>
-#include <stdint.h>
 #include <string.h>
+
+#include "update.h"
 
 namespace {
 
 enum Format { FLOAT32, BFLOAT16, INT8, UINT8_SQUARE };
 enum Rule { SGD, ADAMW };
-constexpr int STATES = 2;  // at most, for each number of the table
-
-struct Buffer {
-    void *data;    // (R, D), null where a rule has no such state
-    float *scale;  // (R,) for 8 bits
-    int32_t format;
-};
-
-struct Hyper {
-    float lr, weight_decay, sign, nesterov, eps;
-    float first_decay, second_decay, first_rate, second_rate;  // μ or β1, β2, and 1 - β, which β in float32 is too coarse for
-    float first_correction, second_correction;
-};
 
 // A permutation of words in which every bit of the result depends on every bit of the word (C. Wellons' lowbias32).
 inline uint32_t mixed(uint32_t word) {
@@ -130,7 +118,7 @@ inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *ro
     else to.scale[row_number] = to_codes<true>(row, size, bits, codes);
 }
 
-inline void sgd(const Hyper &h, int64_t size, float *w, const float *grad, float *m) {
+inline void sgd(const Step &h, int64_t size, float *w, const float *grad, float *m) {
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
         const float g = h.sign * grad[d] + h.weight_decay * w[d];
@@ -143,7 +131,7 @@ inline void sgd(const Hyper &h, int64_t size, float *w, const float *grad, float
     }
 }
 
-inline void adamw(const Hyper &h, int64_t size, float *w, const float *grad, float *m, float *v) {
+inline void adamw(const Step &h, int64_t size, float *w, const float *grad, float *m, float *v) {
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
         const float g = h.sign * grad[d];
@@ -156,27 +144,28 @@ inline void adamw(const Hyper &h, int64_t size, float *w, const float *grad, flo
 
 }  // namespace
 
-#define JOIN_(name, set) cosface_##name##_##set
-#define JOIN(name, set) JOIN_(name, set)
-
-// Row i of the slab is row index[i] of the table, or first + i without an index. grad (rows, grad_stride); scratch: 4 D numbers for
-// each thread.
-extern "C" __attribute__((visibility("default"))) void JOIN(update, INSTRUCTION_SET)(
-    int rule, const Hyper *hyper, Buffer *table, Buffer *states, const float *grad, int64_t grad_stride, const int64_t *index,
-    int64_t first, int64_t rows, int64_t size, int64_t first_of_shard, uint64_t key, float *scratch, int threads) {
-#pragma omp parallel for num_threads(threads)
+void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int64_t stride, const int64_t *index, int64_t first,
+                                        int64_t rows, int thread) {
+    const int64_t size = step->size;
+    float *room = step->scratch + thread * 4 * size;
+    uint32_t *bits = (uint32_t *)(room + 3 * size);
     for (int64_t i = 0; i < rows; i++) {
-        const int64_t row = index ? index[i] : first + i;
-        const uint32_t random = row_key(key, row + first_of_shard);
-        float *room = scratch + omp_get_thread_num() * 4 * size, *w = decode(*table, row, size, room);
-        uint32_t *bits = (uint32_t *)(room + 3 * size);
-        float *state[STATES] = {nullptr, nullptr};
-        for (int k = 0; k < STATES; k++)
-            if (states[k].data) state[k] = decode(states[k], row, size, room + (k + 1) * size);
-        if (rule == SGD) sgd(*hyper, size, w, grad + i * grad_stride, state[0]);
-        else adamw(*hyper, size, w, grad + i * grad_stride, state[0], state[1]);
-        encode(*table, row, size, w, random, 0, bits);
-        for (int k = 0; k < STATES; k++)
-            if (state[k]) encode(states[k], row, size, state[k], random, k + 1, bits);
+        const int64_t row = index ? index[first + i] : first + i;
+        const uint32_t random = row_key(step->key, row + step->first_of_shard);
+        float *w = decode(step->table, row, size, room), *state[Step::STATES] = {};
+        for (int k = 0; k < Step::STATES; k++)
+            if (step->states[k].data) state[k] = decode(step->states[k], row, size, room + (k + 1) * size);
+        if (step->rule == SGD) sgd(*step, size, w, grad + i * stride, state[0]);
+        else adamw(*step, size, w, grad + i * stride, state[0], state[1]);
+        encode(step->table, row, size, w, random, 0, bits);
+        for (int k = 0; k < Step::STATES; k++)
+            if (state[k]) encode(step->states[k], row, size, state[k], random, k + 1, bits);
     }
+}
+
+// The same in parallel, rows from the first of grad on.
+EXPORT(void, update)(const Step *step, const float *grad, int64_t stride, const int64_t *index, int64_t first, int64_t rows, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < rows; i++)
+        JOIN(update_rows, INSTRUCTION_SET)(step, grad + i * stride, stride, index, first + i, 1, omp_get_thread_num());
 }

@@ -1,0 +1,33 @@
+// One optimiser step of a class table, as native.py describes it: what update.cpp does to rows, and kernels.cpp hands them to.
+
+#pragma once
+
+#include <stdint.h>
+
+struct Buffer {
+    void *data;    // (R, D), null where a rule has no such state
+    float *scale;  // (R,) for 8 bits
+    int32_t format;
+};
+
+struct Step {
+    static constexpr int STATES = 2;  // at most, for each number of the table
+
+    int32_t rule;
+    // η, λ, sign, nesterov, ε, μ or β1, β2, and 1 - β, which β in float32 is too coarse for
+    float lr, weight_decay, sign, nesterov, eps, first_decay, second_decay, first_rate, second_rate;
+    float first_correction, second_correction;
+    Buffer table, states[STATES];
+    int64_t size, first_of_shard;
+    uint64_t key;    // of the random bits that rounding takes
+    float *scratch;  // 4 D numbers for each thread
+};
+
+// What the library exports for each instruction set: cosface_<step>_<number>_<set>, and cosface_supported_<set>.
+#define JOIN_(name, set) cosface_##name##_##set
+#define JOIN(name, set) JOIN_(name, set)
+#define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
+
+// Rows first .. of the table, or index[first] .., with their gradients grad (rows, stride).
+extern "C" void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int64_t stride, const int64_t *index,
+                                                   int64_t first, int64_t rows, int thread);
