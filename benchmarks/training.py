@@ -1,9 +1,9 @@
 """Whole training steps of large tables:  python -m benchmarks.training [step | tables | identities | ranks] ... [--json FILE]
 
     step         1M identities x 512, N = 128 under autocast: FusedSGD beside torch.optim.SGD, fused=True and default, on the same
-                 head. By turns in one process, two heads at a time; of each turn's two steps the second counts, because after
-                 the other's turn a step has to get its memory from the host of a virtual machine again. "faster" is the median
-                 of a turn's ratio. Peak memory is that of a process for each.
+                 head. On a GPU with N = 1024, and 10M with N = 256. By turns in one process, two heads at a time; of each
+                 turn's two steps the second counts, because after the other's turn a step has to get its memory from the host
+                 of a virtual machine again. "faster" is the median of a turn's ratio. Peak memory is that of a process for each.
     tables       20 steps of 10M identities: x 256 with a float32 and a bfloat16 table and bfloat16 momentum, with all classes and
                  with a tenth of them; x 512 with a bfloat16 table and 8-bit momentum. On a GPU 100M. A process each.
     identities   what an identity costs in a step as their number grows, N and D fixed.
@@ -49,7 +49,10 @@ TABLES = {
         {"identities": 100_000_000, "size": 256, "table_format": "bfloat16", "state_format": "bfloat16"},
     ],
 }
-STEP = {"identities": 1_000_000, "size": 512}
+STEP = {
+    "cpu": [{"identities": 1_000_000, "size": 512}],
+    "cuda": [{"identities": 1_000_000, "size": 512, "rows": 1024}, {"identities": 10_000_000, "size": 512, "rows": 256}],
+}
 OPTIMIZERS = {
     "FusedSGD": lambda params: FusedSGD(params, **OPTIONS),
     "torch.optim.SGD(fused=True)": lambda params: torch.optim.SGD(params, **OPTIONS, fused=True),
@@ -64,11 +67,11 @@ RANKS = {"identities": 500_000, "size": 256, "rows": 256}
 class Run:
     """A head, its optimiser and a backbone, and one training step of them."""
 
-    def __init__(self, identities, size, optimizer, **options):
+    def __init__(self, identities, size, optimizer, rows=ROWS, **options):
         torch.manual_seed(0)
         self.head = CosFaceLoss(size, identities, device=DEVICE, **options)
         self.backbone = million.make_backbone(size).to(DEVICE)
-        self.draw_batch = million.generator(identities, ROWS, DEVICE)
+        self.draw_batch = million.generator(identities, rows, DEVICE)
         backbone_optimizer = torch.optim.SGD(self.backbone.parameters(), lr=million.BACKBONE_RATE, momentum=0.9)
         self.optimizers = backbone_optimizer, optimizer(self.head.parameters())
 
@@ -111,9 +114,9 @@ def table_run(identities, size, table_format, state_format="float32", momentum=O
     return {"losses": losses, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
-def step_peak(optimizer):
+def step_peak(optimizer, **shape):
     """The peak of a process that does three steps."""
-    run = Run(**STEP, optimizer=OPTIMIZERS[optimizer])
+    run = Run(**shape, optimizer=OPTIMIZERS[optimizer])
     for _ in range(3):
         run.step()
     return peak_bytes()
@@ -132,11 +135,12 @@ def tables():
 def steps():
     """Ours and theirs in turns, for each of theirs; then the memory of each."""
     ours, *others = OPTIMIZERS
-    for other in others:
-        if shortage := measure.shortage(11 * STEP["identities"] * STEP["size"] * 2, DEVICE):
-            print(f"{other}: {shortage}", file=sys.stderr)
+    for shape, other in itertools.product(STEP[DEVICE.type], others):
+        # Two numbers for each of the table's with ours, four with theirs.
+        if shortage := measure.shortage(24 * shape["identities"] * shape["size"], DEVICE):
+            print(f"{other}, {shape['identities']:,} x {shape['size']}: {shortage}", file=sys.stderr)
             continue
-        runs = {name: Run(**STEP, optimizer=OPTIMIZERS[name]) for name in (ours, other)}
+        runs = {name: Run(**shape, optimizer=OPTIMIZERS[name]) for name in (ours, other)}
         seconds = {name: [] for name in runs}
         for turn in range(STEP_TURNS):
             for name in reversed(runs) if turn % 2 else runs:
@@ -144,8 +148,9 @@ def steps():
                 print(f"{name}: {first:.2f} s, {second:.2f} s", file=sys.stderr, flush=True)
                 seconds[name].append(second)
         del runs
-        peaks = {name: alone("step_peak", optimizer=name) for name in seconds}
-        yield {**STEP, "optimizer": other, "seconds": seconds, "peak_bytes": peaks}
+        torch.cuda.empty_cache()  # for the processes that follow
+        peaks = {name: alone("step_peak", optimizer=name, **shape) for name in seconds}
+        yield {**shape, "optimizer": other, "seconds": seconds, "peak_bytes": peaks}
 
 
 def growth():
@@ -216,19 +221,18 @@ def report(found, environment):
                 continue
             loss = f"{row['losses'][0]:.1f} -> {row['losses'][-1]:.1f}"
             yield f"| {describe(row)} | {_median(row['seconds']):.2f} | {row['peak_bytes'] / 2**30:.1f} | {loss} |"
-    if "step" in found:
-        shape = f"{STEP['identities']:,} x {STEP['size']}"
+    for shape, rows in itertools.groupby(found.get("step", ()), _shape):
         yield f"\n| {shape} | step, s | FusedSGD, s | faster | peak, GiB | FusedSGD, GiB | of it |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"
-        for row in found["step"]:
+        for row in rows:
             names = row["optimizer"], "FusedSGD"
             seconds, (theirs, ours) = (
                 [row["seconds"][name] for name in names],
                 [row["peak_bytes"][name] / 2**30 for name in names],
             )
             ratio = _median([other / fused for other, fused in zip(*seconds, strict=True)])
-            times = f"{_median(seconds[0]):.2f} | {_median(seconds[1]):.2f} | {ratio:.2f} x"
-            yield f"| {row['optimizer']} | {times} | {theirs:.1f} | {ours:.1f} | {ours / theirs:.0%} |"
+            times = " | ".join(f"{median:.2f}" if median > 0.1 else f"{median:.4f}" for median in map(_median, seconds))
+            yield f"| {row['optimizer']} | {times} | {ratio:.2f} x | {theirs:.1f} | {ours:.1f} | {ours / theirs:.0%} |"
     if "identities" in found:
         yield f"\n| identities, D = {GROWTH_SIZE} | step, ms | ns for each identity |\n| --- | --- | --- |"
         for row in found["identities"]:
@@ -244,6 +248,11 @@ def report(found, environment):
                 continue
             ratio = f"{_median(row['seconds']) / _median(one['seconds']):.2f}" if one else "-"
             yield f"| {row['ranks']} | {_median(row['seconds']):.2f} | {ratio} |"
+
+
+def _shape(row):
+    batch = f"N = {row['rows']:,}, " if "rows" in row else ""
+    return f"{batch}{row['identities']:,} x {row['size']}"
 
 
 def _median(numbers):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from . import shards
 from .ops import Factors, Options, write_table_gradient
 from .plan import SLAB_CLASSES_MAX
 from .table import Table
@@ -77,6 +78,16 @@ def register(head):
 def head_of(parameter):
     """The head whose weight or bias a parameter is, or None."""
     return next((head for head in _heads if parameter is head.weight or parameter is head.bias), None)
+
+
+def ranks_of(weight):
+    """The Ranks that a table's rows lie on, or None where this process has them all."""
+    if shards.is_sharded(weight):
+        from .ranks import Ranks  # of torch.distributed, which one process does without
+
+        return Ranks(weight.device_mesh.get_group())
+    head = head_of(weight)
+    return head._ranks() if head is not None and head.holds_plain_shard else None
 
 
 def attach(weight, bias, optimizer):

@@ -214,7 +214,8 @@ def stateful_loss(
         **options,
     )
     if sample_correction and classes is not None:
-        lse = lse + _log_of_inverse_rate(weight.shape[0] // centers_per_class, classes.shape[0])
+        numbers = weight.shape[0] // centers_per_class, classes.shape[0]
+        lse = lse + _log_of_inverse_rate(*(numbers if batch is None else batch.of_all_shards(*numbers, weight.device)))
     product = (unit * target).sum(1)
     feature_length = None if normalize_features else unit.norm(dim=1)
     target_length = None if margin.normalize_weight else target.norm(dim=1)

@@ -101,7 +101,7 @@ class _Fused(torch.optim.Optimizer):
                 deferred.pending(weight).check(weight)
         except (RuntimeError, ValueError) as error:
             failure = error
-        ready = shards.on_all_ranks(torch.tensor(failure is None), [weight for weight, _ in self._tables])
+        ready = self._on_all_ranks(torch.tensor(failure is None))
         if failure is not None:
             raise failure
         if not ready:
@@ -174,7 +174,14 @@ class _Fused(torch.optim.Optimizer):
         flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
         flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, f.lse_grad, f.target_grad)]
         finite = torch.stack(flags).all() if flags else torch.tensor(True)
-        return shards.on_all_ranks(finite, [weight for weight, _ in self._tables])
+        return self._on_all_ranks(finite)
+
+    def _on_all_ranks(self, flag):
+        """Whether a flag (0-dim bool) is set on every rank that has rows of these tables."""
+        found = [(deferred.ranks_of(weight), weight.device) for weight, _ in self._tables]
+        for ranks, device in {ranks.group: (ranks, device) for ranks, device in found if ranks is not None}.values():
+            flag = ranks.all(flag, device)
+        return flag
 
     def _unscaled(self, record):
         """A record, with gradients divided by the scale of a GradScaler that is at work."""

@@ -3,6 +3,7 @@
     together      a few numbers of every rank, or, where a check fails on one rank, the same error on all
     gather        rows (N_r, ...) of every rank -> (N, ...), differentiable: its gradient is a reduce-scatter
     add           vectors (N, ...) -> their sum over the ranks, differentiable: each rank's part gets the sum's gradient
+    all           whether a flag is set on every rank
 
 Without a process group one process is all there is, and nothing is sent.
 """
@@ -82,6 +83,15 @@ class Ranks:
         with self._named("the all-reduce of maxima"):
             dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tensor
+
+    def all(self, flag, device):
+        """Whether a flag (0-dim bool) is set on every rank; the group sends what is on `device`."""
+        if self.group is None:
+            return flag
+        everyone = flag.to(device, torch.int32)
+        with self._named("the agreement on a step"):
+            dist.all_reduce(everyone, dist.ReduceOp.MIN, group=self.group)
+        return everyone.bool()
 
     def own(self, rows, counts):
         """This rank's of the gathered rows; their gradient is that of every rank's."""

@@ -53,6 +53,13 @@ class Batch:
         lse, product, target_length, *_ = (*(column.to(dtype) for column in (lse, *others)), None)
         return lse, product, target_length
 
+    def of_all_shards(self, num_classes, num_sampled, device):
+        """(C, M) of the whole table from how many classes this shard has, and how many of them take part."""
+        if self.ranks.group is None:
+            return num_classes, num_sampled
+        numbers = [num_classes, num_sampled] if self.holds_classes else [0, 0]
+        return self.ranks.add(torch.tensor(numbers, device=device)).tolist()
+
     def own(self, vector):
         """A vector (N,) of the features, which every rank computes, with gradient on the rank that the row came from, once."""
         if vector is None or self.ranks.group is None:
@@ -164,8 +171,9 @@ class _ShardedHead(_Head):
     def _numbers(self, features):
         """What a rank tells the others of its batch and its head; `_agreed` reads it."""
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
-        names = ("num_classes", "scale", "margin", "reduction", "normalize_features", "ddp_average", "sample_rate", "training")
-        options = zlib.crc32(repr([getattr(self, name) for name in names]).encode())
+        names = ("num_classes", "scale", "margin", "reduction", "normalize_features", "ignore_index", "ddp_average")
+        sampling = ("sample_rate", "sample_correction", "training")
+        options = zlib.crc32(repr([getattr(self, name) for name in (*names, *sampling)]).encode())
         return len(features), dtype, grad_mode, options, grad_mode and features.requires_grad
 
     def logits(self, features):

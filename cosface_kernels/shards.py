@@ -32,13 +32,3 @@ def zeros(like, shape, dtype):
         return torch.zeros(shape, dtype=dtype, device=like.device)
     distributed = sys.modules["torch.distributed.tensor"]
     return distributed.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
-
-
-def on_all_ranks(flag, tensors):
-    """Whether a flag (0-dim bool) is set on every rank that has a shard of these tensors."""
-    devices = {tensor.device_mesh.get_group(): tensor.device for tensor in tensors if is_sharded(tensor)}
-    for group, device in devices.items():
-        everyone = flag.to(device, torch.int32)
-        torch.distributed.all_reduce(everyone, torch.distributed.ReduceOp.MIN, group=group)
-        flag = everyone.bool()
-    return flag

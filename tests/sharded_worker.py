@@ -38,6 +38,7 @@ from cosface_kernels import (
     margins,
     plan,
     save_checkpoint,
+    shards,
 )
 from cosface_kernels.compat import insightface
 
@@ -130,6 +131,19 @@ def assert_equals_single(world, head, features, weight, labels, relative=None, *
     head.weight.grad = None
 
 
+def heads(world, row, tables, *, dtype, whole_dtype=None, **options):
+    """A head of a row of the table, sharded, and one in one process with the same numbers."""
+    options = dict(margin=row.margin, bias=row.bias, **row.options) | options
+    num_classes = len(tables[0]) // row.centers
+    head = ShardedMarginSoftmaxLoss(SIZE, num_classes, dtype=dtype, ddp_average=False, **options)
+    whole = MarginSoftmaxLoss(SIZE, num_classes, dtype=whole_dtype or dtype, **options)
+    with torch.no_grad():
+        for parameter, values in zip(whole.parameters(), tables, strict=True):
+            parameter.copy_(values)
+    pair = fill(world, head, *tables), whole
+    return [each.double() if each.weight.dtype == torch.float64 else each for each in pair]  # the statistics
+
+
 def every_margin(name, dtype):
     """Two training steps and one in eval mode, with an ignored row of NaN: what one process with the whole batch computes."""
 
@@ -137,14 +151,8 @@ def every_margin(name, dtype):
         row = ROWS[name]
         features, weight, labels, *bias = batch(row)
         labels[4], features[4] = -100, torch.nan
-        options = dict(margin=row.margin, bias=row.bias, **row.options)
-        whole = MarginSoftmaxLoss(SIZE, NUM_CLASSES, dtype=torch.float64, **options).double()
-        head = ShardedMarginSoftmaxLoss(SIZE, NUM_CLASSES, dtype=dtype, ddp_average=False, **options)
-        head = head.double() if dtype == torch.float64 else head  # the statistics
-        fill(world, head, weight, *bias)
-        with torch.no_grad():
-            for parameter, values in zip(whole.parameters(), (weight, *bias), strict=True):
-                parameter.copy_(values.to(dtype))
+        tables = [table.to(dtype) for table in (weight, *bias)]
+        head, whole = heads(world, row, tables, dtype=dtype, whole_dtype=torch.float64)
         relative = tolerance(dtype, steepness(row, features, weight))
         for training in (True, True, False):
             whole.train(training), head.train(training)
@@ -552,6 +560,61 @@ def _(world):
     optimizer.step()
 
 
+def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labels=NUM_CLASSES):
+    """Two steps over what the ranks drew: the loss of all of it in one process, and SGD written out for its rows."""
+
+    def function(world):
+        row = ROWS[name]
+        features, *tables = batch(row, num_classes=num_classes)
+        labels = tables.pop(1) % num_labels
+        options = {"sample_rate": 0.2, "sample_seed": 3, "sample_correction": correction}
+        head, _ = heads(world, row, tables, dtype=torch.float64, **options)
+        drawn, sample = [], head._sample
+        head._sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
+        optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
+        tables, momenta = [table.requires_grad_() for table in tables], [torch.zeros_like(table) for table in tables]
+        for _ in range(2):
+            relative = 10 * tolerance(torch.float64, steepness(row, features, tables[0].detach()))
+            local, everything = world.mine(features).requires_grad_(), features.clone().requires_grad_()
+            loss = head(local, world.mine(labels))
+            loss.backward()
+            optimizer.step()
+            parts, held = [None] * world.size, world.shard(torch.arange(num_classes))
+            dist.all_gather_object(parts, held[drawn[-1]["classes"]] if len(held) else held)
+            wanted = world.shard(labels.bincount(minlength=num_classes)).count_nonzero(), round(0.2 * len(held))
+            assert len(parts[world.rank]) == min(max(*wanted, 1), len(held))
+            classes = torch.cat(parts)
+            assert torch.isin(labels, classes).all()
+            exact = functional.margin_softmax_loss(
+                *(everything, tables[0], labels),
+                margin=row.margin,
+                bias=tables[1] if row.bias else None,
+                classes=classes,
+                sample_correction=correction,
+                **row.options,
+            )
+            exact.backward()
+            assert_close(loss.detach(), exact.detach(), relative, "loss")
+            assert_close(local.grad, world.mine(everything.grad), relative, "dX", size=everything.grad.norm())
+            rows = (classes[:, None] * row.centers + torch.arange(row.centers)).flatten()
+            with torch.no_grad():
+                for ours, table, momentum in zip(head.parameters(), tables, momenta, strict=True):
+                    momentum[rows] = 0.9 * momentum[rows] + table.grad.to_dense()[rows] + 0.01 * table[rows]
+                    table[rows] -= 0.5 * momentum[rows]
+                    assert_close(ours.to_local(), world.shard(table), relative, "table", size=table.norm())
+                    table.grad = None
+
+    return function
+
+
+for name in ("CosFace", "Softmax bias x3"):
+    for correction in (False, True):
+        what = f"{name}, sampled, as in one process" + ", corrected" * correction
+        check(what, 2, 3)(sampled_like_one_process(name, correction))
+# One class of the batch: a rank draws it alone, another draws one that is not, and the last has none to draw from.
+check("CosFace, sampled where a shard is empty", 3)(sampled_like_one_process("CosFace", True, 4, 1))
+
+
 @check("PartialFC_V2 samples", 1, 2)
 def _(world):
     """As theirs: a rank draws of its own classes, and the gradient is dense; two backward passes add up."""
@@ -569,13 +632,10 @@ def _(world):
     optimizer.step()
 
 
-def fused_pair(world, weight, options, kind=FusedSGD, **head_options):
+def fused_pair(world, tables, options, kind=FusedSGD, name="CosFace", **head_options):
     """((head, optimiser) sharded, the same in one process)."""
-    head = sharded(world, weight, **head_options)
-    whole = CosFaceLoss(SIZE, len(weight), **{"dtype": weight.dtype} | head_options)
-    with torch.no_grad():
-        whole.weight.copy_(weight)
-    return (head, kind(head.parameters(), **options)), (whole, kind(whole.parameters(), **options))
+    pair = heads(world, ROWS[name], tables, **{"dtype": tables[0].dtype} | head_options)
+    return [(head, kind(head.parameters(), **options)) for head in pair]
 
 
 FUSED = {
@@ -584,11 +644,11 @@ FUSED = {
 }
 
 
-def fused_like_one_process(name, rows):
+def fused_like_one_process(name, num_classes, margin="CosFace"):
     def function(world):
         kind, options = FUSED[name]
-        features, weight, labels = draw(rows)
-        (head, optimizer), (whole, other) = fused_pair(world, weight, options, kind)
+        features, weight, labels, *bias = batch(ROWS[margin], num_classes=num_classes)
+        (head, optimizer), (whole, other) = fused_pair(world, (weight, *bias), options, kind, margin)
         for step in range(3):
             turned = features.roll(step, 1)
             local = world.mine(turned).requires_grad_()
@@ -596,16 +656,17 @@ def fused_like_one_process(name, rows):
             head(world.mine(turned), world.mine(labels.flip(0))).backward()
             whole(turned, labels).backward()
             whole(turned, labels.flip(0)).backward()
-            assert head.weight.grad is None and local.grad is not None
+            assert all(parameter.grad is None for parameter in head.parameters()) and local.grad is not None
             for each in (optimizer, other):
                 each.step()
                 each.zero_grad()
-        assert_close(head.weight.to_local().detach(), world.shard(whole.weight.detach()), 1e-11, size=weight.norm())
-        for key, buffer in other.state[whole.weight].items():
-            found = optimizer.state.get(head.weight, {}).get(key)
-            if buffer.dim() and len(head.weight.to_local()):
-                assert type(found) is DTensor and found.shape == buffer.shape
-                assert_close(found.to_local(), world.shard(buffer), 1e-11, size=buffer.norm())
+        for ours, exact in zip(head.parameters(), whole.parameters(), strict=True):
+            assert_close(ours.to_local().detach(), world.shard(exact.detach()), 1e-11, size=exact.detach().norm())
+            for key, buffer in other.state[exact].items():
+                if buffer.dim() and len(ours.to_local()):
+                    found = optimizer.state[ours][key]
+                    assert type(found) is DTensor and found.shape == buffer.shape
+                    assert_close(found.to_local(), world.shard(buffer), 1e-11, size=buffer.norm())
 
     return function
 
@@ -613,6 +674,48 @@ def fused_like_one_process(name, rows):
 for optimizer_name in FUSED:
     check(f"{optimizer_name} as in one process", 1, 2, 3)(fused_like_one_process(optimizer_name, NUM_CLASSES))
     check(f"{optimizer_name} where a shard is empty", 3)(fused_like_one_process(optimizer_name, 4))
+    for name in ("Softmax bias", "AdaFace x3"):
+        check(f"{optimizer_name} of {name} as in one process", 2, 3)(fused_like_one_process(optimizer_name, NUM_CLASSES, name))
+
+
+def rounded_like_one_process(name):
+    """Random bits belong to a row of the whole table: sums in another order tip few, those of another row many."""
+
+    def function(world):
+        kind, options = FUSED[name]
+        features, weight, labels = draw(dtype=torch.float32)
+        options = options | {"state_format": "int8", "seed": 5}
+        (head, optimizer), (whole, other) = fused_pair(world, [weight], options, kind, dtype=None, table_format="bfloat16")
+        for step in range(3):
+            turned = features.roll(step, 1)
+            head(world.mine(turned), world.mine(labels)).backward(), whole(turned, labels).backward()
+            optimizer.step(), other.step()
+        local, exact = head.weight.to_local().detach(), world.shard(whole.weight.detach())
+        assert local.dtype == torch.bfloat16 and (local != world.shard(weight.bfloat16())).double().mean() > 0.5
+        assert (local != exact).double().mean() < 0.01
+        for key, buffer in other.state[whole.weight].items():
+            found = optimizer.state[head.weight][key]
+            if buffer.dim() == 2:
+                assert found.dtype == buffer.dtype and not buffer.is_floating_point()
+                assert (found.to_local() != world.shard(buffer)).double().mean() < 0.01
+            elif buffer.dim():
+                assert_close(found.to_local(), world.shard(buffer).double(), 1e-3, key)
+
+    return function
+
+
+for optimizer_name in FUSED:
+    check(f"{optimizer_name} rounds as in one process", 2, 3)(rounded_like_one_process(optimizer_name))
+
+
+@check("a shard of 16 bits wants a fused optimiser", 2)
+def _(world):
+    features, weight, labels = draw(dtype=torch.float32)
+    head = sharded(world, weight, dtype=None, table_format="bfloat16")
+    loss = head(world.mine(features).requires_grad_(), world.mine(labels))
+    with raises(RuntimeError, "trains with FusedSGD or FusedAdamW alone"):
+        loss.backward()
+    assert head.weight.grad is None
 
 
 @check("fused, sampled and in 16 bits", 2, 3)
@@ -636,37 +739,76 @@ def _(world):
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
 
 
-@check("what is not finite is skipped on every rank", 2, 3)
-def _(world):
-    features, weight, labels = draw()
-    (head, optimizer), _ = fused_pair(world, weight, {"lr": 0.5, "momentum": 0.9})
-    features[0] = torch.nan  # of rank 0
-    head(world.mine(features), world.mine(labels)).backward()
-    optimizer.step()
-    assert torch.equal(head.weight.to_local().detach(), world.shard(weight)) and optimizer.skipped_steps == 1
-    found = torch.tensor([float(world.rank == 1)])  # a scaler's finding on one rank
-    head(world.mine(features.nan_to_num()), world.mine(labels)).backward()
-    optimizer.found_inf, optimizer.grad_scale = found.squeeze(), torch.tensor(1.0)
-    optimizer.step()
-    assert torch.equal(head.weight.to_local().detach(), world.shard(weight)) and optimizer.skipped_steps == 2
+def partial_fc(world, weight):
+    module = insightface.PartialFC_V2(CosFace(), SIZE, len(weight)).to(weight.dtype)
+    module.load_state_dict({"weight": theirs(weight, world.rank, world.size)})
+    return module
 
 
-@check("a step that one rank cannot make is made by none", 2, 3)
+@check("PartialFC_V2 with FusedSGD", 1, 2, 3)
 def _(world):
-    features, weight, labels = draw()
-    (head, optimizer), _ = fused_pair(world, weight, {"lr": 0.5, "momentum": 0.9})
-    head(world.mine(features), world.mine(labels)).backward()
-    if world.rank == 1:
-        with torch.no_grad():
-            head.weight.add_(1)
-    before = head.weight.to_local().detach().clone()
-    with raises(RuntimeError, "changed between" if world.rank == 1 else "another rank cannot make this step"):
+    """A plain tensor of this rank's rows: what torch.optim makes of it."""
+    features, weight, labels = draw(301)
+    fused, options = FUSED["FusedSGD"]
+    modules = [partial_fc(world, weight) for _ in range(2)]
+    kinds = zip(modules, (fused, torch.optim.SGD), strict=True)
+    pairs = [(module, kind(module.parameters(), **options)) for module, kind in kinds]
+    for step in range(3):
+        for module, optimizer in pairs:
+            module(world.mine(features.roll(step, 1)), world.mine(labels)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    results = [(module.weight.detach(), optimizer.state[module.weight]["momentum_buffer"]) for module, optimizer in pairs]
+    for ours, exact in zip(*results, strict=True):
+        assert_close(ours, exact, 1e-11)
+
+
+# Rows in a DTensor, and in a plain tensor on each rank.
+SHARDED = {"ShardedCosFaceLoss": sharded, "PartialFC_V2": partial_fc}
+
+
+def skipped_together(make):
+    def function(world):
+        features, weight, labels = draw()
+        head = make(world, weight)
+        optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+        features[0] = torch.nan  # of rank 0
+        head(world.mine(features), world.mine(labels)).backward()
         optimizer.step()
-    assert torch.equal(head.weight.to_local().detach(), before)
-    optimizer.zero_grad()
-    head(world.mine(features), world.mine(labels)).backward()
-    optimizer.step()  # and on it goes
-    assert not torch.equal(head.weight.to_local().detach(), before)
+        assert torch.equal(shards.local(head.weight).detach(), world.shard(weight)) and optimizer.skipped_steps == 1
+        found = torch.tensor([float(world.rank == 1)])  # a scaler's finding on one rank
+        head(world.mine(features.nan_to_num()), world.mine(labels)).backward()
+        optimizer.found_inf, optimizer.grad_scale = found.squeeze(), torch.tensor(1.0)
+        optimizer.step()
+        assert torch.equal(shards.local(head.weight).detach(), world.shard(weight)) and optimizer.skipped_steps == 2
+
+    return function
+
+
+def made_by_none(make):
+    def function(world):
+        features, weight, labels = draw()
+        head = make(world, weight)
+        optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+        head(world.mine(features), world.mine(labels)).backward()
+        if world.rank == 1:
+            with torch.no_grad():
+                head.weight.add_(1)
+        before = shards.local(head.weight).detach().clone()
+        with raises(RuntimeError, "changed between" if world.rank == 1 else "another rank cannot make this step"):
+            optimizer.step()
+        assert torch.equal(shards.local(head.weight).detach(), before)
+        optimizer.zero_grad()
+        head(world.mine(features), world.mine(labels)).backward()
+        optimizer.step()  # and on it goes
+        assert not torch.equal(shards.local(head.weight).detach(), before)
+
+    return function
+
+
+for name, make in SHARDED.items():
+    check(f"what is not finite is skipped on every rank: {name}", 2, 3)(skipped_together(make))
+    check(f"a step that one rank cannot make is made by none: {name}", 2, 3)(made_by_none(make))
 
 
 @check("options that differ between ranks", 2, 3)
@@ -679,6 +821,8 @@ def _(world):
         {"margin": 0.1},
         {"num_classes": NUM_CLASSES - 1},
         {"ddp_average": True},
+        {"ignore_index": 7},
+        {"sample_correction": True},
     ]
     for options in different:
         head = sharded(world, weight)
@@ -692,7 +836,7 @@ def _(world):
 @check("skipped steps are counted where a shard is empty", 3)
 def _(world):
     features, weight, labels = draw(4)
-    (head, optimizer), _ = fused_pair(world, weight, {"lr": 0.5, "momentum": 0.9})
+    (head, optimizer), _ = fused_pair(world, [weight], {"lr": 0.5, "momentum": 0.9})
     features[0] = torch.nan
     head(world.mine(features), world.mine(labels)).backward()
     optimizer.step()
@@ -704,7 +848,7 @@ def _(world):
     """Saved on these ranks, and on with it: on these ranks again, and in one process."""
     features, weight, labels = draw(dtype=torch.float32)
     options = {"lr": 0.1, "momentum": 0.9, "state_format": "int8"}
-    (head, optimizer), _ = fused_pair(world, weight, options, dtype=None, table_format="bfloat16")
+    (head, optimizer), _ = fused_pair(world, [weight], options, dtype=None, table_format="bfloat16")
     folder = world.done.with_suffix(".checkpoint")
 
     def step(head, optimizer):
@@ -713,7 +857,7 @@ def _(world):
 
     step(head, optimizer)
     save_checkpoint(folder, head, optimizer)
-    (again, other), (whole, single_optimizer) = fused_pair(world, weight, options, dtype=None, table_format="bfloat16")
+    (again, other), (whole, single_optimizer) = fused_pair(world, [weight], options, dtype=None, table_format="bfloat16")
     load_checkpoint(folder, again, other)
     load_checkpoint(folder, whole, single_optimizer)
     assert torch.equal(world.shard(whole.weight.detach()), head.weight.to_local().detach())
@@ -745,26 +889,57 @@ def out_of_memory(*arguments):
     raise MemoryError("none left")
 
 
-@check("a rank that does not come", 3, timeout=5)
-def _(world):
-    features, weight, labels = draw()
-    head = sharded(world, weight)
-    if world.rank == 1:
-        return world.wait_for_others()
-    with raises(RuntimeError, f"^rank {world.rank} of 3: the exchange of batch sizes failed or timed out"):
-        head(world.mine(features), world.mine(labels))
-    world.leave()
+# The parts of a step, and what the others wait for in each.
+WAITS = {
+    "forward": "^rank {} of 3: the exchange of batch sizes",
+    "backward": "rank {} of 3: the reduce-scatter of the features' gradient",
+    "step": "^rank {} of 3: the agreement on a step",
+}
 
 
-@check("a rank that does not come to backward", 3, timeout=5)
-def _(world):
+def until(part, world):
+    """(that part of a step, the head, its optimiser) after all before it."""
     features, weight, labels = draw()
-    loss = sharded(world, weight)(world.mine(features).requires_grad_(), world.mine(labels))
+    (head, optimizer), _ = fused_pair(world, [weight], {"lr": 0.5})
+    local, losses = world.mine(features).requires_grad_(), []
+    parts = {
+        "forward": lambda: losses.append(head(local, world.mine(labels))),
+        "backward": lambda: losses[0].backward(),
+        "step": optimizer.step,
+    }
+    for name, run in parts.items():
+        if name == part:
+            return run, head, optimizer
+        run()
+
+
+def missing(part):
+    def function(world):
+        run, *_held = until(part, world)
+        if world.rank == 1:
+            return world.wait_for_others()
+        try:
+            with raises(RuntimeError, WAITS[part].format(world.rank) + " failed or timed out"):
+                run()
+        finally:
+            world.leave()
+
+    return function
+
+
+for part in WAITS:
+    check(f"a rank that does not come to {part}", 3, timeout=5)(missing(part))
+
+
+@check("a rank that has gone before step", 3, timeout=30)
+def _(world):
+    step, head, _ = until("step", world)
+    before, began = head.weight.to_local().detach().clone(), time.monotonic()
     if world.rank == 1:
-        return world.wait_for_others()
-    with raises(RuntimeError, f"rank {world.rank} of 3: the reduce-scatter of the features' gradient failed or timed out"):
-        loss.backward()
-    world.leave()
+        return dist.destroy_process_group()
+    with raises(RuntimeError, WAITS["step"].format(world.rank) + " failed.*another rank has failed"):
+        step()
+    assert time.monotonic() - began < 15 and torch.equal(head.weight.to_local().detach(), before)
 
 
 @check("a rank that is killed", 3, timeout=30)  # the last one

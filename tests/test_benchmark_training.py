@@ -24,16 +24,32 @@ def test_a_process_that_fails_is_a_row():
 
 
 def test_steps_are_compared_in_turns(monkeypatch):
-    monkeypatch.setattr(training, "STEP", {"identities": 3000, "size": 16})
+    shapes = [{"identities": 3000, "size": 16}, {"identities": 4000, "size": 8, "rows": 5}]
+    monkeypatch.setattr(training, "STEP", {training.DEVICE.type: shapes})
     monkeypatch.setattr(training, "STEP_TURNS", 3)
-    monkeypatch.setattr(training, "alone", lambda what, optimizer: 3 * 2**30 if optimizer == "FusedSGD" else 4 * 2**30)
+    batches = []
+
+    def peak(what, optimizer, **shape):
+        assert what == "step_peak" and shape in shapes
+        return 3 * 2**30 if optimizer == "FusedSGD" else 4 * 2**30
+
+    monkeypatch.setattr(training, "alone", peak)
+    forward = training.CosFaceLoss.forward
+    monkeypatch.setattr(training.CosFaceLoss, "forward", lambda *given: batches.append(len(given[1])) or forward(*given))
     rows = list(training.steps())
-    assert [row["optimizer"] for row in rows] == ["torch.optim.SGD(fused=True)", "torch.optim.SGD"]
+    assert training.step_peak("torch.optim.SGD", **shapes[1]) > 1e6
+    assert batches == [training.ROWS] * 24 + [5] * (24 + 3)  # 2 comparisons of 3 turns of two steps of two
+    names = ["torch.optim.SGD(fused=True)", "torch.optim.SGD"]
+    assert [row["optimizer"] for row in rows] == 2 * names
+    assert [{key: row[key] for key in shape} for row, shape in zip(rows[1:3], shapes, strict=True)] == shapes
     for row in rows:
         assert set(row["seconds"]) == {"FusedSGD", row["optimizer"]} and all(len(taken) == 3 for taken in row["seconds"].values())
         row["seconds"] = {"FusedSGD": [1.0, 2.0, 3.0], row["optimizer"]: [2.0, 2.0, 9.0]}
+    rows[3]["seconds"] = {name: [second / 100 for second in taken] for name, taken in rows[3]["seconds"].items()}
     text = "\n".join(training.report({"step": rows}, measure.environment(torch.device("cpu"))))
-    assert "| torch.optim.SGD | 2.00 | 2.00 | 2.00 x | 4.0 | 3.0 | 75% |" in text
+    first, second = text.split("\n| N = 5, 4,000 x 8 | step, s |")
+    assert "\n| 3,000 x 16 | step, s |" in first and "| torch.optim.SGD | 2.00 | 2.00 | 2.00 x | 4.0 | 3.0 | 75% |" in first
+    assert "| torch.optim.SGD | 0.0200 | 0.0200 | 2.00 x | 4.0 | 3.0 | 75% |" in second
 
 
 def test_growth(monkeypatch):

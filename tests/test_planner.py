@@ -25,13 +25,13 @@ import torch
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, planner
 from cosface_kernels.memory import total_memory
 
-name, table_format, state_format, precision, identities, dim, batch = sys.argv[1:]
-identities, dim, batch = int(identities), int(dim), int(batch)
+name, table_format, state_format, precision, *numbers = sys.argv[1:]
+identities, dim, batch, rate = map(json.loads, numbers)
 process = planner.measure_process("cpu")
-training = planner.Training(identities, dim, batch, name, table_format, state_format, precision=precision)
+training = planner.Training(identities, dim, batch, name, table_format, state_format, rate, precision=precision)
 predicted = planner.plan(training, total_memory(torch.device("cpu")), process).total
 slabs = planner.plan(training._replace(optimizer="sgd"), 0, process).parts["slabs"]
-head = CosFaceLoss(dim, identities, table_format=table_format)
+head = CosFaceLoss(dim, identities, table_format=table_format, sample_rate=rate)
 sgd = dict(lr=0.1, momentum=0.9, weight_decay=5e-4)
 optimizer = {
     "sgd": lambda: FusedSGD(head.parameters(), **sgd, state_format=state_format),
@@ -39,7 +39,7 @@ optimizer = {
     "torch-sgd": lambda: torch.optim.SGD(head.parameters(), **sgd),
     "torch-adamw": lambda: torch.optim.AdamW(head.parameters()),
 }[name]()
-for _ in range(2):
+for _ in range(round(2 / rate)):  # until state has a page under every row
     features, labels = torch.randn(batch, dim, requires_grad=True), torch.randint(identities, (batch,))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         loss = head(features, labels)
@@ -62,6 +62,8 @@ CASES = [
     ("torch-sgd", "float32", "float32", "bfloat16", 50_000, 256, 64),
     ("torch-sgd", "float32", "float32", "float32", 50_000, 256, 1024),  # kept exponentials outweigh the step's temporary
     ("torch-adamw", "float32", "float32", "bfloat16", 50_000, 256, 64),
+    ("adamw", "bfloat16", "int8", "bfloat16", 300_000, 256, 64),
+    ("sgd", "float32", "float32", "bfloat16", 200_000, 256, 64, 0.1),
 ]
 
 
@@ -70,7 +72,7 @@ CASES = [
 def test_peak_memory_is_within_ten_percent(case):
     """Two steps in a fresh process; and within 10% and a slab's buffers of what is there beside the process itself."""
     environment = {**os.environ, "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-c", MEASURE, *map(str, case)]
+    command = [sys.executable, "-c", MEASURE, *map(str, (*case, 1.0)[:8])]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     predicted, peak, process, slabs = json.loads(run.stdout)

@@ -86,9 +86,23 @@ os._exit(0)
 """
 
 
-def test_torchrun(tmp_path):
-    """The examples of the document."""
-    examples = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs" / "distributed.md").read_text(), re.S)
+WITHOUT_A_GROUP = """
+import torch
+from cosface_kernels import FusedSGD, ShardedCosFaceLoss
+
+head = ShardedCosFaceLoss(32, 10_000)
+optimizer = FusedSGD(head.parameters(), lr=0.1)
+loss = head(torch.randn(8, 32), torch.randint(10_000, (8,)))
+loss.backward()
+optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("has_group", [True, False])
+def test_torchrun(has_group, tmp_path):
+    """The examples of the document; and a head that makes the process group itself."""
+    document = (HERE.parent / "docs" / "distributed.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", document, re.S) if has_group else [WITHOUT_A_GROUP]
     script = tmp_path / "train.py"
     script.write_text("\n".join([BEFORE, *examples, AFTER]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
