@@ -19,6 +19,7 @@ SCALE, MARGIN = 64.0, 0.35
 PRECISIONS = ("float32", "bfloat16")
 SAMPLE_RATE = 0.1
 PLAIN = "plain PyTorch"
+FEATURE_BYTES = 48  # of a step for each of the N x D features, about: they, their gradient, both normalised, sums in float64
 
 
 class Peer(NamedTuple):
@@ -37,9 +38,9 @@ class Peer(NamedTuple):
         return f"{self.name}, {self.precision}"
 
     def bytes_needed(self, num_rows, num_classes, size):
-        """About what a step holds at its peak, W and dW in float32 among it."""
-        logits, weights = num_rows * num_classes, num_classes * size
-        return int(8 * weights + max(self.logit_bytes * logits, self.weight_bytes * weights))
+        """About what a step holds at its peak, its inputs and gradients in float32 among it."""
+        features, logits, weights = num_rows * size, num_rows * num_classes, num_classes * size
+        return int(FEATURE_BYTES * features + 8 * weights + max(self.logit_bytes * logits, self.weight_bytes * weights))
 
 
 def peers(device, precisions=PRECISIONS):
@@ -65,7 +66,7 @@ def _peers(device, precision):
     missing = _package_missing("pytorch_metric_learning")
     yield peer("pytorch-metric-learning", metric_learning, 18, 16, missing=missing)
     missing = None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"torch {torch.__version__} has none, 2.13 has"
-    yield peer("F.linear_cross_entropy", torch_linear, 0, 16, missing=missing)
+    yield peer("F.linear_cross_entropy", torch_linear, 1.5, 18, missing=missing)
     yield peer("sampled 10% (PartialFC)", sampled, 2, 2, flops=6 * SAMPLE_RATE, another_loss=True)
     for name, module, function, *held in (
         ("cut-cross-entropy", "cut_cross_entropy", cut, 0, 16),
@@ -147,7 +148,10 @@ def _scaled_units(features, weight):
 
 
 def torch_linear(features, weight, labels):
-    options = torch.nn.LinearCrossEntropyOptions()  # chunks of rows; without options it is the plain expression
+    """In four chunks of rows; without options it is the plain expression. Every chunk reads W and adds to all of dW, and its own
+    choice would be chunks of 2 or 4 rows where there are 200 times as many classes as columns.
+    """
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=-(-len(features) // 4))
     return with_margin(F.linear_cross_entropy(*_scaled_units(features, weight), labels, reduction="none", options=options))
 
 

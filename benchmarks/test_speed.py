@@ -1,26 +1,56 @@
-"""pytest-benchmark suite of one forward and backward:  python -m pytest benchmarks --benchmark-group-by=param:shape"""
+"""pytest-benchmark suites:  python -m pytest benchmarks
+
+A step, forward alone and with backward, of every peer; and each native kernel of the cpu backend on one slab.
+"""
+
+import functools
 
 import pytest
 import torch
+
+from cosface_kernels import cosface_loss, native
 
 from .measure import synchronize
 from .peers import inputs, peers, step
 
 SHAPES = [(128, 10_000, 512), (512, 100_000, 128)]
+SLAB = (512, 2688, 512)  # one slab's classes
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.mark.parametrize("part", ["forward", "forward + backward"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("peer", peers(DEVICE), ids=lambda peer: peer.key)
-def test_step(benchmark, peer, shape):
+def test_step(benchmark, peer, shape, part):
     if peer.missing:
         pytest.skip(peer.missing)
     tensors = inputs(*shape, DEVICE)
 
     def run():
-        results = step(peer.function, *tensors)
+        results = [peer.function(*tensors).detach()] if part == "forward" else step(peer.function, *tensors)
         synchronize(DEVICE)
         return results
 
-    loss, *gradients = benchmark(run)
-    assert loss.isfinite() and all(gradient.isfinite().all() for gradient in gradients)
+    benchmark.group = f"{part}, {shape}"
+    assert all(result.isfinite().all() for result in benchmark(run))
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.unavailable()}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("part", ["normalize", "exponentials", "accumulate", "table_gradient"])
+def test_kernel(benchmark, part, dtype, monkeypatch):
+    """Called again with what a step called it with."""
+    calls, kernel = [], getattr(native.kernels(dtype), part)
+
+    def record(*arguments):
+        calls.append(arguments)
+        kernel(*arguments)
+
+    monkeypatch.setattr(native.kernels(dtype), part, record)
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        step(functools.partial(cosface_loss, backend="cpu"), *inputs(*SLAB))
+    (arguments,) = calls
+    benchmark.group = f"{part}, {SLAB}"
+    benchmark(kernel, *arguments)
+    floats = [argument for argument in arguments if isinstance(argument, torch.Tensor) and argument.is_floating_point()]
+    assert all(tensor.isfinite().all() for tensor in floats)

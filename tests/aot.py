@@ -1,9 +1,13 @@
-"""Compiles every launch configuration of the Triton kernels ahead of time, for chips that need not be here, and prints one JSON
-line for each: kernel, chip, registers, bytes of stack (spills), bytes of shared memory, whether tensor cores are used.
+"""Compiles whatever a call can launch on chips that need not be here, and prints one JSON line for each: kernel, chip, arguments,
+registers, bytes of stack (spills), bytes of shared memory, whether tensor cores are used.
+
+The package itself makes the launches, for the calls below and with tensors of a CPU, and Triton compiles them in place of running
+them: dtypes, alignment, and the numbers that are 1 or divisible by 16 are those that a GPU's launches would be compiled for.
 
 A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled:  python tests/aot.py [90 100 ...]
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -11,141 +15,217 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
+from cosface_kernels import CosFaceLoss, FusedSGD, backends, margin_softmax_loss, margins, plan
 from cosface_kernels.backends import triton_backend, triton_kernels, triton_rows
 
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-TENSOR_CORE = {80: r"HMMA", 90: r"HGMMA", 100: r"UTC\w*MMA"}
-EMBEDDING_SIZES = (64, 512)
+FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
+TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+SLAB = 256  # a tile of every configuration
 
 
-def configurations(chip):
-    """(name, kernel, types of pointers other than float32, constexprs, launch options) of everything that a call can launch."""
-    yield from exponentials(chip)
-    for parts, (first, last) in itertools.product((1, triton_backend.PULL_PARTS_MAX), itertools.product((False, True), repeat=2)):
-        # None for what is not read or written.
-        unused = ["sum_ptr"] * (first and last) + ["total_ptr", "pull_ptr"] * (not last)
-        constants = {"PARTS": parts, "FIRST": first, "LAST": last, **triton_backend.PULL_BLOCK, **dict.fromkeys(unused)}
-        pointers = {"sum_ptr": "fp64", "total_ptr": "fp64"}
-        name = f"add_pull {parts}" + " first" * first + " last" * last
-        yield name, triton_kernels.add_pull, pointers, *split(constants)
-    yield "order_targets", triton_rows.order_targets, INDICES, *split(triton_rows.ORDER_BLOCKS)
-    for size, raw in itertools.product(EMBEDDING_SIZES, TYPES.values()):
-        blocks = triton_kernels.row_blocks(size)
-        pointers = {"rows_ptr": raw, "x_ptr": raw, "weight_ptr": raw, "out_ptr": raw, **INDICES}
-        for normalize in (True, False):
-            name = f"{raw} {size}" + " as they are" * (not normalize)
-            for unit in ("bf16", "fp32"):
-                config = {"NORMALIZE": normalize, **blocks}
-                yield (
-                    f"normalize_rows {unit} {name}",
-                    triton_kernels.normalize_rows,
-                    pointers | {"unit_ptr": unit},
-                    *split(config),
-                )
-            searched = {"NORMALIZE": normalize, "SEARCH_STEPS": 10, **blocks}
-            yield f"project_rows {name}", triton_kernels.project_rows, pointers, *split(searched)
-        blocks = triton_kernels.row_blocks(size, triton_rows.ROW_BLOCK_ELEMENTS)
-        yield f"enter_rows {raw} {size}", triton_rows.enter_rows, pointers, *split(blocks)
-        yield f"x_gradient_rows {raw} {size}", triton_rows.x_gradient_rows, pointers, *split(blocks)
-        yield f"sum_targets {raw} {size}", triton_rows.sum_targets, pointers, *split({"BLOCK_D": blocks["BLOCK_D"]})
+class Launch(NamedTuple):
+    kernel: str
+    numbers: dict  # of the keywords: constants and launch options
+    arguments: str  # all of them, as Triton compiles for them
+    compiled: object
 
 
-INDICES = dict.fromkeys(("label_ptr", "target_ptr", "class_ptr", "order_ptr", "repeat_ptr", "target_row_ptr"), "i64")
+class Chip:
+    """What Triton asks a driver, of a GPU that is not here."""
+
+    def __init__(self, chip):
+        self.chip = chip
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.chip, 32)
+
+    def get_current_device(self):
+        return self.chip  # compiled kernels are kept for each
+
+    def get_current_stream(self, device):
+        return 0
 
 
-def exponentials(chip):
-    """The table of `triton_backend.tiles`, each entry of it once, for one row to a class and for several."""
-    cases = itertools.product((torch.bfloat16, torch.float32), (1, 3), (False, True), ("ieee", "tf32"))
-    for dtype, centers, ragged, precision in cases:
-        if dtype == torch.bfloat16 and precision == "tf32":
-            continue
-        sizes = itertools.product((64, 4096), (64, 512))
-        configs = {tuple(triton_backend.tiles(*size, dtype, divmod(chip, 10), centers).items()) for size in sizes}
-        forms = ((False, False), (True, False), (False, True)) if centers == 1 else ((False, True), (True, True))
-        for config, (store, maximum) in itertools.product(sorted(configs), forms):
-            constants = {"STORE": store, "MAXIMUM": maximum, "CENTERS": centers, "RAGGED": ragged}
-            constants |= {"PRECISION": precision, "UPCAST": False}
-            stored = TYPES[dtype]
-            pointers = {"x_ptr": stored, "unit_ptr": stored, "e_ptr": "fp32" if maximum else stored}
-            pointers |= {"target_ptr": "i64", "partial_ptr": "fp64"}
-            constants |= {} if store else {"e_ptr": None}
-            constants |= {"shift_ptr": None} if maximum else {}
-            shape = "x".join(str(value) for name, value in config if name.startswith("BLOCK"))
-            flags = {"ragged": ragged, "store": store, "maximum": maximum, "centers": centers > 1}
-            name = " ".join(["exponentials", stored, precision, shape, *(flag for flag, on in flags.items() if on)])
-            yield name, triton_kernels.exponentials, pointers, *split(constants | dict(config))
+def launches(chip, calls):
+    """A Launch of everything that calls [function, ...] launch, each once."""
+    found, run, tiles = {}, JITFunction.run, triton_backend.tiles
 
+    def compile_only(kernel, *arguments, grid, warmup, **keywords):
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        if compiled not in found:
+            named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
+            described = " ".join(f"{name}={_described(value, name in keywords)}" for name, value in named.items())
+            found[compiled] = Launch(kernel.fn.__name__, keywords, described, compiled)
+        return compiled
 
-def split(config):
-    """A launch's keywords as (constexprs, options)."""
-    options = {name: value for name, value in config.items() if name.startswith("num_")}
-    return {name: value for name, value in config.items() if name not in options}, options
-
-
-def compile_for(chip, kernel, pointers, constants, options):
-    """The compiled kernel; arguments typed and aligned as the launcher passes them at the usual sizes."""
-    signature, attributes = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr"):
-            signature[name] = "*" + pointers.get(name, "fp32")
-        elif name in ("log2_scale", "scale"):
-            signature[name] = "fp32"
-        else:
-            signature[name] = "i32"
-        if name.endswith("_ptr") or name in (
-            "D",
-            "D_padded",
-            "stride_row",
-            "x_stride_row",
-            "stride_e",
-            "first_class",
-            "first_row",
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (JITFunction, "run", compile_only),
+            (backends, "unusable", lambda *arguments: None),
+            (triton_backend, "tiles", lambda rows, size, dtype, _, centers: tiles(rows, size, dtype, divmod(chip, 10), centers)),
+            (plan, "SLAB_CLASSES_MIN", SLAB),
+            (plan, "SLAB_CLASSES_MAX", SLAB),
         ):
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        if name in ("stride_column", "x_stride_column", "label_stride"):  # the launcher makes a stride of 1 a constant
-            constants = {**constants, name: 1}
-            signature[name] = "constexpr"
-    attributes = {key: value for key, value in attributes.items() if signature[kernel.arg_names[key[0]]] != "constexpr"}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+            stack.enter_context(mock.patch.object(owner, name, value))
+        triton.runtime.driver.set_active(Chip(chip))
+        for call in calls:
+            done = len(found)
+            call()
+            yield from list(found.values())[done:]
+
+
+def _described(value, constant):
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype}"[6:] + " unaligned" * (value.data_ptr() % 16 != 0)
+    if constant or not isinstance(value, int) or value == 1:
+        return value
+    return ("" if abs(value) < 2**31 else "long ") + ("16n" if value % 16 == 0 else "n")
+
+
+def calls():
+    """Functions that take every choice of the launching code at least once."""
+    # The table of tiles, and what its kernels are compiled for: whether E is stored, row maxima, whole and cut tiles, N and B
+    # divisible by 16 or not, sub-centres.
+    precisions = (BFLOAT16, "ieee"), (FLOAT32, "ieee"), (FLOAT32, "tf32")
+    for num_rows, size, (dtype, precision) in itertools.product((37, 64, 128, 131), (64, 512), precisions):
+        case = {"num_rows": num_rows, "size": size, "dtypes": (dtype, dtype), "precision": precision}
+        num_classes = 2 * SLAB + (89 if num_rows % 16 == 0 else 80)
+        for options in ({}, {"scale": 100.0}, {"frozen": True}):
+            yield Call(num_classes=num_classes, **case, **options)
+        yield Call(num_classes=num_classes // 3, centers_per_class=3, **case)
+    # D: each power of two that a block of rows is rounded up to, its sizes odd and, from 64, divisible by 16.
+    for exponent in range(14):
+        yield Call(size=2**exponent if exponent < 3 else 3 * 2 ** (exponent - 2) + 1, autocast=True)
+        if exponent >= 6:
+            yield Call(size=2**exponent, dtypes=(BFLOAT16, BFLOAT16))
+    # Dtypes and layouts of what the caller brings.
+    for dtypes in itertools.product(DTYPES, DTYPES):
+        yield Call(size=512, dtypes=dtypes)
+    for dtype, layout in itertools.product(DTYPES, (_unaligned, _transposed, _every_other)):
+        yield Call(size=70, dtypes=(dtype, dtype), layout=layout)
+    for dtype, bias in itertools.product(DTYPES, (False, True)):
+        yield Call(size=512, dtypes=(dtype, dtype), margin=margins.Softmax(), bias=bias)
+    yield Call(ignore_index=2**40)
+    yield _fused_optimiser
+    # SEARCH_STEPS, and tables of one class and with a last slab of one.
+    for num_rows in (0, *(2**exponent for exponent in range(17))):
+        yield Call(num_rows=num_rows, num_classes=16)
+    yield Call(num_rows=1, num_classes=1)
+    yield Call(num_classes=SLAB + 1)
+    # PARTS: the smallest of each number's calls.
+    shapes = {}
+    for tiles, width in itertools.product(range(1, 129), range(16, SLAB + 1, 16)):
+        num_rows = tiles * triton_backend.PULL_TILE[0]
+        shapes.setdefault(triton_backend.pull_parts(num_rows, 64, width), (num_rows, width))
+    assert sorted(shapes) == list(range(1, triton_backend.PULL_PARTS_MAX + 1))
+    for num_rows, num_classes in shapes.values():
+        yield Call(num_rows=num_rows, num_classes=num_classes)
+
+
+class Call(NamedTuple):
+    """One forward and backward."""
+
+    num_rows: int = 128
+    num_classes: int = SLAB + 80
+    size: int = 64
+    dtypes: tuple = (FLOAT32, FLOAT32)  # of features and table
+    autocast: bool = False
+    precision: str = "ieee"
+    layout: object = None  # a function of a matrix or vector
+    frozen: bool = False  # features need no gradient, so that E is for its sums alone
+    margin: object = margins.CosFace(0.35)
+    bias: bool = False
+    centers_per_class: int = 1
+    scale: float | None = None
+    ignore_index: int = -100
+
+    def __call__(self):
+        layout = self.layout or (lambda tensor: tensor)
+        rows = self.num_classes * self.centers_per_class
+        features = layout(torch.ones(self.num_rows, self.size, dtype=self.dtypes[0])).requires_grad_(not self.frozen)
+        weight = layout(torch.ones(rows, self.size, dtype=self.dtypes[1])).requires_grad_()
+        labels = layout(torch.arange(self.num_rows) % self.num_classes)
+        names = ("margin", "centers_per_class", "scale", "ignore_index")
+        options = {name: getattr(self, name) for name in names}
+        if self.bias:
+            options["bias"] = torch.ones(rows, dtype=self.dtypes[1], requires_grad=True)
+        torch.backends.cuda.matmul.fp32_precision = self.precision
+        with torch.autocast("cpu", BFLOAT16, enabled=self.autocast):
+            loss = margin_softmax_loss(features, weight, labels, memory_budget=0, backend="triton", **options)
+        loss.backward()
+
+
+def _fused_optimiser():
+    """A gradient in float32 of a table in 16 bits."""
+    head = CosFaceLoss(64, SLAB, backend="triton", table_format="bfloat16")
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    head(torch.ones(128, 64), torch.arange(128)).backward()
+    optimizer.step()
+
+
+def _unaligned(tensor):
+    return torch.cat([tensor.flatten()[:1], tensor.flatten()])[1:].view(tensor.shape)
+
+
+def _transposed(tensor):
+    return tensor.T.contiguous().T if tensor.dim() == 2 else tensor
+
+
+def _every_other(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
 
 
 def resources(compiled, chip):
-    """Registers and stack as ptxas reports them, and whether the machine code uses the chip's matrix instructions."""
-    usage, code = disassemble(compiled)
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    """Registers and stack as ptxas reports them, and whether there is one of the chip's matrix instructions."""
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", compiled)).groups())
     return {
         "registers": registers,
         "stack": stack,
         "shared": compiled.metadata.shared,
-        "tensor_core": bool(re.search(rf"\b{TENSOR_CORE[chip]}", code)),
+        "tensor_core": TENSOR_CORE[chip] in compiled.asm["ptx"],
     }
 
 
-def disassemble(compiled):
-    """What cuobjdump says of a kernel's resources, and its machine code."""
+def cuobjdump(option, compiled):
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.cubin")
-        with open(path, "wb") as file:
-            file.write(compiled.asm["cubin"])
-        runs = [subprocess.run([tool, how, path], capture_output=True, text=True, check=True) for how in ("-res-usage", "-sass")]
-    return runs[0].stdout + runs[0].stderr, runs[1].stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def kernels():
+    """Every kernel of the package: its other functions take no pointers."""
+    functions = {**vars(triton_kernels), **vars(triton_rows)}.values()
+    found = [function for function in functions if isinstance(function, JITFunction)]
+    return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}
+
+
+def configurations(chip):
+    """Every launch configuration in the table of tiles."""
+    powers = [2**exponent for exponent in range(14)]
+    cases = itertools.product([*powers, *(power + 1 for power in powers)], powers[6:], (BFLOAT16, FLOAT32), (1, 3))
+    found = [triton_backend.tiles(rows, size, dtype, divmod(chip, 10), centers) for rows, size, dtype, centers in cases]
+    return {tuple(config.items()) for config in found}
 
 
 def main():
     for chip in [int(argument) for argument in sys.argv[1:]] or sorted(TENSOR_CORE):
-        for name, kernel, pointers, constants, options in configurations(chip):
-            compiled = compile_for(chip, kernel, pointers, constants, options)
-            print(json.dumps({"chip": chip, "name": name, **resources(compiled, chip)}), flush=True)
+        left = kernels() | configurations(chip)
+        for launch in launches(chip, calls()):
+            left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
+            found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **resources(launch.compiled, chip)}
+            print(json.dumps(found), flush=True)
+        if left:
+            sys.exit(f"launched by no call: {left}")
 
 
 if __name__ == "__main__":

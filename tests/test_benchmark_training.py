@@ -1,6 +1,11 @@
 """Does benchmarks/training.py train what it says, and report what it measured?"""
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
 import torch
 
 from benchmarks import measure, training

@@ -4,12 +4,17 @@ Sizes are tiny and the peers' processes of their own are left out, but for one; 
 """
 
 import json
+import re
+import subprocess
 import sys
 import time
 import types
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("matplotlib")
+
 import torch
 
 from benchmarks import bench, gpu_check, measure, peers, plot, tables
@@ -150,10 +155,11 @@ def test_a_crash_in_a_process_of_its_own_spares_this_one(capsys, monkeypatch, ot
     assert "killed by signal 9" in rows_of(capsys.readouterr().out)["hungry", "float32"][0]
 
 
-def test_what_does_not_fit_is_said_before_allocating(capsys, monkeypatch):
+@pytest.mark.parametrize("shape", [["--classes=1000000000000"], ["--rows=1000000000000", "--classes=2"]])
+def test_what_does_not_fit_is_said_before_allocating(capsys, monkeypatch, shape):
     monkeypatch.setattr(bench, "inputs", lambda *arguments: pytest.fail("allocated"))
     monkeypatch.setattr(measure, "cpu_peak_bytes", lambda *arguments: pytest.fail("allocated in a process of its own"))
-    assert cli.main(["bench", *SIZES, "--classes=1000000000000", "--dtype=float32"]) == 0
+    assert cli.main(["bench", *SIZES, *shape, "--dtype=float32"]) == 0
     rows = rows_of(capsys.readouterr().out)
     assert rows and all(cells[0].startswith("does not fit: needs about ") for cells in rows.values())
 
@@ -198,6 +204,8 @@ def test_a_slow_peer_has_one_turn(monkeypatch):
     monkeypatch.setattr(bench, "SECONDS_PER_PEER", 0.0)
     bench.run(report, [peer], torch.device("cpu"), 5)
     assert len(calls) == len(report["rows"][0]["seconds"]) == 1  # that of the check
+    report.update(environment={"device": "none", "torch": "0", "date": "today"}, ceilings={"float32": 1.0, "copy": 1.0})
+    assert rows_of(tables.markdown(report))["slow", "float32"][0].endswith(" (one step)")
 
 
 def test_json_round_trip(capsys, tmp_path):
@@ -376,6 +384,18 @@ def test_gpu_check_plans_every_part_within_its_time(tmp_path):
 def test_gpu_check_without_pytest(monkeypatch):
     monkeypatch.setattr(gpu_check, "importlib", types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: None)))
     assert gpu_check.run_tests(60) == {"error": "pytest is not installed"}
+
+
+def test_gpu_tests_need_only_torch_and_pytest():
+    """They are all found where the optional packages are missing, but for the files that are about those."""
+    hide = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1].split())); sys.exit(pytest.main(sys.argv[2:]))"
+    optional = "matplotlib pytorch_metric_learning sklearn tqdm"
+    command = [sys.executable, "-c", hide, optional, "-m", "gpu", "--collect-only", "-rs", "-p", "no:cacheprovider", "tests"]
+    run = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stdout[-2000:]
+    skipped = set(re.findall(r"SKIPPED.* tests/(\w+)\.py.*could not import", run.stdout))
+    beside = {"test_benchmarks", "test_benchmark_training", "test_cli", "test_formats"}
+    assert skipped == beside | {"test_compat_docs", "test_compat_pml", "test_digits"}
 
 
 def test_gpu_check_stops_a_part_that_hangs():

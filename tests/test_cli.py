@@ -7,6 +7,11 @@ import subprocess
 import sys
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
 import torch
 
 from cosface_kernels import __version__, cli

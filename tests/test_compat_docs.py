@@ -5,8 +5,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy
 import pytest
+
+pytest.importorskip("pytorch_metric_learning.losses")
+pytest.importorskip("sklearn")
+
+import numpy
 import torch
 from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
 from pytorch_metric_learning.reducers import MeanReducer

@@ -7,6 +7,9 @@ import copy
 import pickle
 
 import pytest
+
+pytest.importorskip("pytorch_metric_learning.losses")
+
 import torch
 import torch.nn.functional as F
 from cases import assert_as_accurate

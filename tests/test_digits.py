@@ -1,6 +1,11 @@
 """Does every margin train? The demo's network on its handwritten digits, a few epochs with each row of margin_rows.py."""
 
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
 import torch
 from margin_rows import every_row
 

@@ -2,8 +2,12 @@
 
 import statistics
 
-import numpy as np
 import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+
+import numpy as np
 import torch
 
 from benchmarks import formats as training
