@@ -86,7 +86,10 @@ def plan(out, deadline):
 def run_tests(limit):
     if importlib.util.find_spec("pytest") is None:
         return {"error": "pytest is not installed"}
-    status, output = _run([sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-ra", "tests"], limit)
+    # Compiling kernels takes most of it: in several processes where pytest-xdist is there.
+    parallel = ["-n", "8"] if importlib.util.find_spec("xdist") else []
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-ra", *parallel, "tests"]
+    status, output = _run(command, limit)
     return {"status": status, "output": output[-8000:], **({"error": "tests failed or ran out of time"} if status else {})}
 
 
