@@ -90,7 +90,7 @@ def _ms(seconds):
 
 def _explanation(report):
     rates = [f"{report['ceilings'][name] / 1e12:.3g} in {name}" for name in PRECISIONS if name in report["ceilings"]]
-    yield f"Times plain: the speed of {PLAIN} in float32 is 1. One step: the first, of what takes too long for more turns."
+    yield f"Times plain: the speed of {PLAIN} in float32 is 1. One step: the only one that there was time for."
     yield (
         "TFLOP/s: 6 N C D flops over the time for every peer, but 8 N C D where memory_budget=0 computes the exponentials twice, "
         "and 0.6 N C D where a tenth of the classes is sampled; "
