@@ -1,9 +1,9 @@
 """Whole training steps of large tables:  python -m benchmarks.training [step | tables | identities | ranks] ... [--json FILE]
 
     step         1M identities x 512, N = 128 under autocast: FusedSGD beside torch.optim.SGD, fused=True and default, on the same
-                 head. On a GPU with N = 1024, and 10M with N = 256. By turns in one process, two heads at a time; of each
-                 turn's two steps the second counts, because after the other's turn a step has to get its memory from the host
-                 of a virtual machine again. "faster" is the median of a turn's ratio. Peak memory is that of a process for each.
+                 head; on a GPU with N = 1024, and 10M with N = 256. By turns, each in a process of its own with nothing beside
+                 it: the host of a virtual machine takes back memory that waits for another's turn. A turn's time is the median
+                 of its steps but the first, which allocates; "faster" is the median ratio of a turn.
     tables       20 steps of 10M identities: x 256 with a float32 and a bfloat16 table and bfloat16 momentum, with all classes and
                  with a tenth of them; x 512 with a bfloat16 table and 8-bit momentum. On a GPU 100M. A process each.
     identities   what an identity costs in a step as their number grows, N and D fixed.
@@ -58,7 +58,8 @@ OPTIMIZERS = {
     "torch.optim.SGD(fused=True)": lambda params: torch.optim.SGD(params, **OPTIONS, fused=True),
     "torch.optim.SGD": lambda params: torch.optim.SGD(params, **OPTIONS),
 }
-STEP_TURNS = 7
+STEP_TURNS, TURN_STEPS = 5, 5
+TURNS = 7
 GROWTH = (10_000, 100_000, 1_000_000, 4_000_000)
 GROWTH_SIZE = 128
 RANKS = {"identities": 500_000, "size": 256, "rows": 256}
@@ -114,12 +115,11 @@ def table_run(identities, size, table_format, state_format="float32", momentum=O
     return {"losses": losses, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
-def step_peak(optimizer, **shape):
-    """The peak of a process that does three steps."""
+def step_run(optimizer, **shape):
+    """A turn of `step`: seconds of its steps but the first, and the peak."""
     run = Run(**shape, optimizer=OPTIMIZERS[optimizer])
-    for _ in range(3):
-        run.step()
-    return peak_bytes()
+    _, *seconds = (run.step()[1] for _ in range(TURN_STEPS + 1))
+    return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
 def tables():
@@ -133,23 +133,23 @@ def tables():
 
 
 def steps():
-    """Ours and theirs in turns, for each of theirs; then the memory of each."""
+    """Ours and theirs in turns, for each of theirs."""
     ours, *others = OPTIMIZERS
     for shape, other in itertools.product(STEP[DEVICE.type], others):
         # Two numbers for each of the table's with ours, four with theirs.
-        if shortage := measure.shortage(24 * shape["identities"] * shape["size"], DEVICE):
+        if shortage := measure.shortage(16 * shape["identities"] * shape["size"], DEVICE):
             print(f"{other}, {shape['identities']:,} x {shape['size']}: {shortage}", file=sys.stderr)
             continue
-        runs = {name: Run(**shape, optimizer=OPTIMIZERS[name]) for name in (ours, other)}
-        seconds = {name: [] for name in runs}
+        runs = {name: [] for name in (ours, other)}
         for turn in range(STEP_TURNS):
             for name in reversed(runs) if turn % 2 else runs:
-                first, second = (runs[name].step()[1] for _ in range(2))
-                print(f"{name}: {first:.2f} s, {second:.2f} s", file=sys.stderr, flush=True)
-                seconds[name].append(second)
-        del runs
-        torch.cuda.empty_cache()  # for the processes that follow
-        peaks = {name: alone("step_peak", optimizer=name, **shape) for name in seconds}
+                runs[name].append(alone("step_run", optimizer=name, **shape))
+                print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+        if error := next((run["error"] for found in runs.values() for run in found if "error" in run), None):
+            print(f"{other}, {shape['identities']:,} x {shape['size']}: {error}", file=sys.stderr)
+            continue
+        seconds = {name: [_median(run["seconds"]) for run in found] for name, found in runs.items()}
+        peaks = {name: max(run["peak_bytes"] for run in found) for name, found in runs.items()}
         yield {**shape, "optimizer": other, "seconds": seconds, "peak_bytes": peaks}
 
 
@@ -157,7 +157,7 @@ def growth():
     """Seconds of a step for each number of identities, in turns."""
     runs = {identities: Run(identities, GROWTH_SIZE, OPTIMIZERS["FusedSGD"]) for identities in GROWTH}
     seconds = {identities: [] for identities in GROWTH}
-    for turn, identities in itertools.product(range(STEP_TURNS + 1), GROWTH):
+    for turn, identities in itertools.product(range(TURNS + 1), GROWTH):
         repeats = max(1, 200_000 // identities)
         taken = [runs[identities].step()[1] for _ in range(repeats)]
         seconds[identities] += taken if turn else []
@@ -186,7 +186,7 @@ def rank_run(threads):
     optimizer = FusedSGD(head.parameters(), **OPTIONS)
     rows = RANKS["rows"] // size
     seconds = []
-    for _ in range(STEP_TURNS + 1):
+    for _ in range(TURNS + 1):
         features = torch.randn(rows, RANKS["size"], requires_grad=True)
         labels = torch.randint(RANKS["identities"], (rows,))
         torch.distributed.barrier()
@@ -272,7 +272,7 @@ def main():
         parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if arguments.alone:
         name, given = arguments.alone
-        functions = {"table_run": table_run, "step_peak": step_peak, "rank_run": rank_run}
+        functions = {"table_run": table_run, "step_run": step_run, "rank_run": rank_run}
         print(json.dumps(functions[name](**json.loads(given))))
         return
     environment, found = measure.environment(DEVICE), {}

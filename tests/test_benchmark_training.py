@@ -32,23 +32,23 @@ def test_steps_are_compared_in_turns(monkeypatch):
     shapes = [{"identities": 3000, "size": 16}, {"identities": 4000, "size": 8, "rows": 5}]
     monkeypatch.setattr(training, "STEP", {training.DEVICE.type: shapes})
     monkeypatch.setattr(training, "STEP_TURNS", 3)
-    batches = []
+    calls = []
 
-    def peak(what, optimizer, **shape):
-        assert what == "step_peak" and shape in shapes
-        return 3 * 2**30 if optimizer == "FusedSGD" else 4 * 2**30
+    def run(what, optimizer, **shape):
+        assert what == "step_run" and shape in shapes
+        calls.append(optimizer)
+        return {"seconds": [1.0, 9.0, 2.0], "peak_bytes": 3 * 2**30 + (optimizer != "FusedSGD") * 2**30}
 
-    monkeypatch.setattr(training, "alone", peak)
-    forward = training.CosFaceLoss.forward
-    monkeypatch.setattr(training.CosFaceLoss, "forward", lambda *given: batches.append(len(given[1])) or forward(*given))
+    monkeypatch.setattr(training, "alone", run)
     rows = list(training.steps())
-    assert training.step_peak("torch.optim.SGD", **shapes[1]) > 1e6
-    assert batches == [training.ROWS] * 24 + [5] * (24 + 3)  # 2 comparisons of 3 turns of two steps of two
+    fused, other = "FusedSGD", "torch.optim.SGD(fused=True)"
+    assert calls[:6] == [fused, other, other, fused, fused, other] and len(calls) == 4 * 6
+    assert all(taken == [2.0] * 3 for row in rows for taken in row["seconds"].values())
     names = ["torch.optim.SGD(fused=True)", "torch.optim.SGD"]
     assert [row["optimizer"] for row in rows] == 2 * names
     assert [{key: row[key] for key in shape} for row, shape in zip(rows[1:3], shapes, strict=True)] == shapes
     for row in rows:
-        assert set(row["seconds"]) == {"FusedSGD", row["optimizer"]} and all(len(taken) == 3 for taken in row["seconds"].values())
+        assert set(row["seconds"]) == {"FusedSGD", row["optimizer"]}
         row["seconds"] = {"FusedSGD": [1.0, 2.0, 3.0], row["optimizer"]: [2.0, 2.0, 9.0]}
     rows[3]["seconds"] = {name: [second / 100 for second in taken] for name, taken in rows[3]["seconds"].items()}
     text = "\n".join(training.report({"step": rows}, measure.environment(torch.device("cpu"))))
@@ -57,9 +57,20 @@ def test_steps_are_compared_in_turns(monkeypatch):
     assert "| torch.optim.SGD | 0.0200 | 0.0200 | 2.00 x | 4.0 | 3.0 | 75% |" in second
 
 
+def test_a_turn_of_steps():
+    found = training.alone("step_run", optimizer="torch.optim.SGD", identities=3000, size=16, rows=5)
+    assert len(found["seconds"]) == training.TURN_STEPS and min(found["seconds"]) > 0 and 1e8 < found["peak_bytes"] < 4e9
+
+
+def test_steps_that_fail_are_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(training, "alone", lambda *given, **options: {"error": "exit status 9"})
+    assert not [*training.steps()]
+    assert "torch.optim.SGD, 1,000,000 x 512: exit status 9" in capsys.readouterr().err
+
+
 def test_growth(monkeypatch):
     monkeypatch.setattr(training, "GROWTH", (3000, 5000))
-    monkeypatch.setattr(training, "STEP_TURNS", 1)
+    monkeypatch.setattr(training, "TURNS", 1)
     found = {"identities": list(training.growth())}
     assert [row["identities"] for row in found["identities"]] == [3000, 5000]
     assert all(min(row["seconds"]) > 0 for row in found["identities"])
