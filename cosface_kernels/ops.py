@@ -186,8 +186,9 @@ def _(lse_grad, target_grad, unit_grad, x, weight, bias, labels, index, *rest):
     x_grad = x.new_empty(x.shape if need_x_grad else 0)
     if not need_table_grad:
         return x_grad, weight.new_empty(0), weight.new_empty(0)
-    gradient = TableGradient.of(Table(weight, bias, index=index))
-    return x_grad, gradient.weight, weight.new_empty(0) if bias is None else gradient.bias
+    rows = Table(weight, bias, index=index).num_rows
+    weight_grad = weight.new_empty(rows, weight.shape[1])  # no TableGradient.of: reuse.py lends memory, which a shape has none of
+    return x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)
 
 
 def _setup_context(ctx, inputs, output):

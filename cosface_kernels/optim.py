@@ -23,6 +23,7 @@ class _Fused(torch.optim.Optimizer):
     """What both have in common. A subclass has its rule, and names its state."""
 
     _STATE = ()  # names of what it may hold for each number of a table
+    _OPTION = None  # one that its rule has and others do not
     # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
     _step_supports_amp_scaling = True
 
@@ -126,6 +127,8 @@ class _Fused(torch.optim.Optimizer):
             ValueError: state of another shape than the table's, or of another kind of optimiser; an option that there is not.
         """
         for group in state_dict["param_groups"]:
+            if self._OPTION not in group:
+                raise ValueError(f"a group has no {self._OPTION}, so its state is another rule's than {type(self).__name__}'s")
             self.check_options({**self.defaults, **group})
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
@@ -313,7 +316,7 @@ class FusedSGD(_Fused):
     Source: torch.optim.SGD.
     """
 
-    _STATE = ("momentum_buffer",)
+    _STATE, _OPTION = ("momentum_buffer",), "momentum"
 
     def __init__(
         self,
@@ -362,7 +365,7 @@ class FusedAdamW(_Fused):
     Source: torch.optim.AdamW; Loshchilov and Hutter, arXiv 1711.05101.
     """
 
-    _STATE = ("exp_avg", "exp_avg_sq")
+    _STATE, _OPTION = ("exp_avg", "exp_avg_sq"), "betas"
 
     def __init__(
         self,
@@ -389,6 +392,10 @@ class FusedAdamW(_Fused):
             validation.check_number(f"betas[{index}]", beta)
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")
+        if not options.get("decoupled_weight_decay", True):
+            raise ValueError(
+                "FusedAdamW decays weights by themselves, as AdamW does; torch.optim.Adam adds the decay to the gradient"
+            )
         if options["amsgrad"]:
             raise ValueError("FusedAdamW has no amsgrad, which must be False")
 

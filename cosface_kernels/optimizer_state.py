@@ -57,8 +57,9 @@ def prepare(prefix, optimizer, module, saved, metadata, grow):
     saved_groups = [sorted(group["names"]) for group in saved["groups"]]
     if groups != saved_groups:
         return {}, {}, [f"{prefix} has parameter groups {saved_groups} in the checkpoint, {groups} here"]
-    if saved["kind"] != _kind(optimizer):
-        return {}, {}, [f"{prefix} is of another kind: {saved['kind']} in the checkpoint, {_kind(optimizer)} here"]
+    kind = saved.get("kind", _kind(optimizer))  # which the first checkpoints do not tell
+    if kind != _kind(optimizer):
+        return {}, {}, [f"{prefix} is of another kind: {kind} in the checkpoint, {_kind(optimizer)} here"]
     tensors, states, problems = {}, {}, list(_refusals(prefix, optimizer, saved["groups"]))
     for name, state in saved["states"].items():
         parameter = parameters[name]

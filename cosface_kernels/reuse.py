@@ -23,7 +23,7 @@ def empty(shape, dtype, device):
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
-    return _take(nbytes).lend()[:nbytes].view(dtype).view(shape)
+    return _take(nbytes).lend(nbytes).view(dtype).view(shape)
 
 
 def release():
@@ -33,10 +33,10 @@ def release():
 
 class _Block:
     def __init__(self, nbytes):
-        self.bytes = torch.empty(nbytes, dtype=torch.uint8)
+        self.bytes = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
-    def lend(self):
-        window = (ctypes.c_char * self.bytes.nbytes).from_address(self.bytes.data_ptr())
+    def lend(self, nbytes):
+        window = (ctypes.c_char * nbytes).from_address(self.bytes.data_ptr())
         weakref.finalize(window, self.give_back).atexit = False  # the tensor below holds the window
         return torch.frombuffer(window, dtype=torch.uint8)
 

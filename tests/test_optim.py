@@ -851,7 +851,10 @@ def test_classes_that_were_overwritten_before_step(device):
 OTHERS = {
     "FusedSGD has no dampening": (FusedSGD, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5)),
     "FusedAdamW has no amsgrad": (FusedAdamW, lambda p: torch.optim.AdamW(p, amsgrad=True)),
-    "momentum_buffer is no state of FusedAdamW": (FusedAdamW, lambda p: FusedSGD(p, momentum=0.9)),
+    "a group has no betas": (FusedAdamW, lambda p: FusedSGD(p, momentum=0.9)),
+    "a group has no momentum": (FusedSGD, lambda p: torch.optim.AdamW(p)),
+    "torch.optim.Adam adds the decay": (FusedAdamW, lambda p: torch.optim.Adam(p, weight_decay=0.1)),
+    "square_avg is no state": (FusedSGD, lambda p: torch.optim.RMSprop(p, centered=True)),
 }
 
 

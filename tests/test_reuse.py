@@ -35,11 +35,13 @@ def test_dtype_shape_and_device_are_as_asked():
     low = reuse.empty((3, reuse.LARGE), torch.bfloat16, CPU)
     assert (low.dtype, low.shape, low.is_contiguous()) == (torch.bfloat16, (3, reuse.LARGE), True)
     assert reuse.empty((3, reuse.LARGE), torch.bfloat16, torch.device("meta")).device.type == "meta"
+    with torch.device("meta"):
+        assert reuse.empty((3, reuse.LARGE), torch.bfloat16, CPU).fill_(1)[2, 5] == 1
     small = reuse.empty((4, 0), torch.float64, CPU)
     assert small.resize_(5, 7).shape == (5, 7)  # torch's own
 
 
-def test_a_block_of_twice_the_size_stays_for_whom_it_fits():
+def test_a_block_more_than_twice_as_large_is_not_taken():
     address = large(3 * ROWS).data_ptr()
     assert large().data_ptr() != address
     # A size that none fits replaces those that were kept: sizes have changed.
@@ -61,9 +63,11 @@ def test_what_is_spare_has_a_limit(monkeypatch):
 
 
 def test_copies_and_shared_memory_own_theirs(tmp_path):
-    tensor = large().fill_(1)
+    large(ROWS + 200)
+    tensor = large().fill_(1)  # in a block that is larger
     copied = copy.deepcopy(tensor)
     torch.save(tensor, tmp_path / "tensor")
+    assert (tmp_path / "tensor").stat().st_size < tensor.nbytes + 10_000
     tensor.share_memory_()
     large().fill_(3)
     for own in (tensor, copied, torch.load(tmp_path / "tensor")):
@@ -87,3 +91,20 @@ def test_a_gradient_that_is_kept_is_not_written_again(backend):
     again = gradient(torch.arange(8))
     assert again.data_ptr() == address  # so it was memory that held other numbers
     assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_compile_of_a_large_table(spare, monkeypatch):
+    """What is traced has shapes and no memory to lend."""
+    monkeypatch.setattr(reuse, "LARGE", 1000)
+    torch._dynamo.reset()
+    features, labels = torch.randn(6, 16), torch.arange(6)
+    weight = torch.randn(300, 16, requires_grad=True)
+    if spare:
+        cosface_loss(features, weight, labels).backward()
+        weight.grad = None
+        assert reuse._spare
+    torch.compile(cosface_loss, fullgraph=True, backend="aot_eager")(features, weight, labels).backward()
+    found, weight.grad = weight.grad, None
+    cosface_loss(features, weight, labels).backward()
+    assert torch.equal(found, weight.grad)
