@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.benchmark import Timer
 
-from . import backends, formats
+from . import backends, formats, reuse
 from .functional import _bytes_to_keep
 from .margins import NormSoftmax
 from .modules import MarginSoftmaxLoss
@@ -102,8 +102,10 @@ def plan(training, memory, process):
         "process": process,
     }
     temporary = TEMPORARIES.get(training.optimizer, 0) * weight.nbytes
-    if temporary > parts["kept"] + parts["slabs"]:  # step's, when those of backward are free again
-        parts |= {"kept": 0, "slabs": 0, "step": temporary}
+    lent = training.device_type == "cpu" and reuse.LARGE <= kept <= memory // reuse.SPARE_SHARE
+    left = kept if lent else 0
+    if left + temporary > kept + parts["slabs"]:  # step's, when those of backward are free again, but for what reuse.py holds
+        parts |= {"kept": left, "slabs": 0, "step": temporary}
     product = 2 * training.batch * training.dim
     flops = product * (4 * rows - min(kept_slabs * slab, rows))
     return Step(parts, flops, _moved(training, rows, weight.nbytes // held, kept), _exchanged(training))
