@@ -6,6 +6,7 @@ imported (wheels on PYTHONPATH will do). Each part is a process of its own: a lo
 
     ceilings       matrix products of 8192 x 8192 x 8192 and a copy on the device
     tests          python -m pytest -m gpu
+    overhead       benchmarks/overhead.py: what the host costs at a small table, in eager mode and not in a CUDA graph
     kernels        what each kernel of a step takes, from torch.profiler
     large table    C = 100,000,000, D = 512 in bfloat16 (102 GB): forward and the features' gradient
     bench N C D    `cosface bench` at four sizes; what does not fit says so
@@ -27,6 +28,7 @@ import torch
 from cosface_kernels import cosface_loss
 
 from . import bench, measure
+from .overhead import overhead
 from .peers import PLAIN, PRECISIONS, inputs, peers, step
 
 SECONDS = 470.0  # of the eight minutes; the rest is for ending
@@ -76,6 +78,7 @@ def plan(out, deadline):
     """(name, seconds at most, function of the seconds) of every part; the sizes share evenly what the others leave."""
     yield "ceilings", 40, part("ceilings")
     yield "tests", 130, run_tests
+    yield "overhead", 25, part("overhead")
     yield "kernels", 45, part("kernels")
     yield "large table", 60, part("large table")
     for index, shape in enumerate(SHAPES):
@@ -217,7 +220,7 @@ def _kernels(device):
     return results
 
 
-PARTS = {"ceilings": _ceilings, "large table": _large_table, "kernels": _kernels}
+PARTS = {"ceilings": _ceilings, "overhead": overhead, "large table": _large_table, "kernels": _kernels}
 
 if __name__ == "__main__":
     raise SystemExit(main())

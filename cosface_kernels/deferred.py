@@ -1,7 +1,7 @@
 """Backward of a class table that a fused optimiser trains: O(N D) numbers are recorded, and its `step` makes dW, slab by slab.
 
 dW is fully described by what the operator's backward would be given, (x̃, labels, shift, total) of forward and the gradients of
-A_n and w̃_{y_n}. They are additive over batches: those of several backward calls, one below the other, describe the sum.
+its N-vectors. They are additive over batches: those of several backward calls, one below the other, describe the sum.
 """
 
 import weakref
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import shards
-from .ops import Factors, Options, write_table_gradient
+from .ops import Factors, Options, gradients_of_vectors, write_table_gradient
 from .plan import SLAB_CLASSES_MAX
 from .table import Table
 
@@ -110,10 +110,10 @@ def pending(weight):
 
 
 @torch._disable_dynamo
-def record(parameters, lse, target_rows, factors, index, options):
-    """lse (N,) and target_rows (N, K, D) as they are; their gradients are recorded when backward asks for the table's.
+def record(parameters, vectors, factors, index, options):
+    """The operator's lse, products and lengths as they are; their gradients are recorded when backward asks for the table's.
 
-    They come from an operator that saw no gradient of the table. Two zeros are added to them, because the path to the features
+    They come from an operator that saw no gradient of the table. Zeros are added to them, because the path to the features
     must not lead through here: torch.autograd.grad(loss, features) records nothing.
     """
     if parameters[1] is not pending(parameters[0]).bias:
@@ -121,35 +121,34 @@ def record(parameters, lse, target_rows, factors, index, options):
             "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
             "heads that share a weight cannot have a bias each"
         )
-    lse_part, rows_part = _Record.apply(*parameters, lse.detach(), target_rows.detach(), *factors, index, options)
-    return lse + lse_part, target_rows + rows_part
+    parts = _Record.apply(*parameters, *(vector.detach() for vector in vectors), *factors, index, options)
+    return [vector + part for vector, part in zip(vectors, parts, strict=True)]
 
 
 class _Record(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, bias, lse, target_rows, unit, labels, shift, total, kept, index, options):
+    def forward(ctx, weight, bias, lse, product, length, unit, labels, shift, total, kept, index, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.versions = (weight, bias), _versions(weight, bias)
         ctx.save_for_backward(unit, labels, shift, total, kept, index)
-        ctx.options, ctx.target_shape = options, target_rows.shape
+        ctx.options, ctx.shape = options, product.shape
         ctx.set_materialize_grads(False)
-        return torch.zeros_like(lse), torch.zeros_like(target_rows)
+        return torch.zeros_like(lse), torch.zeros_like(product), torch.zeros_like(length)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, lse_grad, target_grad):
+    def backward(ctx, *grads):
         unit, labels, shift, total, kept, index = ctx.saved_tensors
         if ctx.versions != _versions(*ctx.parameters):
             raise RuntimeError("the class table was modified by an inplace operation between forward and backward")
-        lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
-        target_grad = unit.new_zeros(ctx.target_shape) if target_grad is None else target_grad
+        came_back = gradients_of_vectors(*grads, total, ctx.shape, ctx.options.normalize_weight)
         # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
-        factors = Factors(unit, labels.clone(), shift, total, lse_grad, target_grad, kept)
+        factors = Factors(unit, labels.clone(), shift, total, *came_back, kept)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
         found.add(Record(ctx.options, index, factors, [*ctx.versions, *_versions(index)]))
-        return (None,) * 11
+        return (None,) * 12
 
 
 def refused(weight):

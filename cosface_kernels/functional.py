@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from . import deferred, validation
 from .margins import CosFace
-from .ops import Options, negative_lse, snapshot
+from .ops import Options, margin_losses, negative_lse, snapshot
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -45,10 +45,10 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    lse, unit, target, counted = _negatives_and_target(
+    lse, cosine, _, _, counted = _negatives_and_target(
         features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
     )
-    return torch.where(counted, lse, 0.0), (unit * target).sum(1)
+    return torch.where(counted, lse, 0.0), cosine
 
 
 def cosface_loss(
@@ -201,7 +201,7 @@ def stateful_loss(
     if normalize_features is None:
         normalize_features = margin.normalize_features
     scale = default_scale(margin, normalize_features) if scale is None else scale
-    lse, unit, target, counted = _negatives_and_target(
+    lse, product, target_length, unit, counted = _negatives_and_target(
         features,
         weight,
         labels,
@@ -216,14 +216,12 @@ def stateful_loss(
     if sample_correction and classes is not None:
         numbers = weight.shape[0] // centers_per_class, classes.shape[0]
         lse = lse + _log_of_inverse_rate(*(numbers if batch is None else batch.of_all_shards(*numbers, weight.device)))
-    product = (unit * target).sum(1)
-    feature_length = None if normalize_features else unit.norm(dim=1)
-    target_length = None if margin.normalize_weight else target.norm(dim=1)
-    norm = None
-    if margin.needs_norm:
+    feature_length = norm = None
+    if margin.needs_norm or not normalize_features:
         rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
+        feature_length = None if normalize_features else rows.norm(dim=1)
         # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
-        norm = (rows * F.normalize(unit.detach())).sum(1)
+        norm = (rows * F.normalize(unit)).sum(1) if margin.needs_norm else None
     if batch is not None:
         largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
         lse, product, target_length = batch.combine(largest, lse, product, target_length)
@@ -238,17 +236,20 @@ def stateful_loss(
     terms = margin.terms(norm, counted, state)
     if not isinstance(terms, tuple):
         raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
-    logit = float(scale) * margin.target_logit(product, length, *terms)
+    logit = margin.target_logit(product, length, *terms).to(lse.dtype)
     if logit.shape != lse.shape:
         raise ValueError(f"psi of {type(margin).__name__} must return shape (N,) = {tuple(lse.shape)}, got {tuple(logit.shape)}")
-    # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy. F.softplus
-    # would multiply the upstream gradient by e^z, z <= its threshold, and overflow with it.
-    losses = -F.logsigmoid(logit - lse)
+    losses, _ = margin_losses(lse, logit, counted, float(scale), reduction, options["backend"])
     penalty = margin.penalty(norm)
-    losses = torch.where(counted, losses if penalty is None else losses + penalty, 0.0)
+    if penalty is not None:
+        losses = losses + _reduced(torch.where(counted, penalty, 0.0), counted, reduction)
+    return batch.own_rows(losses) if batch is not None and reduction == "none" else losses
+
+
+def _reduced(values, counted, reduction):
     if reduction == "none":
-        return losses if batch is None else batch.own_rows(losses)
-    return losses.sum() / counted.sum().clamp(min=1) if reduction == "mean" else losses.sum()
+        return values
+    return values.sum() / counted.sum().clamp(min=1) if reduction == "mean" else values.sum()
 
 
 def _log_of_inverse_rate(num_classes, num_sampled):
@@ -278,9 +279,10 @@ def _negatives_and_target(
     foreign_index=None,
     parameters=None,
 ):
-    """(negative lse (N,), x̃ (N, D), w̃_y of the nearest centre (N, D), which rows are not ignored).
+    """(negative lse (N,), x̃·w̃_y (N,), ‖w̃_y‖ (N,) or None where it is 1, x̃ (N, D) without gradient, which rows are not ignored).
 
-    The lse of an ignored row is that of all classes. parameters: whose rows weight and bias are, where they are not theirs.
+    w̃_y is the nearest centre. The lse of an ignored row is that of all classes. parameters: whose rows weight and bias are, where
+    they are not theirs.
     """
     validation.check_tensors(features, weight, labels, bias, centers_per_class, classes)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
@@ -296,7 +298,7 @@ def _negatives_and_target(
         *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )
     index = None if classes is None else _rows_of(class_indices(classes), centers_per_class, weight.shape[0])
-    lse, target_rows, unit, _, _, shift, total, kept = negative_lse(
+    lse, product, length, unit, _, _, _, shift, total, kept = negative_lse(
         features,
         weight.detach() if recorded else weight,
         bias.detach() if recorded and bias is not None else bias,
@@ -308,20 +310,22 @@ def _negatives_and_target(
         foreign_index,
     )
     if recorded:
-        factors = unit.detach(), labels, shift, total, kept
-        lse, target_rows = deferred.record(parameters, lse, target_rows, factors, index, options)
+        lse, product, length = deferred.record(
+            parameters, (lse, product, length), (unit, labels, shift, total, kept), index, options
+        )
     if centers_per_class > 1:  # the gradient goes to the nearest centre alone
-        nearest = (unit[:, None] * target_rows).sum(2).argmax(1)
-        target_rows = target_rows.take_along_dim(nearest[:, None, None], 1)
-    return lse, unit, target_rows.squeeze(1), labels != ignore_index
+        nearest = product.argmax(1, keepdim=True)
+        product = product.gather(1, nearest)
+        length = length if normalize_weight else length.gather(1, nearest)
+    return lse, product.squeeze(1), None if normalize_weight else length.squeeze(1), unit, labels != ignore_index
 
 
 def _bytes_to_keep(memory_budget, weight, recorded):
     """What an operator takes for memory_budget: 64 bits, or None for its own "auto". Where a fused optimiser makes no gradient of
-    the table's size, "auto" is a sixteenth of the table.
+    the table's size, "auto" is a tenth of the table.
     """
     if memory_budget == "auto":
-        return weight.nbytes // 16 if recorded else None
+        return weight.nbytes // 10 if recorded else None
     return min(int(memory_budget), 2**62)
 
 

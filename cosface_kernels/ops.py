@@ -1,15 +1,15 @@
 """The package's torch operators: the only place that registers any. Schema, fake (shapes), autograd.
 
-    negative_lse(x, W, b, labels) -> A_n = log Σ_{j≠y_n} e^{s (x̃_n·w̃_j + b_j)},  w̃_{y_n}  and  x̃_n,  differentiable in x, W and b
+    negative_lse(x, W, b, labels) -> A_n = log Σ_{j≠y_n} e^{s (x̃_n·w̃_j + b_j)},  t_n = x̃_n·w̃_{y_n}  and ‖w̃_{y_n}‖
+    margin_losses(A, t')          -> the losses softplus(A_n - s t'_n), reduced
 
 x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; with K rows to a class the largest of its K counts; with a bias x̃ is (x, 1) and w̃ is (w, b).
-The op knows no margin: whatever is done with A_n, w̃_{y_n} and x̃_n afterwards is N x D work for autograd. What comes back for
-w̃_{y_n} is projected and added to the rows of dW while the slabs are made, what comes back for x̃_n to dx̃_n before its projection.
+The first, differentiable in x, W and b, knows no margin: what is done with its N-vectors to come from t to t' is autograd's. What
+comes back for t_n is projected, for w̃_{y_n} with the rows of dW while the slabs are made, for x̃_n with dx̃_n.
 
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
 
-import math
 import os
 from typing import NamedTuple
 
@@ -19,6 +19,8 @@ from torch import Tensor, library
 from . import backends, rows, strata
 from .plan import kept_size, make_plan, wide_dtype
 from .table import Table, TableGradient
+
+LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
 
 
 class Options(NamedTuple):
@@ -42,11 +44,27 @@ class Factors(NamedTuple):
     shift: torch.Tensor  # (N,)
     total: torch.Tensor  # (N,)
     lse_grad: torch.Tensor  # (N,)
-    target_grad: torch.Tensor  # (N, K, D)
+    product_grad: torch.Tensor  # (N, K)
+    length_grad: torch.Tensor  # (N, K), or (0, K) where the table is normalised
     kept: torch.Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
 
+    def gradients(self):
+        return self.lse_grad, self.product_grad, self.length_grad
 
-@library.custom_op("cosface_kernels::negative_lse", mutates_args=())
+
+def _registered(function):
+    """torch.ops.cosface_kernels.<name of the function>. As library.custom_op, whose register_autograd looks up each argument's
+    default in each call: 50 microseconds for as many as these have. What it runs is the operator's `implementation`.
+    """
+    name = function.__name__
+    LIBRARY.define(name + library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.cosface_kernels, name).default
+    operator.implementation = function
+    return operator
+
+
+@_registered
 def negative_lse(
     x: Tensor,
     weight: Tensor,
@@ -63,14 +81,15 @@ def negative_lse(
     backend: str,
     need_x_grad: bool,
     need_table_grad: bool,
-    foreign_index: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(lse (N,), target rows w̃_{y_n} (N, K, D), x̃ (N, D)), and what else backward reuses: 1 / ‖x‖ (N,), pull (N, D), shift (N,),
-    total (N,), kept (1-D). D + 1 columns with a bias; no 1 / ‖x‖ where features are not normalised.
+    foreign_index: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(lse (N,), x̃_n·w̃_{y_n} (N, K), ‖w̃_{y_n}‖ (N, K)), and what else backward reuses: x̃ (N, D), w̃_{y_n} (N, K, D), 1 / ‖x‖
+    (N,), pull (N, D), shift (N,), total (N,), kept (1-D). D + 1 columns with a bias; no lengths, (0, K), where the table is
+    normalised, and no 1 / ‖x‖ where features are not.
 
     x (N, D) any float dtype and norms; weight (C K, D); bias (C K,) or None; labels (N,) int64; index (M,) int64, the rows of the
     table that take part, ascending and all of a class, or None for all. A row labelled ignore_index counts as zero, whatever it
-    holds, and has no target: every class is a negative and its target row is zero. dtype: what the products read. memory_budget:
+    holds, and has no target: every class is a negative and w̃_{y_n} is zero. dtype: what the products read. memory_budget:
     bytes of kept exponentials. foreign_index: the label of rows whose class another shard of the table holds: as they are, and
     without a target.
     """
@@ -83,12 +102,12 @@ def negative_lse(
     chosen = backends.choose(backend, x.device, dtype)
     functions = _row_functions(chosen, table, normalize_features)
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        targets, unit, inverse_norm, target_unit = functions.enter(
+        targets, unit, inverse_norm, target_unit, product = functions.enter(
             x, table, labels, ignore_index, plan.wide, normalize_features, foreign_index
         )
         sums = chosen.forward(unit, table, targets, plan, need_pull=need_x_grad)
-        lse = torch.add(sums.total.log(), sums.shift, alpha=math.log(2))
-    return lse, target_unit, unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
+        length = product.new_empty(0, centers) if normalize_weight else target_unit.norm(dim=2)
+    return sums.lse, product, length, unit, target_unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
 
 
 def _row_functions(backend, table, normalize_features):
@@ -97,7 +116,7 @@ def _row_functions(backend, table, normalize_features):
     return backend.row_functions if plain else rows
 
 
-@negative_lse.register_fake
+@library.register_fake("cosface_kernels::negative_lse")
 def _(x, weight, bias, labels, index, scale, ignore_index, *options):
     normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad, *_ = options
     num_rows, size = x.shape[0], x.shape[1] + (bias is not None)
@@ -107,8 +126,10 @@ def _(x, weight, bias, labels, index, scale, ignore_index, *options):
     row = x.new_empty(num_rows, dtype=wide)
     return (
         row,
-        x.new_empty(num_rows, centers, size, dtype=wide),
+        x.new_empty(num_rows, centers, dtype=wide),
+        x.new_empty(0 if normalize_weight else num_rows, centers, dtype=wide),
         x.new_empty(num_rows, size, dtype=wide),
+        x.new_empty(num_rows, centers, size, dtype=wide),
         x.new_empty(num_rows if normalize_features else 0, dtype=wide),
         x.new_empty(num_rows if need_x_grad else 0, size, dtype=wide),
         torch.empty_like(row),
@@ -117,17 +138,18 @@ def _(x, weight, bias, labels, index, scale, ignore_index, *options):
     )
 
 
-@library.custom_op("cosface_kernels::negative_lse_backward", mutates_args=())
+@_registered
 def negative_lse_backward(
     lse_grad: Tensor,
-    target_grad: Tensor,
-    unit_grad: Tensor,
+    product_grad: Tensor,
+    length_grad: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     index: Tensor | None,
     unit: Tensor,
+    target_unit: Tensor,
     inverse_norm: Tensor,
     pull: Tensor,
     shift: Tensor,
@@ -144,7 +166,7 @@ def negative_lse_backward(
     need_x_grad: bool,
     need_table_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX (N, D), dW (C K, D), db (C K,), each in its tensor's dtype) from the gradients of lse (N,), target rows and x̃.
+    """(dX (N, D), dW (C K, D), db (C K,), each in its tensor's dtype) from the gradients of lse, products and lengths.
 
     With an index dW (M, D) and db (M,) are those of its rows. What is not needed comes back empty. All are one op, of x, weight
     and bias, so that no second derivative can miss one of them.
@@ -154,12 +176,12 @@ def negative_lse_backward(
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if need_x_grad:
             functions = _row_functions(backends.choose(backend, x.device, dtype), table, normalize_features)
-            x_grad = functions.x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, x.shape, x.dtype)
+            x_grad = functions.x_gradient(lse_grad, product_grad, unit, target_unit, inverse_norm, pull, scale, x.shape, x.dtype)
             if not normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
                 x_grad = torch.where((labels == ignore_index)[:, None], 0.0, x_grad)
         if need_table_grad:
             gradient = TableGradient.of(table)
-            factors = Factors(unit, labels, shift, total, lse_grad, target_grad, kept)
+            factors = Factors(unit, labels, shift, total, lse_grad, product_grad, length_grad, kept)
             options = Options(scale, ignore_index, normalize_features, normalize_weight, centers, dtype, memory_budget, backend)
             write_table_gradient(gradient, table, factors, options)
             weight_grad, bias_grad = gradient.weight, bias_grad if gradient.bias is None else gradient.bias
@@ -168,20 +190,20 @@ def negative_lse_backward(
 
 def write_table_gradient(gradient, table, factors, options):
     """dW and db slab by slab into a TableGradient, or what has its methods."""
-    unit, labels, shift, total, lse_grad, target_grad, kept = factors
+    unit, labels, shift, total, lse_grad, product_grad, length_grad, kept = factors
     scale, ignore_index, normalize_features, normalize_weight, _, dtype, memory_budget, backend = options
     chosen = backends.choose(backend, unit.device, dtype)
     cosines = normalize_features and normalize_weight
     plan = make_plan(unit, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
     functions = _row_functions(chosen, table, normalize_features)
     targets, row_scale, unscale, target_rows, target_sums = functions.weight_factors(
-        lse_grad, target_grad, total, table, labels, ignore_index, scale
+        lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale
     )
     chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
 
 
-@negative_lse_backward.register_fake
-def _(lse_grad, target_grad, unit_grad, x, weight, bias, labels, index, *rest):
+@library.register_fake("cosface_kernels::negative_lse_backward")
+def _(lse_grad, product_grad, length_grad, x, weight, bias, labels, index, *rest):
     *_, need_x_grad, need_table_grad = rest
     x_grad = x.new_empty(x.shape if need_x_grad else 0)
     if not need_table_grad:
@@ -191,28 +213,42 @@ def _(lse_grad, target_grad, unit_grad, x, weight, bias, labels, index, *rest):
     return x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, labels, index, *constants = inputs
-    ctx.mark_non_differentiable(*output[3:])
-    # Else autograd would hand backward a zero tensor as large as `kept`.
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, weight, bias, labels, index, *output[2:])
-    ctx.constants = constants[:-3]
-    ctx.no_grads = [None] * (len(inputs) - 3)
+def gradients_of_vectors(lse_grad, product_grad, length_grad, total, shape, normalize_weight):
+    """What came back for lse, products and lengths, zeros for None; shape: (N, K)."""
+    return (
+        torch.zeros_like(total) if lse_grad is None else lse_grad,
+        total.new_zeros(shape) if product_grad is None else product_grad,
+        total.new_zeros(0 if normalize_weight else shape[0], shape[1]) if length_grad is None else length_grad,
+    )
 
 
-def _backward(ctx, lse_grad, target_grad, unit_grad, *_):
-    saved = ctx.saved_tensors  # once: each access unpacks them all, and activation checkpointing allows one
-    _, weight, bias, _, index, unit, *_, total, _ = saved
-    centers = ctx.constants[4]
-    lse_grad = torch.zeros_like(total) if lse_grad is None else lse_grad
-    target_grad = unit.new_zeros(len(unit), centers, unit.shape[1]) if target_grad is None else target_grad
-    unit_grad = torch.zeros_like(unit) if unit_grad is None else unit_grad
-    need = ctx.needs_input_grad[:3]
-    grads = negative_lse_backward(lse_grad, target_grad, unit_grad, *saved, *ctx.constants, need[0], need[1] or need[2])
-    if index is not None:
-        grads = grads[0], *(_in_rows(index, grad, of) for grad, of in zip(grads[1:], (weight, bias), strict=True))
-    return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *ctx.no_grads
+class _NegativeLse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            output = negative_lse(*inputs)
+        x, weight, bias, labels, index, *constants = inputs
+        ctx.mark_non_differentiable(*output[3:])
+        # Else autograd would hand backward a zero tensor as large as `kept`.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, labels, index, *output[3:])
+        ctx.constants = constants[:-3]
+        ctx.no_grads = [None] * (len(inputs) - 3)
+        return output
+
+    @staticmethod
+    def backward(ctx, lse_grad, product_grad, length_grad, *_):
+        saved = ctx.saved_tensors  # once: each access unpacks them all, and activation checkpointing allows one
+        _, weight, bias, _, index, _, target_unit, *_, total, _ = saved
+        came_back = gradients_of_vectors(lse_grad, product_grad, length_grad, total, target_unit.shape[:2], ctx.constants[3])
+        need = ctx.needs_input_grad[:3]
+        grads = negative_lse_backward(*came_back, *saved, *ctx.constants, need[0], need[1] or need[2])
+        if index is not None:
+            grads = grads[0], *(_in_rows(index, grad, of) for grad, of in zip(grads[1:], (weight, bias), strict=True))
+        return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *ctx.no_grads
+
+
+LIBRARY.impl("negative_lse", _NegativeLse.apply, "Autograd")
 
 
 def _in_rows(index, grad, of):
@@ -222,9 +258,6 @@ def _in_rows(index, grad, of):
     return torch.sparse_coo_tensor(index[None], grad, of.shape, is_coalesced=True, check_invariants=False)
 
 
-negative_lse.register_autograd(_backward, setup_context=_setup_context)
-
-
 def _no_second_derivative(ctx, *grads):
     raise RuntimeError(
         "cosface_kernels computes first derivatives only; for a second one write the loss in plain PyTorch, as "
@@ -232,7 +265,48 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-negative_lse_backward.register_autograd(_no_second_derivative)
+library.register_autograd("cosface_kernels::negative_lse_backward", _no_second_derivative)
+
+
+@_registered
+def margin_losses(
+    lse: Tensor, logit: Tensor, counted: Tensor, scale: float, reduction: str, backend: str
+) -> tuple[Tensor, Tensor]:
+    """(softplus(lse_n - s logit_n) of the counted rows and 0 of others, reduced; its derivative by each row's lse (N,)).
+
+    lse, logit (N,) of one dtype; counted (N,) bool. "mean": over the counted rows, 0 where there are none.
+    """
+    with torch.cuda.device_of(lse):
+        return backends.choose(backend, lse.device, lse.dtype).row_functions.losses(lse, logit, counted, scale, reduction)
+
+
+@library.register_fake("cosface_kernels::margin_losses")
+def _(lse, logit, counted, scale, reduction, backend):
+    return lse.new_empty(lse.shape if reduction == "none" else ()), torch.empty_like(lse)
+
+
+class _MarginLosses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        with torch._C._AutoDispatchBelowAutograd():
+            losses, slope = margin_losses(*inputs)
+        ctx.mark_non_differentiable(slope)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(slope, inputs[2])
+        ctx.scale = inputs[3]
+        return losses, slope
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 6
+        slope, counted = ctx.saved_tensors
+        lse_grad = torch.where(counted, grad * slope, slope)  # where grad may be infinite and slope is 0
+        return lse_grad, -ctx.scale * lse_grad, None, None, None, None
+
+
+LIBRARY.impl("margin_losses", _MarginLosses.apply, "Autograd")
 
 
 @library.custom_op("cosface_kernels::sample_classes", mutates_args=())

@@ -175,7 +175,7 @@ class _Fused(torch.optim.Optimizer):
         device = factors[0].unit.device if factors else None
         found = getattr(self, "found_inf", None)
         flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
-        flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, f.lse_grad, f.target_grad)]
+        flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, *f.gradients())]
         finite = torch.stack(flags).all() if flags else torch.tensor(True)
         return self._on_all_ranks(finite)
 
@@ -190,9 +190,9 @@ class _Fused(torch.optim.Optimizer):
         """A record, with gradients divided by the scale of a GradScaler that is at work."""
         if not hasattr(self, "grad_scale"):
             return record
-        factors = record.factors
-        lse_grad, target_grad = factors.lse_grad / self.grad_scale, factors.target_grad / self.grad_scale
-        return record._replace(factors=factors._replace(lse_grad=lse_grad, target_grad=target_grad))
+        lse_grad, product_grad, length_grad = (grad / self.grad_scale for grad in record.factors.gradients())
+        factors = record.factors._replace(lse_grad=lse_grad, product_grad=product_grad, length_grad=length_grad)
+        return record._replace(factors=factors)
 
     def _step_table(self, weight, bias, records, finite):
         state = self.state[weight]

@@ -28,7 +28,7 @@ STATES = {"sgd": 1, "adamw": 2, "torch-sgd": 1, "torch-adamw": 2}
 # Of torch.optim's default steps, in tables of float32: g + λ w; √v and √v / √(1 - β2^t).
 TEMPORARIES = {"torch-sgd": 1, "torch-adamw": 2}
 PRECISIONS = ("bfloat16", "float32")
-# N x D numbers in float32 that are alive at once beside the slabs: x, x̃, w̃_y, pull, and the gradients of the four.
+# N x D numbers in float32 that are alive at once beside the slabs: x, x̃, w̃_y, pull, dx and three on the way to it.
 BATCH_MATRICES = 8
 # updates.Part.apply without native kernels, for each number of a slab: decoded rows and state, int64 words of random bits.
 ROUNDING_BYTES = 64

@@ -1,20 +1,23 @@
 """What the operators do before and after the slab loop, N x D work, in plain PyTorch: any device, any float dtype.
 
-    enter             x̃,  w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b) with a bias
-    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + what came back for x̃
+    enter             x̃,  w̃_{y_n},  x̃_n·w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b)
+                      with a bias
+    losses            softplus(lse - s logit), reduced
+    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + what came back for x̃·w̃_y
     weight_factors    what the slabs of dW are made of: row_scale = g / total, and what came back for w̃_{y_n}, row by row
 
 They are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own for cosines.
 """
 
 import torch
+import torch.nn.functional as F
 
 from .unit import project, unit_rows
 
 
 def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
-    """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D)), all but the targets in the wide dtype; D + 1 with a
-    bias.
+    """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D), x̃_n·w̃_{y_n} (N, K)), all but the targets in the wide
+    dtype; D + 1 with a bias.
 
     A target is the position of the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x
     holds there; so is the target row of a row without a target. One labelled foreign_index, None for none, has target -1 and
@@ -29,8 +32,8 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign
     lost = (targets < 0) & needs_target(labels, ignore_index, foreign_index)
     unit = torch.where(lost[:, None], torch.nan, unit)
     target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
-    target_unit = target_unit.unflatten(0, (-1, table.centers))
-    return targets, unit, inverse_norm[:, 0], torch.where((targets < 0)[:, None, None], 0.0, target_unit)
+    target_unit = torch.where((targets < 0)[:, None, None], 0.0, target_unit.unflatten(0, (-1, table.centers)))
+    return targets, unit, inverse_norm[:, 0], target_unit, (unit[:, None] * target_unit).sum(2)
 
 
 def needs_target(labels, ignore_index, foreign_index):
@@ -39,26 +42,44 @@ def needs_target(labels, ignore_index, foreign_index):
     return needed if foreign_index is None else needed & (labels != foreign_index)
 
 
-def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtype):
-    """dx (N, D), its shape, in dtype from the gradients of lse (N,) and of x̃ (N, D or D + 1)."""
-    grad = ((scale * lse_grad)[:, None] * pull + unit_grad)[:, : shape[1]]
+def x_gradient(lse_grad, product_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
+    """dx (N, D), its shape, in dtype from the gradients of lse (N,) and of the products (N, K)."""
+    grad = ((scale * lse_grad)[:, None] * pull + (product_grad[:, :, None] * target_unit).sum(1))[:, : shape[1]]
     unit = unit[:, : shape[1]]
     grad = project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad)
     return grad.to(dtype).contiguous()  # with a bias a slice
 
 
-def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, scale):
+def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale):
     """(targets (N,), row_scale (N,), unscale (0-dim), target_rows (N K,), target_sums (N K, D)) of backends.backward.
 
-    target_grad (N, K, D) is the gradient of the unit target rows; its sum over a row of the table is projected once.
+    From the gradients of lse (N,), of the products (N, K) and of the target rows' lengths (N, K), or (0, K) where those are 1.
+    What goes to a row of the table is summed, then projected once.
     """
     targets = _targets(labels, table, ignore_index)
     power = _power_of_two(lse_grad)
     row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)
     rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
-    rows, sums = _sum_by_row(rows, target_grad.flatten(0, 1), table.num_rows)
+    unit_grad = product_grad[:, :, None] * unit[:, None]
+    if not table.normalize:
+        direction = F.normalize(table.gathered(rows.clamp(min=0), unit.dtype)).view(unit_grad.shape)
+        unit_grad = unit_grad + length_grad[:, :, None] * direction
+    rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)
     sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
     return targets, row_scale, scale / power, rows, sums
+
+
+def losses(lse, logit, counted, scale, reduction):
+    """(loss, its derivative by each row's lse (N,)) of ops.margin_losses."""
+    exponent = lse - scale * logit
+    small = exponent.abs().neg().exp()
+    # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy.
+    losses = torch.where(counted, exponent.clamp(min=0) + small.log1p(), 0.0)
+    slope = torch.where(counted, torch.where(exponent < 0, small, 1.0) / (1 + small), 0.0)
+    if reduction == "none":
+        return losses, slope
+    count = counted.sum().clamp(min=1) if reduction == "mean" else 1
+    return losses.sum() / count, slope / count
 
 
 def _targets(labels, table, ignore_index):

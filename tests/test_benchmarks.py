@@ -4,6 +4,7 @@ Sizes are tiny and the peers' processes of their own are left out, but for one; 
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -377,8 +378,18 @@ def test_gpu_check_keeps_every_part(capsys, monkeypatch, tmp_path):
 def test_gpu_check_plans_every_part_within_its_time(tmp_path):
     deadline = time.monotonic() + 400
     names, limits, _ = zip(*gpu_check.plan(tmp_path, deadline), strict=True)
-    assert set(names[:4]) == {"tests", *gpu_check.PARTS} and names[-1] == "bench 1024 10000000 512"
-    assert limits[4] == pytest.approx(100, abs=1) and limits[-1] == pytest.approx(400, abs=1)  # nothing took any time here
+    assert set(names[:5]) == {"tests", *gpu_check.PARTS} and names[-1] == "bench 1024 10000000 512"
+    assert limits[5] == pytest.approx(100, abs=1) and limits[-1] == pytest.approx(400, abs=1)  # nothing took any time here
+
+
+def test_overhead():
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "benchmarks.overhead"]
+    compiled = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run(command, cwd=measure.ROOT, env=compiled, capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout)
+    for name in ("cosface_loss, triton", "plain PyTorch"):
+        assert 0 < found[name]["forward"] < found[name]["forward and backward"]
 
 
 def test_gpu_check_without_pytest(monkeypatch):

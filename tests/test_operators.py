@@ -18,6 +18,7 @@ from cosface_kernels.margins import Softmax
 
 negative_lse = torch.ops.cosface_kernels.negative_lse.default
 negative_lse_backward = torch.ops.cosface_kernels.negative_lse_backward.default
+margin_losses = torch.ops.cosface_kernels.margin_losses.default
 ALL = 2**40  # bytes: keep every slab
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
@@ -59,7 +60,8 @@ def op_arguments(case, device):
     bias = weight[:, 0].detach().clone().requires_grad_(need_weight_grad) if "bias" in case else None
     labels = torch.where(labels < 0, labels, labels // form[2])
     index = sampled_rows(labels, form[2]) if "sampled" in case else None
-    return features, weight, bias, labels, index, 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad
+    constants = 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad, None
+    return features, weight, bias, labels, index, *constants
 
 
 @pytest.mark.parametrize("case", OP_CASES)
@@ -71,13 +73,18 @@ def test_opcheck_forward(case, device):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
-        x, weight, bias, labels, index, *constants, need_x_grad, need_weight_grad = op_arguments(case, device)
+        x, weight, bias, labels, index, *constants, foreign_index = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
         inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index
-        lse, rows, *saved = negative_lse(*inputs, *constants, need_x_grad, need_weight_grad)
-        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(saved[0])
-        arguments = *gradients, *inputs, *saved, *constants, need_x_grad, need_weight_grad
-        library.opcheck(negative_lse_backward, arguments)
+        lse, product, length, *saved = negative_lse(*inputs, *constants, foreign_index)
+        gradients = [torch.ones_like(vector) for vector in (lse, product, length)]
+        library.opcheck(negative_lse_backward, (*gradients, *inputs, *saved, *constants))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_opcheck_losses(reduction, device):
+    lse, logit = torch.randn(2, 7, device=device).requires_grad_().unbind()
+    library.opcheck(margin_losses, (lse, logit, torch.arange(7, device=device) != 2, 8.0, reduction, "auto"))
 
 
 @pytest.fixture

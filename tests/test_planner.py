@@ -89,8 +89,8 @@ def test_parts_are_what_formats_say():
             assert step.parts["table"] == rows * dim * 2
             assert step.parts["state"] == buffers * rows * row
             assert step.parts["gradient"] == 0 and step.parts["process"] == PROCESS
-            # A sixteenth of the table, in whole slabs of 2,816 rows.
-            assert 0.98 < step.parts["kept"] / (rows * dim * 2 / 16) <= 1
+            # A tenth of the table, in whole slabs of 2,816 rows.
+            assert 0.98 < step.parts["kept"] / (rows * dim * 2 / 10) <= 1
 
 
 def test_work_of_a_step():

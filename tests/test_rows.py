@@ -39,9 +39,9 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     x, weight = x.T.contiguous().T.to(dtype), weight.to(dtype)
     ours, plain = (module.enter(x, Table(weight), labels, IGNORED, torch.float32) for module in (kernels, rows))
     assert_close(ours, plain)
-    _, unit, inverse_norm, target_unit = plain
+    _, unit, inverse_norm, target_unit, product = plain
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
-    arguments = inverse_norm.cos(), target_unit[:, 0], unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
+    arguments = inverse_norm.cos(), product.cos(), unit, target_unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
     assert_close([kernels.x_gradient(*arguments)], [rows.x_gradient(*arguments)])
 
 
@@ -49,11 +49,11 @@ def test_enter_and_x_gradient(device, kernels, dtype):
 @pytest.mark.parametrize("num_rows", [1, 613])
 def test_weight_factors(device, kernels, num_rows, size):
     """613: past the rows that `order_targets` compares at once."""
-    target_grad, weight, labels = draw(device, num_rows)
-    lse_grad, total = size * target_grad[:, 0], target_grad[:, 1].exp()
+    unit, weight, labels = draw(device, num_rows)
+    lse_grad, product_grad, total = size * unit[:, 0], unit[:, 2:3].clone(), unit[:, 1].exp()
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
     ours, plain = (
-        module.weight_factors(lse_grad, target_grad[:, None], total, Table(weight), labels, IGNORED, 64.0)
+        module.weight_factors(lse_grad, product_grad, None, unit, total, Table(weight), labels, IGNORED, 64.0)
         for module in (kernels, rows)
     )
     assert_close(ours[:3], plain[:3])
@@ -68,3 +68,17 @@ def dense(classes, sums):
     every = torch.arange(NUM_CLASSES, device=classes.device)
     slots = torch.searchsorted(classes, every).clamp(max=len(classes) - 1)
     return torch.where((classes[slots] == every)[:, None], sums[slots], 0.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("num_rows", [0, 1, 1500])
+def test_losses(device, kernels, num_rows, reduction):
+    """1500: past the rows that the kernel holds at once. Exponents from converged to hopeless, and none at all."""
+    exponent = torch.linspace(-87, 87, max(num_rows, 3), device=device)[:num_rows]
+    logit = torch.full_like(exponent, 0.25)
+    lse, counted = exponent + 64 * logit, torch.arange(num_rows, device=device) % 7 != 3
+    lse[5::100], lse[3::70] = -torch.inf, torch.nan  # of a table of one class; of rows that are ignored
+    ours, plain = (module.losses(lse, logit, counted, 64.0, reduction) for module in (kernels, rows))
+    for one, other in zip(ours, plain, strict=True):
+        assert other.isfinite().all()
+        torch.testing.assert_close(one, other, rtol=2e-5, atol=0)

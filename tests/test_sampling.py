@@ -348,13 +348,13 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
     constants = scale, -100, *raw, torch.float32, 0, backend, True, True
     inputs = features, weight, bias, labels, index
     with torch.no_grad(), Sizes() as forward:
-        lse, rows, *saved = ops.negative_lse._init_fn(*inputs, *constants)
+        lse, product, length, *saved = ops.negative_lse.implementation(*inputs, *constants, None)
     slab = 384 if centers == 3 else 128
     # A bias is one more column, and columns are padded to 64, or 128.
     assert max(forward.sizes) <= slab * 128 < len(index) * 64
     with torch.no_grad(), Sizes() as backward:
-        gradients = torch.ones_like(lse), torch.ones_like(rows), torch.ones_like(saved[0])
-        ops.negative_lse_backward._init_fn(*gradients, *inputs, *saved, *constants)
+        gradients = [torch.ones_like(vector) for vector in (lse, product, length)]
+        ops.negative_lse_backward.implementation(*gradients, *inputs, *saved, *constants)
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
 
 
@@ -363,7 +363,7 @@ def test_auto_budget_is_at_most_the_sampled_gradient(device):
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 30, 512, 16))
     weight.requires_grad_()
     classes = torch.arange(0, 512, 2, device=device)
-    constants = 64.0, -100, True, True, 1, torch.float32, None, "auto", True, True
+    constants = 64.0, -100, True, True, 1, torch.float32, None, "auto", True, True, None
     *_, kept = ops.negative_lse(features, weight, None, labels // 2 * 2, classes, *constants)
     assert kept.numel() == 30 * 128
 

@@ -7,7 +7,8 @@ x (N, D): what is multiplied with the table's rows, in plan.wide.  table: a tabl
 targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none.
 E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the largest of each other class's rows:
 
-    forward    total_n = Σ_j E_nj        pull_n = Σ_j E_nj w̃_j / total_n        (pull is 0 where total is 0)
+    forward    total_n = Σ_j E_nj        lse_n = log total_n + shift_n log 2
+               pull_n = Σ_j E_nj w̃_j / total_n        (0 where total is 0)
     backward   dw̃ = Eᵀ diag(row_scale) x · unscale
                dw_j = (dw̃_j - ŵ_j (ŵ_j·dw̃_j)) / ‖w_j‖, or dw̃_j as it is, plus target_sums[i] where target_rows[i] = j
 
@@ -15,13 +16,14 @@ target_rows ascend and end in some R for none; of equal ones the first one's sum
 (table.TableGradient) takes the rows of every slab.
 
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and the gradient itself. It is
-deterministic: no atomics, every sum in a fixed order. `row_functions` is rows.py, or its three functions in a form of its own. To
+deterministic: no atomics, every sum in a fixed order. `row_functions` is rows.py, or its four functions in a form of its own. To
 add one: a module <name>_backend with these three names, its own in NAMES, and in `unusable` where it cannot run; the tests then
 hold it to the same rule as the others.
 """
 
 import importlib
 import importlib.util
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,10 +32,15 @@ from .. import native
 
 
 class Sums(NamedTuple):
+    lse: torch.Tensor  # (N,) plan.wide
     shift: torch.Tensor  # (N,) plan.wide
     total: torch.Tensor  # (N,) plan.wide
     pull: torch.Tensor  # (N, D) plan.wide, or (0, D) when not needed
     kept: torch.Tensor  # 1-D, plan.dtype: the kept slabs' exponentials one after another, see Plan.kept_view
+
+    @classmethod
+    def of(cls, shift, total, pull, kept):
+        return cls(torch.add(total.log(), shift, alpha=math.log(2)), shift, total, pull, kept)
 
 
 # Each is a module of this package, <name>_backend.

@@ -37,7 +37,7 @@ def forward(x, table, targets, plan, *, need_pull):
     pull = pull[:, :size]
     if need_pull:
         pull = pull / torch.where(total == 0, 1.0, total)[:, None]
-    return Sums(shift, total.float(), pull.float(), kept)
+    return Sums.of(shift, total.float(), pull.float(), kept)
 
 
 def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):

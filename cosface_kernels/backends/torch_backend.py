@@ -37,7 +37,7 @@ def forward(x, table, targets, plan, *, need_pull):
             pull += accumulated(e.to(plan.dtype), unit)
     if need_pull:
         pull /= torch.where(total == 0, 1.0, total)[:, None]
-    return Sums(shift, total.to(plan.wide), pull.to(plan.wide), kept)
+    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept)
 
 
 def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):

@@ -1,14 +1,14 @@
 """The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products.
 
-Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull; in backward the first two again
-where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab each of w̃, E and dw̃, and
-the parts of one slab's E w̃, up to 16 N x D.
+Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
+backward the first two again where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab
+each of w̃, E and dw̃, and the parts of one slab's E w̃, up to 16 N x D.
 """
 
 import torch
 import triton
 
-from ..plan import aligned
+from ..plan import aligned, ceil_div
 from . import Sums, centers, triton_kernels, triton_rows
 from .products import accumulated, in_parts
 
@@ -20,6 +20,7 @@ D_ALIGNMENT = 64
 # What E ŵ is cut into output tiles of, about, and how many of them fill a GPU of 132 processors.
 PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
 PULL_BLOCK = {"BLOCK": 512, "num_warps": 4}
+FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4}
 
 
 def tiles(num_rows, size, dtype, capability, centers=1):
@@ -38,7 +39,7 @@ def tiles(num_rows, size, dtype, capability, centers=1):
 
 def pull_parts(num_rows, size, width):
     """How many parts the sum over `width` classes in E ŵ is cut into: each has aligned rows."""
-    output_tiles = triton.cdiv(num_rows, PULL_TILE[0]) * triton.cdiv(size, PULL_TILE[1])
+    output_tiles = ceil_div(num_rows, PULL_TILE[0]) * ceil_div(size, PULL_TILE[1])
     most = max(1, min(PULL_PARTS_MAX, PULL_TILES // max(output_tiles, 1)))
     return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
 
@@ -50,6 +51,7 @@ def forward(x, table, targets, plan, *, need_pull):
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     partial = slab.partial()
+    lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     pull_sum = None
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
@@ -58,15 +60,18 @@ def forward(x, table, targets, plan, *, need_pull):
             e = slab.scratch(len(unit))
         slab.exponentials(unit, start, stop, shift, partial, store=e)
         first, last = start == 0, stop == table.num_rows
-        total = partial.sum(0) if last else None
+        if last and num_rows:
+            triton_kernels.finish_sums[(ceil_div(num_rows, FINISH_BLOCKS["BLOCK_N"]),)](
+                partial, shift, lse, total, num_rows, len(partial), **FINISH_BLOCKS
+            )
         if need_pull and num_rows:
             if first and not last:
                 pull_sum = torch.empty(pull.shape, dtype=torch.float64, device=x.device)
             parts = in_parts(e, unit[:, :size], pull_parts(num_rows, size, len(unit)))
-            triton_kernels.add_pull[(triton.cdiv(pull.numel(), PULL_BLOCK["BLOCK"]),)](
+            triton_kernels.add_pull[(ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)](
                 parts,
                 pull_sum,
-                total,
+                total if last else None,
                 pull if last else None,
                 pull.numel(),
                 size,
@@ -75,7 +80,7 @@ def forward(x, table, targets, plan, *, need_pull):
                 LAST=last,
                 **PULL_BLOCK,
             )
-    return Sums(shift, total.float(), pull, kept)
+    return Sums(lse, shift, total, pull, kept)
 
 
 def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
@@ -92,7 +97,7 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
         rows = table.rows(start, stop)
         out = gradient.place(start, stop)
         blocks = triton_kernels.row_blocks(grad.shape[1])
-        triton_kernels.project_rows[(triton.cdiv(stop - start, blocks["BLOCK_R"]),)](
+        triton_kernels.project_rows[(ceil_div(stop - start, blocks["BLOCK_R"]),)](
             rows,
             grad,
             unscale,
@@ -135,7 +140,7 @@ class _Slab:
             self._unit = self.low.new_empty(self.plan.slab, self.low.shape[1])
         unit = self._unit[:width]
         blocks = triton_kernels.row_blocks(unit.shape[1])
-        triton_kernels.normalize_rows[(triton.cdiv(width, blocks["BLOCK_R"]),)](
+        triton_kernels.normalize_rows[(ceil_div(width, blocks["BLOCK_R"]),)](
             rows,
             unit,
             stop - start,
@@ -150,7 +155,7 @@ class _Slab:
 
     def partial(self):
         """(tiles, N) where `exponentials` adds up row sums over the slabs. The first slab fills it: no other has more tiles."""
-        class_tiles = triton.cdiv(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
+        class_tiles = ceil_div(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
         return torch.empty(class_tiles, len(self.low), dtype=torch.float64, device=self.low.device)
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
@@ -175,9 +180,9 @@ class _Slab:
 
     def _launch(self, unit, start, stop, shift, partial, store, maximum=False):
         num_rows, config = len(self.low), self.config
-        class_tiles = triton.cdiv(len(unit), config["BLOCK_C"])
+        class_tiles = ceil_div(len(unit), config["BLOCK_C"])
         if num_rows:
-            triton_kernels.exponentials[(triton.cdiv(num_rows, config["BLOCK_N"]) * class_tiles,)](
+            triton_kernels.exponentials[(ceil_div(num_rows, config["BLOCK_N"]) * class_tiles,)](
                 self.low,
                 unit,
                 self.targets,

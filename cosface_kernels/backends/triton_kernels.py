@@ -1,9 +1,10 @@
-"""The Triton kernels of the slab loop: four. The table, or a slab of it, is read once by each that needs it.
+"""The Triton kernels of the slab loop: five. The table, or a slab of it, is read once by each that needs it.
 
     normalize_rows      w̃ = w / ‖w‖ or w of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
     exponentials        E = 2^{k x w̃ᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.
                         Row sums (or row maxima of the exponents) of each tile are added to those of the slabs before, one float64
                         per row and tile; E is stored only if asked for
+    finish_sums         total, the sum of a row's tiles, and lse = log total + shift log 2
     add_pull            U += E w̃ from the parts that the product comes in, divided by the row's total after the last slab
     project_rows        dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share, in float32 from the raw rows, rounded once on the
                         way out
@@ -11,19 +12,24 @@
 No atomics: a tile has its own partial sums, and their reduction is a plain sum. Row offsets are int64: C x D passes 2^31.
 """
 
+import functools
+import math
+
 import triton
 import triton.language as tl
 
 from ..unit import TINY_NORM as _TINY_NORM
 
 TINY_NORM = tl.constexpr(_TINY_NORM)
+LOG_2 = tl.constexpr(math.log(2))
 # Elements that one program of a row kernel holds.
 ROW_BLOCK_ELEMENTS = 4096
 
 
+@functools.cache
 def row_blocks(size, elements=ROW_BLOCK_ELEMENTS):
     """Launch configuration of the row kernels for (padded) embedding size `size`."""
-    block_d = triton.next_power_of_2(size)
+    block_d = 1 << (size - 1).bit_length()  # triton.next_power_of_2, as triton.cdiv, takes microseconds
     return {"BLOCK_R": max(1, elements // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8}
 
 
@@ -150,10 +156,34 @@ def exponentials(
 
 
 @triton.jit
+def finish_sums(
+    partial_ptr,  # (T, N) float64 row sums of E in each tile of a slab, over all slabs
+    shift_ptr,  # (N,) float32
+    lse_ptr,  # (N,) float32
+    total_ptr,  # (N,) float32
+    N,
+    T,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = row < N
+    total = tl.zeros((BLOCK_N,), tl.float64)
+    for start in tl.range(0, T, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        place = tile.to(tl.int64)[:, None] * N + row[None, :]
+        total += tl.sum(tl.load(partial_ptr + place, mask=(tile < T)[:, None] & live[None, :], other=0.0), 0)
+    rounded = tl.where(live, total, 1.0).to(tl.float32)
+    shift = tl.load(shift_ptr + row, mask=live, other=0.0)
+    tl.store(total_ptr + row, rounded, mask=live)
+    tl.store(lse_ptr + row, tl.log(rounded) + shift * LOG_2, mask=live)
+
+
+@triton.jit
 def add_pull(
     part_ptr,  # (PARTS, N * D) float32 whose sum is E ŵ of the slab
     sum_ptr,  # (N * D,) float64 over the slabs so far
-    total_ptr,  # (N,) float64 row sums of E
+    total_ptr,  # (N,) float32 row sums of E, read after the last slab
     pull_ptr,  # (N * D,) float32, written after the last slab
     size,  # N * D
     D,
@@ -172,7 +202,7 @@ def add_pull(
         part_ptr += size
     if LAST:
         total = tl.load(total_ptr + index // D, mask=inside, other=1.0)
-        tl.store(pull_ptr + index, (pull / tl.where(total == 0.0, 1.0, total)).to(tl.float32), mask=inside)
+        tl.store(pull_ptr + index, pull.to(tl.float32) / tl.where(total == 0.0, 1.0, total), mask=inside)
     else:
         tl.store(sum_ptr + index, pull, mask=inside)
 

@@ -1,10 +1,13 @@
-"""The functions of rows.py, for cosines with one row to a class, in four launches, one kernel each but for weight_factors' two:
+"""The functions of rows.py, for cosines with one row to a class, in five launches, one kernel each but for weight_factors' two:
 at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long as the slabs.
 
-    enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n} and the target from raw features, table and labels
-    x_gradient_rows     dx = (dx̂ - x̂ (x̂·dx̂)) / ‖x‖,  dx̂ = s g pull + what came back for x̂
+    enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n}, x̂_n·ŵ_{y_n} and the target from raw features, table and labels
+    reduce_losses       softplus(lse - s logit) and its derivative, reduced
+    x_gradient_rows     dx = (dx̂ - x̂ (x̂·dx̂)) / ‖x‖,  dx̂ = s g pull + p ŵ_{y_n}
     order_targets       row_scale = g / total, and the targets sorted: a row's place is how many rows come before it
-    sum_targets         what came back for the target rows, added up class by class in row order, projected
+    sum_targets         p x̂_n added up class by class in row order, projected
+
+g and p are the gradients of a row's lse and of x̂_n·ŵ_{y_n}.
 
 No atomics. Sorting by counting makes N^2 comparisons, as many as a table of N classes has logits.
 """
@@ -13,11 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
+from ..plan import ceil_div
 from .triton_kernels import project, row_blocks, unit_and_inverse
 
 # Fewer than a slab's kernels hold: a batch has few rows, and each is held two or three times.
 ROW_BLOCK_ELEMENTS = 1024
 ORDER_BLOCKS = {"BLOCK_R": 8, "BLOCK_M": 512}
+LOSS_BLOCK = 1024
 
 
 def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
@@ -25,35 +30,48 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign
     assert normalize_features and table.normalize and table.centers == 1
     (num_rows, size), weight = x.shape, table.weight
     targets = torch.empty(num_rows, dtype=torch.int64, device=x.device)
-    inverse_norm = torch.empty(num_rows, dtype=wide, device=x.device)
+    inverse_norm, product = (torch.empty(num_rows, dtype=wide, device=x.device) for _ in range(2))
     unit, target_unit = (torch.empty(num_rows, size, dtype=wide, device=x.device) for _ in range(2))
     foreign_index = ignore_index if foreign_index is None else foreign_index
     _launch(
         enter_rows,
         num_rows,
         size,
-        (x, weight, labels, targets, inverse_norm, unit, target_unit),
+        (x, weight, labels, targets, inverse_norm, product, unit, target_unit),
         (len(weight), ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
     )
-    return targets, unit, inverse_norm, target_unit[:, None]
+    return targets, unit, inverse_norm, target_unit[:, None], product[:, None]
 
 
-def x_gradient(lse_grad, unit_grad, unit, inverse_norm, pull, scale, shape, dtype):
+def losses(lse, logit, counted, scale, reduction):
+    """See rows.losses. One program goes over all rows: N numbers, of which it makes one."""
+    num_rows, is_reduced = len(lse), reduction != "none"
+    loss, slope = lse.new_empty(() if is_reduced else num_rows), torch.empty_like(lse)
+    reduce_losses[(1,)](
+        *(lse.contiguous(), logit.contiguous(), counted.contiguous().view(torch.uint8), loss, slope, num_rows, scale),
+        REDUCED=is_reduced,
+        MEAN=reduction == "mean",
+        BLOCK=LOSS_BLOCK,
+    )
+    return loss, slope
+
+
+def x_gradient(lse_grad, product_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
     """See rows.x_gradient."""
     x_grad = torch.empty(shape, dtype=dtype, device=unit.device)
-    tensors = lse_grad.contiguous(), unit_grad.contiguous(), unit, inverse_norm, pull, x_grad
+    tensors = lse_grad.contiguous(), product_grad.contiguous(), unit, target_unit, inverse_norm, pull, x_grad
     _launch(x_gradient_rows, *unit.shape, tensors, (scale,))
     return x_grad
 
 
-def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, scale):
+def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale):
     """See rows.weight_factors."""
-    (num_rows, _, size), weight = target_grad.shape, table.weight
+    (num_rows, size), weight = unit.shape, table.weight
     targets, classes, order, repeats = torch.empty(4, num_rows, dtype=torch.int64, device=labels.device)
-    row_scale, sums = torch.empty_like(total), torch.empty(num_rows, size, dtype=target_grad.dtype, device=labels.device)
+    row_scale, sums = torch.empty_like(total), torch.empty_like(unit)
     unscale = total.new_empty(()) if num_rows else total.new_ones(())
     if num_rows:
-        order_targets[(triton.cdiv(num_rows, ORDER_BLOCKS["BLOCK_R"]),)](
+        order_targets[(ceil_div(num_rows, ORDER_BLOCKS["BLOCK_R"]),)](
             labels,
             lse_grad.contiguous(),
             total,
@@ -74,12 +92,13 @@ def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, sc
             classes,
             order,
             repeats,
-            target_grad.contiguous(),
+            product_grad.contiguous(),
+            unit,
             weight,
             sums,
             size,
             *weight.stride(),
-            BLOCK_D=triton.next_power_of_2(size),
+            BLOCK_D=row_blocks(size)["BLOCK_D"],
         )
     return targets, row_scale, unscale, classes, sums
 
@@ -87,7 +106,7 @@ def weight_factors(lse_grad, target_grad, total, table, labels, ignore_index, sc
 def _launch(kernel, num_rows, size, tensors, numbers):
     if num_rows:
         blocks = row_blocks(size, ROW_BLOCK_ELEMENTS)
-        kernel[(triton.cdiv(num_rows, blocks["BLOCK_R"]),)](*tensors, num_rows, size, *numbers, **blocks)
+        kernel[(ceil_div(num_rows, blocks["BLOCK_R"]),)](*tensors, num_rows, size, *numbers, **blocks)
 
 
 @triton.jit
@@ -97,6 +116,7 @@ def enter_rows(
     label_ptr,  # (N,) int64
     target_ptr,  # (N,) int64: the class, -1 for none
     inverse_ptr,  # (N,) float32
+    product_ptr,  # (N,) float32
     unit_ptr,  # (N, D) float32
     target_unit_ptr,  # (N, D) float32
     N,
@@ -131,16 +151,58 @@ def enter_rows(
     target_unit, _ = unit_and_inverse(target.to(tl.float32))
     tl.store(target_ptr + row, tl.where(found, label, -1), mask=live)
     tl.store(inverse_ptr + row, inverse, mask=live)
+    tl.store(product_ptr + row, tl.sum(unit * target_unit, 1), mask=live)
     place = row[:, None] * D + column[None, :]
     tl.store(unit_ptr + place, unit, mask=inside)
     tl.store(target_unit_ptr + place, target_unit, mask=inside)
 
 
 @triton.jit
+def reduce_losses(
+    lse_ptr,  # (N,) float32
+    logit_ptr,  # (N,) float32
+    counted_ptr,  # (N,) uint8: whether a row is not ignored
+    loss_ptr,  # (N,) float32, or 0-dim where REDUCED
+    slope_ptr,  # (N,) float32: the derivative of what is at loss_ptr by the row's lse
+    N,
+    scale,
+    REDUCED: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    count = 1.0
+    if MEAN:
+        counts = tl.zeros((BLOCK,), tl.int32)
+        for start in tl.range(0, N, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            counts += tl.load(counted_ptr + row, mask=row < N, other=0).to(tl.int32)
+        count = tl.maximum(tl.sum(counts, 0), 1).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, N, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        counted = tl.load(counted_ptr + row, mask=row < N, other=0) != 0
+        exponent = tl.load(lse_ptr + row, mask=counted, other=0.0) - scale * tl.load(logit_ptr + row, mask=counted, other=0.0)
+        small = tl.exp(-tl.abs(exponent))
+        # log(1 + small) to the last digits: what 1 + small loses of a small `small`, this quotient puts back.
+        more = 1.0 + small
+        log = tl.where(more == 1.0, small, tl.log(more) * (small / tl.where(more == 1.0, 1.0, more - 1.0)))
+        loss = tl.where(counted, tl.where(exponent < 0.0, log, exponent + log), 0.0)
+        slope = tl.where(counted, tl.where(exponent < 0.0, small, 1.0) / more, 0.0)
+        tl.store(slope_ptr + row, slope / count, mask=row < N)
+        if REDUCED:
+            total += loss
+        else:
+            tl.store(loss_ptr + row, loss, mask=row < N)
+    if REDUCED:
+        tl.store(loss_ptr, tl.sum(total, 0) / count)
+
+
+@triton.jit
 def x_gradient_rows(
     lse_grad_ptr,  # (N,) float32
-    unit_grad_ptr,  # (N, D) float32
+    product_grad_ptr,  # (N,) float32
     unit_ptr,  # (N, D) float32
+    target_unit_ptr,  # (N, D) float32
     inverse_ptr,  # (N,) float32
     pull_ptr,  # (N, D) float32
     out_ptr,  # (N, D) gradient of the features, in their dtype
@@ -156,8 +218,9 @@ def x_gradient_rows(
     inside = live[:, None] & (column < D)[None, :]
     place = row[:, None] * D + column[None, :]
     lse_grad = scale * tl.load(lse_grad_ptr + row, mask=live, other=0.0)
+    product_grad = tl.load(product_grad_ptr + row, mask=live, other=0.0)
     grad = lse_grad[:, None] * tl.load(pull_ptr + place, mask=inside, other=0.0)
-    grad += tl.load(unit_grad_ptr + place, mask=inside, other=0.0)
+    grad += product_grad[:, None] * tl.load(target_unit_ptr + place, mask=inside, other=0.0)
     unit = tl.load(unit_ptr + place, mask=inside, other=0.0)
     out = project(unit, tl.load(inverse_ptr + row, mask=live, other=0.0), grad)
     tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -222,7 +285,8 @@ def sum_targets(
     class_ptr,  # (N,) int64 ascending, C for none
     order_ptr,  # (N,) int64
     repeat_ptr,  # (N,) int64
-    grad_ptr,  # (N, D) float32 gradient of the unit target rows
+    product_grad_ptr,  # (N,) float32
+    unit_ptr,  # (N, D) float32 x̂
     weight_ptr,  # (C, D) raw class rows, any float dtype
     sum_ptr,  # (N, D) float32: a class's sum in the first slot that it has, zero in others
     D,
@@ -236,8 +300,9 @@ def sum_targets(
     repeats = tl.load(repeat_ptr + slot)
     total = tl.zeros((1, BLOCK_D), tl.float32)
     for i in tl.range(repeats):
-        total += tl.load(grad_ptr + tl.load(order_ptr + slot + i) * D + column, mask=inside, other=0.0)
+        row = tl.load(order_ptr + slot + i)
+        total += tl.load(product_grad_ptr + row) * tl.load(unit_ptr + row * D + column, mask=inside, other=0.0)
     target = tl.load(class_ptr + slot)
-    row = tl.load(weight_ptr + target * stride_row + column * stride_column, mask=inside & (repeats > 0), other=0.0)
-    unit, inverse = unit_and_inverse(row.to(tl.float32))
+    target_row = tl.load(weight_ptr + target * stride_row + column * stride_column, mask=inside & (repeats > 0), other=0.0)
+    unit, inverse = unit_and_inverse(target_row.to(tl.float32))
     tl.store(sum_ptr + slot * D + column, project(unit, inverse, total), mask=inside)

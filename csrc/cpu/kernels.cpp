@@ -312,9 +312,9 @@ inline int64_t lower_bound(const int64_t *classes, int64_t count, int64_t wanted
 
 constexpr int BYTES[] = {4, 2, 1, 1};  // of a number in each of update.cpp's formats
 
-// One of `parts` of a row.
+// One of `parts` of a row, into the second-level cache: the first is a product's.
 inline void prefetch(const void *row, int64_t bytes, int64_t part, int64_t parts) {
-    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch((const char *)row + i);
+    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch((const char *)row + i, 0, 2);
 }
 
 template <class Number>
