@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from . import shards
-from .ops import Factors, Options, gradients_of_vectors, write_table_gradient
+from .ops import Factors, Options, write_table_gradient, zeros_for_none
 from .plan import SLAB_CLASSES_MAX
 from .table import Table
 
@@ -131,7 +131,7 @@ class _Record(torch.autograd.Function):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.versions = (weight, bias), _versions(weight, bias)
         ctx.save_for_backward(unit, labels, shift, total, kept, index)
-        ctx.options, ctx.shape = options, product.shape
+        ctx.options, ctx.shapes = options, [vector.shape for vector in (lse, product, length)]
         ctx.set_materialize_grads(False)
         return torch.zeros_like(lse), torch.zeros_like(product), torch.zeros_like(length)
 
@@ -141,9 +141,8 @@ class _Record(torch.autograd.Function):
         unit, labels, shift, total, kept, index = ctx.saved_tensors
         if ctx.versions != _versions(*ctx.parameters):
             raise RuntimeError("the class table was modified by an inplace operation between forward and backward")
-        came_back = gradients_of_vectors(*grads, total, ctx.shape, ctx.options.normalize_weight)
         # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
-        factors = Factors(unit, labels.clone(), shift, total, *came_back, kept)
+        factors = Factors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")

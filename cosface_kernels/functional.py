@@ -9,6 +9,7 @@ from torch.autograd import forward_ad
 from . import deferred, validation
 from .margins import CosFace
 from .ops import Options, margin_losses, negative_lse, snapshot
+from .rows import reduced
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -45,7 +46,7 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    lse, cosine, _, _, counted = _negatives_and_target(
+    lse, cosine, *_, counted = _negatives_and_target(
         features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
     )
     return torch.where(counted, lse, 0.0), cosine
@@ -184,6 +185,7 @@ def stateful_loss(
     normalize_features,
     centers_per_class,
     reduction,
+    backend,
     classes=None,
     sample_correction=False,
     state=None,
@@ -201,7 +203,7 @@ def stateful_loss(
     if normalize_features is None:
         normalize_features = margin.normalize_features
     scale = default_scale(margin, normalize_features) if scale is None else scale
-    lse, product, target_length, unit, counted = _negatives_and_target(
+    lse, product, target_length, feature_length, unit, counted = _negatives_and_target(
         features,
         weight,
         labels,
@@ -211,17 +213,16 @@ def stateful_loss(
         normalize_weight=margin.normalize_weight,
         centers_per_class=centers_per_class,
         classes=classes,
+        backend=backend,
         **options,
     )
     if sample_correction and classes is not None:
         numbers = weight.shape[0] // centers_per_class, classes.shape[0]
         lse = lse + _log_of_inverse_rate(*(numbers if batch is None else batch.of_all_shards(*numbers, weight.device)))
-    feature_length = norm = None
-    if margin.needs_norm or not normalize_features:
-        rows = torch.where(counted[:, None], features, 0.0).to(unit.dtype)
-        feature_length = None if normalize_features else rows.norm(dim=1)
+    norm = None
+    if margin.needs_norm:
         # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
-        norm = (rows * F.normalize(unit)).sum(1) if margin.needs_norm else None
+        norm = (torch.where(counted[:, None], features, 0.0).to(unit.dtype) * F.normalize(unit)).sum(1)
     if batch is not None:
         largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
         lse, product, target_length = batch.combine(largest, lse, product, target_length)
@@ -239,17 +240,12 @@ def stateful_loss(
     logit = margin.target_logit(product, length, *terms).to(lse.dtype)
     if logit.shape != lse.shape:
         raise ValueError(f"psi of {type(margin).__name__} must return shape (N,) = {tuple(lse.shape)}, got {tuple(logit.shape)}")
-    losses, _ = margin_losses(lse, logit, counted, float(scale), reduction, options["backend"])
+    _refuse_forward_mode(logit)
+    losses, _ = margin_losses(lse, logit, counted, float(scale), reduction, backend)
     penalty = margin.penalty(norm)
     if penalty is not None:
-        losses = losses + _reduced(torch.where(counted, penalty, 0.0), counted, reduction)
+        losses = losses + reduced(torch.where(counted, penalty, 0.0), counted, reduction)
     return batch.own_rows(losses) if batch is not None and reduction == "none" else losses
-
-
-def _reduced(values, counted, reduction):
-    if reduction == "none":
-        return values
-    return values.sum() / counted.sum().clamp(min=1) if reduction == "mean" else values.sum()
 
 
 def _log_of_inverse_rate(num_classes, num_sampled):
@@ -279,15 +275,15 @@ def _negatives_and_target(
     foreign_index=None,
     parameters=None,
 ):
-    """(negative lse (N,), x̃·w̃_y (N,), ‖w̃_y‖ (N,) or None where it is 1, x̃ (N, D) without gradient, which rows are not ignored).
+    """(negative lse (N,), x̃·w̃_y (N,), ‖w̃_y‖ and ‖x̃‖ (N,) or None where they are 1, x̃ (N, D) without gradient, which rows are not
+    ignored).
 
     w̃_y is the nearest centre. The lse of an ignored row is that of all classes. parameters: whose rows weight and bias are, where
     they are not theirs.
     """
     validation.check_tensors(features, weight, labels, bias, centers_per_class, classes)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
-    if not torch.compiler.is_compiling():
-        _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
+    _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = class_indices(labels), int(ignore_index)
     grad_mode = torch.is_grad_enabled()
     parameters = (weight, bias) if parameters is None else parameters
@@ -298,7 +294,7 @@ def _negatives_and_target(
         *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
     )
     index = None if classes is None else _rows_of(class_indices(classes), centers_per_class, weight.shape[0])
-    lse, product, length, unit, _, _, _, shift, total, kept = negative_lse(
+    lse, product, target_length, feature_length, unit, _, _, _, shift, total, kept = negative_lse(
         features,
         weight.detach() if recorded else weight,
         bias.detach() if recorded and bias is not None else bias,
@@ -310,14 +306,15 @@ def _negatives_and_target(
         foreign_index,
     )
     if recorded:
-        lse, product, length = deferred.record(
-            parameters, (lse, product, length), (unit, labels, shift, total, kept), index, options
+        lse, product, target_length = deferred.record(
+            parameters, (lse, product, target_length), (unit, labels, shift, total, kept), index, options
         )
+    vectors = [product, None if normalize_weight else target_length]
     if centers_per_class > 1:  # the gradient goes to the nearest centre alone
         nearest = product.argmax(1, keepdim=True)
-        product = product.gather(1, nearest)
-        length = length if normalize_weight else length.gather(1, nearest)
-    return lse, product.squeeze(1), None if normalize_weight else length.squeeze(1), unit, labels != ignore_index
+        vectors = [None if vector is None else vector.gather(1, nearest) for vector in vectors]
+    product, target_length = (None if vector is None else vector.squeeze(1) for vector in vectors)
+    return lse, product, target_length, None if normalize_features else feature_length, unit, labels != ignore_index
 
 
 def _bytes_to_keep(memory_budget, weight, recorded):
@@ -338,8 +335,8 @@ def _rows_of(classes, centers, num_rows):
 
 
 def _refuse_forward_mode(*tensors):
-    """A custom operator would silently drop the tangents."""
-    if any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    """The operators would silently drop the tangents."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
 
 

@@ -1,11 +1,11 @@
 """The package's torch operators: the only place that registers any. Schema, fake (shapes), autograd.
 
-    negative_lse(x, W, b, labels) -> A_n = log Σ_{j≠y_n} e^{s (x̃_n·w̃_j + b_j)},  t_n = x̃_n·w̃_{y_n}  and ‖w̃_{y_n}‖
+    negative_lse(x, W, b, labels) -> A_n = log Σ_{j≠y_n} e^{s (x̃_n·w̃_j + b_j)},  t_n = x̃_n·w̃_{y_n},  ‖w̃_{y_n}‖  and ‖x̃_n‖
     margin_losses(A, t')          -> the losses softplus(A_n - s t'_n), reduced
 
 x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; with K rows to a class the largest of its K counts; with a bias x̃ is (x, 1) and w̃ is (w, b).
 The first, differentiable in x, W and b, knows no margin: what is done with its N-vectors to come from t to t' is autograd's. What
-comes back for t_n is projected, for w̃_{y_n} with the rows of dW while the slabs are made, for x̃_n with dx̃_n.
+comes back for t_n and the lengths is projected, for w̃_{y_n} with the rows of dW while the slabs are made, for x̃_n with dx̃_n.
 
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
@@ -55,10 +55,11 @@ class Factors(NamedTuple):
 def _registered(function):
     """torch.ops.cosface_kernels.<name of the function>. As library.custom_op, whose register_autograd looks up each argument's
     default in each call: 50 microseconds for as many as these have. What it runs is the operator's `implementation`.
+    As there, where torch.compile gives up on what calls it, it does not go on in here.
     """
     name = function.__name__
     LIBRARY.define(name + library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
     operator = getattr(torch.ops.cosface_kernels, name).default
     operator.implementation = function
     return operator
@@ -82,10 +83,10 @@ def negative_lse(
     need_x_grad: bool,
     need_table_grad: bool,
     foreign_index: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(lse (N,), x̃_n·w̃_{y_n} (N, K), ‖w̃_{y_n}‖ (N, K)), and what else backward reuses: x̃ (N, D), w̃_{y_n} (N, K, D), 1 / ‖x‖
-    (N,), pull (N, D), shift (N,), total (N,), kept (1-D). D + 1 columns with a bias; no lengths, (0, K), where the table is
-    normalised, and no 1 / ‖x‖ where features are not.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(lse (N,), x̃_n·w̃_{y_n} (N, K), ‖w̃_{y_n}‖ (N, K), ‖x̃‖ (N,)), and what else backward reuses: x̃ (N, D), w̃_{y_n} (N, K, D),
+    1 / ‖x‖ (N,), pull (N, D), shift (N,), total (N,), kept (1-D). D + 1 columns with a bias. Lengths that are 1 are not there,
+    (0, K) and (0,); nor is 1 / ‖x‖ where features are not normalised.
 
     x (N, D) any float dtype and norms; weight (C K, D); bias (C K,) or None; labels (N,) int64; index (M,) int64, the rows of the
     table that take part, ascending and all of a class, or None for all. A row labelled ignore_index counts as zero, whatever it
@@ -106,8 +107,10 @@ def negative_lse(
             x, table, labels, ignore_index, plan.wide, normalize_features, foreign_index
         )
         sums = chosen.forward(unit, table, targets, plan, need_pull=need_x_grad)
-        length = product.new_empty(0, centers) if normalize_weight else target_unit.norm(dim=2)
-    return sums.lse, product, length, unit, target_unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
+        target_length = product.new_empty(0, centers) if normalize_weight else target_unit.norm(dim=2)
+        feature_length = product.new_empty(0) if normalize_features else unit.norm(dim=1)
+    vectors = sums.lse, product, target_length, feature_length
+    return *vectors, unit, target_unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
 
 
 def _row_functions(backend, table, normalize_features):
@@ -116,7 +119,7 @@ def _row_functions(backend, table, normalize_features):
     return backend.row_functions if plain else rows
 
 
-@library.register_fake("cosface_kernels::negative_lse")
+@library.register_fake("cosface_kernels::negative_lse", lib=LIBRARY)
 def _(x, weight, bias, labels, index, scale, ignore_index, *options):
     normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad, *_ = options
     num_rows, size = x.shape[0], x.shape[1] + (bias is not None)
@@ -128,6 +131,7 @@ def _(x, weight, bias, labels, index, scale, ignore_index, *options):
         row,
         x.new_empty(num_rows, centers, dtype=wide),
         x.new_empty(0 if normalize_weight else num_rows, centers, dtype=wide),
+        x.new_empty(0 if normalize_features else num_rows, dtype=wide),
         x.new_empty(num_rows, size, dtype=wide),
         x.new_empty(num_rows, centers, size, dtype=wide),
         x.new_empty(num_rows if normalize_features else 0, dtype=wide),
@@ -143,6 +147,7 @@ def negative_lse_backward(
     lse_grad: Tensor,
     product_grad: Tensor,
     length_grad: Tensor,
+    feature_length_grad: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -166,7 +171,7 @@ def negative_lse_backward(
     need_x_grad: bool,
     need_table_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX (N, D), dW (C K, D), db (C K,), each in its tensor's dtype) from the gradients of lse, products and lengths.
+    """(dX (N, D), dW (C K, D), db (C K,), each in its tensor's dtype) from the gradients of negative_lse's vectors.
 
     With an index dW (M, D) and db (M,) are those of its rows. What is not needed comes back empty. All are one op, of x, weight
     and bias, so that no second derivative can miss one of them.
@@ -176,7 +181,9 @@ def negative_lse_backward(
     with torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
         if need_x_grad:
             functions = _row_functions(backends.choose(backend, x.device, dtype), table, normalize_features)
-            x_grad = functions.x_gradient(lse_grad, product_grad, unit, target_unit, inverse_norm, pull, scale, x.shape, x.dtype)
+            x_grad = functions.x_gradient(
+                *(lse_grad, product_grad, feature_length_grad, unit, target_unit, inverse_norm, pull, scale, x.shape, x.dtype)
+            )
             if not normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
                 x_grad = torch.where((labels == ignore_index)[:, None], 0.0, x_grad)
         if need_table_grad:
@@ -202,8 +209,8 @@ def write_table_gradient(gradient, table, factors, options):
     chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
 
 
-@library.register_fake("cosface_kernels::negative_lse_backward")
-def _(lse_grad, product_grad, length_grad, x, weight, bias, labels, index, *rest):
+@library.register_fake("cosface_kernels::negative_lse_backward", lib=LIBRARY)
+def _(lse_grad, product_grad, length_grad, feature_length_grad, x, weight, bias, labels, index, *rest):
     *_, need_x_grad, need_table_grad = rest
     x_grad = x.new_empty(x.shape if need_x_grad else 0)
     if not need_table_grad:
@@ -213,13 +220,20 @@ def _(lse_grad, product_grad, length_grad, x, weight, bias, labels, index, *rest
     return x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)
 
 
-def gradients_of_vectors(lse_grad, product_grad, length_grad, total, shape, normalize_weight):
-    """What came back for lse, products and lengths, zeros for None; shape: (N, K)."""
-    return (
-        torch.zeros_like(total) if lse_grad is None else lse_grad,
-        total.new_zeros(shape) if product_grad is None else product_grad,
-        total.new_zeros(0 if normalize_weight else shape[0], shape[1]) if length_grad is None else length_grad,
-    )
+def zeros_for_none(gradients, shapes, like):
+    return [like.new_zeros(shape) if grad is None else grad for grad, shape in zip(gradients, shapes, strict=True)]
+
+
+def _differentiable(operator, function):
+    """The operator is the autograd Function where a gradient may be wanted, as one made by custom_op would be."""
+
+    def call(*inputs):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+            return function.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*inputs)
+
+    LIBRARY.impl(operator, call, "Autograd")
 
 
 class _NegativeLse(torch.autograd.Function):
@@ -228,27 +242,27 @@ class _NegativeLse(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             output = negative_lse(*inputs)
         x, weight, bias, labels, index, *constants = inputs
-        ctx.mark_non_differentiable(*output[3:])
+        ctx.mark_non_differentiable(*output[4:])
         # Else autograd would hand backward a zero tensor as large as `kept`.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, labels, index, *output[3:])
-        ctx.constants = constants[:-3]
+        ctx.save_for_backward(x, weight, bias, labels, index, *output[4:])
+        ctx.constants, ctx.shapes = constants[:-3], [vector.shape for vector in output[:4]]
         ctx.no_grads = [None] * (len(inputs) - 3)
         return output
 
     @staticmethod
-    def backward(ctx, lse_grad, product_grad, length_grad, *_):
+    def backward(ctx, *came_back):
         saved = ctx.saved_tensors  # once: each access unpacks them all, and activation checkpointing allows one
-        _, weight, bias, _, index, _, target_unit, *_, total, _ = saved
-        came_back = gradients_of_vectors(lse_grad, product_grad, length_grad, total, target_unit.shape[:2], ctx.constants[3])
+        _, weight, bias, _, index, *_, total, _ = saved
+        vector_grads = zeros_for_none(came_back[:4], ctx.shapes, total)
         need = ctx.needs_input_grad[:3]
-        grads = negative_lse_backward(*came_back, *saved, *ctx.constants, need[0], need[1] or need[2])
+        grads = negative_lse_backward(*vector_grads, *saved, *ctx.constants, need[0], need[1] or need[2])
         if index is not None:
             grads = grads[0], *(_in_rows(index, grad, of) for grad, of in zip(grads[1:], (weight, bias), strict=True))
         return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *ctx.no_grads
 
 
-LIBRARY.impl("negative_lse", _NegativeLse.apply, "Autograd")
+_differentiable(negative_lse, _NegativeLse)
 
 
 def _in_rows(index, grad, of):
@@ -265,7 +279,7 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-library.register_autograd("cosface_kernels::negative_lse_backward", _no_second_derivative)
+library.register_autograd("cosface_kernels::negative_lse_backward", _no_second_derivative, lib=LIBRARY)
 
 
 @_registered
@@ -280,7 +294,7 @@ def margin_losses(
         return backends.choose(backend, lse.device, lse.dtype).row_functions.losses(lse, logit, counted, scale, reduction)
 
 
-@library.register_fake("cosface_kernels::margin_losses")
+@library.register_fake("cosface_kernels::margin_losses", lib=LIBRARY)
 def _(lse, logit, counted, scale, reduction, backend):
     return lse.new_empty(lse.shape if reduction == "none" else ()), torch.empty_like(lse)
 
@@ -292,21 +306,32 @@ class _MarginLosses(torch.autograd.Function):
             losses, slope = margin_losses(*inputs)
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(slope, inputs[2])
-        ctx.scale = inputs[3]
+        lse, logit, counted, ctx.scale, *_ = inputs
+        ctx.save_for_backward(slope, counted, lse, logit)
         return losses, slope
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         if grad is None:
             return (None,) * 6
-        slope, counted = ctx.saved_tensors
+        slope, counted, lse, logit = ctx.saved_tensors
         lse_grad = torch.where(counted, grad * slope, slope)  # where grad may be infinite and slope is 0
+        if torch.is_grad_enabled():
+            lse_grad = _FirstDerivative.apply(lse_grad, lse, logit)
         return lse_grad, -ctx.scale * lse_grad, None, None, None, None
 
 
-LIBRARY.impl("margin_losses", _MarginLosses.apply, "Autograd")
+class _FirstDerivative(torch.autograd.Function):
+    """A gradient, which depends on what else is given in a way that is not known."""
+
+    @staticmethod
+    def forward(ctx, grad, *_):
+        return grad.view_as(grad)
+
+    backward = staticmethod(_no_second_derivative)
+
+
+_differentiable(margin_losses, _MarginLosses)
 
 
 @library.custom_op("cosface_kernels::sample_classes", mutates_args=())

@@ -175,7 +175,9 @@ class _Fused(torch.optim.Optimizer):
         device = factors[0].unit.device if factors else None
         found = getattr(self, "found_inf", None)
         flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
-        flags += [tensor.isfinite().all() for f in factors for tensor in (f.unit, f.total, *f.gradients())]
+        for f in factors:  # the product with x̃ of what came back for x̃·w̃_y is a part of the gradient
+            product = f.product_grad * f.unit.abs().amax(1, keepdim=True)
+            flags += [tensor.isfinite().all() for tensor in (product, f.total, f.lse_grad, f.length_grad)]
         finite = torch.stack(flags).all() if flags else torch.tensor(True)
         return self._on_all_ranks(finite)
 

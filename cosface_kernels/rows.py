@@ -3,10 +3,14 @@
     enter             x̃,  w̃_{y_n},  x̃_n·w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b)
                       with a bias
     losses            softplus(lse - s logit), reduced
-    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + what came back for x̃·w̃_y
-    weight_factors    what the slabs of dW are made of: row_scale = g / total, and what came back for w̃_{y_n}, row by row
+    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + what came back for ‖x̃‖ times x̂
+    weight_factors    what the slabs of dW are made of: row_scale = g / total, and p x̃_n + what came back for ‖w̃_y‖ times ŵ_{y_n},
+                      row by row
 
-They are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own for cosines.
+g and p are the gradients of a row's lse and of x̃_n·w̃_{y_n}.
+
+These functions are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own, of
+which only `losses` has to do for anything but cosines.
 """
 
 import torch
@@ -42,9 +46,12 @@ def needs_target(labels, ignore_index, foreign_index):
     return needed if foreign_index is None else needed & (labels != foreign_index)
 
 
-def x_gradient(lse_grad, product_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
-    """dx (N, D), its shape, in dtype from the gradients of lse (N,) and of the products (N, K)."""
-    grad = ((scale * lse_grad)[:, None] * pull + (product_grad[:, :, None] * target_unit).sum(1))[:, : shape[1]]
+def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
+    """dx (N, D), its shape, in dtype from the gradients of lse (N,), of the products (N, K) and of ‖x̃‖ (N,), or (0,)."""
+    grad = (scale * lse_grad)[:, None] * pull + (product_grad[:, :, None] * target_unit).sum(1)
+    if len(length_grad):
+        grad = grad + length_grad[:, None] * F.normalize(unit)
+    grad = grad[:, : shape[1]]
     unit = unit[:, : shape[1]]
     grad = project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad)
     return grad.to(dtype).contiguous()  # with a bias a slice
@@ -74,12 +81,16 @@ def losses(lse, logit, counted, scale, reduction):
     exponent = lse - scale * logit
     small = exponent.abs().neg().exp()
     # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy.
-    losses = torch.where(counted, exponent.clamp(min=0) + small.log1p(), 0.0)
+    loss = torch.where(counted, exponent.clamp(min=0) + small.log1p(), 0.0)
     slope = torch.where(counted, torch.where(exponent < 0, small, 1.0) / (1 + small), 0.0)
+    return reduced(loss, counted, reduction), slope / counted.sum().clamp(min=1) if reduction == "mean" else slope
+
+
+def reduced(values, counted, reduction):
+    """One number for each row, 0 where it is not counted (N,), as reduction says."""
     if reduction == "none":
-        return losses, slope
-    count = counted.sum().clamp(min=1) if reduction == "mean" else 1
-    return losses.sum() / count, slope / count
+        return values
+    return values.sum() / counted.sum().clamp(min=1) if reduction == "mean" else values.sum()
 
 
 def _targets(labels, table, ignore_index):

@@ -114,6 +114,8 @@ def calls():
     for dtype, bias in itertools.product(DTYPES, (False, True)):
         yield Call(size=512, dtypes=(dtype, dtype), margin=margins.Softmax(), bias=bias)
     yield Call(ignore_index=2**40)
+    for reduction in ("sum", "none"):
+        yield Call(reduction=reduction)
     yield _fused_optimiser
     # SEARCH_STEPS, and tables of one class and with a last slab of one.
     for num_rows in (0, *(2**exponent for exponent in range(17))):
@@ -146,6 +148,7 @@ class Call(NamedTuple):
     centers_per_class: int = 1
     scale: float | None = None
     ignore_index: int = -100
+    reduction: str = "mean"
 
     def __call__(self):
         layout = self.layout or (lambda tensor: tensor)
@@ -153,14 +156,14 @@ class Call(NamedTuple):
         features = layout(torch.ones(self.num_rows, self.size, dtype=self.dtypes[0])).requires_grad_(not self.frozen)
         weight = layout(torch.ones(rows, self.size, dtype=self.dtypes[1])).requires_grad_()
         labels = layout(torch.arange(self.num_rows) % self.num_classes)
-        names = ("margin", "centers_per_class", "scale", "ignore_index")
+        names = ("margin", "centers_per_class", "scale", "ignore_index", "reduction")
         options = {name: getattr(self, name) for name in names}
         if self.bias:
             options["bias"] = torch.ones(rows, dtype=self.dtypes[1], requires_grad=True)
         torch.backends.cuda.matmul.fp32_precision = self.precision
         with torch.autocast("cpu", BFLOAT16, enabled=self.autocast):
             loss = margin_softmax_loss(features, weight, labels, memory_budget=0, backend="triton", **options)
-        loss.backward()
+        loss.sum().backward()
 
 
 def _fused_optimiser():

@@ -9,7 +9,7 @@ from rounding import assert_close, draw, tolerance
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from cosface_kernels import cosface_loss, cosine_lse, reference
+from cosface_kernels import cosface_loss, cosine_lse, margin_softmax_loss, margins, reference
 
 ALL = 2**40  # bytes: keep every slab
 
@@ -62,6 +62,33 @@ def test_second_derivative_raises(learned, differentiated, function, device):
     with pytest.raises(RuntimeError, match=r"first derivatives only.*cosface_kernels\.reference"):
         first = torch.autograd.grad(losses, [tensors[name] for name in differentiated.split()], create_graph=True)
         sum(gradient.square().sum() for gradient in first).backward()
+
+
+@pytest.mark.parametrize("differentiated", ["margin", "features"])
+def test_second_derivative_by_a_learned_margin_raises(differentiated, device):
+    """It would not come back through the table's operator, which alone would let it pass in silence."""
+    features, weight, labels = draw(device)
+    features.requires_grad_()
+    margin = Learned(torch.tensor(0.3, device=device, requires_grad=True))
+    loss = margin_softmax_loss(features, weight, labels, margin=margin)
+    (first,) = torch.autograd.grad(loss, margin.m, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"first derivatives only.*cosface_kernels\.reference"):
+        torch.autograd.grad(first, margin.m if differentiated == "margin" else features)
+
+
+def test_results_may_be_changed_in_place(backend, device):
+    features, weight, labels = leaves(device, torch.float32)
+    lse, cosine = cosine_lse(features, weight, labels, backend=backend)
+    (lse.mul_(2) - cosine.clamp_(-0.5, 0.5)).sum().backward()
+    assert features.grad.isfinite().all() and features.grad.any()
+
+
+class Learned(margins.Margin):
+    def __init__(self, m):
+        self.m = m
+
+    def psi(self, cosine):
+        return cosine - self.m.square()
 
 
 def test_backward_twice_through_one_graph(device):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
 
 from cosface_kernels import margin_softmax_loss, plan, reference
-from cosface_kernels.margins import CosFace, NormSoftmax, Softmax
+from cosface_kernels.margins import CosFace, LSoftmax, NormSoftmax, Softmax
 
 # (N, rows of the table, D). 522 rows: slabs of 128, or of 384 for three centres, the last one short; 67 rows: one past a tile.
 # D is not small: the rounding of operands, which both have, would decide who is nearer.
@@ -151,6 +151,24 @@ def test_nearest_centre_of_flat_logits(backend, device, autocast):
     ours, plain = losses(Softmax(), 1.0, centers_per_class=3)
     inputs = [(x, 1e-3 * w, y) for x, w, y in whole_classes(draws("uniform", (67, 522, 70), *[torch.float32] * 2), 3)]
     check_rule(partial(ours, backend=backend), plain, inputs, device=device, scale=1.0, autocast=autocast)
+
+
+def test_raw_features_of_16_bits(backend, device):
+    """Near its class LSoftmax's gradient is a small difference of two large ones, by the product and by ‖x‖: rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(300, 64, generator=generator).to(device)
+    labels = torch.arange(60, device=device)
+    features = (weight[:60] + 0.02 * torch.randn(60, 64, generator=generator).to(device)).bfloat16()
+
+    def gradient(features, backend):
+        weights = weight.to(torch.promote_types(features.dtype, torch.float32))
+        loss = partial(margin_softmax_loss, margin=LSoftmax(4), scale=0.05, reduction="sum", backend=backend)
+        return evaluate(loss, features, weights, labels, torch.ones((), device=device))[1].double()
+
+    exact = gradient(features.double(), "torch")
+    found = gradient(features, backend)
+    errors = (found - exact).norm(dim=1) / exact.norm(dim=1)
+    assert errors.max() < 2**-7, errors.max()
 
 
 def test_rows_of_zeros_keep_their_gradient(backend, device):

@@ -34,6 +34,7 @@ OP_CASES = {
     "bias": (torch.float32, ALL, True, True),
     "centres": (torch.bfloat16, 2 * 7 * 384 * 2, True, True),
     "raw": (torch.bfloat16, 0, True, True),
+    "raw centres": (torch.float32, 0, True, True),
     "sampled": (torch.float32, 7 * 128 * 4, True, True),
     "sampled, frozen weight": (torch.bfloat16, 0, True, False),
     "sampled with a bias": (torch.float64, ALL, True, True),
@@ -41,6 +42,7 @@ OP_CASES = {
 }
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
 FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}
+FORMS |= {"raw centres": (False, False, 3)}
 FORMS |= {"sampled with a bias": FORMS["bias"], "sampled centres": FORMS["centres"]}
 
 
@@ -76,8 +78,9 @@ def test_opcheck_backward(case, device, transposed):
         x, weight, bias, labels, index, *constants, foreign_index = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
         inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index
-        lse, product, length, *saved = negative_lse(*inputs, *constants, foreign_index)
-        gradients = [torch.ones_like(vector) for vector in (lse, product, length)]
+        output = negative_lse(*inputs, *constants, foreign_index)
+        vectors, saved = output[:4], output[4:]
+        gradients = [torch.ones_like(vector) for vector in vectors]
         library.opcheck(negative_lse_backward, (*gradients, *inputs, *saved, *constants))
 
 

@@ -320,6 +320,17 @@ def test_not_finite_changes_nothing(bad, device, path):
         assert optimizer.skipped_steps == 1 and not torch.equal(head.weight, before[0]["weight"])
 
 
+def test_overflow_in_the_target_s_share_changes_nothing(device, path):
+    """Of features and an upstream gradient that are each finite."""
+    head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=Softmax(), device=device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    before = head.weight.clone()
+    (features, labels), *_ = batches(1, device)
+    (head(features.float() * 1e20, labels) * 1e20).backward()
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and torch.equal(head.weight, before)
+
+
 def scaled_steps(device, head, table_optimizer, overflow_at=None, **scaler_options):
     torch.manual_seed(1)
     backbone = torch.nn.Linear(SIZE, SIZE, device=device)

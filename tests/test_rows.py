@@ -41,7 +41,8 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     assert_close(ours, plain)
     _, unit, inverse_norm, target_unit, product = plain
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
-    arguments = inverse_norm.cos(), product.cos(), unit, target_unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
+    gradients = inverse_norm.cos(), product.cos(), unit.new_empty(0)
+    arguments = *gradients, unit, target_unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
     assert_close([kernels.x_gradient(*arguments)], [rows.x_gradient(*arguments)])
 
 
@@ -74,7 +75,7 @@ def dense(classes, sums):
 @pytest.mark.parametrize("num_rows", [0, 1, 1500])
 def test_losses(device, kernels, num_rows, reduction):
     """1500: past the rows that the kernel holds at once. Exponents from converged to hopeless, and none at all."""
-    exponent = torch.linspace(-87, 87, max(num_rows, 3), device=device)[:num_rows]
+    exponent = torch.linspace(-80, 80, max(num_rows, 3), device=device)[:num_rows]
     logit = torch.full_like(exponent, 0.25)
     lse, counted = exponent + 64 * logit, torch.arange(num_rows, device=device) % 7 != 3
     lse[5::100], lse[3::70] = -torch.inf, torch.nan  # of a table of one class; of rows that are ignored

@@ -348,13 +348,13 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
     constants = scale, -100, *raw, torch.float32, 0, backend, True, True
     inputs = features, weight, bias, labels, index
     with torch.no_grad(), Sizes() as forward:
-        lse, product, length, *saved = ops.negative_lse.implementation(*inputs, *constants, None)
+        output = ops.negative_lse.implementation(*inputs, *constants, None)
     slab = 384 if centers == 3 else 128
     # A bias is one more column, and columns are padded to 64, or 128.
     assert max(forward.sizes) <= slab * 128 < len(index) * 64
     with torch.no_grad(), Sizes() as backward:
-        gradients = [torch.ones_like(vector) for vector in (lse, product, length)]
-        ops.negative_lse_backward.implementation(*gradients, *inputs, *saved, *constants)
+        gradients = [torch.ones_like(vector) for vector in output[:4]]
+        ops.negative_lse_backward.implementation(*gradients, *inputs, *output[4:], *constants)
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
 
 

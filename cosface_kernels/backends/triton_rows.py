@@ -1,5 +1,6 @@
-"""The functions of rows.py, for cosines with one row to a class, in five launches, one kernel each but for weight_factors' two:
-at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long as the slabs.
+"""The functions of rows.py, all but `losses` for cosines with one row to a class, in five launches, one kernel each but for
+weight_factors' two: at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long
+as the slabs.
 
     enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n}, x̂_n·ŵ_{y_n} and the target from raw features, table and labels
     reduce_losses       softplus(lse - s logit) and its derivative, reduced
@@ -30,8 +31,10 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign
     assert normalize_features and table.normalize and table.centers == 1
     (num_rows, size), weight = x.shape, table.weight
     targets = torch.empty(num_rows, dtype=torch.int64, device=x.device)
-    inverse_norm, product = (torch.empty(num_rows, dtype=wide, device=x.device) for _ in range(2))
-    unit, target_unit = (torch.empty(num_rows, size, dtype=wide, device=x.device) for _ in range(2))
+    inverse_norm = torch.empty(num_rows, dtype=wide, device=x.device)
+    product = torch.empty(num_rows, 1, dtype=wide, device=x.device)
+    unit = torch.empty(num_rows, size, dtype=wide, device=x.device)
+    target_unit = torch.empty(num_rows, 1, size, dtype=wide, device=x.device)
     foreign_index = ignore_index if foreign_index is None else foreign_index
     _launch(
         enter_rows,
@@ -40,7 +43,7 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign
         (x, weight, labels, targets, inverse_norm, product, unit, target_unit),
         (len(weight), ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
     )
-    return targets, unit, inverse_norm, target_unit[:, None], product[:, None]
+    return targets, unit, inverse_norm, target_unit, product
 
 
 def losses(lse, logit, counted, scale, reduction):
@@ -56,8 +59,9 @@ def losses(lse, logit, counted, scale, reduction):
     return loss, slope
 
 
-def x_gradient(lse_grad, product_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
+def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
     """See rows.x_gradient."""
+    assert not len(length_grad) or not len(unit)
     x_grad = torch.empty(shape, dtype=dtype, device=unit.device)
     tensors = lse_grad.contiguous(), product_grad.contiguous(), unit, target_unit, inverse_norm, pull, x_grad
     _launch(x_gradient_rows, *unit.shape, tensors, (scale,))
