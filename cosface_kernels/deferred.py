@@ -24,6 +24,7 @@ class Record(NamedTuple):
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     factors: Factors
     versions: list  # of weight, bias and index then
+    trained: tuple  # whether weight and bias needed a gradient
 
 
 class Pending:
@@ -146,7 +147,7 @@ class _Record(torch.autograd.Function):
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(Record(ctx.options, index, factors, [*ctx.versions, *_versions(index)]))
+        found.add(Record(ctx.options, index, factors, [*ctx.versions, *_versions(index)], ctx.needs_input_grad[:2]))
         return (None,) * 12
 
 

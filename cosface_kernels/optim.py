@@ -208,7 +208,11 @@ class _Fused(torch.optim.Optimizer):
             return
         skip = None if known else ~finite
         rounding_step = int(state["rounding_step"])
-        parameters = [None if parameter is None or not parameter.requires_grad else parameter for parameter in (weight, bias)]
+        # As a .grad does, what was recorded counts though its parameter is frozen since.
+        trained = [record.trained for record in records] or [[each is not None and each.requires_grad for each in (weight, bias)]]
+        parameters = [
+            parameter if any(flags) else None for parameter, flags in zip((weight, bias), zip(*trained, strict=True), strict=True)
+        ]
         parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
         if not records:
             return

@@ -195,6 +195,12 @@ def frozen_half_way(head, features, labels):
     head(features[2:].detach(), labels[2:]).backward()
 
 
+def frozen_before_the_step(head, features, labels):
+    head.weight.requires_grad_(True)
+    head(features, labels).backward()
+    head.weight.requires_grad_(False)
+
+
 def trained_features(head, features, labels):
     head(features.requires_grad_(), labels).backward()
 
@@ -229,7 +235,7 @@ WAYS = [
     scale_between_forwards,
     very_different_gradients,
 ]
-WAYS += [nothing_counted, no_rows, frozen_half_way, trained_features, per_row_losses]
+WAYS += [nothing_counted, no_rows, frozen_half_way, frozen_before_the_step, trained_features, per_row_losses]
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
