@@ -102,9 +102,11 @@ class _Fused(torch.optim.Optimizer):
                 deferred.pending(weight).check(weight)
         except (RuntimeError, ValueError) as error:
             failure = error
-        ready = self._on_all_ranks(torch.tensor(failure is None))
-        if failure is not None:
-            raise failure
+        try:
+            ready = self._on_all_ranks(torch.tensor(failure is None))
+        finally:
+            if failure is not None:
+                raise failure
         if not ready:
             raise RuntimeError("another rank cannot make this step, and says why; no rank has made it")
 

@@ -326,6 +326,20 @@ def test_not_finite_changes_nothing(bad, device, path):
         assert optimizer.skipped_steps == 1 and not torch.equal(head.weight, before[0]["weight"])
 
 
+def test_own_error_where_the_ranks_cannot_agree(device, monkeypatch):
+    """A rank that raises is why another one waits: its own error is what it says."""
+
+    def times_out(flag):
+        raise RuntimeError("timed out")
+
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head.weight.grad = torch.zeros_like(head.weight)
+    monkeypatch.setattr(optimizer, "_on_all_ranks", times_out)
+    with pytest.raises(RuntimeError, match="ordinary gradient"):
+        optimizer.step()
+
+
 def test_overflow_in_the_target_s_share_changes_nothing(device, path):
     """Of features and an upstream gradient that are each finite."""
     head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=Softmax(), device=device)
