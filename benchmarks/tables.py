@@ -1,7 +1,7 @@
 """Markdown tables from measured results:  python -m benchmarks.tables FILE.json ...
 
 A file is a report of `cosface bench`, a list of them (--plot), or what `python -m benchmarks.gpu_check`, `benchmarks.training`,
-`benchmarks.identities` or `benchmarks.formats` wrote.
+`benchmarks.identities`, `benchmarks.margins` or `benchmarks.formats` wrote.
 """
 
 import json
@@ -90,7 +90,8 @@ def _ms(seconds):
 
 def _explanation(report):
     rates = [f"{report['ceilings'][name] / 1e12:.3g} in {name}" for name in PRECISIONS if name in report["ceilings"]]
-    yield f"Times plain: the speed of {PLAIN} in float32 is 1. One step: the only one that there was time for."
+    only = " One step: the only one." if any(len(row["seconds"] or ()) == 1 for row in report["rows"]) else ""
+    yield f"Times plain: the speed of {PLAIN} in float32 is 1.{only}"
     yield (
         "TFLOP/s: 6 N C D flops over the time for every peer, but 8 N C D where memory_budget=0 computes the exponentials twice, "
         "and 0.6 N C D where a tenth of the classes is sampled; "
@@ -136,6 +137,10 @@ def text(found):
         from . import identities
 
         return identities.table(found)
+    if "margins" in found:
+        from . import margins
+
+        return margins.table(found)
     if "rows" in found and "shape" not in found:
         from . import formats
 

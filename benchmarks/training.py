@@ -233,6 +233,7 @@ def report(found, environment):
             ratio = _median([other / fused for other, fused in zip(*seconds, strict=True)])
             times = " | ".join(f"{median:.2f}" if median > 0.1 else f"{median:.4f}" for median in map(_median, seconds))
             yield f"| {row['optimizer']} | {times} | {ratio:.2f} x | {theirs:.1f} | {ours:.1f} | {ours / theirs:.0%} |"
+        yield "\nFaster: the median of what each turn's two had as their ratio."
     if "identities" in found:
         yield f"\n| identities, D = {GROWTH_SIZE} | step, ms | ns for each identity |\n| --- | --- | --- |"
         for row in found["identities"]:

@@ -32,12 +32,16 @@ class _HashedFile(io.BufferedWriter):
 
     def __init__(self, path):
         super().__init__(io.FileIO(path, "x"))
-        self.size, self.sha256 = 0, hashlib.sha256()
+        self.size, self.sha256, self.failure = 0, hashlib.sha256(), None
 
     def write(self, data):
         self.sha256.update(data)
         self.size += memoryview(data).nbytes
-        return super().write(data)
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
 
     def close(self):
         try:
@@ -59,8 +63,13 @@ class HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path, mode):
-        with _HashedFile(path) as stream:
-            yield stream
+        try:
+            with _HashedFile(path) as stream:
+                yield stream
+        except RuntimeError:
+            if stream.failure is not None:  # of which torch.save's writer says nothing in its own error
+                raise stream.failure from None
+            raise
         self.written[Path(path).name] = {"size": stream.size, "sha256": stream.sha256.hexdigest()}
 
     def rename(self, path, new_path):

@@ -32,7 +32,7 @@ def _parser():
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     demo = commands.add_parser(
         "demo",
-        help="the paper's toy experiment, then real training steps over one million identities (about two minutes on two cores)",
+        help="the paper's toy experiment, then real training steps over one million identities (under three minutes)",
         description="Two experiments, with figures: the paper's toy experiment (what the margin does to the angles between "
         "identities, on handwritten digits), and real training steps over one million identities beside what plain PyTorch "
         "needs for them. Uses a GPU if there is one.",
@@ -56,7 +56,7 @@ def _parser():
         ("--size", 512, "D, embedding size"),
         ("--repeats", 5, "turns that each peer gets, fewer for a slow one"),
     ):
-        bench.add_argument(flag, type=positive, default=default, metavar="N", help=f"{what} (default: {default})")
+        bench.add_argument(flag, type=plan_report.count, default=default, metavar="N", help=f"{what} (default: {default})")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     bench.add_argument("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")

@@ -4,6 +4,7 @@ dW is fully described by what the operator's backward would be given, (x̃, labe
 its N-vectors. They are additive over batches: those of several backward calls, one below the other, describe the sum.
 """
 
+import warnings
 import weakref
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from .ops import Factors, Options, write_table_gradient, zeros_for_none
 from .plan import SLAB_CLASSES_MAX
 from .table import Table
 
+MANY_RECORDS = 256  # of a table before its optimiser seems forgotten
 _heads = weakref.WeakSet()  # an optimiser is given parameters, and has to know what they are
 
 
@@ -40,6 +42,12 @@ class Pending:
     def add(self, record):
         """Kept exponentials serve a single record: of several, one below the other, they would be another matrix."""
         self.records.append(record)
+        if len(self.records) == MANY_RECORDS:
+            warnings.warn(
+                f"{MANY_RECORDS} backward passes have been recorded for a class table since the last step() or zero_grad() of "
+                "the fused optimiser that trains it: unless so many batches make a step, it is never called",
+                stacklevel=2,
+            )
         if len(self.records) > 1:
             self.records = [_without_kept(each) for each in self.records]
 

@@ -3,13 +3,13 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from . import deferred, validation
 from .margins import CosFace
 from .ops import Options, margin_losses, negative_lse, snapshot
 from .rows import reduced
+from .unit import direction
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -222,7 +222,7 @@ def stateful_loss(
     norm = None
     if margin.needs_norm:
         # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
-        norm = (torch.where(counted[:, None], features, 0.0).to(unit.dtype) * F.normalize(unit)).sum(1)
+        norm = (torch.where(counted[:, None], features, 0.0).to(unit.dtype) * direction(unit)).sum(1)
     if batch is not None:
         largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
         lse, product, target_length = batch.combine(largest, lse, product, target_length)

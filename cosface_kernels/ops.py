@@ -239,15 +239,19 @@ def _differentiable(operator, function):
 class _NegativeLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
+        *inputs, need_x_grad, need_table_grad, foreign_index = inputs
+        # The caller does not see what vmap and torch.export hide.
+        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
+        needs = need_x_grad or for_x, need_table_grad or for_weight or for_bias
         with torch._C._AutoDispatchBelowAutograd():
-            output = negative_lse(*inputs)
+            output = negative_lse(*inputs, *needs, foreign_index)
         x, weight, bias, labels, index, *constants = inputs
         ctx.mark_non_differentiable(*output[4:])
         # Else autograd would hand backward a zero tensor as large as `kept`.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, bias, labels, index, *output[4:])
-        ctx.constants, ctx.shapes = constants[:-3], [vector.shape for vector in output[:4]]
-        ctx.no_grads = [None] * (len(inputs) - 3)
+        ctx.constants, ctx.shapes = constants, [vector.shape for vector in output[:4]]
+        ctx.no_grads = [None] * len(inputs)
         return output
 
     @staticmethod
@@ -269,7 +273,8 @@ def _in_rows(index, grad, of):
     """The gradient of `of` as a sparse tensor whose rows at index are those of grad, the others never being touched."""
     if of is None or grad.shape[0] == 0:  # not needed
         return grad
-    return torch.sparse_coo_tensor(index[None], grad, of.shape, is_coalesced=True, check_invariants=False)
+    # A copy: the index may be the caller's tensor, which the next step's classes are written to.
+    return torch.sparse_coo_tensor(index[None].clone(), grad, of.shape, is_coalesced=True, check_invariants=False)
 
 
 def _no_second_derivative(ctx, *grads):

@@ -40,7 +40,11 @@ class _Fused(torch.optim.Optimizer):
         self.check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._complete:
-            self._attach()
+            try:
+                self._attach()
+            except ValueError:
+                self.param_groups.pop()
+                raise
 
     def check_options(self, options):
         """Raises for options of a group, whether given here or loaded, that cannot be."""
@@ -163,7 +167,8 @@ class _Fused(torch.optim.Optimizer):
             if head is None:
                 raise ValueError(
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
-                    f"like, but was given one of shape {tuple(parameter.shape)} that is none: it needs another optimiser"
+                    f"like, but was given one of shape {tuple(parameter.shape)} that is none, or whose head no longer exists: it "
+                    "needs another optimiser"
                 )
             _check_rows(parameter, self._group_of(parameter), {})
             if any(id(other) not in known for other in head.parameters()):

@@ -18,6 +18,7 @@ HEADS = {True: "CosFaceLoss", False: "ShardedCosFaceLoss"}
 OPTIMIZERS = {
     "sgd": 'FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format="{}")',
     "adamw": 'FusedAdamW(head.parameters(), lr=1e-3, state_format="{}")',
+    "plain-sgd": "FusedSGD(head.parameters(), lr=0.1, weight_decay=5e-4)",
     "torch-sgd": "torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)",
     "torch-adamw": "torch.optim.AdamW(head.parameters(), lr=1e-3)",
 }
@@ -75,6 +76,8 @@ def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices
             devices=number,
             **common,
         )
+        if not planner.STATES[optimizer] and state_format != state_formats[0]:
+            continue  # the same again
         if training.is_fused or (table_format, state_format, sample_rate) == ("float32", "float32", 1.0):
             found.append(training)
     return found

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
-from torch.utils.benchmark import Timer
 
 from . import backends, formats, reuse
 from .functional import _bytes_to_keep
@@ -24,7 +23,7 @@ from .plan import kept_size, slab_rows
 from .table import Table
 
 # Buffers of the table's shape, which the optimiser keeps from step to step.
-STATES = {"sgd": 1, "adamw": 2, "torch-sgd": 1, "torch-adamw": 2}
+STATES = {"sgd": 1, "adamw": 2, "plain-sgd": 0, "torch-sgd": 1, "torch-adamw": 2}
 # Of torch.optim's default steps, in tables of float32: g + λ w; √v and √v / √(1 - β2^t).
 TEMPORARIES = {"torch-sgd": 1, "torch-adamw": 2}
 PRECISIONS = ("bfloat16", "float32")
@@ -44,7 +43,7 @@ class Training(NamedTuple):
     identities: int
     dim: int
     batch: int  # N, the rows of all devices together
-    optimizer: str = "sgd"  # a key of STATES; SGD with momentum
+    optimizer: str = "sgd"  # a key of STATES; SGD with momentum but for plain-sgd
     table_format: str = "float32"
     state_format: str = "float32"
     sample_rate: float = 1.0
@@ -210,5 +209,7 @@ def _step(identities, dim, batch, device, precision):
 
 
 def _best_seconds(statement, **names):
+    from torch.utils.benchmark import Timer  # it imports setuptools, which is not everywhere
+
     timer = Timer(statement, globals=names, num_threads=torch.get_num_threads())
     return min(timer.blocked_autorange(min_run_time=0.3).median for _ in range(4))

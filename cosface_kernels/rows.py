@@ -14,9 +14,8 @@ which only `losses` has to do for anything but cosines.
 """
 
 import torch
-import torch.nn.functional as F
 
-from .unit import project, unit_rows
+from .unit import direction, project, unit_rows
 
 
 def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
@@ -50,7 +49,7 @@ def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_n
     """dx (N, D), its shape, in dtype from the gradients of lse (N,), of the products (N, K) and of ‖x̃‖ (N,), or (0,)."""
     grad = (scale * lse_grad)[:, None] * pull + (product_grad[:, :, None] * target_unit).sum(1)
     if len(length_grad):
-        grad = grad + length_grad[:, None] * F.normalize(unit)
+        grad = grad + length_grad[:, None] * direction(unit)
     grad = grad[:, : shape[1]]
     unit = unit[:, : shape[1]]
     grad = project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad)
@@ -69,8 +68,8 @@ def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labe
     rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
     unit_grad = product_grad[:, :, None] * unit[:, None]
     if not table.normalize:
-        direction = F.normalize(table.gathered(rows.clamp(min=0), unit.dtype)).view(unit_grad.shape)
-        unit_grad = unit_grad + length_grad[:, :, None] * direction
+        target_rows = table.gathered(rows.clamp(min=0), unit.dtype).view(unit_grad.shape)
+        unit_grad = unit_grad + length_grad[:, :, None] * direction(target_rows)
     rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)
     sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
     return targets, row_scale, scale / power, rows, sums

@@ -1,6 +1,7 @@
 """Unit rows at any magnitude, in plain differentiable PyTorch, and the gradient written out for where autograd is not."""
 
 import torch
+import torch.nn.functional as F
 
 # Below this norm a row has no direction: its unit vector and its gradient are zero (reference.unit_rows does the same).
 TINY_NORM = 1e-12
@@ -18,6 +19,11 @@ def unit_rows(rows):
     length = torch.where(largest == 0, 1.0, scaled.square().sum(1, keepdim=True)).sqrt()
     tiny = length * largest < TINY_NORM
     return torch.where(tiny, 0.0, scaled / length), torch.where(tiny, 0.0, 1.0 / (length * divisor))
+
+
+def direction(rows):
+    """rows / ‖rows‖, the derivative of a row's length, however short; zero for a row of zeros."""
+    return F.normalize(rows, dim=-1, eps=torch.finfo(rows.dtype).tiny)
 
 
 def project(unit, inverse_norm, unit_grad):

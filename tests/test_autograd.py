@@ -76,6 +76,19 @@ def test_second_derivative_by_a_learned_margin_raises(differentiated, device):
         torch.autograd.grad(first, margin.m if differentiated == "margin" else features)
 
 
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_vmap_hides_that_a_gradient_is_needed(num_rows, backend, device):
+    features, weight, labels = draw(device, torch.float32)
+    features, labels = features[: 2 * num_rows].requires_grad_(), labels[: 2 * num_rows]
+    weight.requires_grad_()
+    losses = partial(cosface_loss, reduction="none", backend=backend)
+    expected = torch.autograd.grad(losses(features, weight, labels).sum(), (features, weight))
+    batched = torch.func.vmap(lambda x, y: losses(x, weight, y))
+    found = batched(features.unflatten(0, (2, num_rows)), labels.unflatten(0, (2, num_rows)))
+    for one, other in zip(torch.autograd.grad(found.sum(), (features, weight)), expected, strict=True):
+        assert_close(one, other.double(), tolerance(torch.float32))
+
+
 def test_results_may_be_changed_in_place(backend, device):
     features, weight, labels = leaves(device, torch.float32)
     lse, cosine = cosine_lse(features, weight, labels, backend=backend)

@@ -94,6 +94,10 @@ def test_killed_at_any_point_and_full_disks(tmp_path):
     run("killed_saves", tmp_path)
 
 
+def test_full_disk_under_torchs_writer(tmp_path):
+    run("full_disk_under_torchs_writer", tmp_path)
+
+
 def test_resumed_training_is_the_same_to_the_bit(tmp_path, one_thread):
     wanted = {}
     for name, training in TRAININGS.items():

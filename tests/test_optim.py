@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import warnings
 
 import pytest
 import torch
@@ -326,6 +327,21 @@ def test_not_finite_changes_nothing(bad, device, path):
         assert optimizer.skipped_steps == 1 and not torch.equal(head.weight, before[0]["weight"])
 
 
+def test_forgotten_optimizer_is_said(device, monkeypatch):
+    monkeypatch.setattr(deferred, "MANY_RECORDS", 3)
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    (features, labels), *_ = batches(1, device)
+    said = []
+    for _ in range(4):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            head(features, labels).backward()
+        said.append(any("never called" in str(each.message) for each in found))
+    optimizer.zero_grad()
+    assert said == [False, False, True, False]
+
+
 def test_own_error_where_the_ranks_cannot_agree(device, monkeypatch):
     """A rank that raises is why another one waits: its own error is what it says."""
 
@@ -602,6 +618,8 @@ def test_state_of_another_table_is_refused(device):
 def test_two_heads_and_added_group(device):
     first, second = twins(device, dtype=torch.float64), twins(device, margin=0.2, dtype=torch.float64)
     ours, theirs = FusedSGD(first[0].parameters(), lr=0.5), torch.optim.SGD(first[1].parameters(), lr=0.5)
+    with pytest.raises(ValueError, match="trains class tables alone"):
+        ours.add_param_group({"params": torch.nn.Linear(2, 3, device=device).parameters()})
     ours.add_param_group({"params": second[0].parameters(), "lr": 0.1})
     theirs.add_param_group({"params": second[1].parameters(), "lr": 0.1})
     for which, optimizer in enumerate((ours, theirs)):

@@ -358,6 +358,22 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
 
 
+def test_classes_may_be_refilled_after_backward(device):
+    """Their gradient stays where it was, also where the next one is added."""
+    features, weight, labels = (tensor.to(device) for tensor in make("uniform", 3, 20, 8))
+    weight.requires_grad_()
+    classes, samples = torch.empty(12, dtype=torch.int64, device=device), []
+    for start in (0, 8):
+        samples.append(torch.arange(start, start + 12, device=device))
+        classes.copy_(samples[-1])
+        cosface_loss(features, weight, classes[labels % 12].clone(), classes=classes).backward()
+    found = weight.grad.to_dense()
+    weight.grad = None
+    for sample in samples:
+        cosface_loss(features, weight, sample[labels % 12], classes=sample).backward()
+    assert torch.equal(found, weight.grad.to_dense())
+
+
 def test_auto_budget_is_at_most_the_sampled_gradient(device):
     """One slab of 30 x 128 numbers: the gradient of 256 rows of 16 takes a little more; that of all 512 would be two."""
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 30, 512, 16))
