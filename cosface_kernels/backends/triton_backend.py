@@ -55,19 +55,19 @@ def forward(x, table, targets, plan, *, need_pull):
     pull_sum = None
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
-        e = plan.kept_view(kept, index, num_rows, len(unit))
+        e = plan.kept_view(kept, index, num_rows, unit.shape[0])
         if e is None and need_pull:
-            e = slab.scratch(len(unit))
+            e = slab.scratch(unit.shape[0])
         slab.exponentials(unit, start, stop, shift, partial, store=e)
         first, last = start == 0, stop == table.num_rows
         if last and num_rows:
             triton_kernels.finish_sums[(ceil_div(num_rows, FINISH_BLOCKS["BLOCK_N"]),)](
-                partial, shift, lse, total, num_rows, len(partial), **FINISH_BLOCKS
+                partial, shift, lse, total, num_rows, partial.shape[0], **FINISH_BLOCKS
             )
         if need_pull and num_rows:
             if first and not last:
                 pull_sum = torch.empty(pull.shape, dtype=torch.float64, device=x.device)
-            parts = in_parts(e, unit[:, :size], pull_parts(num_rows, size, len(unit)))
+            parts = in_parts(e, unit[:, :size], pull_parts(num_rows, size, unit.shape[0]))
             triton_kernels.add_pull[(ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)](
                 parts,
                 pull_sum,
@@ -75,7 +75,7 @@ def forward(x, table, targets, plan, *, need_pull):
                 pull if last else None,
                 pull.numel(),
                 size,
-                PARTS=len(parts),
+                PARTS=parts.shape[0],
                 FIRST=first,
                 LAST=last,
                 **PULL_BLOCK,
@@ -106,12 +106,12 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
             out,
             stop - start,
             size,
-            len(target_rows),
+            target_rows.shape[0],
             start,
             *rows.stride(),
             grad.shape[1],
             NORMALIZE=table.normalize,
-            SEARCH_STEPS=len(target_rows).bit_length(),
+            SEARCH_STEPS=target_rows.shape[0].bit_length(),
             **blocks,
         )
         gradient.put(start, stop, out)
@@ -129,8 +129,8 @@ class _Slab:
     def scratch(self, width):
         """(N, width) exponentials of a slab that is not kept."""
         if self._scratch is None:
-            self._scratch = self.low.new_empty(len(self.low) * self.plan.slab)
-        return self._scratch[: len(self.low) * width].view(len(self.low), width)
+            self._scratch = self.low.new_empty(self.low.shape[0] * self.plan.slab)
+        return self._scratch[: self.low.shape[0] * width].view(self.low.shape[0], width)
 
     def unit(self, start, stop):
         """w̃ of the table's rows start .. stop, with zero rows up to an aligned number of them."""
@@ -156,7 +156,7 @@ class _Slab:
     def partial(self):
         """(tiles, N) where `exponentials` adds up row sums over the slabs. The first slab fills it: no other has more tiles."""
         class_tiles = ceil_div(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
-        return torch.empty(class_tiles, len(self.low), dtype=torch.float64, device=self.low.device)
+        return torch.empty(class_tiles, self.low.shape[0], dtype=torch.float64, device=self.low.device)
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Row sums of E into `partial`; E into `store` (N, width) if given, zero past `stop`."""
@@ -164,7 +164,7 @@ class _Slab:
             self._launch(unit, start, stop, shift, partial, store)
             return
         # Each class's nearest centre alone, which needs all exponents in float32 first.
-        exponents = torch.empty(len(self.low), len(unit), dtype=torch.float32, device=self.low.device)
+        exponents = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
         self._launch(unit, start, stop, None, torch.empty_like(partial), exponents, maximum=True)
         e = centers.exponentials(exponents[:, : stop - start], shift, self.table.centers, 1)
         if start == 0:
@@ -179,8 +179,8 @@ class _Slab:
         self._launch(unit, start, stop, None, partial, None, maximum=True)
 
     def _launch(self, unit, start, stop, shift, partial, store, maximum=False):
-        num_rows, config = len(self.low), self.config
-        class_tiles = ceil_div(len(unit), config["BLOCK_C"])
+        num_rows, config = self.low.shape[0], self.config
+        class_tiles = ceil_div(unit.shape[0], config["BLOCK_C"])
         if num_rows:
             triton_kernels.exponentials[(ceil_div(num_rows, config["BLOCK_N"]) * class_tiles,)](
                 self.low,
@@ -194,7 +194,7 @@ class _Slab:
                 unit.shape[1],
                 start,
                 self.plan.log2_scale,
-                len(unit),
+                unit.shape[0],
                 STORE=store is not None,
                 MAXIMUM=maximum,
                 CENTERS=self.table.centers,
@@ -220,7 +220,7 @@ def _shift(slab, plan, num_rows):
 def _padded(rows, dtype, row_scale=None):
     """rows, times row_scale, in dtype, with zero columns up to a multiple of D_ALIGNMENT."""
     padding = -rows.shape[1] % D_ALIGNMENT
-    padded = (torch.zeros if padding else torch.empty)(len(rows), rows.shape[1] + padding, dtype=dtype, device=rows.device)
+    padded = (torch.zeros if padding else torch.empty)(rows.shape[0], rows.shape[1] + padding, dtype=dtype, device=rows.device)
     inside = padded[:, : rows.shape[1]]
     if row_scale is None:
         inside.copy_(rows)

@@ -41,14 +41,14 @@ def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign
         num_rows,
         size,
         (x, weight, labels, targets, inverse_norm, product, unit, target_unit),
-        (len(weight), ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
+        (weight.shape[0], ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
     )
     return targets, unit, inverse_norm, target_unit, product
 
 
 def losses(lse, logit, counted, scale, reduction):
     """See rows.losses. One program goes over all rows: N numbers, of which it makes one."""
-    num_rows, is_reduced = len(lse), reduction != "none"
+    num_rows, is_reduced = lse.shape[0], reduction != "none"
     loss, slope = lse.new_empty(() if is_reduced else num_rows), torch.empty_like(lse)
     reduce_losses[(1,)](
         *(lse.contiguous(), logit.contiguous(), counted.contiguous().view(torch.uint8), loss, slope, num_rows, scale),
@@ -61,7 +61,7 @@ def losses(lse, logit, counted, scale, reduction):
 
 def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
     """See rows.x_gradient."""
-    assert not len(length_grad) or not len(unit)
+    assert not length_grad.shape[0] or not unit.shape[0]
     x_grad = torch.empty(shape, dtype=dtype, device=unit.device)
     tensors = lse_grad.contiguous(), product_grad.contiguous(), unit, target_unit, inverse_norm, pull, x_grad
     _launch(x_gradient_rows, *unit.shape, tensors, (scale,))
@@ -86,7 +86,7 @@ def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labe
             row_scale,
             unscale,
             num_rows,
-            len(weight),
+            weight.shape[0],
             ignore_index,
             labels.stride(0),
             scale,
