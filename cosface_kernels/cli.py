@@ -56,7 +56,8 @@ def _parser():
         ("--size", 512, "D, embedding size"),
         ("--repeats", 5, "turns that each peer gets, fewer for a slow one"),
     ):
-        bench.add_argument(flag, type=plan_report.count, default=default, metavar="N", help=f"{what} (default: {default})")
+        kind = positive if flag == "--repeats" else plan_report.count
+        bench.add_argument(flag, type=kind, default=default, metavar="N", help=f"{what} (default: {default})")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
     bench.add_argument("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")

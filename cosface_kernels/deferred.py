@@ -41,13 +41,13 @@ class Pending:
 
     def add(self, record):
         """Kept exponentials serve a single record: of several, one below the other, they would be another matrix."""
-        self.records.append(record)
-        if len(self.records) == MANY_RECORDS:
+        if len(self.records) + 1 == MANY_RECORDS:
             warnings.warn(
                 f"{MANY_RECORDS} backward passes have been recorded for a class table since the last step() or zero_grad() of "
                 "the fused optimiser that trains it: unless so many batches make a step, it is never called",
                 stacklevel=2,
             )
+        self.records.append(record)
         if len(self.records) > 1:
             self.records = [_without_kept(each) for each in self.records]
 
@@ -58,6 +58,11 @@ class Pending:
                 "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
                 "head may depend on the table, and the head cannot be in DistributedDataParallel (ShardedCosFaceLoss is for "
                 "several ranks); and the optimiser must be there before the forward pass. Set weight.grad = None"
+            )
+        if len({record.trained for record in self.records}) > 1:
+            raise RuntimeError(
+                "the weight or the bias was frozen for some of the backward passes since the last step and not for others: make "
+                "a step, or call zero_grad, before requires_grad changes"
             )
         if any(record.versions != _versions(weight, self.bias, record.index) for record in self.records):
             raise RuntimeError(

@@ -285,9 +285,8 @@ def _negatives_and_target(
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
     _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = class_indices(labels), int(ignore_index)
-    grad_mode = torch.is_grad_enabled()
     parameters = (weight, bias) if parameters is None else parameters
-    trained = grad_mode and any(each is not None and each.requires_grad for each in parameters)
+    trained = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
     recorded = trained and deferred.pending(parameters[0]) is not None
     options = Options(
         *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
@@ -301,8 +300,8 @@ def _negatives_and_target(
         labels,
         index,
         *options,
-        grad_mode and features.requires_grad,
-        trained,
+        False,  # what needs a gradient is seen by the operator, but for a table that is detached
+        recorded,
         foreign_index,
     )
     if recorded:

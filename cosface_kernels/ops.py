@@ -21,8 +21,6 @@ from .plan import kept_size, make_plan, wide_dtype
 from .table import Table, TableGradient
 
 LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
-# Not dispatched to inside the operators, which choose their precision: torch.autocast(enabled=False), at a tenth of its time.
-AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
 
 
 class Options(NamedTuple):
@@ -104,7 +102,7 @@ def negative_lse(
     plan = make_plan(x, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_table_grad, cosines=cosines)
     chosen = backends.choose(backend, x.device, dtype)
     functions = _row_functions(chosen, table, normalize_features)
-    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST), torch.cuda.device_of(x):
+    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         targets, unit, inverse_norm, target_unit, product = functions.enter(
             x, table, labels, ignore_index, plan.wide, normalize_features, foreign_index
         )
@@ -180,7 +178,7 @@ def negative_lse_backward(
     """
     table = Table(weight, bias, normalize_weight, centers, index)
     x_grad, weight_grad, bias_grad = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
-    with torch._C._ExcludeDispatchKeyGuard(AUTOCAST), torch.cuda.device_of(x):
+    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         if need_x_grad:
             functions = _row_functions(backends.choose(backend, x.device, dtype), table, normalize_features)
             x_grad = functions.x_gradient(
@@ -208,7 +206,8 @@ def write_table_gradient(gradient, table, factors, options):
     targets, row_scale, unscale, target_rows, target_sums = functions.weight_factors(
         lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale
     )
-    chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
+    with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
+        chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
 
 
 @library.register_fake("cosface_kernels::negative_lse_backward", lib=LIBRARY)
@@ -242,7 +241,7 @@ class _NegativeLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         *inputs, need_x_grad, need_table_grad, foreign_index = inputs
-        # The caller does not see what vmap and torch.export hide.
+        # Here it is known what vmap and torch.export hide from the caller.
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         needs = need_x_grad or for_x, need_table_grad or for_weight or for_bias
         with torch._C._AutoDispatchBelowAutograd():

@@ -108,9 +108,11 @@ class _Fused(torch.optim.Optimizer):
             failure = error
         try:
             ready = self._on_all_ranks(torch.tensor(failure is None))
-        finally:
-            if failure is not None:
-                raise failure
+        except RuntimeError:
+            if failure is None:
+                raise
+        if failure is not None:
+            raise failure
         if not ready:
             raise RuntimeError("another rank cannot make this step, and says why; no rank has made it")
 

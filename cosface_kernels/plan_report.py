@@ -71,14 +71,13 @@ def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices
         training = planner.Training(
             optimizer=optimizer,
             table_format=table_format,
-            state_format=state_format,
+            state_format=state_format if planner.STATES[optimizer] else "float32",
             sample_rate=sample_rate,
             devices=number,
             **common,
         )
-        if not planner.STATES[optimizer] and state_format != state_formats[0]:
-            continue  # the same again
-        if training.is_fused or (table_format, state_format, sample_rate) == ("float32", "float32", 1.0):
+        takes_any = training.is_fused or (table_format, state_format, sample_rate) == ("float32", "float32", 1.0)
+        if takes_any and training not in found:
             found.append(training)
     return found
 
@@ -204,7 +203,8 @@ def _recommendation(steps, memory, process, ceilings):
 def describe(training):
     """In words, but for the devices."""
     sampled = "all classes" if training.sample_rate == 1 else f"{training.sample_rate:.3g} of the classes in a step"
-    return f"{training.optimizer} with a {training.table_format} table, {training.state_format} state and {sampled}"
+    state = f", {training.state_format} state" if planner.STATES[training.optimizer] else ""
+    return f"{training.optimizer} with a {training.table_format} table{state} and {sampled}"
 
 
 def _devices(number):

@@ -22,8 +22,9 @@ def unit_rows(rows):
 
 
 def direction(rows):
-    """rows / ‖rows‖, the derivative of a row's length, however short; zero for a row of zeros."""
-    return F.normalize(rows, dim=-1, eps=torch.finfo(rows.dtype).tiny)
+    """rows / ‖rows‖, the derivative of a row's length, however short or long; zero for a row of zeros."""
+    largest = rows.abs().amax(-1, keepdim=True)
+    return F.normalize(rows / torch.where(largest == 0, 1.0, largest), dim=-1)
 
 
 def project(unit, inverse_norm, unit_grad):

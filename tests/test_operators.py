@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 
-from cosface_kernels import cosface_loss, margin_softmax_loss, sample_classes
+from cosface_kernels import CosFaceLoss, cosface_loss, margin_softmax_loss, sample_classes
 from cosface_kernels.margins import Softmax
 
 negative_lse = torch.ops.cosface_kernels.negative_lse.default
@@ -112,6 +112,19 @@ def test_unwritten_memory_reaches_nothing(dtype, memory_budget, device, poisoned
     loss = partial(cosface_loss, memory_budget=memory_budget)
     for tensor in evaluate(loss, *draw(device, dtype), torch.ones((), device=device)):
         assert not tensor.isnan().any()
+
+
+def test_exported_for_features_without_a_gradient(device):
+    """Which they have when the program runs."""
+    features, weight, labels = draw(device, torch.float32, num_rows=5)
+    head = CosFaceLoss(weight.shape[1], len(weight)).to(device)
+    exported = torch.export.export(head, (features, labels)).module()
+    for loss in (exported, head):
+        loss(features.requires_grad_(), labels).backward()
+    first, *others = (tensor.grad for tensor in (features, *exported.parameters(), *head.parameters()))
+    assert torch.equal(*others)
+    (alone,) = torch.autograd.grad(head(features, labels), features)
+    assert_close(first, 2 * alone.double(), tolerance(torch.float32))
 
 
 def can_generate_code():

@@ -342,6 +342,33 @@ def test_forgotten_optimizer_is_said(device, monkeypatch):
     assert said == [False, False, True, False]
 
 
+def test_step_under_autocast(device):
+    """Forward chose the precision: torch's products of a step are not autocast."""
+    found = []
+    for inside in (False, True):
+        head, _ = twins(device, head=MarginSoftmaxLoss, margin=Softmax(), backend="torch", memory_budget=0)
+        optimizer = FusedSGD(head.parameters(), lr=0.5)
+        (features, labels), *_ = batches(1, device)
+        head(features, labels).backward()
+        with torch.autocast(device.type, torch.bfloat16, enabled=inside):
+            optimizer.step()
+        found.append(head.weight.detach())
+    assert torch.equal(*found)
+
+
+def test_bias_frozen_between_two_backward_passes(device):
+    head, _ = twins(device, head=MarginSoftmaxLoss, margin=Softmax(), bias=True)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    (features, labels), *_ = batches(1, device)
+    head(features, labels).backward()
+    head.bias.requires_grad_(False)
+    head(features, labels).backward()
+    before = head.weight.clone()
+    with pytest.raises(RuntimeError, match="frozen for some of the backward passes"):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
+
+
 def test_own_error_where_the_ranks_cannot_agree(device, monkeypatch):
     """A rank that raises is why another one waits: its own error is what it says."""
 

@@ -246,10 +246,11 @@ def test_recommended_code_runs(capsys):
 def test_hundred_million_without_momentum(capsys):
     """In bfloat16 they fit one H200; a state format would be the same row again."""
     command = ["plan", "--identities", "100M", "--dim", "512", "--batch", "1024", "--memory", "141GB", "--device", "cuda", *GIVEN]
-    assert cli.main([*command, "--devices", "1", "--optimizer", "plain-sgd"]) == 0
+    assert cli.main([*command, "--devices", "1", "--optimizer", "plain-sgd", "--state-format", "int8", "float32"]) == 0
     text = capsys.readouterr().out
     assert text.count("\nplain-sgd ") == 4  # two tables, two sample rates
     assert "optimizer = FusedSGD(head.parameters(), lr=0.1, weight_decay=5e-4)" in text
+    assert "Recommended: plain-sgd with a bfloat16 table and all classes" in text
     assert float(re.search(r"all classes on 1 device: ([\d.]+) GB", text)[1]) == pytest.approx(114.4, abs=0.1)
 
 
