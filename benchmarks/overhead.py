@@ -4,7 +4,7 @@ On a GPU, at N = 512, C = 10,000, D = 512: a step as Python runs it, and as a CU
 difference is the overhead.
 
 On a CPU the host's own time for the triton backend's call, which is a GPU's lower bound where kernels take less: nothing is
-launched (the 2 to 10 us of each of tests/test_launches.py's Triton kernels come on top), products are empty, PyTorch's small
+launched (what Triton takes for each kernel that tests/test_launches.py counts comes on top), products are empty, PyTorch's small
 operators are those of a CPU.
 
 Beside it plain PyTorch. Medians, in microseconds.

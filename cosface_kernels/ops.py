@@ -48,13 +48,10 @@ class Factors(NamedTuple):
     length_grad: torch.Tensor  # (N, K), or (0, K) where the table is normalised
     kept: torch.Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
 
-    def gradients(self):
-        return self.lse_grad, self.product_grad, self.length_grad
-
 
 def _registered(function):
     """torch.ops.cosface_kernels.<name of the function>. As library.custom_op, whose register_autograd looks up each argument's
-    default in each call: 50 microseconds for as many as these have. What it runs is the operator's `implementation`.
+    default in each call, and these have many. What it runs is the operator's `implementation`.
     As there, where torch.compile gives up on what calls it, it does not go on in here.
     """
     name = function.__name__

@@ -201,9 +201,9 @@ class _Fused(torch.optim.Optimizer):
         """A record, with gradients divided by the scale of a GradScaler that is at work."""
         if not hasattr(self, "grad_scale"):
             return record
-        lse_grad, product_grad, length_grad = (grad / self.grad_scale for grad in record.factors.gradients())
-        factors = record.factors._replace(lse_grad=lse_grad, product_grad=product_grad, length_grad=length_grad)
-        return record._replace(factors=factors)
+        factors = record.factors
+        scaled = {name: getattr(factors, name) / self.grad_scale for name in ("lse_grad", "product_grad", "length_grad")}
+        return record._replace(factors=factors._replace(**scaled))
 
     def _step_table(self, weight, bias, records, finite):
         state = self.state[weight]
@@ -217,11 +217,9 @@ class _Fused(torch.optim.Optimizer):
             return
         skip = None if known else ~finite
         rounding_step = int(state["rounding_step"])
-        # As a .grad does, what was recorded counts though its parameter is frozen since.
-        trained = [record.trained for record in records] or [[each is not None and each.requires_grad for each in (weight, bias)]]
-        parameters = [
-            parameter if any(flags) else None for parameter, flags in zip((weight, bias), zip(*trained, strict=True), strict=True)
-        ]
+        # As a .grad does, what was recorded counts though its parameter is frozen since; all records agree (Pending.check).
+        trained = records[0].trained if records else [each is not None and each.requires_grad for each in (weight, bias)]
+        parameters = [parameter if needed else None for parameter, needed in zip((weight, bias), trained, strict=True)]
         parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
         if not records:
             return

@@ -8,7 +8,7 @@ Memory beyond the results: one slab each of w̃ and E, each in the two layouts t
 import torch
 
 from .. import native, reuse, rows
-from ..plan import aligned
+from ..plan import aligned, ceil_div
 from . import Sums, centers
 
 row_functions = rows
@@ -72,13 +72,13 @@ class _Slab:
         self.x_panels = self.panels(self.size, self.num_rows)
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
         self.unit = torch.empty(plan.slab, self.size, dtype=plan.dtype)
-        self.partial = torch.empty(-(-plan.slab // SUM_CLASSES), self.num_rows)
+        self.partial = torch.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
         self._e = self._exponents = None
 
     def panels(self, summed, columns):
         """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
         per_word = 4 // self.plan.dtype.itemsize
-        return torch.empty(-(-summed // per_word) * padded(columns), dtype=torch.int32)
+        return torch.empty(ceil_div(summed, per_word) * padded(columns), dtype=torch.int32)
 
     def scratch(self):
         """Room for the exponentials of a slab that is not kept."""
@@ -100,7 +100,7 @@ class _Slab:
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
             *(self.plan.log2_scale, e, panels, self.partial),
         )
-        return self.partial[: -(-(stop - start) // SUM_CLASSES)]
+        return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
 
     def _nearest(self, start, stop, shift, e, panels):
         """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
@@ -121,7 +121,7 @@ class _Slab:
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
             *(self.plan.log2_scale, exponents, self.partial),
         )
-        return self.partial[: -(-(stop - start) // SUM_CLASSES)]
+        return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
 
 
 def _shift(slab, plan, num_rows):
@@ -143,4 +143,4 @@ def _kept(plan, kept, index, start, stop, num_rows):
 
 
 def padded(columns):
-    return -(-columns // PANEL) * PANEL
+    return ceil_div(columns, PANEL) * PANEL

@@ -29,7 +29,7 @@ ROW_BLOCK_ELEMENTS = 4096
 @functools.cache
 def row_blocks(size, elements=ROW_BLOCK_ELEMENTS):
     """Launch configuration of the row kernels for (padded) embedding size `size`."""
-    block_d = 1 << (size - 1).bit_length()  # triton.next_power_of_2, as triton.cdiv, takes microseconds
+    block_d = 1 << (size - 1).bit_length()  # triton.next_power_of_2 takes the host longer
     return {"BLOCK_R": max(1, elements // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8}
 
 
