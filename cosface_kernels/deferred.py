@@ -196,6 +196,11 @@ def write_gradient(table, records, gradient):
 
     table: whose index is the `rows_of` the records.
     """
+    with torch.cuda.device_of(table.weight):  # kernels go to the current device
+        _write_groups(table, records, gradient)
+
+
+def _write_groups(table, records, gradient):
     alike = {}
     for record in records:
         alike.setdefault((record.options, id(record.index)), []).append(record)

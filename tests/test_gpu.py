@@ -3,12 +3,14 @@
 The first runs everywhere: it takes the check away on a CPU.
 """
 
+import contextlib
+
 import pytest
 import torch
 from cases import make
 from conftest import HAS_GPU
 
-from cosface_kernels import cosface_loss, ops
+from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss, ops
 from cosface_kernels.backends import NAMES
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
@@ -49,7 +51,7 @@ def test_label_check_on_request(monkeypatch):
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend", NAMES)
+@pytest.mark.parametrize("backend", [name for name in NAMES if name != "cpu"])
 def test_graph_capture(backend):
     """A captured step, replayed on new inputs, gives the eager step's bits."""
     features, weight, labels = (tensor.to("cuda") for tensor in make("hard", 67, 1009, 70))
@@ -73,6 +75,43 @@ def test_graph_capture(backend):
     graph.replay()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """[(kernel, keywords, what the innermost torch.cuda.device_of was given)] of what the interpreter runs in place of a GPU."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    found, guards, run = [], [None], interpreter.GridExecutor.__call__
+
+    @contextlib.contextmanager
+    def guard(tensor):
+        guards.append(tensor)
+        yield
+        guards.pop()
+
+    def record(executor, *arguments, **keywords):
+        found.append((executor.fn.__name__, keywords, guards[-1]))
+        return run(executor, *arguments, **keywords)
+
+    monkeypatch.setattr(torch.cuda, "device_of", guard)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", record)
+    return found
+
+
+@pytest.mark.skipif(HAS_GPU, reason="recorded in the interpreter")
+@pytest.mark.parametrize("scales", [(64.0,), (64.0, 32.0)])
+@pytest.mark.parametrize("table_format", ["float32", "bfloat16"])
+def test_a_step_launches_on_the_tables_device(table_format, scales, launched):
+    """Two scales: gradients that are added up first."""
+    head = CosFaceLoss(16, 300, table_format=table_format, backend="triton")
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9)
+    features, _, labels = make("uniform", 7, 300, 16)
+    for head.scale in scales:
+        head(features, labels).backward()
+    launched.clear()
+    optimizer.step()
+    assert launched
+    assert all(tensor.device == head.weight.device and tensor.dtype == head.weight.dtype for *_, tensor in launched)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
