@@ -156,7 +156,7 @@ class _Fused(torch.optim.Optimizer):
         for key, state in state_dict["state"].items():
             device = params[key].device
             self.state[params[key]] = {
-                name: value.to(device).contiguous() if value.dim() else value for name, value in state.items()
+                name: value.to("cpu" if name == "rounding_step" else device).contiguous() for name, value in state.items()
             }
 
     def _find_tables(self):

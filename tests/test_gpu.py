@@ -10,7 +10,7 @@ import torch
 from cases import make
 from conftest import HAS_GPU
 
-from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss, ops
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, ops
 from cosface_kernels.backends import NAMES
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
@@ -112,6 +112,26 @@ def test_a_step_launches_on_the_tables_device(table_format, scales, launched):
     optimizer.step()
     assert launched
     assert all(tensor.device == head.weight.device and tensor.dtype == head.weight.dtype for *_, tensor in launched)
+
+
+@pytest.mark.parametrize("rule", [FusedSGD, FusedAdamW])
+def test_counts_of_steps_follow_their_table(rule):
+    """To where the table is, as a run on a GPU resumes from a file read to the CPU; what only the host reads stays there."""
+
+    def made(device):
+        head = CosFaceLoss(16, 300, device=device)
+        return head, rule(head.parameters(), lr=0.1)
+
+    head, optimizer = made("cpu")
+    features, _, labels = make("uniform", 7, 300, 16)
+    head(features, labels).backward()
+    optimizer.step()
+    elsewhere, resumed = made("meta")
+    resumed.load_state_dict(optimizer.state_dict())
+    state = resumed.state[elsewhere.weight]
+    assert state["skipped"].device.type == "meta" and state["rounding_step"] == 1
+    assert state.keys() == optimizer.state[head.weight].keys()
+    assert all(value.device.type == "meta" for name, value in state.items() if name != "rounding_step")
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
