@@ -10,8 +10,9 @@ import torch
 from cases import make
 from conftest import HAS_GPU
 
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, ops
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss, ops
 from cosface_kernels.backends import NAMES
+from cosface_kernels.margins import CosFace, Softmax
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
 
@@ -112,6 +113,21 @@ def test_a_step_launches_on_the_tables_device(table_format, scales, launched):
     optimizer.step()
     assert launched
     assert all(tensor.device == head.weight.device and tensor.dtype == head.weight.dtype for *_, tensor in launched)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="recorded in the interpreter")
+@pytest.mark.parametrize(
+    ("margin", "scale", "fused"), [(CosFace(0.35), 64.0, True), (CosFace(0.35), 1000.0, False), (Softmax(), 1.0, False)]
+)
+def test_exponents_are_rounded_as_their_maxima(margin, scale, fused, launched):
+    """A fused multiply-add of a logit of 10^9 and its shift is off by hundreds; test_ahead_of_time has what comes of the flag."""
+    features, weight, labels = make("uniform", 7, 300, 16)
+    loss = margin_softmax_loss(
+        features.requires_grad_(), weight.requires_grad_(), labels, margin=margin, scale=scale, backend="triton"
+    )
+    loss.backward()
+    assert {keywords["enable_fp_fusion"] for name, keywords, _ in launched if name == "exponentials"} == {fused}
+    assert all(keywords["enable_fp_fusion"] for name, keywords, _ in launched if name != "exponentials")
 
 
 @pytest.mark.parametrize("rule", [FusedSGD, FusedAdamW])

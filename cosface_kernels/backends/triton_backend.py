@@ -19,8 +19,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 D_ALIGNMENT = 64
 # What E ŵ is cut into output tiles of, about, and how many of them fill a GPU of 132 processors.
 PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
-PULL_BLOCK = {"BLOCK": 512, "num_warps": 4}
-FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4}
+PULL_BLOCK = {"BLOCK": 512, "num_warps": 4, **triton_kernels.FUSE}
+FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_kernels.FUSE}
 
 
 def tiles(num_rows, size, dtype, capability, centers=1):
@@ -201,6 +201,9 @@ class _Slab:
                 RAGGED=(stop - start) % config["BLOCK_C"] != 0,
                 PRECISION=_precision(),
                 UPCAST=INTERPRETED,
+                # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at
+                # logits of 10^9 by hundreds.
+                enable_fp_fusion=self.plan.shift is not None,
                 **config,
             )
 

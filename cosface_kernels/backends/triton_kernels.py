@@ -24,13 +24,15 @@ TINY_NORM = tl.constexpr(_TINY_NORM)
 LOG_2 = tl.constexpr(math.log(2))
 # Elements that one program of a row kernel holds.
 ROW_BLOCK_ELEMENTS = 4096
+# Whether a product and a sum may become one operation with one rounding: in each launch, for Triton's default moves.
+FUSE = {"enable_fp_fusion": True}
 
 
 @functools.cache
 def row_blocks(size, elements=ROW_BLOCK_ELEMENTS):
     """Launch configuration of the row kernels for (padded) embedding size `size`."""
     block_d = 1 << (size - 1).bit_length()  # triton.next_power_of_2 takes the host longer
-    return {"BLOCK_R": max(1, elements // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8}
+    return {"BLOCK_R": max(1, elements // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8, **FUSE}
 
 
 @triton.jit

@@ -18,12 +18,12 @@ import triton
 import triton.language as tl
 
 from ..plan import ceil_div
-from .triton_kernels import project, row_blocks, unit_and_inverse
+from .triton_kernels import FUSE, project, row_blocks, unit_and_inverse
 
 # Fewer than a slab's kernels hold: a batch has few rows, and each is held two or three times.
 ROW_BLOCK_ELEMENTS = 1024
-ORDER_BLOCKS = {"BLOCK_R": 8, "BLOCK_M": 512}
-LOSS_BLOCK = 1024
+ORDER_BLOCKS = {"BLOCK_R": 8, "BLOCK_M": 512, **FUSE}
+LOSS_BLOCK = {"BLOCK": 1024, **FUSE}
 
 
 def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
@@ -54,7 +54,7 @@ def losses(lse, logit, counted, scale, reduction):
         *(lse.contiguous(), logit.contiguous(), counted.contiguous().view(torch.uint8), loss, slope, num_rows, scale),
         REDUCED=is_reduced,
         MEAN=reduction == "mean",
-        BLOCK=LOSS_BLOCK,
+        **LOSS_BLOCK,
     )
     return loss, slope
 
@@ -103,6 +103,7 @@ def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labe
             size,
             *weight.stride(),
             BLOCK_D=row_blocks(size)["BLOCK_D"],
+            **FUSE,
         )
     return targets, row_scale, unscale, classes, sums
 
