@@ -119,7 +119,7 @@ def _row_functions(backend, table, normalize_features):
 @library.register_fake("cosface_kernels::negative_lse", lib=LIBRARY)
 def _(x, weight, bias, labels, index, scale, ignore_index, *options):
     normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad, *_ = options
-    num_rows, size = x.shape[0], x.shape[1] + (bias is not None)
+    num_rows, size = x.shape[0], x.shape[1] + int(bias is not None)  # sympy adds no bool
     wide = wide_dtype(dtype)
     table = Table(weight, bias, normalize_weight, centers, index)
     _, elements = kept_size(x, table, dtype, memory_budget) if need_table_grad else (0, 0)
