@@ -24,10 +24,14 @@ GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GP
 def pytest_configure(config):
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
-    if not HAS_GPU and importlib.util.find_spec("triton"):
-        import interpreter_rounding
+    if HAS_GPU:
+        import lost_gpu
 
-        interpreter_rounding.install()
+        config.pluginmanager.register(lost_gpu)
+    elif importlib.util.find_spec("triton"):
+        import interpreter
+
+        interpreter.install()
 
 
 @pytest.fixture(params=["cpu", GPU])

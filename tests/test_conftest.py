@@ -1,0 +1,53 @@
+"""Does the suite itself fail as it should?"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
+    """One that answers nothing after the first failure, as after an illegal access."""
+    (tmp_path / "conftest.py").write_text(
+        "import torch, lost_gpu\n"
+        "def lost():\n"
+        "    raise RuntimeError('an illegal memory access was encountered')\n"
+        "torch.cuda.synchronize = lost\n"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import os, torch\n"
+        "torch.cuda.is_initialized = lambda: True\n"
+        "def test_before(): pass\n"
+        "def test_culprit(): assert False, os.getpid()\n"
+        "def test_after(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "lost_gpu", "-p", "no:cacheprovider", "-n", str(workers), "--rootdir", "."]
+    run = subprocess.run(
+        [*command, "test_it.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    if workers:
+        assert run.returncode == 1 and "crashed while running 'test_it.py::test_culprit'" in run.stdout, run.stdout
+        assert "2 failed, 2 passed" in run.stdout, run.stdout  # the failure, the crash; the test after it in a new worker
+    else:
+        assert run.returncode == 3 and "test_culprit lost the GPU: an illegal memory access" in run.stdout + run.stderr, (
+            run.stdout
+        )
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "works"),
+    [("3.6.0", "2.5.2", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.5.2", True), ("3.10.0", "2.4.0", True)],
+)
+def test_an_interpreter_that_numpy_breaks_is_skipped(triton, numpy, works):
+    interpreter = pytest.importorskip("interpreter")
+    assert (interpreter.unusable(triton, numpy) is None) == works
