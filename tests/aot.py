@@ -1,5 +1,6 @@
 """Compiles whatever a call can launch on chips that need not be here, and prints one JSON line for each: kernel, chip, arguments,
-registers, bytes of stack (spills), bytes of shared memory, whether tensor cores are used.
+registers, bytes of stack (spills), bytes of shared memory, whether tensor cores are used, how many fused multiply-adds there are
+and whether there may be any, and what ptxas warns of.
 
 The package itself makes the launches, for the calls below and with tensors of a CPU, and Triton compiles them in place of running
 them: dtypes, alignment, and the numbers that are 1 or divisible by 16 are those that a GPU's launches would be compiled for.
@@ -8,6 +9,7 @@ A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot 
 """
 
 import contextlib
+import io
 import itertools
 import json
 import os
@@ -36,6 +38,7 @@ class Launch(NamedTuple):
     numbers: dict  # of the keywords: constants and launch options
     arguments: str  # all of them, as Triton compiles for them
     compiled: object
+    log: str  # of ptxas
 
 
 class Chip:
@@ -59,11 +62,12 @@ def launches(chip, calls):
     found, run, tiles = {}, JITFunction.run, triton_backend.tiles
 
     def compile_only(kernel, *arguments, grid, warmup, **keywords):
-        compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        with contextlib.redirect_stdout(io.StringIO()) as log:
+            compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
         if compiled not in found:
             named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
             described = " ".join(f"{name}={_described(value, name in keywords)}" for name, value in named.items())
-            found[compiled] = Launch(kernel.fn.__name__, keywords, described, compiled)
+            found[compiled] = Launch(kernel.fn.__name__, keywords, described, compiled, log.getvalue())
         return compiled
 
     with contextlib.ExitStack() as stack:
@@ -71,6 +75,8 @@ def launches(chip, calls):
             (JITFunction, "run", compile_only),
             (backends, "unusable", lambda *arguments: None),
             (triton_backend, "tiles", lambda rows, size, dtype, _, centers: tiles(rows, size, dtype, divmod(chip, 10), centers)),
+            (triton.knobs.nvidia, "dump_ptxas_log", True),
+            (triton.knobs.compilation, "always_compile", True),  # else there may be no log
             (plan, "SLAB_CLASSES_MIN", SLAB),
             (plan, "SLAB_CLASSES_MAX", SLAB),
         ):
@@ -194,6 +200,7 @@ def resources(compiled, chip):
         "stack": stack,
         "shared": compiled.metadata.shared,
         "tensor_core": TENSOR_CORE[chip] in compiled.asm["ptx"],
+        "fma": compiled.asm["ptx"].count("fma.rn.f32"),
     }
 
 
@@ -226,6 +233,10 @@ def main():
         for launch in launches(chip, calls()):
             left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
             found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **resources(launch.compiled, chip)}
+            found |= {
+                "fuses": launch.numbers["enable_fp_fusion"],
+                "warnings": re.findall("Potential Performance Loss.*", launch.log),
+            }
             print(json.dumps(found), flush=True)
         if left:
             sys.exit(f"launched by no call: {left}")

@@ -28,3 +28,6 @@ def test_every_launch_configuration(chip):
         # IEEE float32 products have no tensor core instruction.
         ieee = "x_ptr=float32" in kernel["arguments"] and "PRECISION=ieee" in kernel["arguments"]
         assert kernel["tensor_core"] == (kernel["name"] == "exponentials" and not ieee), kernel
+        assert not kernel["warnings"], f"ptxas waits for each wgmma by itself, or the like: {kernel}"
+        if kernel["name"] == "exponentials" and not ieee:  # a product, minus the shift
+            assert (kernel["fma"] > 0) == (kernel["fuses"] and "MAXIMUM=False" in kernel["arguments"]), kernel
