@@ -36,6 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 128
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 STEPS = 20
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 TABLES = {
     "cpu": [
         {"identities": 10_000_000, "size": 256, "table_format": "float32", "state_format": "bfloat16"},
@@ -115,6 +116,12 @@ def table_run(identities, size, table_format, state_format="float32", momentum=O
     return {"losses": losses, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
+def table_bytes(identities, size, table_format, state_format="float32", momentum=OPTIONS["momentum"], **_):
+    """What a fused step holds of the table, about: its rows and their momentum in their formats, and a twentieth for slabs."""
+    held = NUMBER_BYTES[table_format] + (NUMBER_BYTES[state_format] if momentum else 0)
+    return 1.05 * identities * size * held
+
+
 def step_run(optimizer, **shape):
     """A turn of `step`: seconds of its steps but the first, and the peak."""
     run = Run(**shape, optimizer=OPTIMIZERS[optimizer])
@@ -124,8 +131,7 @@ def step_run(optimizer, **shape):
 
 def tables():
     for arguments in TABLES[DEVICE.type]:
-        needed = arguments["identities"] * arguments["size"] * (6 if arguments["table_format"] == "float32" else 4)
-        if shortage := measure.shortage(needed, DEVICE):
+        if shortage := measure.shortage(table_bytes(**arguments), DEVICE):
             print(f"{describe(arguments)}: {shortage}", file=sys.stderr)
             continue
         print(describe(arguments), file=sys.stderr, flush=True)

@@ -21,6 +21,18 @@ def test_a_table_trains_in_a_process_of_its_own():
     assert f"{found['losses'][0]:.1f} -> {found['losses'][-1]:.1f}" in text
 
 
+@pytest.mark.parametrize(
+    "row, gigabytes",
+    [
+        ({"size": 512, "table_format": "bfloat16", "momentum": 0.0}, 102.4),  # fits an H200
+        ({"size": 256, "table_format": "bfloat16", "state_format": "bfloat16"}, 102.4),
+        ({"size": 256, "table_format": "float32", "state_format": "int8", "sample_rate": 0.1}, 128.0),
+    ],
+)
+def test_bytes_of_a_table(row, gigabytes):
+    assert training.table_bytes(100_000_000, **row) == pytest.approx(1.05e9 * gigabytes)
+
+
 def test_a_process_that_fails_is_a_row():
     found = training.alone("table_run", identities=4000, size=32, table_format="float8")
     assert found == {"error": "exit status 1"}

@@ -118,6 +118,8 @@ def _measure_plain(features, weight, labels):
     classes = min(CLASSES, available_bytes(device) // (2 * PLAIN_BYTES_PER_CLASS))
     features.requires_grad_()
     weight = weight[:classes].requires_grad_()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # training's peak is not this one's
     seconds = []
     for _ in tqdm(range(2 if device.type == "cpu" else 5), desc="plain PyTorch", unit="step"):
         weight.grad = None
