@@ -42,7 +42,7 @@ def environment(device):
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": commit(),
     }
     for package in ("triton", "pytorch-metric-learning", "cut-cross-entropy", "liger-kernel", "quack-kernels"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -51,6 +51,12 @@ def environment(device):
         found["cuda"] = torch.version.cuda
         found["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found
+
+
+def commit():
+    """The tree's commit; where it came without its repository, the one that COSFACE_COMMIT names; or None."""
+    described = _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
+    return described or os.environ.get("COSFACE_COMMIT")
 
 
 def machine(device):
@@ -156,11 +162,21 @@ def _relative_error(got, exact):
 def gpu_peak_bytes(function, tensors):
     """The allocator's peak in one step beyond its inputs and gradients."""
     device = tensors[0].device
-    before = torch.cuda.memory_allocated(device)
+    before = settled_bytes(device)
     torch.cuda.reset_peak_memory_stats(device)
     results = step(function, *tensors)
     synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before - sum(result.nbytes for result in results)
+
+
+def settled_bytes(device):
+    """What tensors hold once autograd's own thread has let go of the last step's: that may be after the step has returned."""
+    synchronize(device)
+    held, before = torch.cuda.memory_allocated(device), None
+    while held != before:
+        time.sleep(0.01)
+        held, before = torch.cuda.memory_allocated(device), held
+    return held
 
 
 def cpu_peak_bytes(peer, shape):

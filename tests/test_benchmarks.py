@@ -86,7 +86,14 @@ def test_what_the_op_is_called_with(monkeypatch):
         if peer.name.startswith("cosface_loss, torch"):
             peer.function(*(torch.ones(1, 1),) * 3)
     plans = [{"backend": "torch"}, {"backend": "torch", "memory_budget": 0}]
-    assert calls == [(plan, low) for low in (False, True) for plan in plans]
+    assert calls == [(plan, low) for low in (True, False) for plan in plans]
+
+
+def test_ours_come_first_and_what_compiles_last():
+    found = peers.peers("cuda")
+    assert found[0].key == "cosface_loss, torch, bfloat16" and "all of E kept" in found[1].name
+    assert [peer.compiled for peer in found] == sorted(peer.compiled for peer in found)
+    assert all(peer.precision == "bfloat16" for peer in found[: len(found) // 2 - 1])
 
 
 @pytest.mark.parametrize(
@@ -248,7 +255,7 @@ def test_early_interrupt(capsys, monkeypatch, stage):
 
 def test_flops_and_bytes():
     """By hand: N = 1000, C = 10^6, D = 100, two seconds, plain PyTorch nine; the ceiling is 1 TFLOP/s."""
-    chosen = peers.peers("cpu")
+    chosen = peers.peers("cpu", ["float32"])
     peer, plain = next(peer for peer in chosen if peer.flops == 8.0), next(peer for peer in chosen if peer.name == peers.PLAIN)
     report = bench.blank((1000, 10**6, 100), [peer, plain])
     report["ceilings"] = {"float32": 1e12, "copy": 1e10}
@@ -278,12 +285,29 @@ def test_margin_from_a_cross_entropy():
         torch.testing.assert_close(peers.with_margin(row[None]).double(), loss, rtol=1e-5, atol=0)
 
 
+def test_peak_memory_waits_for_what_autograd_still_holds(monkeypatch):
+    """Else the peak beyond it would come out too small, or below zero."""
+    readings = iter([900, 300, 300, 300])
+    monkeypatch.setattr(measure, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(readings))
+    assert measure.settled_bytes(torch.device("cuda")) == 300 and next(readings) == 300
+
+
+@pytest.mark.parametrize("variable, wanted", [("abc123", "abc123"), (None, None)])
+def test_commit_where_the_repository_did_not_travel(monkeypatch, tmp_path, variable, wanted):
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.delenv("COSFACE_COMMIT", raising=False)
+    if variable:
+        monkeypatch.setenv("COSFACE_COMMIT", variable)
+    assert measure.commit() == wanted
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the high water mark is reset in /proc, which only Linux has"
 )
 def test_peak_memory_in_a_process_of_its_own(monkeypatch):
     monkeypatch.undo()
-    peer = peers.peers("cpu", ["float32"])[0]
+    (peer,) = (peer for peer in peers.peers("cpu", ["float32"]) if peer.name == peers.PLAIN)
     peak = measure.cpu_peak_bytes(peer, (256, 20_000, 8))
     logits = 256 * 20_000 * 4
     assert 2 * logits < peak < 8 * logits
@@ -293,8 +317,9 @@ def test_peak_memory_in_a_process_of_its_own(monkeypatch):
 
 def test_plot_over_classes(capsys, monkeypatch, tmp_path):
     """A line ends where its peer no longer fits, or would take too long."""
-    sizes = (100, 200, 400)
-    plain = next(peer for peer in peers.peers("cpu") if peer.name == peers.PLAIN)
+    sizes, every = (100, 200, 400), peers._peers
+    monkeypatch.setattr(peers, "_peers", lambda *arguments: (peer for peer in every(*arguments) if peer.name == peers.PLAIN))
+    (plain,) = peers.peers("cpu", ["float32"])
     monkeypatch.setattr(bench, "SWEEP", sizes)
     monkeypatch.setattr(measure, "free_bytes", lambda device: plain.bytes_needed(64, 300, 32))
     command = ["bench", *SIZES, "--dtype=float32", f"--plot={tmp_path / 'plots'}", f"--json={tmp_path / 'sweep.json'}"]
