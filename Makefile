@@ -21,7 +21,7 @@ test: $(READY)
 # __cxa_throw for PyTorch's exceptions.
 test-sanitize: $(READY)
 	COSFACE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
-	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/libcosface_cpu.so ASAN_OPTIONS=detect_leaks=0 \
+	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/ops/backends/libcosface_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" $(BIN)/python -m pytest -n 2 \
 		tests/test_native.py tests/test_backends.py tests/test_forms.py -k "native or cpu-cpu"
 
@@ -41,4 +41,4 @@ $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output cosface_kernels/*.so
+	rm -rf .venv build dist *.egg-info demo-output cosface_kernels/ops/backends/*.so

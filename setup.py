@@ -20,7 +20,7 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 ]
-# One binary for every processor: the source is compiled once for each set, and native.py picks one when it is loaded.
+# One binary for every processor: the source is compiled once for each set, and cpu_library.py picks one when it is loaded.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     # An MMX instruction, which the compiler may pick for 64-bit vectors, leaves the x87 unit that fmod uses in PyTorch unusable.
@@ -52,7 +52,12 @@ class BuildNative(build_ext):
 # optional: where it cannot be compiled, setuptools says so in a line and goes on.
 setup(
     ext_modules=[
-        Extension("cosface_kernels.libcosface_cpu", SOURCES, depends=["csrc/cpu/update.h", "csrc/cpu/vector.h"], optional=True)
+        Extension(
+            "cosface_kernels.ops.backends.libcosface_cpu",
+            SOURCES,
+            depends=["csrc/cpu/update.h", "csrc/cpu/vector.h"],
+            optional=True,
+        )
     ],
     cmdclass={"build_ext": BuildNative},
 )

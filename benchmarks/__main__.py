@@ -2,6 +2,6 @@
 
 import sys
 
-from cosface_kernels.cli import main
+from cosface_kernels.tools.cli import main
 
 raise SystemExit(main(["bench", *sys.argv[1:]]))

@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from torch import nn
 
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, formats
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD
+from cosface_kernels.ops import formats
 
 from . import measure
 from .bench import write_json

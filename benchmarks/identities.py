@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
-from cosface_kernels import backends, cosface_loss, reuse
-from cosface_kernels.cli import positive
-from cosface_kernels.plan import make_plan
-from cosface_kernels.table import Table, TableGradient
-from cosface_kernels.unit import unit_rows
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import backends, page_pool
+from cosface_kernels.ops.normalize import unit_rows
+from cosface_kernels.ops.slabs import make_plan
+from cosface_kernels.ops.table import Table, TableGradient
+from cosface_kernels.tools.cli import positive
 
 from . import measure
 from .bench import write_json
@@ -88,7 +89,7 @@ def reused(features, weight, labels):
 
 def fresh(features, weight, labels):
     def step():
-        reuse.release()
+        page_pool.release()
         with torch.autocast(features.device.type, dtype=torch.bfloat16):
             loss = cosface_loss(features, weight, labels, memory_budget=0)
         torch.autograd.grad(loss, (features, weight))

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from cosface_kernels import cosface_loss, margin_softmax_loss, margins, reference
-from cosface_kernels.cli import positive
+from cosface_kernels.tools.cli import positive
 
 from . import measure
 from .bench import write_json

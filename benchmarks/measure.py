@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from cosface_kernels.info import cpu_model
-from cosface_kernels.memory import available_bytes
+from cosface_kernels.ops.memory import available_bytes
+from cosface_kernels.tools.info import cpu_model
 
 from .peers import inputs, peers, plain, step
 

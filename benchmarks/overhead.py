@@ -19,7 +19,8 @@ from unittest import mock
 
 import torch
 
-from cosface_kernels import backends, cosface_loss, ops, reference
+from cosface_kernels import cosface_loss, reference
+from cosface_kernels.ops import backends, operators
 
 from .measure import environment
 from .peers import inputs
@@ -83,7 +84,7 @@ def _launching_nothing():
     """The triton backend takes tensors of a CPU, and computes nothing."""
     from triton.runtime.jit import JITFunction
 
-    from cosface_kernels.backends import triton_backend
+    from cosface_kernels.ops.backends import triton_backend
 
     def product(left, right):
         return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
@@ -95,7 +96,7 @@ def _launching_nothing():
         for owner, name, value in (
             (JITFunction, "run", lambda *arguments, **keywords: None),
             (backends, "unusable", lambda *arguments: None),
-            (ops, "check_labels", lambda *arguments: None),
+            (operators, "check_labels", lambda *arguments: None),
             (triton_backend, "accumulated", product),
             (triton_backend, "in_parts", parts),
         ):

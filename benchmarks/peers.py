@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from cosface_kernels import backends, cosface_loss
-from cosface_kernels.info import why_unusable
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import backends
+from cosface_kernels.tools.info import why_unusable
 
 SCALE, MARGIN = 64.0, 0.35
 PRECISIONS = ("float32", "bfloat16")

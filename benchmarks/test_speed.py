@@ -8,7 +8,8 @@ import functools
 import pytest
 import torch
 
-from cosface_kernels import cosface_loss, native
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops.backends import cpu_library
 
 from .measure import synchronize
 from .peers import inputs, peers, step
@@ -35,18 +36,18 @@ def test_step(benchmark, peer, shape, part):
     assert all(result.isfinite().all() for result in benchmark(run))
 
 
-@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.unavailable()}")
+@pytest.mark.skipif(not cpu_library.available(), reason=f"no native kernels: {cpu_library.unavailable()}")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", ["normalize", "exponentials", "accumulate", "table_gradient"])
 def test_kernel(benchmark, part, dtype, monkeypatch):
     """Called again with what a step called it with."""
-    calls, kernel = [], getattr(native.kernels(dtype), part)
+    calls, kernel = [], getattr(cpu_library.kernels(dtype), part)
 
     def record(*arguments):
         calls.append(arguments)
         kernel(*arguments)
 
-    monkeypatch.setattr(native.kernels(dtype), part, record)
+    monkeypatch.setattr(cpu_library.kernels(dtype), part, record)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         step(functools.partial(cosface_loss, backend="cpu"), *inputs(*SLAB))
     (arguments,) = calls

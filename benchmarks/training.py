@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from cosface_kernels import CosFaceLoss, FusedSGD, ShardedCosFaceLoss
-from cosface_kernels.demo import million
+from cosface_kernels.tools.demo import million
 
 from . import measure
 from .bench import write_json

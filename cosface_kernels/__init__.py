@@ -2,7 +2,7 @@
 
 from . import margins, reference, theory
 from .functional import cosface_loss, cosine_lse, margin_softmax_loss
-from .modules import CosFaceLoss, MarginSoftmaxLoss
+from .heads import CosFaceLoss, MarginSoftmaxLoss
 from .optim import FusedAdamW, FusedSGD
 from .sampling import sample_classes
 from .version import __version__
@@ -36,7 +36,7 @@ def __getattr__(name):
 
         return getattr(checkpoint, name)
     if name in ("ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"):
-        from . import sharded
+        from .heads import sharded
 
         return getattr(sharded, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,5 +1,5 @@
 """python -m cosface_kernels: the same as the `cosface` command."""
 
-from .cli import main
+from .tools.cli import main
 
 raise SystemExit(main())

@@ -1,15 +1,15 @@
-"""The public losses: validation, precision, the margin on N-vectors, reduction. What is N x C happens in ops.py."""
+"""The public losses: validation, precision, the margin on N-vectors, reduction. What is N x C happens in ops/."""
 
 import math
 
 import torch
 from torch.autograd import forward_ad
 
-from . import deferred, validation
-from .margins import CosFace
-from .ops import Options, margin_losses, negative_lse, snapshot
-from .rows import reduced
-from .unit import direction
+from . import margins, validation
+from .ops import recording
+from .ops.batch_rows import reduced
+from .ops.normalize import direction
+from .ops.operators import Options, margin_losses, negative_lse, snapshot
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -93,7 +93,7 @@ def cosface_loss(
         features,
         weight,
         labels,
-        margin=CosFace(margin),
+        margin=margins.CosFace(margin),
         scale=scale,
         reduction=reduction,
         ignore_index=ignore_index,
@@ -197,7 +197,7 @@ def stateful_loss(
 
     batch: a sharded.Batch, where the table is one of several shards and features are those of all ranks.
     """
-    validation.check_margin_object(margin, bias is not None, normalize_features)
+    margins.check(margin, bias is not None, normalize_features)
     validation.check_reduction(reduction)
     validation.check_flag("sample_correction", sample_correction)
     if normalize_features is None:
@@ -287,7 +287,7 @@ def _negatives_and_target(
     labels, ignore_index = class_indices(labels), int(ignore_index)
     parameters = (weight, bias) if parameters is None else parameters
     trained = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
-    recorded = trained and deferred.pending(parameters[0]) is not None
+    recorded = trained and recording.pending(parameters[0]) is not None
     options = Options(
         *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
         *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
@@ -305,7 +305,7 @@ def _negatives_and_target(
         foreign_index,
     )
     if recorded:
-        lse, product, target_length = deferred.record(
+        lse, product, target_length = recording.record(
             parameters, (lse, product, target_length), (unit, labels, shift, total, kept), index, options
         )
     vectors = [product, None if normalize_weight else target_length]

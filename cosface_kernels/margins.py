@@ -311,6 +311,16 @@ class LSoftmax(SphereFace):
     normalize_weight: ClassVar[bool] = False
 
 
+def check(margin, has_bias, normalize_features):
+    """A Margin, and what goes with it."""
+    if not isinstance(margin, Margin):
+        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {margin!r}")
+    if not (normalize_features is None or isinstance(normalize_features, bool)):
+        raise TypeError(f"normalize_features must be True, False or None, got {normalize_features!r}")
+    if has_bias and not isinstance(margin, Softmax):
+        raise ValueError(f"a bias goes with margins.Softmax() alone, got margin = {margin}")
+
+
 def inside(cosine):
     """cosine, held a rounding short of ±1: for a ψ of the angle, whose derivative is infinite there."""
     limit = 1 - torch.finfo(cosine.dtype).eps

@@ -2,8 +2,9 @@
 
 import torch
 
-from . import ops, validation
+from . import validation
 from .functional import class_indices
+from .ops import operators
 
 
 def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
@@ -32,11 +33,11 @@ def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
     validation.check_rate("rate", rate)
     validation.check_count("seed", seed)
     validation.check_count("step", step)
-    return ops.sample_classes(class_indices(labels), torch.tensor(step), int(num_classes), float(rate), int(seed), False)
+    return operators.sample_classes(class_indices(labels), torch.tensor(step), int(num_classes), float(rate), int(seed), False)
 
 
 def classes_of_step(labels, ignore_index, num_classes, rate, seed, step):
     """The same for a head whose step, a 0-dim int64 tensor, moves with every forward pass; ignored rows bring no class."""
     labels = class_indices(labels)
     counted = torch.where(labels == ignore_index, -1, labels)
-    return ops.sample_classes(counted, step, int(num_classes), float(rate), int(seed), True)
+    return operators.sample_classes(counted, step, int(num_classes), float(rate), int(seed), True)

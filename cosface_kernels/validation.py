@@ -5,12 +5,10 @@ import numbers
 
 import torch
 
-from . import backends
-
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", *backends.NAMES)
+BACKENDS = ("auto", "torch", "cpu", "triton")
 
 
 def check_tensors(features, weight, labels, bias=None, centers_per_class=1, classes=None):
@@ -44,7 +42,7 @@ def _check_integers(name, shape, tensor):
 
 
 def _check_classes(classes, features):
-    """Their values are checked where those of labels are, in ops.py."""
+    """Their values are checked where those of labels are, in ops/operators.py."""
     _check_integers("classes", "(M,)", classes)
     if classes.dim() != 1 or classes.shape[0] < 1:
         raise ValueError(f"classes must have shape (M,), at least one class, got {tuple(classes.shape)}")
@@ -87,18 +85,6 @@ def _check_bias(bias, weight):
         raise ValueError(f"bias must have a number for each row of weight, shape ({len(weight)},), got {tuple(bias.shape)}")
     if bias.device != weight.device:
         raise ValueError(f"bias must be on the device of weight ({weight.device}), got {bias.device}")
-
-
-def check_margin_object(margin, has_bias, normalize_features):
-    """A Margin, and what goes with it."""
-    from .margins import Margin, Softmax  # which check their own numbers with this module
-
-    if not isinstance(margin, Margin):
-        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {margin!r}")
-    if not (normalize_features is None or isinstance(normalize_features, bool)):
-        raise TypeError(f"normalize_features must be True, False or None, got {normalize_features!r}")
-    if has_bias and not isinstance(margin, Softmax):
-        raise ValueError(f"a bias goes with margins.Softmax() alone, got margin = {margin}")
 
 
 def check_scale(scale):

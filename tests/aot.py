@@ -25,8 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cosface_kernels import CosFaceLoss, FusedSGD, backends, margin_softmax_loss, margins, plan
-from cosface_kernels.backends import triton_backend, triton_kernels, triton_rows
+from cosface_kernels import CosFaceLoss, FusedSGD, margin_softmax_loss, margins
+from cosface_kernels.ops import backends, slabs
+from cosface_kernels.ops.backends import triton_backend, triton_kernels, triton_rows
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
@@ -77,8 +78,8 @@ def launches(chip, calls):
             (triton_backend, "tiles", lambda rows, size, dtype, _, centers: tiles(rows, size, dtype, divmod(chip, 10), centers)),
             (triton.knobs.nvidia, "dump_ptxas_log", True),
             (triton.knobs.compilation, "always_compile", True),  # else there may be no log
-            (plan, "SLAB_CLASSES_MIN", SLAB),
-            (plan, "SLAB_CLASSES_MAX", SLAB),
+            (slabs, "SLAB_CLASSES_MIN", SLAB),
+            (slabs, "SLAB_CLASSES_MAX", SLAB),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         triton.runtime.driver.set_active(Chip(chip))

@@ -18,14 +18,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from cosface_kernels import (
-    CorruptCheckpointError,
-    CosFaceLoss,
-    checkpoint_files,
-    checkpoint_plan,
-    load_checkpoint,
-    save_checkpoint,
-)
+from cosface_kernels import CorruptCheckpointError, CosFaceLoss, load_checkpoint, save_checkpoint
+from cosface_kernels.checkpoint import files, pieces
 
 SIZE = 3
 
@@ -229,7 +223,7 @@ def flip(path):
 
 def kill_at(n):
     """Kills this process -9 at its n-th change to the disk; of writes, some thirty for a small tensor, every 25th counts."""
-    file, left, writes = checkpoint_files._HashedFile, itertools.count(n, -1), itertools.count(1)
+    file, left, writes = files._HashedFile, itertools.count(n, -1), itertools.count(1)
 
     def counted(function):
         def call(*arguments, **options):
@@ -296,7 +290,7 @@ def killed_saves(folder):
 
 def full_disk_under_torchs_writer(folder):
     """Past what is buffered its write fails, for which it has an error of its own."""
-    checkpoint_plan.PIECE_BYTES = 2**24
+    pieces.PIECE_BYTES = 2**24
     full_disks(folder, CosFaceLoss(16, 20_000), {}, (5000, 500_000))
 
 
@@ -346,7 +340,7 @@ def resume(folder):
 
 def main(scenario, folder, rank=0, world_size=1):
     torch.set_num_threads(1)
-    checkpoint_plan.PIECE_BYTES = 2 * SIZE * 4  # two rows of float32
+    pieces.PIECE_BYTES = 2 * SIZE * 4  # two rows of float32
     folder, rank, world_size = Path(folder), int(rank), int(world_size)
     if world_size == 1:
         globals()[scenario](folder)

@@ -13,7 +13,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 import pytest
 import torch
 
-from cosface_kernels import backends
+from cosface_kernels.ops import backends
 
 HAS_GPU = torch.cuda.is_available()
 os.environ["TRITON_INTERPRET"] = "0" if HAS_GPU else "1"
@@ -50,5 +50,5 @@ def backend(request, device):
 @pytest.fixture
 def small_slabs(monkeypatch):
     """Slabs of 128 classes, so that a table of a few hundred has several."""
-    monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MIN", 1)
-    monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", 128)
+    monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MIN", 1)
+    monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MAX", 128)

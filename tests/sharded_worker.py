@@ -36,11 +36,11 @@ from cosface_kernels import (
     functional,
     load_checkpoint,
     margins,
-    plan,
     save_checkpoint,
-    shards,
 )
 from cosface_kernels.compat import insightface
+from cosface_kernels.distributed import dtensors
+from cosface_kernels.ops import slabs
 
 CHECKS = {}  # name: (numbers of ranks, seconds until a collective gives up, function)
 # Rows of each rank, 12 in all.
@@ -775,12 +775,12 @@ def skipped_together(make):
         features[0] = torch.nan  # of rank 0
         head(world.mine(features), world.mine(labels)).backward()
         optimizer.step()
-        assert torch.equal(shards.local(head.weight).detach(), world.shard(weight)) and optimizer.skipped_steps == 1
+        assert torch.equal(dtensors.local(head.weight).detach(), world.shard(weight)) and optimizer.skipped_steps == 1
         found = torch.tensor([float(world.rank == 1)])  # a scaler's finding on one rank
         head(world.mine(features.nan_to_num()), world.mine(labels)).backward()
         optimizer.found_inf, optimizer.grad_scale = found.squeeze(), torch.tensor(1.0)
         optimizer.step()
-        assert torch.equal(shards.local(head.weight).detach(), world.shard(weight)) and optimizer.skipped_steps == 2
+        assert torch.equal(dtensors.local(head.weight).detach(), world.shard(weight)) and optimizer.skipped_steps == 2
 
     return function
 
@@ -794,14 +794,14 @@ def made_by_none(make):
         if world.rank == 1:
             with torch.no_grad():
                 head.weight.add_(1)
-        before = shards.local(head.weight).detach().clone()
+        before = dtensors.local(head.weight).detach().clone()
         with raises(RuntimeError, "changed between" if world.rank == 1 else "another rank cannot make this step"):
             optimizer.step()
-        assert torch.equal(shards.local(head.weight).detach(), before)
+        assert torch.equal(dtensors.local(head.weight).detach(), before)
         optimizer.zero_grad()
         head(world.mine(features), world.mine(labels)).backward()
         optimizer.step()  # and on it goes
-        assert not torch.equal(shards.local(head.weight).detach(), before)
+        assert not torch.equal(dtensors.local(head.weight).detach(), before)
 
     return function
 
@@ -956,7 +956,7 @@ def _(world):
 def main(rank, size, folder):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of scales and margins past the paper's bounds, at 300 classes
-    plan.SLAB_CLASSES_MIN, plan.SLAB_CLASSES_MAX = 1, 128  # several slabs to a shard
+    slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX = 1, 128  # several slabs to a shard
     with open(folder / f"outcomes.{rank}", "w", buffering=1) as outcomes:
         for number, (name, (sizes, timeout, function)) in enumerate(CHECKS.items()):
             if size not in sizes:

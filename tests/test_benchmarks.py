@@ -19,7 +19,8 @@ pytest.importorskip("matplotlib")
 import torch
 
 from benchmarks import bench, gpu_check, measure, overhead, peers, plot, tables
-from cosface_kernels import backends, cli
+from cosface_kernels.ops import backends
+from cosface_kernels.tools import cli
 
 SIZES = ["--rows=64", "--classes=400", "--size=32", "--repeats=2", "--device=cpu"]
 TINY_PRODUCT = {"cpu": (16, 16, 16)}

@@ -32,7 +32,7 @@ WORKER = Path(checkpoint_worker.__file__)
 def small_pieces():
     """Two rows to a piece, so that a table of seven has four, the last one short."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cosface_kernels.checkpoint_plan.PIECE_BYTES", 2 * SIZE * 4)
+        patch.setattr("cosface_kernels.checkpoint.pieces.PIECE_BYTES", 2 * SIZE * 4)
         yield
 
 
@@ -147,7 +147,7 @@ class LargestNew(TorchDispatchMode):
 
 def test_no_copy_of_a_table(tmp_path, monkeypatch):
     """Neither saving nor loading makes or reads more than a piece: 16 KB of a table of 160, and more than a generator's 5."""
-    monkeypatch.setattr("cosface_kernels.checkpoint_plan.PIECE_BYTES", 16_000)
+    monkeypatch.setattr("cosface_kernels.checkpoint.pieces.PIECE_BYTES", 16_000)
     head = CosFaceLoss(40, 1000)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     head(torch.randn(8, 40), torch.arange(8)).backward()

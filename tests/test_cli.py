@@ -14,8 +14,9 @@ pytest.importorskip("tqdm")
 
 import torch
 
-from cosface_kernels import __version__, cli
-from cosface_kernels.demo import million, toy
+from cosface_kernels import __version__
+from cosface_kernels.tools import cli
+from cosface_kernels.tools.demo import million, toy
 
 
 def test_help_names_every_command(capsys):
@@ -45,9 +46,9 @@ def test_info_says_what_is_usable():
 @pytest.mark.parametrize("missing", ["matplotlib", "sklearn", "tqdm"])
 def test_demo_without_its_extras(monkeypatch, capsys, tmp_path, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    for name in [name for name in sys.modules if name.startswith(("cosface_kernels.demo", f"{missing}."))]:
+    for name in [name for name in sys.modules if name.startswith(("cosface_kernels.tools.demo", f"{missing}."))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr("cosface_kernels.demo", raising=False)
+    monkeypatch.delattr("cosface_kernels.tools.demo", raising=False)
     assert cli.main(["demo", "--out", str(tmp_path)]) == 1
     message = capsys.readouterr().err
     assert missing in message and 'pip install "cosface-kernels[demo]"' in message and message.count("\n") == 1

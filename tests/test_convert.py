@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cli
-from cosface_kernels import convert as module
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss
 from cosface_kernels.margins import Softmax
+from cosface_kernels.tools import cli
+from cosface_kernels.tools import convert as module
 from cosface_kernels.validation import FLOAT_DTYPES
 
 ROOT = Path(__file__).parents[1]
@@ -208,7 +209,7 @@ def test_files_older_than_torch_1_6(here):
 MEMORY = """
 import re, sys
 import torch
-from cosface_kernels import cli
+from cosface_kernels.tools import cli
 
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
@@ -596,7 +597,7 @@ def test_all_files_are_written_before_one_is_renamed(here, monkeypatch, outputs)
 
 FULL_DISK = """
 import resource, sys
-from cosface_kernels import cli
+from cosface_kernels.tools import cli
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
 sys.exit(cli.main(["convert", *sys.argv[2:]]))
 """

@@ -10,7 +10,7 @@ import torch
 from margin_rows import every_row
 
 from cosface_kernels import MarginSoftmaxLoss
-from cosface_kernels.demo import toy
+from cosface_kernels.tools.demo import toy
 
 # In the demo's plane one identity gets stuck behind another where the margin is large, and 12 epochs leave some margins at 70%
 # or so; in eight dimensions eight classes all have room.

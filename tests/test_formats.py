@@ -11,7 +11,9 @@ import numpy as np
 import torch
 
 from benchmarks import formats as training
-from cosface_kernels import formats, native, updates
+from cosface_kernels.ops import formats
+from cosface_kernels.ops.backends import cpu_library
+from cosface_kernels.optim import rules
 
 INDEX = slice(0, 64)
 
@@ -104,8 +106,8 @@ def test_random_bits_are_uniform_and_independent():
 
 
 ISAS = [
-    pytest.param(name, marks=pytest.mark.skipif(name not in native.available(), reason=f"no {name} here"))
-    for name in native.INSTRUCTION_SETS
+    pytest.param(name, marks=pytest.mark.skipif(name not in cpu_library.available(), reason=f"no {name} here"))
+    for name in cpu_library.INSTRUCTION_SETS
 ]
 
 
@@ -116,25 +118,25 @@ ISAS = [
 @pytest.mark.parametrize("size", [1, 37, 64])
 def test_native_code_is_the_same_step(rule, table, state, size, instruction_set, monkeypatch):
     """Three steps from the same numbers each time: float32 within roundings, stored ones one unit apart, few of them."""
-    rules = {
-        "sgd": updates.SGD(0.1, 0.9, 0.01, False, False),
-        "nesterov": updates.SGD(0.1, 0.9, 0.0, True, True),
-        "no momentum": updates.SGD(0.1, 0.0, 0.01, False, False),
-        "adamw": updates.AdamW(0.01, (0.9, 0.999), 1e-8, 0.01, False, torch.tensor(3.0)),
+    steps = {
+        "sgd": rules.SGD(0.1, 0.9, 0.01, False, False),
+        "nesterov": rules.SGD(0.1, 0.9, 0.0, True, True),
+        "no momentum": rules.SGD(0.1, 0.0, 0.01, False, False),
+        "adamw": rules.AdamW(0.01, (0.9, 0.999), 1e-8, 0.01, False, torch.tensor(3.0)),
     }
     names = {"no momentum": [], "adamw": [state, torch.uint8 if state == torch.int8 else state]}.get(rule, [state])
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(40, size, generator=generator).to(table)
     states = [stored(dtype, 40, size) for dtype in names]
-    monkeypatch.setattr(native, "available", lambda: (instruction_set,))
+    monkeypatch.setattr(cpu_library, "available", lambda: (instruction_set,))
     for step in range(3):
         # The last column is that of a bias, so rows lie apart.
         grad = torch.randn(30, size + 1, generator=generator)[:, :size] * torch.logspace(-6, 2, 30)[:, None]
         results = []
         for is_native in (True, False):
-            monkeypatch.setattr(updates.Part, "is_native", lambda part, is_native=is_native: is_native)
+            monkeypatch.setattr(rules.Part, "is_native", lambda part, is_native=is_native: is_native)
             copies = [tuple(None if t is None else t.clone() for t in s) for s in states]
-            part = updates.Part(rows.clone(), copies, rules[rule], formats.rounding_key(3, step), 1000, None)
+            part = rules.Part(rows.clone(), copies, steps[rule], formats.rounding_key(3, step), 1000, None)
             part.apply(slice(5, 35), grad)
             results.append([(part.rows, None), *part.states])
         for (ours, our_scale), (theirs, their_scale), (before, _) in zip(*results, [(rows, None), *states], strict=True):

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
 
-from cosface_kernels import margin_softmax_loss, plan, reference
+from cosface_kernels import margin_softmax_loss, reference
 from cosface_kernels.margins import CosFace, LSoftmax, NormSoftmax, Softmax
+from cosface_kernels.ops import slabs
 
 # (N, rows of the table, D). 522 rows: slabs of 128, or of 384 for three centres, the last one short; 67 rows: one past a tile.
 # D is not small: the rounding of operands, which both have, would decide who is nearer.
@@ -238,8 +239,8 @@ def test_overflowing_target_beside_tiny_negatives(backend, device):
 
 def test_backward_finds_what_forward_kept_beside_a_bias(backend, device, monkeypatch):
     """Backward's features have a column more, which must not make other slabs: of 384 rows for D = 4, of 256 for D = 5."""
-    monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", 2**16)
-    monkeypatch.setitem(plan.SLAB_ELEMENTS, torch.device(device).type, 257 * (7 + 2 * 4))
+    monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MAX", 2**16)
+    monkeypatch.setitem(slabs.SLAB_ELEMENTS, torch.device(device).type, 257 * (7 + 2 * 4))
     features, table, labels = make("uniform", 7, 700, 4)
     inputs = features.to(device), table.to(device), labels.to(device), torch.ones(7, device=device)
     bias = torch.linspace(-1, 1, 700, device=device)

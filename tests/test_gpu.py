@@ -10,16 +10,17 @@ import torch
 from cases import make
 from conftest import HAS_GPU
 
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss, ops
-from cosface_kernels.backends import NAMES
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss
 from cosface_kernels.margins import CosFace, Softmax
+from cosface_kernels.ops import operators
+from cosface_kernels.ops.backends import NAMES
 
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr(ops, "check_labels", lambda *arguments: None)
+    monkeypatch.setattr(operators, "check_labels", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("outside", [300, 10**12, -1, -(2**63)])

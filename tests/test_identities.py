@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margins
-from cosface_kernels.identities import follow
+from cosface_kernels.heads.grow import follow
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),

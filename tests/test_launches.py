@@ -12,7 +12,8 @@ from cases import make
 from conftest import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from cosface_kernels import cosface_loss, ops
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import operators
 
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -25,7 +26,7 @@ class Launches(TorchDispatchMode):
         self.counts = Counter()
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        if operator in (ops.negative_lse, ops.negative_lse_backward, ops.margin_losses):
+        if operator in (operators.negative_lse, operators.negative_lse_backward, operators.margin_losses):
             with self:
                 return operator.implementation(*arguments, **(keywords or {}))
         if torch._C._dispatch_has_kernel_for_dispatch_key(operator.name(), "CompositeImplicitAutograd"):
@@ -55,7 +56,7 @@ def launches(monkeypatch):
 @pytest.mark.parametrize("num_rows, parts", [(1, 16), (512, 16), (1024, 8), (4096, 2), (16384, 1)])
 def test_pull_fills_a_gpu(num_rows, parts):
     """With its 2 x ceil(N / 128) tiles of D = 512, in parts of aligned width, of which 10000 classes are no 16."""
-    triton_backend = pytest.importorskip("cosface_kernels.backends.triton_backend")
+    triton_backend = pytest.importorskip("cosface_kernels.ops.backends.triton_backend")
     widths = (65536, 10000, 80, 16)
     found = [triton_backend.pull_parts(num_rows, 512, width) for width in widths]
     assert found[0] == parts
@@ -70,7 +71,7 @@ SLAB_FORWARD, SLAB_BACKWARD = 4, 2  # of every further slab, E kept
 @pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
 @pytest.mark.parametrize("slabs", [1, 3])
 def test_launches(slabs, launches, monkeypatch, small_slabs):
-    monkeypatch.setattr(ops, "check_labels", lambda *arguments: None)  # a GPU has none
+    monkeypatch.setattr(operators, "check_labels", lambda *arguments: None)  # a GPU has none
     features, weight, labels = make("uniform", 5, 128 * slabs - 3, 64)
     features = features.bfloat16().requires_grad_()
     weight.requires_grad_()

@@ -282,7 +282,7 @@ OPTIONS = {"scale": 16.0, "reduction": "sum", "ignore_index": 2, "memory_budget"
 def test_every_option_reaches_the_loss(device, monkeypatch):
     head = MarginSoftmaxLoss(3, 5, margin=margins.AdaFace(), normalize_features=False, device=device, **OPTIONS)
     received = {}
-    monkeypatch.setattr("cosface_kernels.modules.stateful_loss", lambda *tensors, **options: received.update(options))
+    monkeypatch.setattr("cosface_kernels.heads.plain.stateful_loss", lambda *tensors, **options: received.update(options))
     head.eval()(torch.ones(4, 3), torch.arange(4))
     state = {"batch_mean": head.batch_mean, "batch_std": head.batch_std}
     carried = {"state": state, "training": False, "parameters": None}

@@ -50,7 +50,7 @@ TRAIN = """
 import sys
 import torch
 from cosface_kernels import CosFaceLoss, FusedSGD
-from cosface_kernels.demo.million import peak_bytes
+from cosface_kernels.tools.demo.million import peak_bytes
 
 def step(head, optimizer, kept):
     head.memory_budget = kept

@@ -52,7 +52,7 @@ OPTIONS = {"scale": 16.0, "margin": 0.1, "reduction": "sum", "ignore_index": 2, 
 def test_every_option_reaches_the_loss(device, monkeypatch):
     head, features, labels = head_and_batch(device, **OPTIONS)
     received = {}
-    monkeypatch.setattr("cosface_kernels.modules.stateful_loss", lambda *tensors, **options: received.update(options))
+    monkeypatch.setattr("cosface_kernels.heads.plain.stateful_loss", lambda *tensors, **options: received.update(options))
     head(features, labels)
     own = {"bias": None, "normalize_features": True, "centers_per_class": 1, "parameters": None}
     assert received == {**OPTIONS, **own, "margin": CosFace(OPTIONS["margin"])}

@@ -12,23 +12,27 @@ import pytest
 import torch
 from cases import check_accuracy, draws, evaluate, make
 
-from cosface_kernels import backends, cosface_loss, info, native, updates
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import backends
+from cosface_kernels.ops.backends import cpu_library
+from cosface_kernels.optim import rules
+from cosface_kernels.tools import info
 
-if not native.available():
+if not cpu_library.available():
     pytest.skip("the native library was not built here: that needs a C++ compiler", allow_module_level=True)
 
 
-@pytest.fixture(params=native.INSTRUCTION_SETS)
+@pytest.fixture(params=cpu_library.INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
-    if request.param not in native.available():
+    if request.param not in cpu_library.available():
         pytest.skip(f"this processor or this compiler has no {request.param}")
-    monkeypatch.setattr(native, "kernels", lambda dtype: native.Kernels(dtype, request.param))
+    monkeypatch.setattr(cpu_library, "kernels", lambda dtype: cpu_library.Kernels(dtype, request.param))
     return request.param
 
 
 def elementary(name, instruction_set, x, out):
     """exp2 or to_bfloat16, as the kernels compute it, of a float32 array."""
-    function = getattr(ctypes.CDLL(str(native.LIBRARY)), f"cosface_{name}_{instruction_set}")
+    function = getattr(ctypes.CDLL(str(cpu_library.LIBRARY)), f"cosface_{name}_{instruction_set}")
     function(ctypes.c_void_p(x.ctypes.data), ctypes.c_int64(len(x)), ctypes.c_void_p(out.ctypes.data))
     return out
 
@@ -60,13 +64,13 @@ def test_exp2_within_two_ulp(instruction_set):
 
 def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
     """fmod, which torch.remainder is made of, runs there; an MMX instruction makes its next result NaN."""
-    monkeypatch.setattr(native, "available", lambda: (instruction_set,))
-    rule = updates.SGD(0.1, 0.9, 0.01, False, False)
+    monkeypatch.setattr(cpu_library, "available", lambda: (instruction_set,))
+    rule = rules.SGD(0.1, 0.9, 0.01, False, False)
     for table, state in itertools.product((torch.float32, torch.bfloat16), (torch.float32, torch.bfloat16, torch.int8)):
         scale = torch.zeros(8) if state == torch.int8 else None
         states = [(torch.zeros(8, 37, dtype=state), scale)]
-        part = updates.Part(torch.ones(8, 37, dtype=table), states, rule, 1, 0, None)
-        native.update(part.step(), torch.ones(8, 37), slice(0, 8))
+        part = rules.Part(torch.ones(8, 37, dtype=table), states, rule, 1, 0, None)
+        cpu_library.update(part.step(), torch.ones(8, 37), slice(0, 8))
         assert torch.remainder(torch.tensor([5.0, 4.0]), 3).tolist() == [2, 1]
 
 
@@ -143,7 +147,7 @@ def test_runs_in_pytorchs_threads():
     ],
 )
 def test_chosen_where_it_is_faster(monkeypatch, available, dtype, backend):
-    monkeypatch.setattr(native, "available", lambda: available)
+    monkeypatch.setattr(cpu_library, "available", lambda: available)
     assert backends.choose("auto", torch.device("cpu"), dtype).__name__.endswith(f".{backend}_backend")
 
 
@@ -157,9 +161,9 @@ def test_missing_library(monkeypatch, tmp_path):
         (broken, str(broken)),
         (another, "is of another version"),
     ):
-        monkeypatch.setattr(native, "LIBRARY", path)
-        monkeypatch.setattr(native, "_load", native._load.__wrapped__)
-        monkeypatch.setattr(native, "available", native.available.__wrapped__)
+        monkeypatch.setattr(cpu_library, "LIBRARY", path)
+        monkeypatch.setattr(cpu_library, "_load", cpu_library._load.__wrapped__)
+        monkeypatch.setattr(cpu_library, "available", cpu_library.available.__wrapped__)
         assert backends.choose("auto", torch.device("cpu"), torch.float32).__name__.endswith(".torch_backend")
         with pytest.raises(ValueError, match=f'backend "cpu" cannot be used here.*{why}'):
             cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long), backend="cpu")

@@ -11,19 +11,11 @@ import torch.utils.checkpoint
 from cases import make
 from margin_rows import every_row
 
-from cosface_kernels import (
-    CosFaceLoss,
-    FusedAdamW,
-    FusedSGD,
-    MarginSoftmaxLoss,
-    deferred,
-    formats,
-    margin_softmax_loss,
-    native,
-    plan,
-    updates,
-)
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss
 from cosface_kernels.margins import ArcFace, Softmax
+from cosface_kernels.ops import formats, recording, slabs
+from cosface_kernels.ops.backends import cpu_library
+from cosface_kernels.optim import rules
 
 SIZE, NUM_CLASSES, ROWS = 20, 300, 9  # three slabs, the last one short; not a multiple of any vector
 
@@ -45,8 +37,8 @@ pytestmark = pytest.mark.usefixtures("small_slabs")
 def path(request, monkeypatch):
     """Both forms of the update."""
     if request.param == "torch":
-        monkeypatch.setattr(updates.Part, "is_native", lambda part: False)
-    elif not native.available():
+        monkeypatch.setattr(rules.Part, "is_native", lambda part: False)
+    elif not cpu_library.available():
         pytest.skip("the native library was not built here")
     return request.param
 
@@ -328,7 +320,7 @@ def test_not_finite_changes_nothing(bad, device, path):
 
 
 def test_forgotten_optimizer_is_said(device, monkeypatch):
-    monkeypatch.setattr(deferred, "MANY_RECORDS", 3)
+    monkeypatch.setattr(recording, "MANY_RECORDS", 3)
     head, _ = twins(device)
     optimizer = FusedSGD(head.parameters(), lr=0.5)
     (features, labels), *_ = batches(1, device)
@@ -470,8 +462,8 @@ def test_resumed_run_has_the_same_bits(kind, table_format, state_format, device,
 
 def test_slabs_of_any_size_and_threads_round_the_same(monkeypatch):
     def go(largest_slab, threads, is_native):
-        monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", largest_slab)
-        monkeypatch.setattr(updates.Part, "is_native", lambda part: is_native)
+        monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MAX", largest_slab)
+        monkeypatch.setattr(rules.Part, "is_native", lambda part: is_native)
         before = torch.get_num_threads()
         torch.set_num_threads(threads)
         head, _ = twins(table_format="bfloat16", backend="torch")
@@ -484,7 +476,7 @@ def test_slabs_of_any_size_and_threads_round_the_same(monkeypatch):
         return head.weight.detach(), optimizer.state[head.weight]["momentum_buffer"]
 
     first = go(128, 1, False)
-    others = [go(256, 2, False)] + ([go(128, 1, True), go(384, 2, True)] if native.available() else [])
+    others = [go(256, 2, False)] + ([go(128, 1, True), go(384, 2, True)] if cpu_library.available() else [])
     for other in others:
         for one, two in zip(first, other, strict=True):
             assert torch.equal(one, two)
@@ -676,16 +668,16 @@ def test_margin_and_table_format_of_every_head(device, options):
         head(features, labels).backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 4 and head.weight.dtype == torch.bfloat16
-    assert deferred.head_of(head.weight) is head
+    assert recording.head_of(head.weight) is head
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_exponentials_kept_beside_a_bias_are_read_as_they_were_written(monkeypatch, backend):
-    if backend == "cpu" and not native.available():
+    if backend == "cpu" and not cpu_library.available():
         pytest.skip("the native library was not built here")
     # A slab then is 384 rows for D columns, and would be 256 for D + 1.
-    monkeypatch.setattr("cosface_kernels.plan.SLAB_CLASSES_MAX", 2**16)
-    monkeypatch.setitem(plan.SLAB_ELEMENTS, "cpu", 257 * (ROWS + 2 * SIZE))
+    monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MAX", 2**16)
+    monkeypatch.setitem(slabs.SLAB_ELEMENTS, "cpu", 257 * (ROWS + 2 * SIZE))
     grads = []
     for memory_budget in (0, 2**30):
         options = {"margin": Softmax(), "bias": True, "memory_budget": memory_budget, "backend": backend}
@@ -974,7 +966,7 @@ def test_a_table_that_is_no_longer_bfloat16_is_an_ordinary_one():
     assert head.weight.grad.any()
 
 
-@pytest.mark.skipif(not native.available(), reason="the native library was not built here")
+@pytest.mark.skipif(not cpu_library.available(), reason="the native library was not built here")
 @pytest.mark.parametrize("table_format", formats.TABLE_FORMATS)
 @pytest.mark.parametrize("state_format", formats.STATE_FORMATS)
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
@@ -992,7 +984,7 @@ def test_rows_are_updated_as_they_are_made(kind, table_format, state_format, mon
         return head.weight.detach(), *(value for value in optimizer.state[head.weight].values() if value.dim())
 
     with monkeypatch.context() as patch:
-        patch.setattr(updates.Update, "put", None)
+        patch.setattr(rules.Update, "put", None)
         found = trained()
-    monkeypatch.setattr(updates.Update, "step", lambda update: None)
+    monkeypatch.setattr(rules.Update, "step", lambda update: None)
     assert all(torch.equal(one, other) for one, other in zip(found, trained(), strict=True))

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import cosface_kernels
-from cosface_kernels import cli, plan_report, planner
-from cosface_kernels.plan_report import count, size
-from cosface_kernels.planner import Ceilings, Training, plan
+from cosface_kernels.tools import cli, memory_model, memory_report
+from cosface_kernels.tools.memory_model import Ceilings, Training, plan
+from cosface_kernels.tools.memory_report import count, size
 
 GB, GIB = 10**9, 2**30
 PROCESS = 4 * 10**8
@@ -22,15 +22,16 @@ GIVEN = ["--tflops", "1", "--gbps", "40"]
 MEASURE = """
 import json, re, sys
 import torch
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, planner
-from cosface_kernels.memory import total_memory
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD
+from cosface_kernels.ops.memory import total_memory
+from cosface_kernels.tools import memory_model
 
 name, table_format, state_format, precision, *numbers = sys.argv[1:]
 identities, dim, batch, rate = map(json.loads, numbers)
-process = planner.measure_process("cpu")
-training = planner.Training(identities, dim, batch, name, table_format, state_format, rate, precision=precision)
-predicted = planner.plan(training, total_memory(torch.device("cpu")), process).total
-slabs = planner.plan(training._replace(optimizer="sgd"), 0, process).parts["slabs"]
+process = memory_model.measure_process("cpu")
+training = memory_model.Training(identities, dim, batch, name, table_format, state_format, rate, precision=precision)
+predicted = memory_model.plan(training, total_memory(torch.device("cpu")), process).total
+slabs = memory_model.plan(training._replace(optimizer="sgd"), 0, process).parts["slabs"]
 head = CosFaceLoss(dim, identities, table_format=table_format, sample_rate=rate)
 sgd = dict(lr=0.1, momentum=0.9, weight_decay=5e-4)
 optimizer = {
@@ -152,7 +153,7 @@ def test_half_an_identity_is_refused():
 
 
 def steps(memory, *, devices=(1,), rates=(1.0, 0.1), optimizers=("sgd", "adamw", "torch-sgd"), **sizes):
-    found = plan_report.trainings(
+    found = memory_report.trainings(
         optimizers=optimizers,
         table_formats=("float32", "bfloat16"),
         state_formats=("float32", "bfloat16", "int8"),
@@ -183,28 +184,28 @@ def test_every_combination_is_a_row():
 )
 def test_recommendations(identities, memory, devices, expected):
     found = steps(memory, identities=identities, dim=512, batch=1024, devices=devices, rates=(1.0,))
-    training = plan_report.recommended(found, memory)
+    training = memory_report.recommended(found, memory)
     assert (training and training[3:8]) == expected
     if training:
-        better = [other for other in found if plan_report.rank(other) < plan_report.rank(training)]
+        better = [other for other in found if memory_report.rank(other) < memory_report.rank(training)]
         assert all(found[other].total > 0.9 * memory for other in better)
         assert found[training].total <= 0.9 * memory
 
 
 def test_sampling_comes_after_exactness_and_before_devices():
     whole = Training(10**6, 64, 8, devices=8)
-    assert plan_report.rank(whole) < plan_report.rank(whole._replace(sample_rate=0.1, devices=1))
-    assert plan_report.rank(whole._replace(sample_rate=0.1)) < plan_report.rank(whole._replace(state_format="bfloat16"))
-    assert plan_report.rank(whole._replace(state_format="int8")) < plan_report.rank(whole._replace(table_format="bfloat16"))
-    assert plan_report.rank(whole) < plan_report.rank(whole._replace(optimizer="torch-sgd"))
+    assert memory_report.rank(whole) < memory_report.rank(whole._replace(sample_rate=0.1, devices=1))
+    assert memory_report.rank(whole._replace(sample_rate=0.1)) < memory_report.rank(whole._replace(state_format="bfloat16"))
+    assert memory_report.rank(whole._replace(state_format="int8")) < memory_report.rank(whole._replace(table_format="bfloat16"))
+    assert memory_report.rank(whole) < memory_report.rank(whole._replace(optimizer="torch-sgd"))
 
 
 def test_devices_that_would_be_needed():
     training = Training(10**8, 512, 1024, "sgd", "bfloat16", "int8")
-    number = plan_report.devices_needed(training, 24 * GIB, PROCESS)
+    number = memory_report.devices_needed(training, 24 * GIB, PROCESS)
     totals = [plan(training._replace(devices=each), 24 * GIB, PROCESS).total for each in (number - 1, number)]
     assert totals[1] <= 0.9 * 24 * GIB < totals[0]
-    assert plan_report.devices_needed(training, GIB // 4, PROCESS) is None
+    assert memory_report.devices_needed(training, GIB // 4, PROCESS) is None
 
 
 def run(capsys, *options):
@@ -239,8 +240,8 @@ def test_recommended_code_runs(capsys):
     exec("\n".join([head, optimizer, step]), names)
     assert names["head"].weight.dtype == torch.bfloat16 and names["head"].weight.shape == (2000, 512)
     sampled = Training(10**7, 256, 64, "adamw", "float32", "int8", sample_rate=0.1, devices=4)
-    assert plan_report.code(sampled)[0] == "head = ShardedCosFaceLoss(256, 10_000_000, sample_rate=0.1)"
-    assert 'FusedAdamW(head.parameters(), lr=1e-3, state_format="int8")' in plan_report.code(sampled)[1]
+    assert memory_report.code(sampled)[0] == "head = ShardedCosFaceLoss(256, 10_000_000, sample_rate=0.1)"
+    assert 'FusedAdamW(head.parameters(), lr=1e-3, state_format="int8")' in memory_report.code(sampled)[1]
 
 
 def test_hundred_million_without_momentum(capsys):
@@ -266,7 +267,7 @@ def test_documented_command(capsys):
 
 
 def test_ceilings_are_measured_where_none_are_given(capsys, monkeypatch):
-    monkeypatch.setattr(planner, "COPY_BYTES", {"cpu": 2**20, "cuda": 2**20})
+    monkeypatch.setattr(memory_model, "COPY_BYTES", {"cpu": 2**20, "cuda": 2**20})
     command = ["plan", "--identities", "1e4", "--dim", "32", "--batch", "8", "--devices", "1", "--optimizer", "sgd"]
     assert cli.main(command) == 0
     text = capsys.readouterr().out

@@ -3,21 +3,22 @@ import copy
 import pytest
 import torch
 
-from cosface_kernels import cosface_loss, reuse
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import page_pool
 
 CPU = torch.device("cpu")
-ROWS = reuse.LARGE // (4 * 256) + 64
+ROWS = page_pool.LARGE // (4 * 256) + 64
 
 
 @pytest.fixture(autouse=True)
 def nothing_spare():
-    reuse.release()
+    page_pool.release()
     yield
-    reuse.release()
+    page_pool.release()
 
 
 def large(rows=ROWS):
-    return reuse.empty((rows, 256), torch.float32, CPU)
+    return page_pool.empty((rows, 256), torch.float32, CPU)
 
 
 def test_memory_is_lent_again_only_when_no_tensor_is_over_it():
@@ -32,12 +33,12 @@ def test_memory_is_lent_again_only_when_no_tensor_is_over_it():
 
 
 def test_dtype_shape_and_device_are_as_asked():
-    low = reuse.empty((3, reuse.LARGE), torch.bfloat16, CPU)
-    assert (low.dtype, low.shape, low.is_contiguous()) == (torch.bfloat16, (3, reuse.LARGE), True)
-    assert reuse.empty((3, reuse.LARGE), torch.bfloat16, torch.device("meta")).device.type == "meta"
+    low = page_pool.empty((3, page_pool.LARGE), torch.bfloat16, CPU)
+    assert (low.dtype, low.shape, low.is_contiguous()) == (torch.bfloat16, (3, page_pool.LARGE), True)
+    assert page_pool.empty((3, page_pool.LARGE), torch.bfloat16, torch.device("meta")).device.type == "meta"
     with torch.device("meta"):
-        assert reuse.empty((3, reuse.LARGE), torch.bfloat16, CPU).fill_(1)[2, 5] == 1
-    small = reuse.empty((4, 0), torch.float64, CPU)
+        assert page_pool.empty((3, page_pool.LARGE), torch.bfloat16, CPU).fill_(1)[2, 5] == 1
+    small = page_pool.empty((4, 0), torch.float64, CPU)
     assert small.resize_(5, 7).shape == (5, 7)  # torch's own
 
 
@@ -45,7 +46,7 @@ def test_a_block_more_than_twice_as_large_is_not_taken():
     address = large(3 * ROWS).data_ptr()
     assert large().data_ptr() != address
     # A size that none fits replaces those that were kept: sizes have changed.
-    assert [block.bytes.nbytes for block in reuse._spare] == [ROWS * 1024]
+    assert [block.bytes.nbytes for block in page_pool._spare] == [ROWS * 1024]
 
 
 def test_the_smallest_that_fits_is_taken():
@@ -56,10 +57,10 @@ def test_the_smallest_that_fits_is_taken():
 
 
 def test_what_is_spare_has_a_limit(monkeypatch):
-    monkeypatch.setattr(reuse, "total_memory", lambda device: reuse.SPARE_SHARE * 3 * ROWS * 1024)
+    monkeypatch.setattr(page_pool, "total_memory", lambda device: page_pool.SPARE_SHARE * 3 * ROWS * 1024)
     tensors = [large() for _ in range(5)]
     del tensors
-    assert len(reuse._spare) == 3
+    assert len(page_pool._spare) == 3
 
 
 def test_copies_and_shared_memory_own_theirs(tmp_path):
@@ -96,14 +97,14 @@ def test_a_gradient_that_is_kept_is_not_written_again(backend):
 @pytest.mark.parametrize("spare", [False, True])
 def test_compile_of_a_large_table(spare, monkeypatch):
     """What is traced has shapes and no memory to lend."""
-    monkeypatch.setattr(reuse, "LARGE", 1000)
+    monkeypatch.setattr(page_pool, "LARGE", 1000)
     torch._dynamo.reset()
     features, labels = torch.randn(6, 16), torch.arange(6)
     weight = torch.randn(300, 16, requires_grad=True)
     if spare:
         cosface_loss(features, weight, labels).backward()
         weight.grad = None
-        assert reuse._spare
+        assert page_pool._spare
     torch.compile(cosface_loss, fullgraph=True, backend="aot_eager")(features, weight, labels).backward()
     found, weight.grad = weight.grad, None
     cosface_loss(features, weight, labels).backward()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from cosface_kernels import backends, rows
-from cosface_kernels.table import Table
+from cosface_kernels.ops import backends, batch_rows
+from cosface_kernels.ops.table import Table
 
 NUM_CLASSES, SIZE, IGNORED = 40, 70, 7
 
@@ -37,13 +37,13 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     x, weight, labels = draw(device, 67)
     x[3], x[14] = torch.nan, torch.inf  # ignored rows, which come out as zero
     x, weight = x.T.contiguous().T.to(dtype), weight.to(dtype)
-    ours, plain = (module.enter(x, Table(weight), labels, IGNORED, torch.float32) for module in (kernels, rows))
+    ours, plain = (module.enter(x, Table(weight), labels, IGNORED, torch.float32) for module in (kernels, batch_rows))
     assert_close(ours, plain)
     _, unit, inverse_norm, target_unit, product = plain
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
     gradients = inverse_norm.cos(), product.cos(), unit.new_empty(0)
     arguments = *gradients, unit, target_unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
-    assert_close([kernels.x_gradient(*arguments)], [rows.x_gradient(*arguments)])
+    assert_close([kernels.x_gradient(*arguments)], [batch_rows.x_gradient(*arguments)])
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
@@ -55,7 +55,7 @@ def test_weight_factors(device, kernels, num_rows, size):
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
     ours, plain = (
         module.weight_factors(lse_grad, product_grad, None, unit, total, Table(weight), labels, IGNORED, 64.0)
-        for module in (kernels, rows)
+        for module in (kernels, batch_rows)
     )
     assert_close(ours[:3], plain[:3])
     for targets, _, _, classes, _ in (ours, plain):
@@ -79,7 +79,7 @@ def test_losses(device, kernels, num_rows, reduction):
     logit = torch.full_like(exponent, 0.25)
     lse, counted = exponent + 64 * logit, torch.arange(num_rows, device=device) % 7 != 3
     lse[5::100], lse[3::70] = -torch.inf, torch.nan  # of a table of one class; of rows that are ignored
-    ours, plain = (module.losses(lse, logit, counted, 64.0, reduction) for module in (kernels, rows))
+    ours, plain = (module.losses(lse, logit, counted, 64.0, reduction) for module in (kernels, batch_rows))
     for one, other in zip(ours, plain, strict=True):
         assert other.isfinite().all()
         torch.testing.assert_close(one, other, rtol=2e-5, atol=0)

@@ -16,10 +16,11 @@ from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
-from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, ops, reference, sample_classes
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, reference, sample_classes
 from cosface_kernels.functional import stateful_loss
 from cosface_kernels.margins import AdaFace, CosFace, NormSoftmax, Softmax
-from cosface_kernels.strata import one_of_each
+from cosface_kernels.ops import operators
+from cosface_kernels.ops.sampled_classes import one_of_each
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -113,7 +114,7 @@ def test_sample_is_a_function_of_seed_step_and_labels(device):
 def test_opcheck_of_the_draw(num_rows, device):
     """300 rows of up to 300 classes: how many take part is not known beforehand."""
     labels = torch.arange(num_rows, device=device) * 7 % 1000
-    library.opcheck(ops.sample_classes, (labels, torch.tensor(3, device=device), 1000, 0.1, 5, True))
+    library.opcheck(operators.sample_classes, (labels, torch.tensor(3, device=device), 1000, 0.1, 5, True))
 
 
 # --- the loss over them
@@ -236,7 +237,7 @@ def test_batches_of_every_kind(backend, device, case):
 
 @pytest.mark.parametrize("centers", [1, 3])
 def test_all_classes_are_no_sample(backend, device, centers):
-    """The same bits, but where another form of rows.py rounds otherwise."""
+    """The same bits, but where another form of batch_rows.py rounds otherwise."""
     inputs = *(tensor.to(device) for tensor in make("hard", 7, 300, 70)), torch.linspace(1, 2, 7, device=device)
     inputs[2].floor_divide_(centers)
     options = {"backend": backend, "centers_per_class": centers}
@@ -348,13 +349,13 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
     constants = scale, -100, *raw, torch.float32, 0, backend, True, True
     inputs = features, weight, bias, labels, index
     with torch.no_grad(), Sizes() as forward:
-        output = ops.negative_lse.implementation(*inputs, *constants, None)
+        output = operators.negative_lse.implementation(*inputs, *constants, None)
     slab = 384 if centers == 3 else 128
     # A bias is one more column, and columns are padded to 64, or 128.
     assert max(forward.sizes) <= slab * 128 < len(index) * 64
     with torch.no_grad(), Sizes() as backward:
         gradients = [torch.ones_like(vector) for vector in output[:4]]
-        ops.negative_lse_backward.implementation(*gradients, *inputs, *output[4:], *constants)
+        operators.negative_lse_backward.implementation(*gradients, *inputs, *output[4:], *constants)
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
 
 
@@ -380,7 +381,7 @@ def test_auto_budget_is_at_most_the_sampled_gradient(device):
     weight.requires_grad_()
     classes = torch.arange(0, 512, 2, device=device)
     constants = 64.0, -100, True, True, 1, torch.float32, None, "auto", True, True, None
-    *_, kept = ops.negative_lse(features, weight, None, labels // 2 * 2, classes, *constants)
+    *_, kept = operators.negative_lse(features, weight, None, labels // 2 * 2, classes, *constants)
     assert kept.numel() == 30 * 128
 
 
@@ -660,7 +661,7 @@ def test_label_that_takes_no_part(label, message, centers, backend, device, monk
         loss(*inputs[:3])
     assert str(raised.value).startswith(message)
     for check in ("check_labels", "_check_sampled"):
-        monkeypatch.setattr(ops, check, lambda *arguments: None)
+        monkeypatch.setattr(operators, check, lambda *arguments: None)
     losses, dx, dw = evaluate(loss, *inputs)
     assert losses.isnan().tolist() == dx.isnan().all(1).tolist() == [False, True, False]
     assert dw.coalesce().values().isnan().all()

@@ -24,8 +24,8 @@ from torch import library
 from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
 from cosface_kernels.compat import insightface
 from cosface_kernels.functional import _negatives_and_target
-from cosface_kernels.ops import negative_lse
-from cosface_kernels.sharded import FOREIGN, IGNORED, INVALID, _labels_here
+from cosface_kernels.heads.sharded import FOREIGN, IGNORED, INVALID, _labels_here
+from cosface_kernels.ops.operators import negative_lse
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
@@ -192,7 +192,7 @@ def test_a_class_held_elsewhere_is_no_target(centers, backend, device, small_sla
 
 def test_foreign_rows_of_no_class_are_nan(backend, device, monkeypatch):
     """As on a GPU, where labels are not looked at."""
-    monkeypatch.setattr("cosface_kernels.ops.check_labels", lambda *arguments: None)
+    monkeypatch.setattr("cosface_kernels.ops.operators.check_labels", lambda *arguments: None)
     features, weight, _ = draw(device, torch.float32)
     labels = torch.tensor([FOREIGN, INVALID, IGNORED, 0, 1, 2, 3], device=device)
     arguments = 16.0, IGNORED, True, True, 1, torch.float32, 0, backend, True, True, FOREIGN

@@ -7,7 +7,8 @@ import torch
 from cases import evaluate
 from rounding import assert_equals_reference, draw
 
-from cosface_kernels import backends, cosface_loss
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import backends
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -5,19 +5,13 @@
 
     from cosface_kernels.compat.insightface import PartialFC_V2      # instead of partial_fc_v2's, on every rank
 
-Their classes are source code that is copied and changed, and one name stands for several functions: ArcFace's gradient, for one,
-is exact in some releases and straight-through (∂ψ/∂cos θ = 1) in others. So an object is measured, not trusted: see `translate`.
+An object is measured, not trusted: see `translate`.
 """
 
-import math
-import warnings
+from ..heads import MarginSoftmaxLoss
+from .insightface_margins import translate
 
-import torch
-
-from ..margins import ArcFace, Combined, CosFace
-from ..modules import MarginSoftmaxLoss
-
-KNOWN = ("ArcFace", "CombinedMarginLoss", "CosFace")
+__all__ = ["PartialFC_V2", "head", "translate"]  # noqa: F822 (PartialFC_V2 comes by __getattr__)
 
 
 def head(margin_loss, embedding_size, num_classes, *, ignore_index=-1, **options):
@@ -40,116 +34,6 @@ def head(margin_loss, embedding_size, num_classes, *, ignore_index=-1, **options
     """
     margin, scale = translate(margin_loss)
     return MarginSoftmaxLoss(embedding_size, num_classes, margin=margin, scale=scale, ignore_index=ignore_index, **options)
-
-
-def translate(margin_loss):
-    """(margin, scale) of this package that compute what an InsightFace margin object computes, as measured.
-
-    The object is called on a few cosines in float64, and its values and gradients must be s ψ(cos θ) at the labels and s cos θ
-    elsewhere, for angles with θ + m <= π (past it releases differ, ours goes on falling). The gradient decides between
-    ArcFace(gradient="exact") and "straight_through".
-
-    One object becomes another function, with a warning: CombinedMarginLoss with m3 > 0 drops m1 and m2 without a word, and is
-    translated to what it says, Combined(m1, m2, m3).
-
-    Args:
-        margin_loss: CosFace(s, m), ArcFace(s, margin) of any release, or CombinedMarginLoss(s, m1, m2, m3), by class name.
-
-    Raises:
-        TypeError: an object of another class.
-        ValueError: interclass_filtering_threshold > 0; an object that raises, or computes something else.
-
-    Source: CosFace arXiv 1801.09414, ArcFace arXiv 1801.07698 (eq. 4 for Combined).
-    """
-    name = type(margin_loss).__name__
-    if name not in KNOWN:
-        raise TypeError(f"margin_loss must be an InsightFace {', '.join(KNOWN[:-1])} or {KNOWN[-1]}, got {name}")
-    if getattr(margin_loss, "interclass_filtering_threshold", 0) > 0:
-        raise ValueError(
-            "interclass_filtering_threshold > 0 zeroes cosines of other classes, which cosface_kernels does not: "
-            f"got {margin_loss.interclass_filtering_threshold}"
-        )
-    scale = _attribute(margin_loss, "s", "scale")
-    candidates, composed = _candidates(name, margin_loss)
-    margin = _measured(margin_loss, candidates, scale)
-    if composed is not None and margin != composed:
-        warnings.warn(f"{name} drops m1 and m2 where m3 > 0: it computes {margin}. Translated to {composed}.", stacklevel=2)
-        margin = composed
-    return margin, scale
-
-
-def _candidates(name, margin_loss):
-    """The margins that the object may compute, and the one that its arguments say where it is known to compute another."""
-    if name == "CosFace":
-        return [CosFace(_attribute(margin_loss, "m"))], None
-    if name == "ArcFace":
-        if hasattr(margin_loss, "sin_m"):
-            return _arcfaces(math.atan2(margin_loss.sin_m, margin_loss.cos_m)), None
-        return _arcfaces(_attribute(margin_loss, "m", "margin")), None
-    m1, m2, m3 = (_attribute(margin_loss, f"m{i}") for i in (1, 2, 3))
-    if m1 == 1 and m3 == 0:
-        return _arcfaces(m2), None
-    if m1 == 1 and m2 == 0:
-        return [CosFace(m3)], None
-    composed = Combined(m1, m2, m3)
-    return [composed, CosFace(m3)], composed
-
-
-def _arcfaces(m):
-    """Every form of it. Easy ones first: they are compared at all angles, so no other object passes for one (but for m = 0)."""
-    forms = (True, False) if m else (False,)
-    return [ArcFace(m, easy_margin=easy, gradient=how) for easy in forms for how in ("exact", "straight_through")]
-
-
-def _attribute(margin_loss, *names):
-    for name in names:
-        if hasattr(margin_loss, name):
-            return float(getattr(margin_loss, name))
-    raise ValueError(f"{type(margin_loss).__name__} has no attribute {' or '.join(names)}: it is of no release that is known")
-
-
-def _measured(margin_loss, candidates, scale):
-    """The candidate whose values and gradients are the object's."""
-    angles = torch.linspace(0.3, math.pi - 0.3, 24, dtype=torch.float64)
-    labels = torch.arange(len(angles)) % 3
-    # Beside each target, cosines of both signs.
-    cosines = torch.stack([angles.cos(), angles.flip(0).cos(), (angles + 0.5).cos()], 1)
-    cosines[torch.arange(len(angles)), labels] = angles.cos()
-    try:
-        theirs = _values_and_gradients(lambda copy: margin_loss(copy, labels), cosines)
-    except Exception as error:
-        raise ValueError(f"{type(margin_loss).__name__} raises when called on cosines: {error!r}") from error
-    for margin in candidates:
-        ours = _values_and_gradients(lambda copy, margin=margin: scale * _with_margin(copy, labels, margin), cosines)
-        rows = _comparable(margin, angles)
-        # Theirs may hold the margin, or compute, in float32: an error of eps in the cosine, in sin θ and in the margin, over
-        # sin² θ >= 0.08 in the gradient.
-        allowed = 64 * scale * torch.finfo(torch.float32).eps
-        if all((a[rows] - b[rows]).abs().max() <= allowed for a, b in zip(ours, theirs, strict=True)):
-            return margin
-    raise ValueError(
-        f"{type(margin_loss).__name__} computes something else than scale {scale} and {' or '.join(map(str, candidates))}"
-    )
-
-
-def _values_and_gradients(function, cosines):
-    leaf = cosines.clone().requires_grad_()
-    values = function(leaf.clone())  # they write in place
-    return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
-
-
-def _with_margin(cosines, labels, margin):
-    index = labels[:, None]
-    return cosines.scatter(1, index, margin.psi(cosines.gather(1, index)))
-
-
-def _comparable(margin, angles):
-    """Where every release of a margin agrees: up to π, and with easy_margin everywhere."""
-    if isinstance(margin, ArcFace) and not margin.easy_margin:
-        return angles + margin.m <= math.pi
-    if isinstance(margin, Combined):
-        return margin.m1 * angles + margin.m2 <= math.pi
-    return torch.ones_like(angles, dtype=torch.bool)
 
 
 def __getattr__(name):

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 
 from .. import validation
-from ..modules import MarginSoftmaxLoss
-from ..ranks import Ranks
-from ..sharded import _ShardedHead
-from . import insightface
+from ..distributed.ranks import Ranks
+from ..heads.plain import MarginSoftmaxLoss
+from ..heads.sharded import _ShardedHead
+from .insightface_margins import translate
 
 
 class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
@@ -42,7 +42,7 @@ class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("PartialFC_V2 on several ranks needs torch.distributed.init_process_group() before it")
         validation.check_flag("fp16", fp16)
-        margin, scale = insightface.translate(margin_loss)
+        margin, scale = translate(margin_loss)
         self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.ddp_average, self.fp16, self.embedding_size = True, fp16, embedding_size
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, ignore_index=-1, sample_rate=sample_rate)

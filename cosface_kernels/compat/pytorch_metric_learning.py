@@ -27,8 +27,8 @@ import torch
 
 from .. import margins
 from ..functional import margin_softmax_loss
-from ..plan import wide_dtype
-from ..unit import unit_rows
+from ..ops.normalize import unit_rows
+from ..ops.slabs import wide_dtype
 
 try:
     from pytorch_metric_learning import losses

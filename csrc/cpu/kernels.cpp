@@ -33,7 +33,7 @@ constexpr int64_t SUM_WORDS = 128;         // products added one after another i
 constexpr int64_t SUM_CLASSES = 64;        // exponentials added in float32 before their sum leaves the kernel
 constexpr int64_t CACHED_CLASSES = 32;     // class rows that a thread makes at a time, to be read again while in its cache
 constexpr int32_t NO_TARGET = INT32_MAX;   // no class of a slab is within `centers` of it
-constexpr double TINY_NORM = 1e-12;        // unit.py: a shorter row has no direction
+constexpr double TINY_NORM = 1e-12;        // normalize.py: a shorter row has no direction
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -368,7 +368,7 @@ void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels,
 
 }  // namespace
 
-// What callers are written for: native.py refuses a library of another number. Changes with any signature or layout.
+// What callers are written for: cpu_library.py refuses a library of another number. Changes with any signature or layout.
 EXPORT(int, interface)() { return 5; }
 
 // How much room callers leave: native.constant reads these.

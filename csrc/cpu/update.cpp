@@ -1,5 +1,5 @@
 // One optimiser step for rows of the class table, their gradient still in the cache: rows and state are decoded, updated and encoded
-// again, a row at a time. Compiled once for each instruction set; plain C boundary. cosface_kernels/formats.py and updates.py say the
+// again, a row at a time. Compiled once for each instruction set; plain C boundary. ops/formats.py and optim/rules.py say the
 // same in PyTorch.
 //
 //     sgd      g += λ w                m = μ m + g                          w -= η m,  nesterov: η (g + μ m)

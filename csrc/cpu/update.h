@@ -1,4 +1,4 @@
-// One optimiser step of a class table, as native.py describes it: what update.cpp does to rows, and kernels.cpp hands them to.
+// One optimiser step of a class table, as cpu_library.py describes it: what update.cpp does to rows, and kernels.cpp hands them to.
 
 #pragma once
 

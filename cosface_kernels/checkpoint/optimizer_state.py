@@ -1,0 +1,146 @@
+"""An optimiser's state by the names of its parameters, saved and restored without a step and without a copy.
+
+torch.distributed.checkpoint.state_dict would first take a step with zero gradients where there is no state yet, C D numbers more,
+and Optimizer.load_state_dict casts state to the parameter's dtype. Here a table's state is allocated as the checkpoint has it.
+"""
+
+import torch
+
+from ..distributed import dtensors
+
+
+def by_name(optimizer):
+    """{name: optimizer} of one optimiser, a dict of them, or a sequence of them."""
+    if optimizer is None:
+        return {}
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = [optimizer]
+    named = dict(optimizer) if isinstance(optimizer, dict) else {str(i): each for i, each in enumerate(optimizer)}
+    for name, each in named.items():
+        if not (isinstance(name, str) and isinstance(each, torch.optim.Optimizer)):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, or a dict or sequence of them, got {name!r}: {each!r}")
+    return named
+
+
+def flatten(prefix, optimizer, module):
+    """({key: state tensor}, everything else of it as plain data)."""
+    names = _names(prefix, optimizer, module)
+    tensors, states = {}, {}
+    for parameter, state in optimizer.state.items():
+        if parameter not in names:
+            raise ValueError(f"{prefix} has state of something that is no parameter of its: {parameter!r}")
+        name = names[parameter]
+        own = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+        for key, value in own.items():
+            _check_not_local(_key(prefix, name, key), value, name, parameter)
+        tensors |= {_key(prefix, name, key): value for key, value in own.items()}
+        states[name] = {
+            "on_cpu": {key: value.device.type == "cpu" for key, value in own.items()},
+            "plain": {key: value for key, value in state.items() if key not in own},
+        }
+    groups = [
+        {"names": [names[parameter] for parameter in group["params"]], "options": _options(group)}
+        for group in optimizer.param_groups
+    ]
+    return tensors, {"kind": _kind(optimizer), "groups": groups, "states": states}
+
+
+def prepare(prefix, optimizer, module, saved, metadata, grow):
+    """What `flatten` saved, for an optimiser that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
+
+    State that exists is loaded in place, other state is allocated; `metadata` is {key: TensorStorageMetadata} of the checkpoint,
+    `grow` the names of parameters that may have more rows than there, whose state is zero.
+    """
+    names = _names(prefix, optimizer, module)
+    parameters = {name: parameter for parameter, name in names.items()}
+    groups = [sorted(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups]
+    saved_groups = [sorted(group["names"]) for group in saved["groups"]]
+    if groups != saved_groups:
+        return {}, {}, [f"{prefix} has parameter groups {saved_groups} in the checkpoint, {groups} here"]
+    kind = saved.get("kind", _kind(optimizer))  # which the first checkpoints do not tell
+    if kind != _kind(optimizer):
+        return {}, {}, [f"{prefix} is of another kind: {kind} in the checkpoint, {_kind(optimizer)} here"]
+    tensors, states, problems = {}, {}, list(_refusals(prefix, optimizer, saved["groups"]))
+    for name, state in saved["states"].items():
+        parameter = parameters[name]
+        states[parameter] = dict(state["plain"])
+        rows = metadata[f"module/{name}"].size[:1]
+        for key, on_cpu in state["on_cpu"].items():
+            where, found = _key(prefix, name, key), metadata[_key(prefix, name, key)]
+            size, dtype = found.size, found.properties.dtype
+            live = optimizer.state.get(parameter, {}).get(key)
+            if name in grow and size and size[:1] == rows != parameter.shape[:1]:
+                live, size = None, torch.Size([len(parameter), *size[1:]])
+            if not isinstance(live, torch.Tensor):
+                live = _zeros(parameter, size, dtype, on_cpu and not _wants_device(optimizer, parameter))
+            elif (live.shape, live.dtype) != (size, dtype):
+                problems.append(f"{where} is {dtype} {tuple(size)} in the checkpoint, {live.dtype} {tuple(live.shape)} here")
+            tensors[where] = states[parameter][key] = live
+    return tensors, states, problems
+
+
+def apply(optimizer, saved, states):
+    """Gives an optimiser the state that `prepare` made, and the options of its groups."""
+    optimizer.state.clear()
+    optimizer.state.update(states)
+    for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
+        for key, value in saved_group["options"].items():
+            live = group.get(key)
+            group[key] = value.to(live.device) if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor) else value
+
+
+def _kind(optimizer):
+    """Fused optimisers go on with what torch.optim's of the same rule left, and the reverse."""
+    return type(optimizer).__name__.removeprefix("Fused")
+
+
+def _refusals(prefix, optimizer, groups):
+    """Why an optimiser that checks its options cannot take those of the checkpoint."""
+    for group in groups if hasattr(optimizer, "check_options") else ():
+        try:
+            optimizer.check_options(optimizer.defaults | group["options"])
+        except (TypeError, ValueError) as error:
+            yield f"{prefix}: {error}"
+
+
+def _zeros(parameter, size, dtype, on_cpu):
+    """Zeros placed as the parameter is: rows with its rows, numbers where they were."""
+    if dtensors.is_sharded(parameter) and size[:1] == parameter.shape[:1]:
+        return dtensors.zeros(parameter, size, dtype)
+    return torch.zeros(size, dtype=dtype, device="cpu" if on_cpu and not size else parameter.device)
+
+
+def _wants_device(optimizer, parameter):
+    """Whether step counts have to be where the parameter is, as torch.optim's `capturable` and `fused` say."""
+    (group,) = (group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
+    return bool(group.get("capturable") or group.get("fused"))
+
+
+def _names(prefix, optimizer, module):
+    """{parameter: its name in module} of all that an optimiser has."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    strangers = [tuple(parameter.shape) for parameter in own if parameter not in names]
+    if strangers:
+        raise ValueError(
+            f"{prefix} has parameters of shapes {strangers} that are not in module: pass a module that holds all of them, "
+            f"such as nn.ModuleDict({{'backbone': backbone, 'head': head}})"
+        )
+    return {parameter: names[parameter] for parameter in own}
+
+
+def _check_not_local(where, value, name, parameter):
+    """Of plain tensors rank 0's are saved, and the other ranks' rows would be lost."""
+    if not (dtensors.is_sharded(parameter) and parameter.dim() and value.dim()) or dtensors.is_sharded(value):
+        return
+    rows = len(dtensors.local(parameter))
+    if len(value) == rows != len(parameter):
+        raise ValueError(f"{where} has this rank's rows of {name} as a plain tensor; it must be a DTensor as {name} is")
+
+
+def _options(group):
+    return {key: value for key, value in group.items() if key not in ("params", "param_names")}
+
+
+def _key(prefix, name, key):
+    return f"{prefix}/{name}/{key}"

@@ -1,0 +1,293 @@
+"""Checkpoints of a module and its optimisers, written by W ranks and read by any other number, whole or not at all."""
+
+import io
+import pickle
+import random
+import shutil
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from . import files, optimizer_state
+from .files import CorruptCheckpointError, HashedFiles, latest_checkpoint
+from .pieces import PiecewiseSavePlanner, RowsLoadPlanner
+from .ranks import gather, is_distributed, rank, together, world_size
+
+__all__ = ["CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(folder, module, optimizer=None, *, extra=None):
+    """Saves module, optimisers and random number generators into a new folder, which appears as a whole or not at all.
+
+    All ranks of the default process group call it, if there is one. Sharded tensors (DTensor) are written by their ranks, plain
+    ones, taken to be alike on all ranks, by rank 0. No copy of a table is made. A failure on any rank is raised on all of them,
+    and leaves earlier checkpoints as they were.
+
+    Args:
+        folder: where to, on a disk that all ranks share; must not exist.
+        module: with every parameter of the optimisers; parameters and persistent buffers are saved.
+        optimizer: a torch.optim.Optimizer, or a dict or sequence of them; state and options are saved by the parameters' names.
+        extra: plain data of this rank's own, such as {"epoch": 3, "sampler": sampler.state_dict()}: numbers, strings, tensors,
+            and tuples, lists and dicts of them.
+
+    Raises:
+        FileExistsError: folder exists.
+        ValueError: an optimiser has a parameter that module lacks; a PartialFC_V2 on several ranks.
+        TypeError: extra, or an option of an optimiser, is not plain data.
+        OSError: no space left, or another failure of a disk.
+        RuntimeError: another failure of a rank.
+    """
+    folder = Path(folder)
+    tensors, small = together(lambda: _contents(module, optimizer, extra))
+    temporary = gather(together(lambda: files.begin(folder) if rank() == 0 else None))[0]
+    try:
+        written = {}
+        for part in gather(together(lambda: _write(temporary, tensors, small))):
+            written |= part
+        together(lambda: files.finish(temporary, folder, written) if rank() == 0 else None)
+    except BaseException as error:
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, Exception):
+            raise _not_saved(folder, error) from error
+        raise
+
+
+def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
+    """Loads what `save_checkpoint` saved, by any number of ranks, into module and optimisers of equal names, shapes and dtypes.
+
+    First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimisers; only
+    then is anything changed. A tensor may have been sharded and be plain now, or the reverse. State of an optimiser is loaded in
+    place where it exists, and allocated where it does not.
+
+    Random number generators go on where each rank's stopped if the number of ranks is the same. If not, they stay as they are,
+    with a warning, and every rank gets rank 0's `extra`.
+
+    Args:
+        folder: a checkpoint.
+        module, optimizer: as they were saved, of any values; without an optimiser the module alone is loaded.
+        grow: names of parameters and buffers that may have more rows here than in the checkpoint, such as ("head.weight",). The
+            further rows keep their values, and their optimiser state is zero: so does a sharded table get new identities.
+        strict: whether module must have the checkpoint's names and no others. If not, what one of them lacks stays as it is, or
+            is not loaded, as in load_state_dict: a head that is sampled only now has a sample_step more.
+
+    Returns:
+        This rank's `extra`, its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no folder.
+        CorruptCheckpointError: a file is missing, truncated or changed.
+        ValueError: names, shapes or dtypes are others, all listed; nothing was changed.
+
+    Warns:
+        UserWarning: another number of ranks, on rank 0.
+    """
+    folder = Path(folder)
+    manifest = together(lambda: files.read_manifest(folder))
+    together(lambda: files.verify(folder, manifest, rank(), world_size()))
+    metadata, shared, own = together(lambda: _read(folder, manifest))
+    state, optimizers, tensors = together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
+    together(lambda: _read_tensors(folder, tensors))
+    module.load_state_dict(state | shared["module"], strict=strict)
+    for name, (each, states) in optimizers.items():
+        optimizer_state.apply(each, shared["optimizers"][name], states)
+    if shared["world_size"] == world_size():
+        _set_random_state(own["random"])
+    elif rank() == 0:
+        warnings.warn(
+            f"{folder} was saved by {shared['world_size']} ranks and is loaded by {world_size()}: random number generators were "
+            "not restored, seed them on every rank",
+            stacklevel=2,
+        )
+    return own["extra"]
+
+
+def _contents(module, optimizer, extra):
+    """({key: tensor}, {file name: bytes}) of all that this rank has."""
+    for each in module.modules():
+        if getattr(each, "holds_plain_shard", False):
+            raise ValueError(
+                f"{type(each).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would "
+                "be saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
+            )
+    state = module.state_dict()
+    tensors = {f"module/{name}": value for name, value in state.items() if _is_in_place(name, value)}
+    shared = {
+        "world_size": world_size(),
+        "module": {name: value for name, value in state.items() if not _is_in_place(name, value)},
+        "optimizers": {},
+    }
+    for name, each in optimizer_state.by_name(optimizer).items():
+        found, shared["optimizers"][name] = optimizer_state.flatten(f"optimizer/{name}", each, module)
+        tensors |= found
+    small = {f"rank_{rank()}.pt": _packed("extra", {"random": _random_state(), "extra": extra})}
+    shared = _packed("an option of an optimizer, or extra state of module,", shared)
+    return tensors, small | ({"shared.pt": shared} if rank() == 0 else {})
+
+
+def _is_in_place(name, value):
+    """Whether a value of module.state_dict() is a tensor of the module's, and no result of get_extra_state."""
+    return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+
+
+def _packed(what, value):
+    """torch.save's bytes of plain data."""
+    try:
+        return _round_trip(value)
+    except _NOT_PLAIN as error:
+        raise TypeError(
+            f"{what} must be plain data, Python's own numbers and strings, tensors, or tuples, lists, dicts of them: "
+            f"{_not_plain(value)}"
+        ) from error
+
+
+_NOT_PLAIN = (pickle.PickleError, AttributeError, TypeError)
+
+
+def _round_trip(value):
+    """The bytes of a value that can be loaded again."""
+    stream = io.BytesIO()
+    torch.save(value, stream)
+    torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
+    return stream.getvalue()
+
+
+def _not_plain(value, path=""):
+    """The first place in a value of what cannot be loaded again, and its type."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, child in children:
+        try:
+            _round_trip(child)
+        except _NOT_PLAIN:
+            return _not_plain(child, f"{path}[{key!r}]")
+    return f"{path} is of {type(value)}"
+
+
+def _write(temporary, tensors, small):
+    """Writes this rank's files: {name: {"size", "sha256"}}."""
+    writer = dcp.FileSystemWriter(temporary, sync_files=False, overwrite=False)
+    writer.fs = hashed = HashedFiles()
+    _run_dcp(dcp.save, tensors, storage_writer=writer, planner=PiecewiseSavePlanner())
+    for name, data in small.items():
+        hashed.put(temporary / name, data)
+    return hashed.written
+
+
+def _not_saved(folder, error):
+    """What to raise of the failure of a save."""
+    failed = getattr(error, "failed_rank", rank())
+    message = f"checkpoint {folder} was not saved, earlier ones are as they were: rank {failed}: {type(error).__name__}: {error}"
+    return OSError(error.errno, message) if isinstance(error, OSError) and error.errno else RuntimeError(message)
+
+
+def _read(folder, manifest):
+    """All but the tensors: DCP's metadata, what all ranks share, and what is this rank's own."""
+    needed = {".metadata", "shared.pt", "rank_0.pt"}
+    if needed <= manifest.keys():
+        metadata = dcp.FileSystemReader(folder).read_metadata()
+        shared = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
+        own = f"rank_{rank() if shared['world_size'] == world_size() else 0}.pt"
+        needed |= {file.relative_path for file in metadata.storage_data.values()} | {own}
+    if not needed <= manifest.keys():
+        missing = sorted(needed - manifest.keys())
+        raise CorruptCheckpointError(f"{folder / files.MANIFEST} is damaged: it has no {missing}")
+    return metadata, shared, torch.load(folder / own, map_location="cpu", weights_only=True)
+
+
+def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
+    """(the module's state, {name: (optimizer, its state to be)}, {key: tensor to load into}), if all of it fits."""
+    saved = metadata.state_dict_metadata
+    everything = module.state_dict()
+    state = {name: value for name, value in everything.items() if _is_in_place(name, value)}
+    if unknown := [name for name in grow if name not in state]:
+        raise ValueError(f"grow must have names of parameters and buffers of module, got {unknown}; there are {[*state]}")
+    if not strict:
+        state = {name: value for name, value in state.items() if f"module/{name}" in saved}
+    problems = _differences(state, saved, grow, strict)
+    if strict and (plain := everything.keys() - state.keys()) != shared["module"].keys():
+        problems.append(f"there is extra state {sorted(shared['module'])} in the checkpoint, {sorted(plain)} here")
+    tensors, optimizers = {f"module/{name}": value for name, value in state.items()}, {}
+    named = optimizer_state.by_name(optimizer)
+    if named and named.keys() != shared["optimizers"].keys():
+        problems.append(f"there are optimizers {[*shared['optimizers']]} in the checkpoint, {[*named]} here")
+    elif not problems:
+        for name, each in named.items():
+            found, states, differences = optimizer_state.prepare(
+                f"optimizer/{name}", each, module, shared["optimizers"][name], saved, grow
+            )
+            optimizers[name] = each, states
+            tensors |= found
+            problems += differences
+    if problems:
+        raise ValueError(f"{folder} does not fit, and nothing was loaded:\n  " + "\n  ".join(problems))
+    return state, optimizers, tensors
+
+
+def _differences(state, saved, grow, strict):
+    """What about the module is not as in the checkpoint, a sentence for each."""
+    saved = {key.removeprefix("module/"): found for key, found in saved.items() if key.startswith("module/")}
+    problems = []
+    if strict:
+        hint = "; strict=False leaves it out"
+        problems += [f"{name} is in the checkpoint and not in module{hint}" for name in saved.keys() - state.keys()]
+        problems += [f"{name} is in module and not in the checkpoint{hint}" for name in state.keys() - saved.keys()]
+    for name in state.keys() & saved.keys():
+        here, there = state[name], saved[name]
+        fits = here.shape == there.size
+        same_rows = here.dim() == len(there.size) > 0 and here.shape[1:] == there.size[1:]
+        if not fits and not (name in grow and same_rows and len(here) > there.size[0]):
+            hint = f": load it into one of {there.size[0]} rows and then call grow or remove" if same_rows else ""
+            if hint and len(here) > there.size[0]:
+                hint += f", or pass grow=({name!r},)"
+            problems.append(f"{name} has shape {tuple(there.size)} in the checkpoint, {tuple(here.shape)} here{hint}")
+        if here.dtype != there.properties.dtype:
+            problems.append(f"{name} is {there.properties.dtype} in the checkpoint, {here.dtype} here")
+        if here.is_meta:
+            problems.append(f"{name} has no memory here, on the meta device: call to_empty first")
+    return sorted(problems)
+
+
+def _read_tensors(folder, tensors):
+    try:
+        _run_dcp(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder), planner=RowsLoadPlanner())
+    except Exception as error:
+        raise RuntimeError(f"{folder} could not be read to its end; module and optimizers have a part of it now") from error
+
+
+def _run_dcp(function, tensors, **options):
+    """DCP's save or load, without its warning that there is one process, and with the first rank's error as it was."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        try:
+            function(tensors, no_dist=not is_distributed(), **options)
+        except CheckpointException as failure:
+            failed = min(failure.failures)
+            error = failure.failures[failed][0]
+            error.failed_rank = failed
+            raise error from None
+
+
+def _random_state():
+    """The generators of this rank."""
+    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    if "numpy" in sys.modules:
+        name, keys, *rest = sys.modules["numpy"].random.get_state()
+        state["numpy"] = (name, keys.tolist(), *rest)
+    return state
+
+
+def _set_random_state(state):
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    if "numpy" in state:
+        import numpy
+
+        numpy.random.set_state(state["numpy"])

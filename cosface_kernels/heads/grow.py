@@ -1,0 +1,87 @@
+"""Identities that come and go: new and removed rows of a head's table, its bias, and the optimiser's state of them."""
+
+import torch
+
+from .. import validation
+from ..distributed import dtensors
+from ..ops import recording
+
+
+@torch.no_grad()
+def grow(head, count, optimizer=None):
+    """`_Head.grow`."""
+    validation.check_size("count", count)
+    _check_plain(head, "a larger sharded head load_checkpoint(..., grow=('weight',))")
+    rows, new_rows = len(head.weight), count * head.centers_per_class
+
+    def with_new_rows(tensor):
+        return torch.cat([tensor, tensor.new_zeros(new_rows, *tensor.shape[1:])])
+
+    drawn = head.weight.new_empty(new_rows, head.weight.shape[1])
+    head.draw(drawn)
+    changes = [(head.weight, torch.cat([head.weight, drawn]))]
+    if head.bias is not None:
+        changes.append((head.bias, with_new_rows(head.bias)))
+    _change(head, changes, optimizer, with_new_rows)
+    head.num_classes += count
+    first = rows // head.centers_per_class
+    return range(first, first + count)
+
+
+@torch.no_grad()
+def remove(head, ids, optimizer=None):
+    """`_Head.remove`."""
+    centers = head.centers_per_class
+    classes = len(head.weight) // centers
+    ids = validation.check_ids(ids, classes)
+    _check_plain(head, "a plain head in one process load_checkpoint; remove and save_checkpoint; load that into a sharded head")
+    kept = torch.ones(classes, dtype=torch.bool)
+    kept[ids] = False
+    new_ids = torch.where(kept, kept.cumsum(0) - 1, -1)
+    rows = kept.repeat_interleave(centers).nonzero().squeeze(1)
+
+    def of_kept_rows(tensor):
+        return tensor.index_select(0, rows.to(tensor.device))
+
+    changes = [(parameter, of_kept_rows(parameter)) for parameter in (head.weight, head.bias) if parameter is not None]
+    _change(head, changes, optimizer, of_kept_rows)
+    head.num_classes = int(kept.sum())
+    return new_ids
+
+
+def follow(optimizer, parameter, change):
+    """[(state, key, change(tensor))] of an optimiser's state tensors that have a row for each row of parameter."""
+    state = optimizer.state.get(parameter, {})
+    per_row = {
+        key: tensor
+        for key, tensor in state.items()
+        if isinstance(tensor, torch.Tensor) and tensor.dim() and len(tensor) == len(parameter)
+    }
+    return [(state, key, change(tensor)) for key, tensor in per_row.items()]
+
+
+def _change(head, changes, optimizer, change):
+    """Computes all that is new, and only then replaces what is old: out of memory, nothing has changed."""
+    states, recorded = [], recording.pending(head.weight)
+    if optimizer is None and recorded is not None:
+        optimizer = recorded.optimizer()
+    if optimizer is not None:
+        validation.check_optimizer(optimizer, head.weight)
+        states = [new for parameter, _ in changes for new in follow(optimizer, parameter, change)]
+    for state, key, tensor in states:
+        state[key] = tensor
+    for parameter, rows in changes:
+        parameter.grad = None
+        parameter.data = rows
+        torch.autograd.graph.increment_version(parameter)  # a backward pass of the old rows then raises
+    if recorded is not None:
+        recorded.records.clear()
+
+
+def _check_plain(head, instead):
+    if head.holds_plain_shard:
+        raise NotImplementedError(
+            f"the rows of a {type(head).__name__} on several ranks cannot be changed in place: use ShardedCosFaceLoss"
+        )
+    if dtensors.is_sharded(head.weight):
+        raise NotImplementedError(f"the rows of a sharded table cannot be changed in place: save_checkpoint, and into {instead}")

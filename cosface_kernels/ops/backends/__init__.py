@@ -1,0 +1,98 @@
+"""Backends: the slab loop, forward and backward. One interface, chosen in one function.
+
+    forward(x, table, targets, plan, *, need_pull) -> Sums
+    backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient) -> None
+
+x (N, D): what is multiplied with the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
+targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none.
+E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the largest of each other class's rows:
+
+    forward    total_n = Σ_j E_nj        lse_n = log total_n + shift_n log 2
+               pull_n = Σ_j E_nj w̃_j / total_n        (0 where total is 0)
+    backward   dw̃ = Eᵀ diag(row_scale) x · unscale
+               dw_j = (dw̃_j - ŵ_j (ŵ_j·dw̃_j)) / ‖w_j‖, or dw̃_j as it is, plus target_sums[i] where target_rows[i] = j
+
+target_rows ascend and end in some R for none; of equal ones the first one's sum counts, and the others' are zero. gradient
+(table.TableGradient) takes the rows of every slab.
+
+A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and the gradient itself. It is
+deterministic: no atomics, every sum in a fixed order. `row_functions` is batch_rows.py, or its four functions in a form of its
+own. To add one: a module <name>_backend with these three names, its own in validation.BACKENDS, and in `unusable` where it cannot
+run; the tests then hold it to the same rule as the others.
+"""
+
+import importlib
+import importlib.util
+import math
+from typing import NamedTuple
+
+import torch
+
+from ... import validation
+from . import cpu_library
+
+
+class Sums(NamedTuple):
+    lse: torch.Tensor  # (N,) plan.wide
+    shift: torch.Tensor  # (N,) plan.wide
+    total: torch.Tensor  # (N,) plan.wide
+    pull: torch.Tensor  # (N, D) plan.wide, or (0, D) when not needed
+    kept: torch.Tensor  # 1-D, plan.dtype: the kept slabs' exponentials one after another, see Plan.kept_view
+
+    @classmethod
+    def of(cls, shift, total, pull, kept):
+        return cls(torch.add(total.log(), shift, alpha=math.log(2)), shift, total, pull, kept)
+
+
+NAMES = validation.BACKENDS[1:]  # each is a module of this package, <name>_backend
+
+
+def choose(name, device, dtype):
+    """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
+    if name == "auto":
+        name = _fastest(device)
+        name = "torch" if unusable(name, device, dtype) else name
+    why = unusable(name, device, dtype)
+    if why:
+        raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
+    return importlib.import_module(f".{name}_backend", __package__)
+
+
+def _fastest(device):
+    if device.type == "cuda":
+        return "triton"
+    return "cpu" if device.type == "cpu" and cpu_library.has_vectors() else "torch"
+
+
+def unusable(name, device, dtype=torch.float32):
+    """Why backend `name` cannot compute in `dtype` on `device`, or None when it can."""
+    return {"torch": _torch_unusable, "cpu": _cpu_unusable, "triton": _triton_unusable}[name](device, dtype)
+
+
+def _torch_unusable(device, dtype):
+    return None
+
+
+def _cpu_unusable(device, dtype):
+    if device.type != "cpu":
+        return f"it needs tensors on the CPU, these are on {device.type}"
+    if dtype == torch.float64:
+        return "its kernels compute in float32 and bfloat16, not float64"
+    return f"its native library cannot be used: {cpu_library.unavailable()}" if cpu_library.unavailable() else None
+
+
+def _triton_unusable(device, dtype):
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if dtype == torch.float64:
+        return "its kernels compute in float32 and bfloat16, not float64"
+    if device.type == "cuda":
+        if torch.version.hip:
+            return "its kernels are written and compiled for NVIDIA GPUs, this is an AMD one"
+        chip = torch.cuda.get_device_capability(device)
+        return None if chip >= (8, 0) else f"it needs a GPU of compute capability 8.0 or later, this has {chip[0]}.{chip[1]}"
+    from .triton_kernels import INTERPRETED
+
+    if INTERPRETED:
+        return None
+    return f"it needs tensors on a GPU, these are on {device.type} (TRITON_INTERPRET=1 runs its kernels on a CPU, for tests)"

@@ -1,0 +1,146 @@
+"""The slab loop around the native CPU kernels of csrc/cpu: bfloat16 products with float32 cosines, or float32.
+
+Per slab: normalize, exponentials (matmul, exponential and row sums in one), accumulate U += E w̃; in backward the first two again
+where E was not kept, then table_gradient (matmul, projection and the targets' share in one). E is stored transposed, (B, N).
+Memory beyond the results: one slab each of w̃ and E, each in the two layouts that the products read, and x twice.
+"""
+
+import torch
+
+from .. import batch_rows, page_pool
+from ..slabs import aligned, ceil_div
+from . import Sums, centers, cpu_library
+
+row_functions = batch_rows
+# Enough for the panels of every instruction set; the classes whose exponentials one partial sum adds; the class rows whose
+# gradient a thread holds before it projects them.
+PANEL, SUM_CLASSES, CACHED_CLASSES = map(cpu_library.constant, cpu_library.CONSTANTS)
+
+
+def forward(x, table, targets, plan, *, need_pull):
+    num_rows, size = x.shape
+    slab = _Slab(x, table, targets, plan)
+    shift = _shift(slab, plan, num_rows)
+    total = torch.zeros(num_rows, dtype=torch.float64)
+    pull = torch.zeros(num_rows if need_pull else 0, padded(size), dtype=torch.float64)
+    kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
+    e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
+    unit_panels = slab.panels(plan.slab, size) if need_pull else None
+    for index, start, stop in plan.slabs(table):
+        slab.normalize(start, stop, unit_panels)
+        e = _kept(plan, kept, index, start, stop, num_rows)
+        if e is not None:
+            e[stop - start :] = 0
+        total += slab.exponentials(start, stop, shift, e, e_panels).sum(0, dtype=torch.float64)
+        if need_pull:
+            slab.kernels.accumulate(e_panels, unit_panels, stop - start, num_rows, size, pull)
+    pull = pull[:, :size]
+    if need_pull:
+        pull = pull / torch.where(total == 0, 1.0, total)[:, None]
+    return Sums.of(shift, total.float(), pull.float(), kept)
+
+
+def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
+    num_rows, size = x.shape
+    slab = _Slab(x, table, targets, plan)
+    scaled = slab.panels(num_rows, size)
+    slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
+    scratch = torch.empty(torch.get_num_threads() * CACHED_CLASSES * padded(size))
+    step = gradient.step()
+    for index, start, stop in plan.slabs(table):
+        e = _kept(plan, kept, index, start, stop, num_rows)
+        if e is None:
+            e = slab.scratch()
+            slab.normalize(start, stop, None)
+            slab.exponentials(start, stop, shift, e, None)
+        out = None if step else gradient.place(start, stop, torch.float32)
+        slab.kernels.table_gradient(
+            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
+            *(float(unscale), start, len(target_rows), target_rows, target_sums, scratch, out, step),
+        )
+        if not step:
+            gradient.put(start, stop, out)
+
+
+class _Slab:
+    """x as the kernels read it, and the buffers that every slab reuses."""
+
+    def __init__(self, x, table, targets, plan):
+        self.kernels = cpu_library.kernels(plan.dtype)
+        self.table, self.targets, self.plan = table, targets, plan
+        self.num_rows, self.size = x.shape
+        self.x_panels = self.panels(self.size, self.num_rows)
+        self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
+        self.unit = torch.empty(plan.slab, self.size, dtype=plan.dtype)
+        self.partial = torch.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
+        self._e = self._exponents = None
+
+    def panels(self, summed, columns):
+        """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+        per_word = 4 // self.plan.dtype.itemsize
+        return torch.empty(ceil_div(summed, per_word) * padded(columns), dtype=torch.int32)
+
+    def scratch(self):
+        """Room for the exponentials of a slab that is not kept."""
+        if self._e is None:
+            self._e = torch.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
+        return self._e
+
+    def rows(self, start, stop):
+        return self.table.rows(start, stop).to(torch.float32).contiguous()
+
+    def normalize(self, start, stop, panels):
+        self.kernels.normalize(self.rows(start, stop), stop - start, self.size, self.table.normalize, self.unit, panels)
+
+    def exponentials(self, start, stop, shift, e, panels):
+        """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
+        if self.table.centers > 1:
+            return self._nearest(start, stop, shift, e, panels)
+        self.kernels.exponentials(
+            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
+            *(self.plan.log2_scale, e, panels, self.partial),
+        )
+        return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
+
+    def _nearest(self, start, stop, shift, e, panels):
+        """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
+        if self._exponents is None:
+            self._exponents = torch.empty(self.plan.slab, self.num_rows)
+        self.maxima(start, stop, self._exponents)
+        exact = centers.exponentials(self._exponents[: stop - start], shift, self.table.centers, 0)
+        low = exact.to(self.plan.dtype)
+        if e is not None:
+            e[: stop - start] = low
+        if panels is not None:
+            self.kernels.column_panels(low, stop - start, self.num_rows, panels)
+        return exact
+
+    def maxima(self, start, stop, exponents=None):
+        """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
+        self.kernels.maxima(
+            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
+            *(self.plan.log2_scale, exponents, self.partial),
+        )
+        return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
+
+
+def _shift(slab, plan, num_rows):
+    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
+    if plan.shift is not None:
+        return torch.full((num_rows,), plan.shift, dtype=torch.float32)
+    largest = torch.full((num_rows,), -torch.inf)
+    for _, start, stop in plan.slabs(slab.table):
+        slab.normalize(start, stop, None)
+        largest = torch.maximum(largest, slab.maxima(start, stop).amax(0))
+    return torch.where(largest == -torch.inf, 0.0, largest)
+
+
+def _kept(plan, kept, index, start, stop, num_rows):
+    """(B, N): where the slab's exponentials are kept, its classes rounded up; or None."""
+    width = aligned(stop - start)
+    place = plan.kept_view(kept, index, num_rows, width)
+    return None if place is None else place.view(width, num_rows)
+
+
+def padded(columns):
+    return ceil_div(columns, PANEL) * PANEL

@@ -1,0 +1,92 @@
+"""The slab loop in plain PyTorch operators: any device, any float dtype, float64 for gradcheck.
+
+Per slab of B rows of the table, nothing larger than N x B or B x D:
+
+    w̃ = rows of the slab, unit or as they are    E = 2^{k x w̃ᵀ - shift}, E[n, y_n] = 0    total += Σ_j E    U += E w̃
+    backward: E again (or kept)        dw̃ = Eᵀ diag(row_scale) x        dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share
+"""
+
+import torch
+
+from .. import batch_rows, page_pool
+from ..normalize import project
+from ..slabs import aligned
+from . import Sums, centers
+from .products import accumulated, cosines
+
+row_functions = batch_rows
+
+
+def forward(x, table, targets, plan, *, need_pull):
+    num_rows, size = x.shape
+    low = x.to(plan.dtype)
+    shift = _shift(low, table, targets, plan)
+    # Sums over up to 10^5 slabs: in float32 they would lose three digits.
+    total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
+    pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
+    kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
+    for index, start, stop in plan.slabs(table):
+        unit = _unit(table, start, stop, plan)[0].to(plan.dtype)
+        e = _exponentials(low, unit, shift, targets - start, table, plan)
+        total += e.sum(1)
+        place = plan.kept_view(kept, index, num_rows, aligned(stop - start))
+        if place is not None:
+            place[:, stop - start :] = 0
+            e = place[:, : stop - start].copy_(e)
+        if need_pull:
+            pull += accumulated(e.to(plan.dtype), unit)
+    if need_pull:
+        pull /= torch.where(total == 0, 1.0, total)[:, None]
+    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept)
+
+
+def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
+    low = x.to(plan.dtype)
+    scaled = (x * row_scale[:, None]).to(plan.dtype)
+    for index, start, stop in plan.slabs(table):
+        unit, inverse_norm = _unit(table, start, stop, plan)
+        e = plan.kept_view(kept, index, len(x), aligned(stop - start))
+        if e is None:
+            e = _exponentials(low, unit.to(plan.dtype), shift, targets - start, table, plan).to(plan.dtype)
+        grad = project(unit, inverse_norm, accumulated(e[:, : stop - start].T, scaled)) * unscale
+        gradient.put(start, stop, _add_rows(grad, target_rows - start, target_sums))
+
+
+def _unit(table, start, stop, plan):
+    return table.unit(table.rows(start, stop).to(plan.wide))
+
+
+def _exponentials(low, unit, shift, columns, table, plan):
+    """E (N, B) in plan.wide; columns: each row's target counted from the slab's first row."""
+    exponents = _without_targets(cosines(low, unit).mul_(plan.log2_scale), columns, table.centers)
+    return centers.exponentials(exponents, shift, table.centers, 1)
+
+
+def _shift(low, table, targets, plan):
+    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
+    if plan.shift is not None:
+        return torch.full((low.shape[0],), plan.shift, dtype=plan.wide, device=low.device)
+    largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
+    for _, start, stop in plan.slabs(table):
+        exponents = cosines(low, _unit(table, start, stop, plan)[0].to(plan.dtype)).mul_(plan.log2_scale)
+        exponents = _without_targets(exponents, targets - start, table.centers)
+        largest = torch.maximum(largest, exponents.amax(1))
+    return torch.where(largest == -torch.inf, 0.0, largest)
+
+
+def _without_targets(slab, columns, count):
+    """slab[n, columns[n] + k] = -inf for k < count where those columns lie in the slab, in place and without asking the device
+    where that is."""
+    inside = ((columns >= 0) & (columns < slab.shape[1]))[:, None]
+    columns = torch.where(inside, columns[:, None] + torch.arange(count, device=slab.device), 0)
+    return slab.scatter_(1, columns, torch.where(inside, -torch.inf, slab.gather(1, columns)))
+
+
+def _add_rows(grad, rows, sums):
+    """grad[rows[i]] += sums[i] for the rows inside grad, which are distinct; the others add zero to the first, in any order."""
+    inside = (rows >= 0) & (rows < len(grad))
+    return grad.index_add_(0, torch.where(inside, rows, 0), torch.where(inside[:, None], sums, 0.0))
+
+
+def _sum_dtype(x):
+    return torch.float32 if x.device.type == "mps" else torch.float64

@@ -1,0 +1,234 @@
+"""The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products.
+
+Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
+backward the first two again where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab
+each of w̃, E and dw̃, and the parts of one slab's E w̃, up to 16 N x D.
+"""
+
+import torch
+
+from ..slabs import aligned, ceil_div
+from . import Sums, centers, triton_kernels, triton_rows
+from .products import accumulated, in_parts
+
+row_functions = triton_rows
+# Columns are padded to this: the matmul needs no mask along D, and every row starts aligned.
+D_ALIGNMENT = 64
+# What E ŵ is cut into output tiles of, about, and how many of them fill a GPU of 132 processors.
+PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
+PULL_BLOCK = {"BLOCK": 512, "num_warps": 4, **triton_kernels.FUSE}
+FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_kernels.FUSE}
+
+
+def tiles(num_rows, size, dtype, capability, centers=1):
+    """Launch configuration of `exponentials` for N rows of (padded) size D; docs/gpu.md has the arithmetic behind it."""
+    block_n = 64 if num_rows <= 64 or dtype == torch.float32 else 128
+    if dtype == torch.float32:
+        shape = 64, 32, 4, 3  # twice the registers and shared memory for each element
+    elif capability[0] not in (9, 10):
+        shape = 128, 32, 4, 4  # no more than 99 KB of shared memory, which every chip has
+    elif block_n == 128 and size >= 512 and centers == 1:  # float32 exponents of so large a tile would spill
+        shape = 256, 64, 8, 4  # bound by what L2 delivers: the larger tile reads less
+    else:
+        shape = 128, 64, block_n // 16, 3  # two programs on a processor: one's exponential under the other's product
+    return {"BLOCK_N": block_n, **dict(zip(("BLOCK_C", "BLOCK_K", "num_warps", "num_stages"), shape, strict=True))}
+
+
+def pull_parts(num_rows, size, width):
+    """How many parts the sum over `width` classes in E ŵ is cut into: each has aligned rows."""
+    output_tiles = ceil_div(num_rows, PULL_TILE[0]) * ceil_div(size, PULL_TILE[1])
+    most = max(1, min(PULL_PARTS_MAX, PULL_TILES // max(output_tiles, 1)))
+    return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
+
+
+def forward(x, table, targets, plan, *, need_pull):
+    num_rows, size = x.shape
+    slab = _Slab(_padded(x, plan.dtype), table, targets, plan)
+    shift = _shift(slab, plan, num_rows)
+    pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
+    kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
+    partial = slab.partial()
+    lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
+    pull_sum = None
+    for index, start, stop in plan.slabs(table):
+        unit = slab.unit(start, stop)
+        e = plan.kept_view(kept, index, num_rows, unit.shape[0])
+        if e is None and need_pull:
+            e = slab.scratch(unit.shape[0])
+        slab.exponentials(unit, start, stop, shift, partial, store=e)
+        first, last = start == 0, stop == table.num_rows
+        if last and num_rows:
+            triton_kernels.finish_sums[(ceil_div(num_rows, FINISH_BLOCKS["BLOCK_N"]),)](
+                partial, shift, lse, total, num_rows, partial.shape[0], **FINISH_BLOCKS
+            )
+        if need_pull and num_rows:
+            if first and not last:
+                pull_sum = torch.empty(pull.shape, dtype=torch.float64, device=x.device)
+            parts = in_parts(e, unit[:, :size], pull_parts(num_rows, size, unit.shape[0]))
+            triton_kernels.add_pull[(ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)](
+                parts,
+                pull_sum,
+                total if last else None,
+                pull if last else None,
+                pull.numel(),
+                size,
+                PARTS=parts.shape[0],
+                FIRST=first,
+                LAST=last,
+                **PULL_BLOCK,
+            )
+    return Sums(lse, shift, total, pull, kept)
+
+
+def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
+    num_rows, size = x.shape
+    scaled = _padded(x, plan.dtype, row_scale)
+    slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled, table, targets, plan)
+    partial = slab.partial()
+    for index, start, stop in plan.slabs(table):
+        e = plan.kept_view(kept, index, num_rows, aligned(stop - start))
+        if e is None:
+            e = slab.scratch(aligned(stop - start))
+            slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
+        grad = accumulated(e[:, : stop - start].T, scaled)
+        rows = table.rows(start, stop)
+        out = gradient.place(start, stop)
+        blocks = triton_kernels.row_blocks(grad.shape[1])
+        triton_kernels.project_rows[(ceil_div(stop - start, blocks["BLOCK_R"]),)](
+            rows,
+            grad,
+            unscale,
+            target_rows,
+            target_sums,
+            out,
+            stop - start,
+            size,
+            target_rows.shape[0],
+            start,
+            *rows.stride(),
+            grad.shape[1],
+            NORMALIZE=table.normalize,
+            SEARCH_STEPS=target_rows.shape[0].bit_length(),
+            **blocks,
+        )
+        gradient.put(start, stop, out)
+
+
+class _Slab:
+    """The buffers that every slab reuses, and the two kernels that fill them."""
+
+    def __init__(self, low, table, targets, plan):
+        self.low, self.table, self.targets, self.plan = low, table, targets, plan
+        capability = torch.cuda.get_device_capability(low.device) if low.is_cuda else (9, 0)
+        self.config = tiles(*low.shape, plan.dtype, capability, table.centers)
+        self._unit = self._scratch = None
+
+    def scratch(self, width):
+        """(N, width) exponentials of a slab that is not kept."""
+        if self._scratch is None:
+            self._scratch = self.low.new_empty(self.low.shape[0] * self.plan.slab)
+        return self._scratch[: self.low.shape[0] * width].view(self.low.shape[0], width)
+
+    def unit(self, start, stop):
+        """w̃ of the table's rows start .. stop, with zero rows up to an aligned number of them."""
+        rows = self.table.rows(start, stop)
+        width = aligned(stop - start)
+        if self._unit is None:
+            self._unit = self.low.new_empty(self.plan.slab, self.low.shape[1])
+        unit = self._unit[:width]
+        blocks = triton_kernels.row_blocks(unit.shape[1])
+        triton_kernels.normalize_rows[(ceil_div(width, blocks["BLOCK_R"]),)](
+            rows,
+            unit,
+            stop - start,
+            width,
+            rows.shape[1],
+            *rows.stride(),
+            unit.shape[1],
+            NORMALIZE=self.table.normalize,
+            **blocks,
+        )
+        return unit
+
+    def partial(self):
+        """(tiles, N) where `exponentials` adds up row sums over the slabs. The first slab fills it: no other has more tiles."""
+        class_tiles = ceil_div(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
+        return torch.empty(class_tiles, self.low.shape[0], dtype=torch.float64, device=self.low.device)
+
+    def exponentials(self, unit, start, stop, shift, partial, *, store=None):
+        """Row sums of E into `partial`; E into `store` (N, width) if given, zero past `stop`."""
+        if self.table.centers == 1:
+            self._launch(unit, start, stop, shift, partial, store)
+            return
+        # Each class's nearest centre alone, which needs all exponents in float32 first.
+        exponents = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
+        self._launch(unit, start, stop, None, torch.empty_like(partial), exponents, maximum=True)
+        e = centers.exponentials(exponents[:, : stop - start], shift, self.table.centers, 1)
+        if start == 0:
+            partial.zero_()
+        partial[0] += e.sum(1, dtype=torch.float64)
+        if store is not None:
+            store[:, : stop - start] = e
+            store[:, stop - start :] = 0
+
+    def maxima(self, unit, start, stop, partial):
+        """Row maxima of the exponents into `partial`."""
+        self._launch(unit, start, stop, None, partial, None, maximum=True)
+
+    def _launch(self, unit, start, stop, shift, partial, store, maximum=False):
+        num_rows, config = self.low.shape[0], self.config
+        class_tiles = ceil_div(unit.shape[0], config["BLOCK_C"])
+        if num_rows:
+            triton_kernels.exponentials[(ceil_div(num_rows, config["BLOCK_N"]) * class_tiles,)](
+                self.low,
+                unit,
+                self.targets,
+                shift,
+                store,
+                partial,
+                num_rows,
+                stop - start,
+                unit.shape[1],
+                start,
+                self.plan.log2_scale,
+                unit.shape[0],
+                STORE=store is not None,
+                MAXIMUM=maximum,
+                CENTERS=self.table.centers,
+                RAGGED=(stop - start) % config["BLOCK_C"] != 0,
+                PRECISION=_precision(),
+                UPCAST=triton_kernels.INTERPRETED,
+                # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at
+                # logits of 10^9 by hundreds.
+                enable_fp_fusion=self.plan.shift is not None,
+                **config,
+            )
+
+
+def _shift(slab, plan, num_rows):
+    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
+    device = slab.low.device
+    if plan.shift is not None:
+        return torch.full((num_rows,), plan.shift, dtype=torch.float32, device=device)
+    largest = slab.partial()
+    for _, start, stop in plan.slabs(slab.table):
+        slab.maxima(slab.unit(start, stop), start, stop, largest)
+    largest = largest.amax(0).float()
+    return torch.where(largest == -torch.inf, 0.0, largest)
+
+
+def _padded(rows, dtype, row_scale=None):
+    """rows, times row_scale, in dtype, with zero columns up to a multiple of D_ALIGNMENT."""
+    padding = -rows.shape[1] % D_ALIGNMENT
+    padded = (torch.zeros if padding else torch.empty)(rows.shape[0], rows.shape[1] + padding, dtype=dtype, device=rows.device)
+    inside = padded[:, : rows.shape[1]]
+    if row_scale is None:
+        inside.copy_(rows)
+    else:
+        torch.mul(rows, row_scale[:, None], out=inside)
+    return padded
+
+
+def _precision():
+    """PyTorch's own switch for float32 matrix products on a GPU, as Triton spells it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,126 @@
+"""What the operators do before and after the slab loop, N x D work, in plain PyTorch: any device, any float dtype.
+
+    enter             x̃,  w̃_{y_n},  x̃_n·w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b)
+                      with a bias
+    losses            softplus(lse - s logit), reduced
+    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + what came back for ‖x̃‖ times x̂
+    weight_factors    what the slabs of dW are made of: row_scale = g / total, and p x̃_n + what came back for ‖w̃_y‖ times ŵ_{y_n},
+                      row by row
+
+g and p are the gradients of a row's lse and of x̃_n·w̃_{y_n}.
+
+These functions are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own, of
+which only `losses` has to do for anything but cosines.
+"""
+
+import torch
+
+from .normalize import direction, project, unit_rows
+
+
+def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
+    """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D), x̃_n·w̃_{y_n} (N, K)), all but the targets in the wide
+    dtype; D + 1 with a bias.
+
+    A target is the position of the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x
+    holds there; so is the target row of a row without a target. One labelled foreign_index, None for none, has target -1 and
+    counts: its class is held elsewhere. A row with any other label that is no class, or one that takes no part, is NaN, and makes
+    NaN of all that it reaches.
+    """
+    targets = _targets(labels, table, ignore_index)
+    rows = torch.where((labels == ignore_index)[:, None], 0.0, x).to(wide).contiguous()
+    unit, inverse_norm = unit_rows(rows) if normalize_features else (rows, rows.new_empty(0, 1))
+    if table.bias is not None:
+        unit = torch.cat([unit, unit.new_ones(len(unit), 1)], 1)
+    lost = (targets < 0) & needs_target(labels, ignore_index, foreign_index)
+    unit = torch.where(lost[:, None], torch.nan, unit)
+    target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
+    target_unit = torch.where((targets < 0)[:, None, None], 0.0, target_unit.unflatten(0, (-1, table.centers)))
+    return targets, unit, inverse_norm[:, 0], target_unit, (unit[:, None] * target_unit).sum(2)
+
+
+def needs_target(labels, ignore_index, foreign_index):
+    """Which rows (N,) must have a target here: all that are not ignored, and whose class is not held elsewhere."""
+    needed = labels != ignore_index
+    return needed if foreign_index is None else needed & (labels != foreign_index)
+
+
+def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
+    """dx (N, D), its shape, in dtype from the gradients of lse (N,), of the products (N, K) and of ‖x̃‖ (N,), or (0,)."""
+    grad = (scale * lse_grad)[:, None] * pull + (product_grad[:, :, None] * target_unit).sum(1)
+    if len(length_grad):
+        grad = grad + length_grad[:, None] * direction(unit)
+    grad = grad[:, : shape[1]]
+    unit = unit[:, : shape[1]]
+    grad = project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad)
+    return grad.to(dtype).contiguous()  # with a bias a slice
+
+
+def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale):
+    """(targets (N,), row_scale (N,), unscale (0-dim), target_rows (N K,), target_sums (N K, D)) of backends.backward.
+
+    From the gradients of lse (N,), of the products (N, K) and of the target rows' lengths (N, K), or (0, K) where those are 1.
+    What goes to a row of the table is summed, then projected once.
+    """
+    targets = _targets(labels, table, ignore_index)
+    power = _power_of_two(lse_grad)
+    row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)
+    rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
+    unit_grad = product_grad[:, :, None] * unit[:, None]
+    if not table.normalize:
+        target_rows = table.gathered(rows.clamp(min=0), unit.dtype).view(unit_grad.shape)
+        unit_grad = unit_grad + length_grad[:, :, None] * direction(target_rows)
+    rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)
+    sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
+    return targets, row_scale, scale / power, rows, sums
+
+
+def losses(lse, logit, counted, scale, reduction):
+    """(loss, its derivative by each row's lse (N,)) of ops.margin_losses."""
+    exponent = lse - scale * logit
+    small = exponent.abs().neg().exp()
+    # -log σ(-z) = softplus(z): 1 - p_y is never formed by subtraction, so a converged row keeps its relative accuracy.
+    loss = torch.where(counted, exponent.clamp(min=0) + small.log1p(), 0.0)
+    slope = torch.where(counted, torch.where(exponent < 0, small, 1.0) / (1 + small), 0.0)
+    return reduced(loss, counted, reduction), slope / counted.sum().clamp(min=1) if reduction == "mean" else slope
+
+
+def reduced(values, counted, reduction):
+    """One number for each row, 0 where it is not counted (N,), as reduction says."""
+    if reduction == "none":
+        return values
+    return values.sum() / counted.sum().clamp(min=1) if reduction == "mean" else values.sum()
+
+
+def _targets(labels, table, ignore_index):
+    """The position of the class's first row, or -1 for a label that is no class or takes no part."""
+    return torch.where(labels == ignore_index, -1, table.positions(labels))
+
+
+def _rows_of(targets, centers):
+    """The positions (N, K) of the rows that make up each target's class (N,)."""
+    return targets[:, None] + torch.arange(centers, device=targets.device)
+
+
+def _power_of_two(lse_grad):
+    """A power of two (0-dim) that brings the largest finite |lse_grad| to [0.5, 1).
+
+    total may reach 2^112, so that an upstream gradient of 2^-16 over it would leave float32, and bfloat16 with it.
+    """
+    finite = torch.where(lse_grad.isfinite(), lse_grad.abs(), 0.0)
+    largest = torch.cat([finite, finite.new_zeros(1)]).amax()
+    return torch.exp2(-torch.frexp(largest).exponent.clamp(-126, 126).to(lse_grad.dtype))
+
+
+def _sum_by_row(targets, rows, num_rows):
+    """What goes to each row of the table added up in order: (its rows (N,) ascending, padded with num_rows; sums (N, D))."""
+    keys, order = torch.where(targets < 0, num_rows, targets).sort(stable=True)
+    slot = (keys.diff(prepend=keys.new_full((1,), -1)) != 0).cumsum(0) - 1
+    targets = torch.full_like(keys, num_rows).scatter_(0, slot, keys)
+    sums = rows.new_zeros(rows.shape)  # contiguous, whatever rows is
+    if rows.is_cuda:
+        # Sorts, then adds each slot's rows one after another; index_add_ would use atomics there.
+        sums.index_put_((slot,), rows[order], accumulate=True)
+    else:
+        sums.index_add_(0, slot, rows[order])
+    return targets, sums

@@ -1,0 +1,252 @@
+"""Backward of a class table that a fused optimiser trains: O(N D) numbers are recorded, and its `step` makes dW, slab by slab.
+
+dW is fully described by what the operator's backward would be given, (x̃, labels, shift, total) of forward and the gradients of
+its N-vectors. They are additive over batches: those of several backward calls, one below the other, describe the sum.
+"""
+
+import warnings
+import weakref
+from typing import NamedTuple
+
+import torch
+
+from ..distributed import dtensors
+from .operators import Factors, Options, write_table_gradient, zeros_for_none
+from .slabs import SLAB_CLASSES_MAX
+from .table import Table
+
+MANY_RECORDS = 256  # of a table before its optimiser seems forgotten
+_heads = weakref.WeakSet()  # an optimiser is given parameters, and has to know what they are
+
+
+class Record(NamedTuple):
+    """One backward call's share of dW."""
+
+    options: Options  # those of two records must be equal for them to be one
+    index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
+    factors: Factors
+    versions: list  # of weight, bias and index then
+    trained: tuple  # whether weight and bias needed a gradient
+
+
+class Pending:
+    """What has been recorded for a table since the last step."""
+
+    def __init__(self, optimizer, bias):
+        self.optimizer, self.bias = weakref.ref(optimizer), bias
+        self.records = []  # in the order of backward
+
+    def __reduce__(self):
+        return type(None), ()  # a pickled parameter has no optimiser
+
+    def add(self, record):
+        """Kept exponentials serve a single record: of several, one below the other, they would be another matrix."""
+        if len(self.records) + 1 == MANY_RECORDS:
+            warnings.warn(
+                f"{MANY_RECORDS} backward passes have been recorded for a class table since the last step() or zero_grad() of "
+                "the fused optimiser that trains it: unless so many batches make a step, it is never called",
+                stacklevel=2,
+            )
+        self.records.append(record)
+        if len(self.records) > 1:
+            self.records = [_without_kept(each) for each in self.records]
+
+    def check(self, weight):
+        """Raises where the records cannot be turned into a gradient any more; they stay."""
+        if weight.grad is not None:
+            raise RuntimeError(
+                "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
+                "head may depend on the table, and the head cannot be in DistributedDataParallel (ShardedCosFaceLoss is for "
+                "several ranks); and the optimiser must be there before the forward pass. Set weight.grad = None"
+            )
+        if len({record.trained for record in self.records}) > 1:
+            raise RuntimeError(
+                "the weight or the bias was frozen for some of the backward passes since the last step and not for others: make "
+                "a step, or call zero_grad, before requires_grad changes"
+            )
+        if any(record.versions != _versions(weight, self.bias, record.index) for record in self.records):
+            raise RuntimeError(
+                "the class table, or the classes that a loss was told to take, were changed between backward and step, so the "
+                "gradient can no longer be made: change them after step, or call zero_grad first"
+            )
+
+    def take(self):
+        """The records, forgotten from now on."""
+        records, self.records = self.records, []
+        return records
+
+
+def _versions(*parameters):
+    return [parameter._version for parameter in parameters if parameter is not None]
+
+
+def _without_kept(record):
+    return record._replace(factors=record.factors._replace(kept=record.factors.kept.new_empty(0)))
+
+
+def register(head):
+    """Makes the head's parameters known as a class table and its bias."""
+    _heads.add(head)
+
+
+def head_of(parameter):
+    """The head whose weight or bias a parameter is, or None."""
+    return next((head for head in _heads if parameter is head.weight or parameter is head.bias), None)
+
+
+def ranks_of(weight):
+    """The Ranks that a table's rows lie on, or None where this process has them all."""
+    if dtensors.is_sharded(weight):
+        from ..distributed.ranks import Ranks  # of torch.distributed, which one process does without
+
+        return Ranks(weight.device_mesh.get_group())
+    head = head_of(weight)
+    return head._ranks() if head is not None and head.holds_plain_shard else None
+
+
+def attach(weight, bias, optimizer):
+    """From now on, for as long as the optimiser lives, backward records for this table."""
+    if pending(weight) is not None and pending(weight).optimizer() is optimizer:
+        return
+    weight._pending = Pending(optimizer, bias)
+    weakref.finalize(optimizer, _detach, weakref.ref(weight), weight._pending)
+
+
+def _detach(reference, pending):
+    weight = reference()
+    if weight is not None and weight._pending is pending:
+        weight._pending = None
+
+
+def pending(weight):
+    """The table's Pending, or None where an ordinary gradient is wanted."""
+    return getattr(weight, "_pending", None)
+
+
+@torch._disable_dynamo
+def record(parameters, vectors, factors, index, options):
+    """The operator's lse, products and lengths as they are; their gradients are recorded when backward asks for the table's.
+
+    They come from an operator that saw no gradient of the table. Zeros are added to them, because the path to the features
+    must not lead through here: torch.autograd.grad(loss, features) records nothing.
+    """
+    if parameters[1] is not pending(parameters[0]).bias:
+        raise ValueError(
+            "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
+            "heads that share a weight cannot have a bias each"
+        )
+    parts = _Record.apply(*parameters, *(vector.detach() for vector in vectors), *factors, index, options)
+    return [vector + part for vector, part in zip(vectors, parts, strict=True)]
+
+
+class _Record(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight, bias, lse, product, length, unit, labels, shift, total, kept, index, options):
+        # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
+        ctx.parameters, ctx.versions = (weight, bias), _versions(weight, bias)
+        ctx.save_for_backward(unit, labels, shift, total, kept, index)
+        ctx.options, ctx.shapes = options, [vector.shape for vector in (lse, product, length)]
+        ctx.set_materialize_grads(False)
+        return torch.zeros_like(lse), torch.zeros_like(product), torch.zeros_like(length)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        unit, labels, shift, total, kept, index = ctx.saved_tensors
+        if ctx.versions != _versions(*ctx.parameters):
+            raise RuntimeError("the class table was modified by an inplace operation between forward and backward")
+        # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
+        factors = Factors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
+        found = pending(ctx.parameters[0])
+        if found is None:
+            raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
+        found.add(Record(ctx.options, index, factors, [*ctx.versions, *_versions(index)], ctx.needs_input_grad[:2]))
+        return (None,) * 12
+
+
+def refused(weight):
+    """weight, for a loss whose backward must not reach it."""
+    return _Refuse.apply(weight)
+
+
+class _Refuse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError(
+            "a table_format of 16 bits trains with FusedSGD or FusedAdamW alone, made before the forward pass: rounded to "
+            "nearest, most of another optimiser's updates would be lost. dtype=torch.bfloat16 makes a table that takes any"
+        )
+
+
+def rows_of(records):
+    """The rows of the table (M,) ascending that any record has a gradient for; None: all."""
+    samples = {id(record.index): record.index for record in records}
+    if None in samples.values():
+        return None
+    samples = list(samples.values())
+    return samples[0] if len(samples) == 1 else torch.cat(samples).unique()
+
+
+def write_gradient(table, records, gradient):
+    """The sum of what all records describe, slab by slab into a TableGradient, or what has its methods.
+
+    table: whose index is the `rows_of` the records.
+    """
+    with torch.cuda.device_of(table.weight):  # kernels go to the current device
+        _write_groups(table, records, gradient)
+
+
+def _write_groups(table, records, gradient):
+    alike = {}
+    for record in records:
+        alike.setdefault((record.options, id(record.index)), []).append(record)
+    if len(alike) == 1:
+        _write(table, records, gradient)
+        return
+    # Batches with other classes or another scale have exponentials of their own: only gradients can be added, so this once they
+    # exist, of the rows that any of them has.
+    total = _Sum(table, gradient.place(0, 1).dtype)
+    for group in alike.values():
+        total.into(group[0].index)
+        _write(table, group, total)
+    for start in range(0, len(total.rows), SLAB_CLASSES_MAX):
+        stop = min(start + SLAB_CLASSES_MAX, len(total.rows))
+        gradient.put(start, stop, total.rows[start:stop])
+
+
+class _Sum:
+    """What stands where a TableGradient is expected, and adds to what is there."""
+
+    def __init__(self, table, dtype):
+        size = table.weight.shape[1] + (table.bias is not None)
+        self.index = table.index
+        self.rows = torch.zeros(table.num_rows, size, dtype=dtype, device=table.weight.device)
+
+    def into(self, index):
+        """What comes is of these rows of the table."""
+        self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
+
+    def step(self):
+        return None
+
+    def place(self, start, stop, dtype=None):
+        return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
+
+    def put(self, start, stop, rows):
+        self.rows[slice(start, stop) if self.positions is None else self.positions[start:stop]] += rows
+
+
+def _write(table, records, gradient):
+    """Of records that have their options and rows in common."""
+    options = records[0].options
+    table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
+    columns = zip(*(record.factors for record in records), strict=True)
+    # A single record's as they are: `kept` may be large.
+    factors = Factors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+    if not len(factors.kept):
+        options = options._replace(memory_budget=0)
+    write_table_gradient(gradient, table, factors, options)

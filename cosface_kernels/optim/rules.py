@@ -1,0 +1,143 @@
+"""One optimiser step for some rows of a parameter and their state, given their gradient.
+
+    Part      a class table or its bias, its state and the rule: what `apply` changes row by row
+    Update    both as the slab loop's gradient: where table.TableGradient keeps a slab, this updates with it and drops it
+
+The rules are torch.optim's own kernels on decoded rows. On a CPU with vector instructions csrc/cpu/update.cpp does the same to a
+row while it is in the cache.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from ..ops import formats
+from ..ops.backends import cpu_library
+
+
+class SGD(NamedTuple):
+    """g = ±grad + λ w,  m = μ m + g,  w -= η m, or with nesterov η (g + μ m); without momentum η g."""
+
+    lr: float
+    momentum: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+
+    def apply(self, rows, grad, states, skip):
+        torch._fused_sgd_(
+            *([rows], [grad], states),
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            lr=self.lr,
+            dampening=0.0,
+            nesterov=self.nesterov,
+            maximize=self.maximize,
+            is_first_step=False,
+            found_inf=None if skip is None else skip.float(),
+        )
+
+    def numbers(self):
+        """(which rule, csrc/cpu/update.h's Step)."""
+        sign = -1.0 if self.maximize else 1.0
+        return 0, (self.lr, self.weight_decay, sign, float(self.nesterov), 0.0, self.momentum, *[0.0] * 5)
+
+
+class AdamW(NamedTuple):
+    """w -= η λ w,  m = β1 m + (1 - β1) g,  v = β2 v + (1 - β2) g²,  w -= η / (1 - β1^t) m / (√(v / (1 - β2^t)) + ε)."""
+
+    lr: float
+    betas: tuple
+    eps: float
+    weight_decay: float
+    maximize: bool
+    step: torch.Tensor  # t, float32 (0-dim): steps that were not skipped, this one included
+
+    def apply(self, rows, grad, states, skip):
+        first, second = states
+        torch._fused_adamw_(
+            *([rows], [grad], [first], [second], [], [self.step]),
+            lr=self.lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=self.weight_decay,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=self.maximize,
+            found_inf=None if skip is None else skip.float(),
+        )
+
+    def numbers(self):
+        (first, second), step, sign = self.betas, float(self.step), -1.0 if self.maximize else 1.0
+        corrections = 1 - first**step, math.sqrt(1 - second**step)
+        return 1, (self.lr, self.weight_decay, sign, 0.0, self.eps, first, second, 1 - first, 1 - second, *corrections)
+
+
+class Part(NamedTuple):
+    """A parameter's rows in their format, and what one step does to them."""
+
+    rows: torch.Tensor  # (R, D); (R, 1) of a bias
+    states: list  # (buffer of rows' shape, scale (R,) or None), in the rule's order
+    rule: SGD | AdamW
+    key: int  # of the random bits that rounding takes
+    first_row: int  # of these rows in the whole table, whose others are on other ranks
+    skip: torch.Tensor | None  # bool (0-dim): where true nothing changes; None: it is known that all does
+
+    def apply(self, index, grad):
+        """index: which rows, a slice or int64 positions; grad: theirs, in the dtype to compute in."""
+        if self.is_native():
+            cpu_library.update(self.step(), grad.float(), index)
+            return
+        rows = formats.read(self.rows, None, index)
+        states = [formats.read(*state, index) for state in self.states]
+        self.rule.apply(rows, grad.to(rows.dtype).contiguous(), states, self.skip)
+        self._write(index, 0, self.rows, None, rows)
+        for stream, ((buffer, scale), changed) in enumerate(zip(self.states, states, strict=True), 1):
+            self._write(index, stream, buffer, scale, changed)
+
+    def step(self):
+        """As native code is told."""
+        return cpu_library.Step.of(*self.rule.numbers(), self.rows, self.states, self.first_row, self.key)
+
+    def is_native(self):
+        return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
+
+    def _write(self, index, stream, buffer, scale, rows):
+        bits = None
+        if formats.is_rounded(buffer.dtype):
+            is_slice = isinstance(index, slice)
+            numbers = torch.arange(index.start, index.stop, device=rows.device) if is_slice else index
+            bits = formats.random_bits(self.key, numbers + self.first_row, rows.shape[1], stream)
+        formats.write(buffer, scale, index, rows, bits, self.skip)
+
+
+class Update:
+    """What stands where a TableGradient is expected, and updates instead."""
+
+    def __init__(self, table, weight, bias):
+        """table: whose index says which rows have a gradient; weight, bias: a Part each, None for what stays as it is."""
+        self.table, self.weight, self.bias = table, weight, bias
+        self._room = None
+
+    def place(self, start, stop, dtype=None):
+        """Where a slab's rows may be written before they are `put`: the same place for every slab."""
+        weight = self.table.weight
+        dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        if self._room is None or len(self._room) < stop - start or self._room.dtype != dtype:
+            size = weight.shape[1] + (self.table.bias is not None)
+            self._room = torch.empty(stop - start, size, dtype=dtype, device=weight.device)
+        return self._room[: stop - start]
+
+    def put(self, start, stop, rows):
+        size = self.table.weight.shape[1]
+        index = slice(start, stop) if self.table.index is None else self.table.index[start:stop]
+        if self.weight is not None:
+            self.weight.apply(index, rows[:, :size])
+        if self.bias is not None:
+            self.bias.apply(index, rows[:, size:])
+
+    def step(self):
+        """See TableGradient.step."""
+        whole = self.table.index is None and self.bias is None and self.table.bias is None
+        return self.weight.step() if whole and self.weight is not None and self.weight.is_native() else None

@@ -1,0 +1,1 @@
+"""The `cosface` command: demo, info, bench, plan and convert."""

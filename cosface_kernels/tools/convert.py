@@ -1,0 +1,262 @@
+"""A class table out of another system's files into the state dict of `CosFaceLoss`, and back, every bit the same.
+
+    CosFaceLoss                            weight (C, D)
+    insightface, PartialFC_V2              weight (C_local, D), one file a rank; state_dict_softmax_fc.weight in a checkpoint
+    pml, pytorch-metric-learning           W (D, C)
+
+Memory: one copy of the file being written. Inputs are mapped, not read, but for those of torch before 1.6, which are read whole.
+
+With K sub-centres a class, the K rows (in pytorch-metric-learning columns) of a class lie side by side here and there, so they
+are converted like K classes.
+"""
+
+import os
+import re
+import tempfile
+import warnings
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from ..validation import FLOAT_DTYPES
+
+KEYS = {None: ("weight",), "insightface": ("weight", "state_dict_softmax_fc.weight"), "pml": ("W",)}
+LISTED = 20  # keys, files or ranks that a message names before it says how many more there are
+SLAB = 8192  # rows looked through for NaN and infinity at a time, so that this takes no memory to speak of
+
+
+def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ranks=1, force=False):
+    """Write the table in `inputs` to `out`, and return one line that says what was written.
+
+    Args:
+        inputs: paths of files written by torch.save, one, or all shards of a table.
+        out: a path; with several ranks its text {rank} becomes 0, 1, ...
+        system: whose files `inputs` are, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
+        key: dotted key of the table in each file, for any other system.
+        transpose: whether the table at `key` is (D, C).
+        to: whose files to write, "insightface" or "pml"; None for CosFaceLoss.
+        ranks: the number of files that "insightface" is written in.
+        force: replace files that exist.
+
+    Raises:
+        ValueError: the inputs hold no such table, or the output is refused. Nothing was written.
+        OSError: writing failed. No file is left behind, and existing ones are as they were.
+    """
+    inputs, by_rank = in_rank_order([Path(path) for path in inputs])
+    if ranks > 1 and (to != "insightface" or "{rank}" not in str(out)):
+        raise ValueError(f'several ranks are for "insightface" and need {{rank}} in OUT, got {ranks} ranks, {to!r} and {out}')
+    targets = [Path(os.path.realpath(str(out).replace("{rank}", str(rank)))) for rank in range(ranks)]
+    for target in targets:
+        _check_target(target, inputs, force)
+    with ExitStack() as stack:
+        folders = [Path(stack.enter_context(_temporary_folder(target))) for target in targets]
+        keys, tables = zip(*(read_table(path, system=system, key=key, transpose=transpose) for path in inputs), strict=True)
+        _check_shards(inputs, tables, system)
+        num_classes, size = sum(map(len, tables)), tables[0].shape[1]
+        if ranks > num_classes:
+            raise ValueError(f"{num_classes:,} classes cannot be sharded over {ranks:,} ranks")
+        not_finite = start = 0
+        for target, folder, count in zip(targets, folders, shard_sizes(num_classes, ranks), strict=True):
+            not_finite += _write(tables, start, start + count, folder / "new", target, to)
+            start += count
+        _rename(targets, folders)
+    origin = " or ".join(dict.fromkeys(keys))
+    if len(inputs) > 1:
+        origin += f" of {len(inputs)} files {'by rank' if by_rank else 'in the order given'}"
+    return (
+        f"wrote {out}{f' for {ranks} ranks' if ranks > 1 else ''}: C = {num_classes:,}, D = {size:,}, {_name(tables[0].dtype)}, "
+        f"from {origin}{f'; rows that are not finite: {not_finite:,}' if not_finite else ''}"
+    )
+
+
+def in_rank_order(paths):
+    """(paths, True) by the number in which alone their names differ, else (paths, False) as given: a glob has 10 before 2."""
+    if len({os.path.realpath(path) for path in paths}) < len(paths):
+        raise ValueError(f"the same file twice: {_listing(sorted(map(str, paths)))}")
+    names = [re.split(r"([0-9]+)", str(path)) for path in paths]  # text, number, text, number, ..., text
+    if len({tuple(name[::2]) for name in names}) > 1:
+        return paths, False
+    # A set, because one rank may be named several times: rank_3/head_3.pt.
+    numbers = {tuple(map(int, column)) for column in zip(*(name[1::2] for name in names), strict=True) if len(set(column)) > 1}
+    if len(numbers) != 1:
+        return paths, False
+    (ranks,) = numbers
+    if len(set(ranks)) < len(ranks):
+        raise ValueError(f"two files of one rank: {_listing(sorted(map(str, paths)))}")
+    if max(ranks) >= len(ranks):
+        missing = (str(rank) for rank in range(max(ranks)) if rank not in ranks)  # lazily: a date would make a long list
+        listing = _listing(list(islice(missing, LISTED)), max(ranks) + 1 - len(ranks))
+        raise ValueError(f"the numbers in the files' names must be ranks, 0 to {max(ranks)}; missing: {listing}")
+    return [path for _, path in sorted(zip(ranks, paths, strict=True))], True
+
+
+def shard_sizes(num_classes, ranks):
+    """Rows of each rank in PartialFC_V2."""
+    return [num_classes // ranks + (rank < num_classes % ranks) for rank in range(ranks)]
+
+
+def read_table(path, *, system=None, key=None, transpose=False):
+    """(dotted key, table (C, D) as a view of the mapped file)."""
+    tensors = _load(path)
+    wanted = KEYS[system] if key is None else (key,)
+    found = [pair for pair in tensors if pair[0] in wanted]
+    if system == "pml" and not found:
+        wanted = (*wanted, "*.W")
+        found = [pair for pair in tensors if pair[0].endswith(".W")]
+    if len(found) != 1:
+        # The table is most likely the largest matrix, and should not hide behind the layers of a backbone.
+        candidates = sorted(tensors, key=lambda pair: (pair[1].dim() != 2, -pair[1].numel()))
+        raise ValueError(
+            f"{path}: {'several tensors' if found else 'no tensor'} at {' or '.join(wanted)}; --key NAME chooses from: "
+            + _listing([f"{name} {tuple(tensor.shape)}" for name, tensor in candidates])
+        )
+    name, table = found[0]
+    if system is None and key is None and any(other == "bias" for other, _ in tensors):
+        raise ValueError(
+            f"{path}: has a bias beside its weight, which no other system's file holds; --key weight takes the table alone"
+        )
+    if (
+        table.dim() != 2
+        or table.dtype not in FLOAT_DTYPES
+        or not table.numel()
+        or table.layout != torch.strided
+        or not table.is_cpu
+    ):
+        raise ValueError(
+            f"{path}: {name} must be a 2-D tensor of float16, bfloat16, float32 or float64, "
+            f"got {tuple(table.shape)} {_name(table.dtype)} {_name(table.layout)} {table.device}"
+        )
+    return name, table.detach().T if transpose or system == "pml" else table.detach()
+
+
+def _load(path):
+    """[(dotted key, tensor)] of all tensors in the nested dicts of a file."""
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # as torch decides; older files cannot be mapped
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        tensors = list(_flatten(content)) if isinstance(content, dict) else None
+    except Exception as error:  # what is not a file of torch.save may fail in any way
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused:
+            raise ValueError(
+                f"{path}: holds an object of {refused[1]}, and loading objects may run code; if you trust the file, load it with "
+                "weights_only=False and save its state dict alone"
+            ) from error
+        raise ValueError(f"{path}: not a file of torch.save, or a damaged one ({_reason(error).split('. ')[0]})") from error
+    if tensors is None:
+        raise ValueError(f"{path}: holds a {type(content).__name__}, must hold a dict of tensors")
+    return tensors
+
+
+def _flatten(content, prefix=""):
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, torch.Tensor):
+            yield f"{prefix}{name}", value
+
+
+def _check_shards(paths, tables, system):
+    """Whether the tables are shards of one."""
+    shapes = _listing([f"{path} {tuple(table.shape)} {_name(table.dtype)}" for path, table in zip(paths, tables, strict=True)])
+    if len({(table.shape[1], table.dtype) for table in tables}) > 1:
+        raise ValueError(f"shards, as (C, D), must agree in D and dtype: {shapes}")
+    sizes = shard_sizes(sum(map(len, tables)), len(tables))
+    if system == "insightface" and [len(table) for table in tables] != sizes:
+        raise ValueError(
+            f"not all shards of one table in order of rank, which PartialFC_V2 would shard in {_listing(list(map(str, sizes)))} "
+            f"rows: {shapes}"
+        )
+
+
+def _check_target(target, inputs, force):
+    """Before any work, since reading may take minutes."""
+    if target.is_dir():
+        raise ValueError(f"cannot write {target}: it is a folder")
+    if target.exists():
+        if any(path.exists() and path.samefile(target) for path in inputs):
+            raise ValueError(f"cannot write {target}: it is also read")
+        if not target.is_file():
+            raise ValueError(f"cannot write {target}: it is not a regular file")
+        if not force:
+            raise ValueError(f"cannot write {target}: it exists; --force replaces it")
+
+
+def _temporary_folder(target):
+    """Beside the target, where a rename is atomic; it goes with all that is in it, whatever happens."""
+    try:
+        return tempfile.TemporaryDirectory(dir=target.parent, prefix=".cosface-convert-")
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {_reason(error)}") from error
+
+
+def _write(tables, start, stop, path, target, to):
+    """Rows start to stop of the table, safely on disk at `path`; the number of them that are not finite."""
+    try:
+        rows = _rows(tables, start, stop, column_major=to == "pml")
+        with open(path, "xb") as file:
+            torch.save({"W": rows.T} if to == "pml" else {"weight": rows}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        return sum(int((~slab.isfinite().all(1)).sum()) for slab in rows.split(SLAB))
+    except Exception as error:
+        while error.__context__ is not None:  # the writer of torch.save fails once more when it closes a file on a full disk
+            error = error.__context__
+        if not isinstance(error, Exception):
+            raise error
+        raise OSError(f"cannot write {target}: {_reason(error)}") from error
+
+
+def _rows(tables, start, stop, *, column_major):
+    """Rows start to stop of the tables one below the other, (stop - start, D): the one copy."""
+    shape, dtype = (stop - start, tables[0].shape[1]), tables[0].dtype
+    rows = torch.empty(shape[::-1], dtype=dtype).T if column_major else torch.empty(shape, dtype=dtype)
+    first = 0
+    for table in tables:
+        low, high = max(start, first), min(stop, first + len(table))
+        if low < high:
+            rows[low - start : high - start] = table[low - first : high - first]
+        first += len(table)
+    return rows
+
+
+def _rename(targets, folders):
+    """Each new file to its target, all or none: a failure halfway is undone."""
+    renames = [(folder / "new", target) for target, folder in zip(targets, folders, strict=True)]
+    if len(targets) > 1:  # a single replacement is atomic as it is
+        pairs = zip(targets, folders, strict=True)
+        renames = [(target, folder / "replaced") for target, folder in pairs if target.exists()] + renames
+    try:
+        for source, destination in renames:
+            os.replace(source, destination)
+    except BaseException as error:
+        if renames[-1][0].exists():  # else all are done
+            for before, after in reversed(renames):
+                if not before.exists():
+                    os.replace(after, before)
+        if not isinstance(error, OSError):
+            raise
+        raise OSError(f"cannot write {destination}: {_reason(error)}") from error
+
+
+def _reason(error):
+    """One line of an exception, which in torch may have twenty."""
+    lines = (getattr(error, "strerror", None) or str(error)).split("WeightsUnpickler error:")[-1].split("\n")
+    return next((line.strip() for line in lines if line.strip()), type(error).__name__)
+
+
+def _listing(items, total=None):
+    more = (len(items) if total is None else total) - LISTED
+    return (", ".join(items[:LISTED]) or "nothing") + (f" and {more:,} more" if more > 0 else "")
+
+
+def _name(value):
+    return str(value).removeprefix("torch.")

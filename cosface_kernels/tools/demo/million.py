@@ -1,0 +1,178 @@
+"""Real optimiser steps over one million identities, beside what the plain expression needs for the same step.
+
+    generator    pool of 2,048 identities among the million -> latent -> view = latent · mixing + noise
+    backbone     view -> multilayer perceptron -> 128 features
+    head         CosFaceLoss(128, 1_000_000): every step, all its rows are in the denominator and receive a gradient
+
+The plain expression is cosface_kernels.reference.cosface_loss under the same bfloat16 autocast: of the plain forms
+tried the one with least memory. Its forward and backward pass alone are timed, without backbone and optimiser.
+"""
+
+import resource
+import statistics
+import sys
+import time
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+
+from ... import CosFaceLoss, reference
+from ...ops.memory import available_bytes
+
+CLASSES, EMBEDDING, ROWS = 1_000_000, 128, 256
+POOL, LATENT, VIEW, NOISE = 2048, 64, 256, 0.5
+HEAD_RATE, BACKBONE_RATE, MOMENTUM = 0.1, 0.003, 0.9
+STEPS = {"cpu": 16, "cuda": 200}
+# A slow machine stops early.
+SECONDS_MAX = 60
+# Class table, its gradient, its momentum, the kept exponentials, each CLASSES x EMBEDDING x 4 bytes; and the rest of the process.
+BYTES_NEEDED = 3_500_000_000
+# Per class, at the peak of the reference's backward: five N x C matrices in bfloat16; unit rows, at most one C x D in float32.
+PLAIN_BYTES_PER_CLASS = 5 * ROWS * 2 + EMBEDDING * 4
+
+
+class Result(NamedTuple):
+    device: str
+    steps: int
+    step_seconds: float  # median
+    peak_bytes: int
+    losses: list[float]  # of every step
+    plain_classes: int  # what the plain expression was run with; where it is not CLASSES, the next two are extrapolated
+    plain_seconds: float
+    plain_peak_bytes: int
+
+
+def require_memory(device):
+    """Raises MemoryError, with a message for people, where the class table and its optimiser state would not fit."""
+    available = available_bytes(device)
+    if available < BYTES_NEEDED:
+        raise MemoryError(f"the demo needs {_gb(BYTES_NEEDED)} of free memory, but {device.type} has {_gb(available)}")
+
+
+def run(out, device):
+    """Train, measure the plain expression, draw million_loss.png into `out`, return the Result."""
+    torch.manual_seed(0)
+    head = CosFaceLoss(EMBEDDING, CLASSES, device=device)
+    backbone = make_backbone(EMBEDDING).to(device)
+    draw_batch = generator(CLASSES, ROWS, device)
+    groups = [{"params": head.parameters(), "lr": HEAD_RATE}, {"params": backbone.parameters(), "lr": BACKBONE_RATE}]
+    optimizer = torch.optim.SGD(groups, momentum=MOMENTUM, fused=True)
+    losses, seconds = _train(head, backbone, optimizer, draw_batch)
+    peak = peak_bytes(device)
+    optimizer.zero_grad()
+    views, labels = draw_batch()
+    classes, plain_seconds, plain_peak = _measure_plain(backbone(views).detach(), head.weight.detach(), labels)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    _draw(losses).savefig(out / "million_loss.png")
+    # The first step allocates and warms up.
+    step_seconds = statistics.median(seconds[1:] or seconds)
+    return Result(name, len(losses), step_seconds, peak, losses, classes, plain_seconds, plain_peak)
+
+
+def make_backbone(size):
+    """From a view to `size` features."""
+    return nn.Sequential(nn.Linear(VIEW, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, size), nn.BatchNorm1d(size))
+
+
+def generator(classes, rows, device):
+    """A function that draws (views (N, VIEW), labels (N,)) of N different identities of a pool among all."""
+    latents = torch.randn(POOL, LATENT, device=device)
+    mixing = torch.randn(LATENT, VIEW, device=device) / LATENT**0.5
+    identities = torch.randperm(classes, device=device)[:POOL]
+
+    def draw_batch():
+        drawn = torch.randperm(POOL, device=device)[:rows]
+        return latents[drawn] @ mixing + NOISE * torch.randn(rows, VIEW, device=device), identities[drawn]
+
+    return draw_batch
+
+
+def _train(head, backbone, optimizer, draw_batch):
+    """(loss, seconds) of each step."""
+    device_type = head.weight.device.type
+    losses, seconds = [], []
+    started = time.perf_counter()
+    with tqdm(total=STEPS[device_type], desc=f"{CLASSES:,} identities", unit="step") as bar:
+        while len(losses) < STEPS[device_type] and time.perf_counter() - started < SECONDS_MAX:
+            step_started = time.perf_counter()
+            views, labels = draw_batch()
+            with torch.autocast(device_type, torch.bfloat16):
+                loss = head(backbone(views), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())  # waits for the device
+            _synchronize(head.weight.device)
+            seconds.append(time.perf_counter() - step_started)
+            bar.set_postfix(loss=f"{losses[-1]:.1f}")
+            bar.update()
+    return losses, seconds
+
+
+def _measure_plain(features, weight, labels):
+    """(classes it was run with, best seconds, peak bytes) of plain forward and backward; fewer classes where memory is short."""
+    device = weight.device
+    classes = min(CLASSES, available_bytes(device) // (2 * PLAIN_BYTES_PER_CLASS))
+    features.requires_grad_()
+    weight = weight[:classes].requires_grad_()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # training's peak is not this one's
+    seconds = []
+    for _ in tqdm(range(2 if device.type == "cpu" else 5), desc="plain PyTorch", unit="step"):
+        weight.grad = None
+        started = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = reference.cosface_loss(features, weight, labels % classes)
+        loss.backward()
+        _synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    if classes == CLASSES:
+        return classes, min(seconds), peak_bytes(device)
+    table_and_momentum = 2 * CLASSES * EMBEDDING * 4
+    return classes, min(seconds) * CLASSES / classes, table_and_momentum + CLASSES * PLAIN_BYTES_PER_CLASS
+
+
+def peak_bytes(device):
+    """The most memory held so far: of the GPU by tensors, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _draw(losses):
+    figure = Figure(figsize=(7, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(range(1, len(losses) + 1), losses, marker="o", markersize=4 if len(losses) < 50 else 0)
+    axes.set_title(f"CosFaceLoss over {CLASSES:,} identities: {POOL:,} of them revisited, {ROWS} a step")
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def table(result):
+    """Lines of text."""
+    plain_seconds, plain_peak = f"{result.plain_seconds:.3g} s", _gb(result.plain_peak_bytes)
+    loss = f"{result.losses[0]:.1f} -> {result.losses[-1]:.1f}"
+    yield f"Training over {CLASSES:,} identities: D = {EMBEDDING}, N = {ROWS}, bfloat16 autocast (million_loss.png)"
+    yield f"  on {result.device}"
+    yield f"  {'':<14}{'CosFaceLoss':>14}{'plain PyTorch':>16}"
+    yield f"  {'step':<14}{f'{result.step_seconds:.3g} s':>14}{plain_seconds:>16}"
+    yield f"  {'peak memory':<14}{_gb(result.peak_bytes):>14}{plain_peak:>16}"
+    yield f"  {'loss':<14}{loss:>14}{'':>16}   in {result.steps} steps"
+    yield "  Ours: the median of whole steps. Plain: cosface_kernels.reference.cosface_loss under the same autocast, the best of"
+    yield f"  its forward and backward passes alone; at its peak it holds five N x C matrices of {_gb(ROWS * CLASSES * 2)} each."
+    if result.plain_classes < CLASSES:
+        yield f"  That does not fit here: its time is extrapolated from {result.plain_classes:,} classes, its memory computed."
+
+
+def _gb(count):
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,43 @@
+"""Who imports whom in the package: what docs/architecture.md draws, and no circle."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "cosface_kernels"
+ROW = re.compile(r"^\| `(\w+)/?` \| [^|]+ \| ([^|]*)\|$", re.MULTILINE)
+ALLOWED = {part: set(re.findall(r"`(\w+)`", parts)) for part, parts in ROW.findall((ROOT / "docs/architecture.md").read_text())}
+FILES = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")]
+
+
+def module_of(path):
+    return (path.parent if path.name == "__init__.py" else path.with_suffix("")).relative_to(PACKAGE).parts
+
+
+def imports(path):
+    """The modules of the package that a file imports, wherever in the file."""
+    here = path.parent.relative_to(PACKAGE).parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = (*here[: len(here) - node.level + 1], *(node.module or "").split("."))
+            for name in node.names:
+                parts = tuple(part for part in (*base, name.name) if part)
+                yield (
+                    parts
+                    if (PACKAGE.joinpath(*parts).with_suffix(".py").exists() or PACKAGE.joinpath(*parts).is_dir())
+                    else parts[:-1]
+                )
+
+
+def test_no_part_imports_what_the_document_does_not_name():
+    assert set(ALLOWED) == {module_of(path)[0] for path in FILES}
+    found = {(module_of(path)[0], name[0]) for path in FILES for name in imports(path) if name}
+    wrong = {(part, other) for part, other in found if part not in (other, "tools") and other not in ALLOWED[part]}
+    assert found and not wrong
+
+
+def test_no_circle():
+    graph = {module_of(path): {name for name in imports(path) if name != module_of(path)} for path in FILES}
+    assert len(list(TopologicalSorter(graph).static_order())) >= len(FILES)
