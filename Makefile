@@ -4,17 +4,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-sanitize lint bench clean
+.PHONY: help demo test test-slow test-all test-sanitize lint bench clean
 
 help:
-	@echo "make demo | test | test-sanitize | lint | bench | clean"
+	@echo "make demo | test | test-slow | test-all | test-sanitize | lint | bench | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
 
-# Two workers: the suite is built for two cores.
+# Two workers: the suite is built for two cores. Tests that share processes share a worker (xdist_group).
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+
+# What is slow, and why: tests/selection.py.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY)
+	$(PYTEST) -m slow
+
+test-all: $(READY)
+	$(PYTEST)
 
 # The native kernels' own tests, and a grid of the backend's, with the library compiled for AddressSanitizer and
 # UndefinedBehaviorSanitizer. Python's own leaks at exit are none of its business; without libstdc++ beside it, libasan finds no

@@ -1,10 +1,11 @@
-"""Where tests run: on the CPU, and with the marker `gpu` on a GPU where there is one.
+"""Where tests run: on the CPU, and with the marker `gpu` on a GPU where there is one. Which are slow: see selection.py.
 
 Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors, so TRITON_INTERPRET is set before anything imports
 triton; with one they are compiled.
 """
 
 import importlib.util
+import inspect
 import os
 
 # Inductor's cache does not see a change of an operator's autograd formula, so it would run yesterday's. Torch reads this once.
@@ -12,13 +13,13 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+from selection import HAS_GPU
 
 from cosface_kernels.ops import backends
 
-HAS_GPU = torch.cuda.is_available()
 os.environ["TRITON_INTERPRET"] = "0" if HAS_GPU else "1"
 
-GPU = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")])
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else ["cpu"]
 
 
 def pytest_configure(config):
@@ -34,7 +35,22 @@ def pytest_configure(config):
         interpreter.install()
 
 
-@pytest.fixture(params=["cpu", GPU])
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Before -m selects: marks what selection.slow_when says, and leaves out what needs a GPU where there is none."""
+    for item in items:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        for mark in item.iter_markers("slow_when"):
+            (condition,) = mark.args
+            if condition(**{name: parameters[name] for name in inspect.signature(condition).parameters}):
+                item.add_marker(pytest.mark.slow)
+    if not HAS_GPU:
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.fixture(params=DEVICES)
 def device(request):
     return torch.device(request.param)
 

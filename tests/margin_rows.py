@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import NUM_CLASSES, SIZE
+from selection import slow_when
 
 from cosface_kernels.margins import (
     AdaFace,
@@ -234,6 +235,9 @@ ROWS = {
 
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+# For what takes long: a constant margin, one with statistics, a raw table with a bias.
+REPRESENTATIVES = [ROWS[name] for name in ("CosFace", "AdaFace", "Softmax bias")]
+slow_but_three = slow_when(lambda row: row not in REPRESENTATIVES)
 
 
 def written_out(row, features, weight, labels, bias=None, *, scale=None, reduction="mean", state=None):

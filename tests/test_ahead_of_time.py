@@ -14,6 +14,7 @@ SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 SPILL_LIMIT = {"project_rows": 8, "sum_targets": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", SHARED_LIMIT)
 def test_every_launch_configuration(chip):
     script = Path(__file__).parent / "aot.py"

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from cases import check_accuracy, draws, evaluate
-from conftest import HAS_GPU
+from selection import interpreted, slow_when
 
 from benchmarks import measure, peers
 from cosface_kernels import cosface_loss, cosine_lse, reference
@@ -33,30 +33,46 @@ PRECISIONS = {
 pytestmark = pytest.mark.usefixtures("small_slabs")
 
 
+# Of the grid, in the interpreter.
+REPRESENTATIVES = [
+    ("float32", "uniform", (1, 131, 5)),
+    ("float32", "uniform", (5, 2, 3)),
+    ("float32", "adversarial", (7, 17, 64)),
+    ("float16 features", "peaked", (7, 17, 64)),
+    ("autocast", "hard", (7, 17, 64)),
+    ("float32", "hard", (67, 257, 127)),
+    ("bfloat16", "hard", (67, 257, 127)),
+]
+SCALES = [("float32", "hard", 1000.0), ("autocast", "hard", 1e-3)]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", PRECISIONS)
+@slow_when(lambda backend, precision, kind, shape: interpreted(backend) and (precision, kind, shape) not in REPRESENTATIVES)
 def test_error_at_most_the_references(backend, device, precision, kind, shape):
     *dtypes, autocast = PRECISIONS[precision]
     if kind == "adversarial" and torch.float16 in dtypes:
         kind = "hard"  # float16 holds no norms of 1e15; its range is no part of this rule
-    check_accuracy(backend, draws(kind, shape, *dtypes), device=device, autocast=autocast)
+    check_accuracy(backend, draws(kind, shape, *dtypes, backend=backend), device=device, autocast=autocast)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1000.0])
+@slow_when(lambda backend, precision, kind, scale: interpreted(backend) and (precision, kind, scale) not in SCALES)
 def test_any_scale(backend, device, scale, precision, kind):
     """1000 is past the range of a constant shift: every row's maximum is found first."""
     *dtypes, autocast = PRECISIONS[precision]
-    check_accuracy(backend, draws(kind, (67, 257, 70), *dtypes), device=device, autocast=autocast, scale=scale)
+    check_accuracy(backend, draws(kind, (67, 257, 70), *dtypes, backend=backend), device=device, autocast=autocast, scale=scale)
 
 
 @pytest.mark.parametrize("memory_budget", [0, 67 * 128 * 2 * 2, 10**9], ids=["recompute", "keep some", "keep all"])
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
+@slow_when(lambda backend, precision: interpreted(backend) and precision == "float32")
 def test_any_budget(backend, device, precision, memory_budget):
     *dtypes, autocast = PRECISIONS[precision]
-    inputs = draws("hard", (67, 521, 70), *dtypes)
+    inputs = draws("hard", (67, 521, 70), *dtypes, backend=backend)
     check_accuracy(backend, inputs, device=device, autocast=autocast, memory_budget=memory_budget)
 
 
@@ -82,7 +98,7 @@ def test_float64(device, kind):
 @pytest.mark.parametrize("transpose", [False, True])
 def test_strided_table(backend, device, transpose):
     """A table that is a view: read in place, whatever its strides."""
-    inputs = draws("hard", (7, 257, 70), torch.float32, torch.float32)
+    inputs = draws("hard", (7, 257, 70), torch.float32, torch.float32, backend=backend)
     if transpose:
         strided = [(x, w.T.contiguous().T, y) for x, w, y in inputs]
     else:
@@ -91,7 +107,6 @@ def test_strided_table(backend, device, transpose):
     check_accuracy(backend, strided, device=device)
 
 
-@pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine: needs a table of more than 2^31 elements")
 @pytest.mark.gpu
 def test_offsets_past_int32():
     """C x D > 2^31: the last identities must be as right as the first. Compared with a table of those alone."""

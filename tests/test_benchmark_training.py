@@ -11,6 +11,7 @@ import torch
 from benchmarks import measure, training
 
 
+@pytest.mark.slow
 def test_a_table_trains_in_a_process_of_its_own():
     row = {"identities": 4000, "size": 32, "table_format": "bfloat16", "state_format": "int8", "sample_rate": 0.5}
     found = training.alone("table_run", **row)
@@ -69,6 +70,7 @@ def test_steps_are_compared_in_turns(monkeypatch):
     assert "| torch.optim.SGD | 0.0200 | 0.0200 | 2.00 x | 4.0 | 3.0 | 75% |" in second
 
 
+@pytest.mark.slow
 def test_a_turn_of_steps():
     found = training.alone("step_run", optimizer="torch.optim.SGD", identities=3000, size=16, rows=5)
     assert len(found["seconds"]) == training.TURN_STEPS and min(found["seconds"]) > 0 and 1e8 < found["peak_bytes"] < 4e9

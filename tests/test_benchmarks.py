@@ -408,6 +408,7 @@ def test_gpu_check_plans_every_part_within_its_time(tmp_path):
     assert limits[5] == pytest.approx(100, abs=1) and limits[-1] == pytest.approx(400, abs=1)  # nothing took any time here
 
 
+@pytest.mark.slow
 def test_overhead():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.overhead"]
@@ -423,11 +424,12 @@ def test_gpu_check_without_pytest(monkeypatch):
     assert gpu_check.run_tests(60) == {"error": "pytest is not installed"}
 
 
+@pytest.mark.slow
 def test_gpu_tests_need_only_torch_and_pytest():
     """They are all found where the optional packages are missing, but for the files that are about those."""
     hide = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1].split())); sys.exit(pytest.main(sys.argv[2:]))"
     optional = "matplotlib pytorch_metric_learning sklearn tqdm"
-    command = [sys.executable, "-c", hide, optional, "-m", "gpu", "--collect-only", "-rs", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-c", hide, optional, "--collect-only", "-rs", "-p", "no:cacheprovider", "tests"]
     run = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout[-2000:]
     skipped = set(re.findall(r"SKIPPED.* tests/(\w+)\.py.*could not import", run.stdout))

@@ -68,6 +68,7 @@ def saved(folder, rows=7, **options):
     return model, optimizers
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks(tmp_path):
     run("two_ranks", tmp_path, 2, killed=[1])
     wanted = torch.load(tmp_path / "wanted.pt")
@@ -90,10 +91,12 @@ def test_any_number_of_ranks(tmp_path):
     assert_equal(whole(small, {}), whole(trained_once, {}))
 
 
+@pytest.mark.slow
 def test_killed_at_any_point_and_full_disks(tmp_path):
     run("killed_saves", tmp_path)
 
 
+@pytest.mark.slow
 def test_full_disk_under_torchs_writer(tmp_path):
     run("full_disk_under_torchs_writer", tmp_path)
 

@@ -7,7 +7,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 import torch
-from margin_rows import every_row
+from margin_rows import ROWS, every_row
+from selection import slow_when
 
 from cosface_kernels import MarginSoftmaxLoss
 from cosface_kernels.tools.demo import toy
@@ -26,6 +27,7 @@ def one_thread():
 
 
 @every_row
+@slow_when(lambda row: row not in [ROWS[name] for name in ("CosFace", "AdaFace", "LSoftmax 2")])
 def test_training_on_digits(row, device):
     """The loss falls to less than half, and images that were held out are told apart: 9 in 10 at least, of 1 in 8 by chance."""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
+from selection import interpreted, slow_when
 
 from cosface_kernels import margin_softmax_loss, reference
 from cosface_kernels.margins import CosFace, LSoftmax, NormSoftmax, Softmax
@@ -62,10 +63,15 @@ FORMS = {
 }
 
 
+# Of the grid of each form, in the interpreter.
+REPRESENTATIVES = [(precision, "hard", SHAPES[1]) for precision in ("float32", "bfloat16")]
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["peaked", "hard"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS)
+@slow_when(lambda backend, precision, kind, shape: interpreted(backend) and (precision, kind, shape) not in REPRESENTATIVES)
 def test_error_at_most_the_references(backend, device, form, precision, kind, shape):
     margin, scale, options, centers = FORMS[form]
     *dtypes, autocast = PRECISIONS[precision]
@@ -73,7 +79,7 @@ def test_error_at_most_the_references(backend, device, form, precision, kind, sh
     ours = partial(ours, backend=backend)
     if form == "bias":
         ours, plain = split(ours), split(plain)
-    inputs = whole_classes(draws(kind, shape, *dtypes), centers)
+    inputs = whole_classes(draws(kind, shape, *dtypes, backend=backend), centers)
     # Raw logits are as large as the product of two rows of norm 3, or of sqrt(D).
     largest = scale * (1 if margin.normalize_features and options.get("normalize_features", True) else shape[2])
     check_rule(ours, plain, inputs, device=device, scale=largest, autocast=autocast)
@@ -82,6 +88,7 @@ def test_error_at_most_the_references(backend, device, form, precision, kind, sh
 @pytest.mark.parametrize("memory_budget", [0, 67 * 128 * 2 * 2, 67 * 384 * 4, 10**9])
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 @pytest.mark.parametrize("form", ["raw", "bias", "3 centres", "6 raw centres"])
+@slow_when(lambda backend, form, precision: interpreted(backend) and (form, precision) != ("3 centres", "autocast"))
 def test_any_budget(backend, device, form, precision, memory_budget):
     """None kept, some of two sizes of slab, all."""
     margin, scale, options, centers = FORMS[form]
@@ -90,7 +97,7 @@ def test_any_budget(backend, device, form, precision, memory_budget):
     ours = partial(ours, backend=backend, memory_budget=memory_budget)
     if form == "bias":
         ours, plain = split(ours), split(plain)
-    inputs = whole_classes(draws("hard", (67, 522, 70), *dtypes), centers)
+    inputs = whole_classes(draws("hard", (67, 522, 70), *dtypes, backend=backend), centers)
     check_rule(ours, plain, inputs, device=device, scale=64.0, autocast=autocast)
 
 
@@ -150,7 +157,9 @@ def test_raw_logits_of_any_size(backend, device):
 def test_nearest_centre_of_flat_logits(backend, device, autocast):
     """A table as small as at the start of training: exponentials that differ by 10^-3, and few of them in bfloat16."""
     ours, plain = losses(Softmax(), 1.0, centers_per_class=3)
-    inputs = [(x, 1e-3 * w, y) for x, w, y in whole_classes(draws("uniform", (67, 522, 70), *[torch.float32] * 2), 3)]
+    inputs = [
+        (x, 1e-3 * w, y) for x, w, y in whole_classes(draws("uniform", (67, 522, 70), *[torch.float32] * 2, backend=backend), 3)
+    ]
     check_rule(partial(ours, backend=backend), plain, inputs, device=device, scale=1.0, autocast=autocast)
 
 

@@ -15,8 +15,6 @@ from cosface_kernels.margins import CosFace, Softmax
 from cosface_kernels.ops import operators
 from cosface_kernels.ops.backends import NAMES
 
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="no GPU on this machine")
-
 
 @pytest.fixture
 def unchecked(monkeypatch):
@@ -40,7 +38,6 @@ def test_label_outside_is_nan_where_it_reaches(device, backend, outside, uncheck
     torch.testing.assert_close(losses[others], alone)
 
 
-@needs_gpu
 @pytest.mark.gpu
 def test_label_check_on_request(monkeypatch):
     features, weight, labels = (tensor.to("cuda") for tensor in make("uniform", 7, 300, 19))
@@ -51,7 +48,6 @@ def test_label_check_on_request(monkeypatch):
         cosface_loss(features, weight, labels)
 
 
-@needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", [name for name in NAMES if name != "cpu"])
 def test_graph_capture(backend):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from margin_rows import ROWS, batch, every_row, steepness, written_out
+from margin_rows import ROWS, batch, every_row, slow_but_three, steepness, written_out
 from rounding import NUM_CLASSES, SIZE, assert_close, tolerance
 from torch import library
 
@@ -73,6 +73,7 @@ def test_training_equals_the_formula(row, device):
 
 
 @every_row
+@slow_but_three
 def test_compile(row, device):
     """As eager in two training steps and one in eval mode of another size, column-major features with row-major ones.
 

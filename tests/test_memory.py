@@ -35,7 +35,10 @@ print(json.dumps(step(512, num_classes, size, budget)))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM from /proc, which only Linux has")
-@pytest.mark.parametrize(("num_classes", "size", "kept", "limit"), [(1_000_000, 128, 0, 0.02), (200_000, 64, 0.25, 0.05)])
+@pytest.mark.parametrize(
+    ("num_classes", "size", "kept", "limit"),
+    [pytest.param(1_000_000, 128, 0, 0.02, marks=pytest.mark.slow), (200_000, 64, 0.25, 0.05)],
+)
 @pytest.mark.parametrize("autocast", [0, 1])
 def test_peak_is_few_percent_of_the_logits_beyond_what_is_kept(autocast, num_classes, size, kept, limit):
     """Of one float32 matrix of them: N=512, forward and backward, in a fresh process after a warm-up at C = 1,000."""
@@ -74,6 +77,7 @@ print(peak_bytes(cpu) - before - sum(tensor.nbytes for tensor in (head.weight, *
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which only Linux has")
 @pytest.mark.parametrize(("batches", "formats"), [(1, ("float32", "float32")), (3, ("bfloat16", "int8"))])
 def test_training_holds_no_gradient_of_the_table(batches, formats):

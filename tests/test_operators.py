@@ -164,6 +164,7 @@ def test_compile(autocast, device):
             compiled(features, weight, torch.full_like(labels, NUM_CLASSES))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
 def test_compile_to_code_with_a_bias(device):
     """What stands before the head is fused onto its gradient, whose layout must be what it was said to be."""
@@ -180,7 +181,7 @@ def test_compile_to_code_with_a_bias(device):
 
 
 @pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile_to_code(device, transposed):
     torch._dynamo.reset()
     compiled = torch.compile(cosface_loss, fullgraph=True)

@@ -47,7 +47,7 @@ def test_enter_and_x_gradient(device, kernels, dtype):
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-@pytest.mark.parametrize("num_rows", [1, 613])
+@pytest.mark.parametrize("num_rows", [1, pytest.param(613, marks=pytest.mark.slow)])
 def test_weight_factors(device, kernels, num_rows, size):
     """613: past the rows that `order_targets` compares at once."""
     unit, weight, labels = draw(device, num_rows)

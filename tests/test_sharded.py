@@ -19,6 +19,7 @@ import sharded_worker
 import torch
 from cases import evaluate
 from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
+from selection import slow_when
 from torch import library
 
 from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
@@ -30,11 +31,16 @@ from cosface_kernels.ops.operators import negative_lse
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
 
+# The ranks are started once, in one of pytest's workers.
+pytestmark = pytest.mark.xdist_group("ranks")
+
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes(request, tmp_path_factory):
     """outcomes(size) -> ({check: [traceback or None of each rank]}, exit codes, what the ranks printed)."""
-    folders = {size: tmp_path_factory.mktemp(f"{size}_ranks") for size in sharded_worker.COUNTS}
+    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    sizes = {parameters["size"] for parameters in selected if {"name", "size"} <= parameters.keys()} or {3}
+    folders = {size: tmp_path_factory.mktemp(f"{size}_ranks") for size in sizes}
     running = {size: [start(rank, size, folder) for rank in range(size)] for size, folder in folders.items()}
 
     @functools.cache
@@ -60,12 +66,14 @@ def start(rank, size, folder):
 @pytest.mark.parametrize(
     "name, size", [(name, size) for name, (sizes, *_) in sharded_worker.CHECKS.items() for size in sizes if "killed" not in name]
 )
+@slow_when(lambda size: size == 3)
 def test_ranks(name, size, outcomes):
     found, _, logs = outcomes(size)
     assert len(found.get(name, [])) == size, "a rank did not come so far:\n" + "\n".join(log[-2000:] for log in logs)
     assert not any(found[name]), "\n".join(filter(None, found[name]))
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_all(outcomes):
     found, codes, logs = outcomes(3)
     assert codes == [0, -signal.SIGKILL, 0], logs

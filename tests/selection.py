@@ -1,0 +1,25 @@
+"""Which tests `make test` leaves out: those that are marked slow. Three ways to say so:
+
+    @pytest.mark.slow                                        # the whole test
+    [1, pytest.param(2, marks=pytest.mark.slow)]             # a parameter
+    @slow_when(lambda backend, shape: interpreted(backend) and shape != SHAPES[0])     # where that holds of its parameters
+
+Slow is what takes seconds and whose answer seldom changes: compiling ahead of time, Triton's interpreter beyond one shape and
+kind for each form, torch.compile beyond three margins, tables of a million classes, long trainings, kills, full disks, more than
+two ranks, benchmarks in processes of their own. All arithmetic of every backend, and every public behaviour, has a test that is
+not slow.
+"""
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def slow_when(condition):
+    return pytest.mark.slow_when.with_args(condition)
+
+
+def interpreted(backend):
+    """Triton's interpreter takes some 100 times as long as a compiled kernel."""
+    return backend == "triton" and not HAS_GPU
