@@ -249,7 +249,8 @@ def test_overflowing_target_beside_tiny_negatives(backend, device):
 def test_backward_finds_what_forward_kept_beside_a_bias(backend, device, monkeypatch):
     """Backward's features have a column more, which must not make other slabs: of 384 rows for D = 4, of 256 for D = 5."""
     monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MAX", 2**16)
-    monkeypatch.setitem(slabs.SLAB_ELEMENTS, torch.device(device).type, 257 * (7 + 2 * 4))
+    monkeypatch.setattr(slabs, "SLAB_ELEMENTS", 257 * (7 + 2 * 4))
+    monkeypatch.setattr(slabs, "SLAB_FLOPS", 1)  # of a GPU: one wave, whatever D is
     features, table, labels = make("uniform", 7, 700, 4)
     inputs = features.to(device), table.to(device), labels.to(device), torch.ones(7, device=device)
     bias = torch.linspace(-1, 1, 700, device=device)

@@ -677,7 +677,7 @@ def test_exponentials_kept_beside_a_bias_are_read_as_they_were_written(monkeypat
         pytest.skip("the native library was not built here")
     # A slab then is 384 rows for D columns, and would be 256 for D + 1.
     monkeypatch.setattr("cosface_kernels.ops.slabs.SLAB_CLASSES_MAX", 2**16)
-    monkeypatch.setitem(slabs.SLAB_ELEMENTS, "cpu", 257 * (ROWS + 2 * SIZE))
+    monkeypatch.setattr(slabs, "SLAB_ELEMENTS", 257 * (ROWS + 2 * SIZE))
     grads = []
     for memory_budget in (0, 2**30):
         options = {"margin": Softmax(), "bias": True, "memory_budget": memory_budget, "backend": backend}

@@ -159,7 +159,7 @@ class _Head(nn.Module):
         rows, weight, centers = self._rows(features), self._table()[0], self.centers_per_class
         values = rows.new_empty(len(rows), 0)
         indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-        slab = slab_rows(features, Table(weight, centers=centers))
+        slab = slab_rows(features, Table(weight, centers=centers), rows.dtype)
         for start in range(0, len(weight), slab or 1):  # 0: an empty shard
             found = self._logits(rows, start, start + slab)
             best = found.topk(min(k, found.shape[1]))

@@ -12,9 +12,9 @@ import torch
 
 from ..distributed import dtensors
 from .operators import Factors, Options, write_table_gradient, zeros_for_none
-from .slabs import SLAB_CLASSES_MAX
 from .table import Table
 
+PUT_ROWS = 2**16  # of a sum, at once
 MANY_RECORDS = 256  # of a table before its optimiser seems forgotten
 _heads = weakref.WeakSet()  # an optimiser is given parameters, and has to know what they are
 
@@ -213,8 +213,8 @@ def _write_groups(table, records, gradient):
     for group in alike.values():
         total.into(group[0].index)
         _write(table, group, total)
-    for start in range(0, len(total.rows), SLAB_CLASSES_MAX):
-        stop = min(start + SLAB_CLASSES_MAX, len(total.rows))
+    for start in range(0, len(total.rows), PUT_ROWS):
+        stop = min(start + PUT_ROWS, len(total.rows))
         gradient.put(start, stop, total.rows[start:stop])
 
 

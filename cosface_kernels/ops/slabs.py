@@ -3,6 +3,7 @@
 Everything here is a pure function of sizes, dtypes and the device, never of its load, so results never depend on load.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -17,14 +18,37 @@ CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloa
 COSINE_LIMIT = 1.008
 
 # Numbers in one slab: E (N x B), and B rows of D in the two forms that a backend may hold. On a CPU they should stay in cache,
-# and be enough that the threads rarely wait for each other; on a GPU a slab must fill the machine.
-SLAB_ELEMENTS = {"cpu": 2**22, "cuda": 2**25}
+# and be enough that the threads rarely wait for each other.
+SLAB_ELEMENTS = 2**22
 SLAB_CLASSES_MIN = 256
-SLAB_CLASSES_MAX = 2**16
-# B is a multiple of this, a tile of every kernel; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E
-# starts aligned for vector loads and tensor cores.
+SLAB_CLASSES_MAX = 2**20
+# B is a multiple of this; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E starts aligned for vector
+# loads and tensor cores.
 SLAB_ALIGNMENT = 128
 ROW_ALIGNMENT = 16
+# On a GPU a slab's launches take the host 50 us or more, so forward's kernels should take half a millisecond: this many flops
+# of each processor at the 4.5e12 a second that one of an H100 reaches. A class is 4 N D of them, in two products, and its row is
+# read and written in the time of 1024 D more.
+SLAB_FLOPS = 2**31
+ROW_FLOPS = 1024
+# But at most this share of the memory goes to what there is of one slab: E, ŵ in the same dtype, dŵ in float32.
+SLAB_SHARE = 128
+# The largest tile of a kernel, and a quarter of one for each processor: with B a multiple of both the tiles of 128 rows of E, and
+# those of dŵ, fill all processors to the end wherever N is a multiple of 512.
+GPU_TILE, GPU_CLASSES = 256, 64
+
+
+class Chip(NamedTuple):
+    """What slabs depend on of a GPU."""
+
+    processors: int
+    memory: int  # bytes
+
+    @classmethod
+    @functools.cache
+    def of(cls, device):
+        properties = torch.cuda.get_device_properties(device)
+        return cls(properties.multi_processor_count, properties.total_memory)
 
 
 class Plan(NamedTuple):
@@ -65,24 +89,40 @@ def make_plan(features, table, *, scale, dtype, memory_budget, keep, cosines):
         log2_scale=log2_scale,
         shift=float(round(half)) if bounded else None,
         dtype=dtype,
-        slab=slab_rows(features, table),
+        slab=slab_rows(features, table, dtype),
         kept_slabs=kept_slabs,
         kept_elements=kept_elements,
     )
 
 
-def slab_rows(features, table):
-    """B: as many rows of the table as fill a slab, within bounds, no more than there are, and whole classes."""
-    elements = SLAB_ELEMENTS.get(features.device.type, SLAB_ELEMENTS["cpu"])
+def slab_rows(features, table, dtype, chip=None):
+    """B: as many rows of the table as make a slab, no more than there are, and whole classes.
+
+    chip: the GPU, where it is not the features' own.
+    """
     # The table's D, since backward has features with a column more where there is a bias, and must find the same slabs.
     num_rows, size = features.shape[0], table.weight.shape[1]
-    wanted = elements // (num_rows + 2 * size)
-    wanted = min(max(wanted, SLAB_CLASSES_MIN), SLAB_CLASSES_MAX, table.num_rows)
     alignment = math.lcm(SLAB_ALIGNMENT, table.centers)
+    if features.device.type == "cuda":
+        wanted = _rows_on_gpu(num_rows, size, table.centers, dtype, chip or Chip.of(features.device))
+    else:
+        wanted = max(SLAB_ELEMENTS // (num_rows + 2 * size), SLAB_CLASSES_MIN)
+    wanted = min(wanted, SLAB_CLASSES_MAX, table.num_rows)
     return ceil_div(wanted, alignment) * alignment
 
 
-def kept_size(features, table, dtype, memory_budget):
+def _rows_on_gpu(num_rows, size, centers, dtype, chip):
+    """As many as take the time, in whole waves of the chip's processors, as far as they fit."""
+    tile = math.lcm(GPU_TILE, centers)
+    wave = math.lcm(tile, GPU_CLASSES * chip.processors)
+    busy = ceil_div(SLAB_FLOPS * chip.processors, size * (4 * num_rows + ROW_FLOPS))
+    fits = chip.memory // SLAB_SHARE // (dtype.itemsize * (num_rows + size) + 4 * size)
+    if fits < wave:
+        return max(fits // tile, 1) * tile
+    return min(ceil_div(busy, wave), fits // wave) * wave
+
+
+def kept_size(features, table, dtype, memory_budget, chip=None):
     """(slabs, elements) of exponentials that fit the budget in bytes.
 
     None: at most what the weight's gradient takes and at most an eighth of the device's memory.
@@ -90,7 +130,7 @@ def kept_size(features, table, dtype, memory_budget):
     if memory_budget is None:
         gradient = table.num_rows * table.weight.shape[1] * table.weight.element_size()
         memory_budget = min(gradient, total_memory(features.device) // 8)
-    num_rows, slab = features.shape[0], slab_rows(features, table)
+    num_rows, slab = features.shape[0], slab_rows(features, table, dtype, chip)
     slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), ceil_div(table.num_rows, slab))
     return slabs, num_rows * min(slabs * slab, aligned(table.num_rows))
 

@@ -18,7 +18,7 @@ from ..functional import _bytes_to_keep
 from ..heads.plain import MarginSoftmaxLoss
 from ..margins import NormSoftmax
 from ..ops import backends, formats, page_pool
-from ..ops.slabs import kept_size, slab_rows
+from ..ops.slabs import Chip, kept_size, slab_rows
 from ..ops.table import Table
 from ..optim.fused import FusedSGD
 
@@ -33,6 +33,7 @@ BATCH_MATRICES = 8
 ROUNDING_BYTES = 64
 # A CUDA context, cuBLAS' workspace, and what the allocator rounds up: an estimate, where the process cannot be measured.
 GPU_PROCESS_BYTES = 10**9
+GPU_PROCESSORS = 132  # of a GPU that is not here: an H100's
 MOST_NUMBERS = 2**56  # whose bytes, several times over, are a 64-bit integer
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
 
@@ -89,7 +90,8 @@ def plan(training, memory, process):
     features, table = _features(training), Table(weight[:rows])
     # The second is kept_size's own rule, of a device that need not be here.
     budget = _bytes_to_keep("auto", weight, recorded=True) if training.is_fused else min(weight.nbytes, memory // 8)
-    slab, (kept_slabs, elements) = slab_rows(features, table), kept_size(features, table, dtype, budget)
+    chip = Chip(GPU_PROCESSORS, memory)
+    slab, (kept_slabs, elements) = slab_rows(features, table, dtype, chip), kept_size(features, table, dtype, budget, chip)
     kept = elements * dtype.itemsize
     parts = {
         "table": weight.nbytes,
@@ -173,7 +175,7 @@ def measure_ceilings(training):
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best_seconds("target.copy_(source)", source=source, target=target)
     table = Table(torch.empty(training.identities, training.dim, device="meta"))
-    rows = min(4 * slab_rows(_features(training), table), training.identities)
+    rows = min(4 * slab_rows(_features(training), table, getattr(torch, training.precision)), training.identities)
     seconds = _best_seconds("step()", step=_step(rows, training.dim, training.batch, device, training.precision))
     # What its traffic took counts as such, but for what was in the cache.
     traffic = _moved(training._replace(optimizer="sgd", state_format="float32"), rows, 4 * training.dim, 0) / copied

@@ -12,13 +12,16 @@ def cosines(x, unit):
     return x.float() @ unit.float().T  # no other device multiplies bfloat16 into float32
 
 
-def accumulated(left, right):
-    """left @ right, returned wide. Off CUDA a bfloat16 product is rounded once, before the caller adds it to others."""
+def accumulated(left, right, out=None):
+    """left @ right, returned wide, in `out` if given. Off CUDA a bfloat16 product is rounded once, before the caller adds it to
+    others.
+    """
+    if left.is_cuda and left.dtype == torch.bfloat16:
+        return torch.mm(left, right, out_dtype=torch.float32, out=out)
+    product = torch.mm(left, right, out=out if left.dtype != torch.bfloat16 else None)
     if left.dtype != torch.bfloat16:
-        return left @ right
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()
+        return product
+    return product.float() if out is None else out.copy_(product)
 
 
 def in_parts(left, right, parts):
@@ -26,7 +29,9 @@ def in_parts(left, right, parts):
 
     A product with few rows and columns and a long sum occupies few of a GPU's processors; its parts occupy them all.
     """
-    left, right = left.unflatten(1, (parts, -1)).transpose(0, 1), right.unflatten(0, (parts, -1))
+    width = left.shape[1] // parts
+    left = left.as_strided((parts, left.shape[0], width), (width, *left.stride()))
+    right = right.unflatten(0, (parts, -1))
     if left.is_cuda and left.dtype == torch.bfloat16:
         return torch.bmm(left, right, out_dtype=torch.float32)
     return torch.bmm(left.float(), right.float())

@@ -2,8 +2,10 @@
 
 Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
 backward the first two again where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab
-each of w̃, E and dw̃, and the parts of one slab's E w̃, up to 16 N x D.
+each of w̃, E and, where dW is not in float32, dw̃, and the parts of one slab's E w̃, up to 16 N x D.
 """
+
+import functools
 
 import torch
 
@@ -34,6 +36,7 @@ def tiles(num_rows, size, dtype, capability, centers=1):
     return {"BLOCK_N": block_n, **dict(zip(("BLOCK_C", "BLOCK_K", "num_warps", "num_stages"), shape, strict=True))}
 
 
+@functools.cache
 def pull_parts(num_rows, size, width):
     """How many parts the sum over `width` classes in E ŵ is cut into: each has aligned rows."""
     output_tiles = ceil_div(num_rows, PULL_TILE[0]) * ceil_div(size, PULL_TILE[1])
@@ -49,7 +52,7 @@ def forward(x, table, targets, plan, *, need_pull):
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     partial = slab.partial()
     lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    pull_sum = None
+    pull_sum, pull_grid = None, (ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
         e = plan.kept_view(kept, index, num_rows, unit.shape[0])
@@ -64,13 +67,13 @@ def forward(x, table, targets, plan, *, need_pull):
         if need_pull and num_rows:
             if first and not last:
                 pull_sum = torch.empty(pull.shape, dtype=torch.float64, device=x.device)
-            parts = in_parts(e, unit[:, :size], pull_parts(num_rows, size, unit.shape[0]))
-            triton_kernels.add_pull[(ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)](
+            parts = in_parts(e, unit if size == unit.shape[1] else unit[:, :size], pull_parts(num_rows, size, unit.shape[0]))
+            triton_kernels.add_pull[pull_grid](
                 parts,
                 pull_sum,
                 total if last else None,
                 pull if last else None,
-                pull.numel(),
+                num_rows * size,
                 size,
                 PARTS=parts.shape[0],
                 FIRST=first,
@@ -85,15 +88,19 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
     scaled = _padded(x, plan.dtype, row_scale)
     slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled, table, targets, plan)
     partial = slab.partial()
+    num_targets, blocks = target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
+    constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
     for index, start, stop in plan.slabs(table):
-        e = plan.kept_view(kept, index, num_rows, aligned(stop - start))
+        width = aligned(stop - start)
+        e = plan.kept_view(kept, index, num_rows, width)
         if e is None:
-            e = slab.scratch(aligned(stop - start))
+            e = slab.scratch(width)
             slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
-        grad = accumulated(e[:, : stop - start].T, scaled)
         rows = table.rows(start, stop)
         out = gradient.place(start, stop)
-        blocks = triton_kernels.row_blocks(grad.shape[1])
+        # dŵ where dW comes, if that can hold it: project_rows reads a row before it writes it.
+        fits = out.dtype == torch.float32 and scaled.shape[1] == size and out.is_contiguous()
+        grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, out if fits else None)
         triton_kernels.project_rows[(ceil_div(stop - start, blocks["BLOCK_R"]),)](
             rows,
             grad,
@@ -103,50 +110,51 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
             out,
             stop - start,
             size,
-            target_rows.shape[0],
+            num_targets,
             start,
             *rows.stride(),
             grad.shape[1],
-            NORMALIZE=table.normalize,
-            SEARCH_STEPS=target_rows.shape[0].bit_length(),
-            **blocks,
+            **constants,
         )
         gradient.put(start, stop, out)
 
 
 class _Slab:
-    """The buffers that every slab reuses, and the two kernels that fill them."""
+    """The buffers that every slab reuses, and the two kernels that fill them, with all of a launch that is the same for each."""
 
     def __init__(self, low, table, targets, plan):
         self.low, self.table, self.targets, self.plan = low, table, targets, plan
         capability = torch.cuda.get_device_capability(low.device) if low.is_cuda else (9, 0)
         self.config = tiles(*low.shape, plan.dtype, capability, table.centers)
+        self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
+        self._constants = {
+            "CENTERS": table.centers,
+            "PRECISION": _precision(),
+            "UPCAST": triton_kernels.INTERPRETED,
+            # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at logits
+            # of 10^9 by hundreds.
+            "enable_fp_fusion": plan.shift is not None,
+            **self.config,
+        }
+        self._row_constants = {"NORMALIZE": table.normalize, **triton_kernels.row_blocks(low.shape[1])}
         self._unit = self._scratch = None
 
     def scratch(self, width):
         """(N, width) exponentials of a slab that is not kept."""
+        num_rows, slab = self.low.shape[0], self.plan.slab
         if self._scratch is None:
-            self._scratch = self.low.new_empty(self.low.shape[0] * self.plan.slab)
-        return self._scratch[: self.low.shape[0] * width].view(self.low.shape[0], width)
+            self._scratch = self.low.new_empty(num_rows, slab)
+        return self._scratch if width == slab else self._scratch.view(-1)[: num_rows * width].view(num_rows, width)
 
     def unit(self, start, stop):
         """w̃ of the table's rows start .. stop, with zero rows up to an aligned number of them."""
-        rows = self.table.rows(start, stop)
+        rows, (size_padded, slab) = self.table.rows(start, stop), (self.low.shape[1], self.plan.slab)
         width = aligned(stop - start)
         if self._unit is None:
-            self._unit = self.low.new_empty(self.plan.slab, self.low.shape[1])
-        unit = self._unit[:width]
-        blocks = triton_kernels.row_blocks(unit.shape[1])
-        triton_kernels.normalize_rows[(ceil_div(width, blocks["BLOCK_R"]),)](
-            rows,
-            unit,
-            stop - start,
-            width,
-            rows.shape[1],
-            *rows.stride(),
-            unit.shape[1],
-            NORMALIZE=self.table.normalize,
-            **blocks,
+            self._unit = self.low.new_empty(slab, size_padded)
+        unit = self._unit if width == slab else self._unit[:width]
+        triton_kernels.normalize_rows[(ceil_div(width, self._row_constants["BLOCK_R"]),)](
+            *(rows, unit, stop - start, width, rows.shape[1], *rows.stride(), size_padded), **self._row_constants
         )
         return unit
 
@@ -176,32 +184,15 @@ class _Slab:
         self._launch(unit, start, stop, None, partial, None, maximum=True)
 
     def _launch(self, unit, start, stop, shift, partial, store, maximum=False):
-        num_rows, config = self.low.shape[0], self.config
-        class_tiles = ceil_div(unit.shape[0], config["BLOCK_C"])
+        num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
         if num_rows:
-            triton_kernels.exponentials[(ceil_div(num_rows, config["BLOCK_N"]) * class_tiles,)](
-                self.low,
-                unit,
-                self.targets,
-                shift,
-                store,
-                partial,
-                num_rows,
-                stop - start,
-                unit.shape[1],
-                start,
-                self.plan.log2_scale,
-                unit.shape[0],
+            triton_kernels.exponentials[(self.row_tiles * ceil_div(width, tile),)](
+                *(self.low, unit, self.targets, shift, store, partial),
+                *(num_rows, stop - start, size_padded, start, self.plan.log2_scale, width),
                 STORE=store is not None,
                 MAXIMUM=maximum,
-                CENTERS=self.table.centers,
-                RAGGED=(stop - start) % config["BLOCK_C"] != 0,
-                PRECISION=_precision(),
-                UPCAST=triton_kernels.INTERPRETED,
-                # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at
-                # logits of 10^9 by hundreds.
-                enable_fp_fusion=self.plan.shift is not None,
-                **config,
+                RAGGED=(stop - start) % tile != 0,
+                **self._constants,
             )
 
 
