@@ -283,7 +283,7 @@ def killed_saves(folder):
             break
         assert status == signal.SIGKILL, status
         kills += 1
-        assert len(left_over(folder)) <= 1  # the save cleaned up after the one before
+        assert len(left_over(folder)) <= 2  # a folder and the lock: the save cleaned up after the one before
     assert kills > 30 and not left_over(folder), (kills, left_over(folder))
     full_disks(folder, model, optimizers, (0, 1, 2000, 5000))
 

@@ -2,9 +2,12 @@
 
 A checkpoint is written into `<folder>.tmp-<random>`: every file is hashed as it is written and fsynced as it is closed,
 then comes manifest.json with all sizes and SHA-256 sums, an fsync of the folder, and a rename that makes it a checkpoint.
-A save that died at any point leaves a temporary folder, which nobody reads and the next save of that name removes.
+A save that died at any point leaves a temporary folder, which nobody reads and the next save of that name removes: it holds
+the lock of that name, which the system takes from a process that dies, so no living one writes there.
 """
 
+import errno
+import fcntl
 import glob
 import hashlib
 import io
@@ -13,6 +16,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 MANIFEST = "manifest.json"
 FORMAT = 1
 _TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-[0-9a-f]{16}")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class CorruptCheckpointError(RuntimeError):
@@ -84,31 +89,92 @@ class HashedFiles(FileSystem):
             stream.write(data)
 
 
-def begin(folder):
-    """A new temporary folder for the checkpoint `folder`; those that killed saves of it left are removed."""
-    if os.path.lexists(folder):
-        raise FileExistsError(
-            f"{folder} exists, and a checkpoint is never written over: save into a new folder for each step, or remove it first"
-        )
+@contextmanager
+def temporary_folder(folder):
+    """A new folder for the files of the checkpoint `folder`, gone at the end of the block unless `finish` has renamed it.
+
+    Those that killed saves of that name left are removed.
+    """
     missing = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     for parent in missing:
         _sync_folder(parent.parent)
-    for path in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*"):
-        if (match := _TEMPORARY.fullmatch(path.name)) and match["name"] == folder.name:
-            shutil.rmtree(path)
-    temporary = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(8)}")
-    temporary.mkdir()
-    return temporary
+    with _only_save_of(folder) as others_are_dead:
+        if os.path.lexists(folder):
+            raise FileExistsError(
+                f"{folder} exists, and a checkpoint is never written over: save into a new folder for each step, or remove it "
+                "first"
+            )
+        for path in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*") if others_are_dead else ():
+            if (match := _TEMPORARY.fullmatch(path.name)) and match["name"] == folder.name:
+                shutil.rmtree(path)
+        temporary = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(8)}")
+        try:
+            temporary.mkdir()
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _only_save_of(folder):
+    """Whether no other save of that name lives: False where a disk has no locks; where one lives it raises."""
+    path = folder.with_name(f"{folder.name}.tmp-lock")
+    descriptor, locked = _locked(path, folder)
+    while locked and not _is_at(descriptor, path):  # the save before removed it after it was opened here
+        os.close(descriptor)
+        descriptor, locked = _locked(path, folder)
+    try:
+        yield locked
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked(path, folder):
+    """(an open file, whether it is locked)."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            return descriptor, False
+        os.close(descriptor)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise FileExistsError(
+            f"another process or thread is saving {folder} now: save into a folder of its own, or wait until it has ended"
+        ) from None
+    return descriptor, True
+
+
+def _is_at(descriptor, path):
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def finish(temporary, folder, written):
-    """Makes the temporary folder the checkpoint `folder`."""
+    """Makes the temporary folder the checkpoint `folder`; where not all of it is there, raises and leaves none."""
     manifest = json.dumps({"format": FORMAT, "files": dict(sorted(written.items()))}, indent=1)
-    HashedFiles().put(temporary / MANIFEST, manifest.encode())
+    files = HashedFiles()
+    files.put(temporary / MANIFEST, manifest.encode())
     _sync_folder(temporary)
     os.rename(temporary, folder)
+    lost = [name for name, file in (written | files.written).items() if not _has_size(folder / name, file["size"])]
+    if lost:
+        os.rename(folder, temporary)
+        raise RuntimeError(f"something else has removed or changed {', '.join(lost)}")
     _sync_folder(folder.parent)
+
+
+def _has_size(path, size):
+    try:
+        with open(path, "rb") as stream:  # on a network's disk what another rank wrote is sure to be seen by opening it
+            return os.fstat(stream.fileno()).st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder):
@@ -121,21 +187,42 @@ def _sync_folder(folder):
 
 
 def read_manifest(folder):
-    """{name: {"size", "sha256"}} of every file of a checkpoint."""
+    """{name: {"size", "sha256"}} of every file of a checkpoint, each name one of that folder's own."""
     if not folder.is_dir():
         is_file = folder.exists()
         raise FileNotFoundError(
             f"{folder} is a file, and a checkpoint is a folder" if is_file else f"there is no checkpoint {folder}"
         )
+    path = folder / MANIFEST
+    if not path.exists():
+        raise CorruptCheckpointError(f"{folder} has no {MANIFEST}: it is no finished checkpoint of save_checkpoint's")
+    _check_regular(path)
     try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        if manifest["format"] == FORMAT:
-            return {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in manifest["files"].items()}
-    except FileNotFoundError:
-        raise CorruptCheckpointError(f"{folder} has no {MANIFEST}: it is no finished checkpoint of save_checkpoint's") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptCheckpointError(f"{folder / MANIFEST} is damaged: {error!r}") from error
-    raise CorruptCheckpointError(f"{folder} has format {manifest['format']!r}, this version reads {FORMAT}")
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpointError(f"{path} is damaged: {error!r}") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise CorruptCheckpointError(f"{path} is damaged: it has no files")
+    if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:
+        raise CorruptCheckpointError(f"{folder} has format {str(manifest.get('format'))[:20]}, this version reads {FORMAT}")
+    for name, file in manifest["files"].items():
+        _check_entry(path, name, file)
+    return manifest["files"]
+
+
+def _check_entry(path, name, file):
+    """The name of a file of that folder's own, a size and a sum."""
+    if os.path.basename(name) != name or name in ("", ".", "..", MANIFEST) or "\0" in name:
+        raise CorruptCheckpointError(f"{path} is damaged: {name!r} is no name of a file of its folder")
+    size, sha256 = (file.get("size"), file.get("sha256")) if isinstance(file, dict) else (None, None)
+    if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+        raise CorruptCheckpointError(f"{path} is damaged: {name!r} has no size and SHA-256 sum, got {str(file)[:100]}")
+
+
+def _check_regular(path):
+    """Raises for what no save wrote and what may answer when it is opened, or never: a device, a pipe, a socket."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CorruptCheckpointError(f"{path} is no regular file, and was not opened")
 
 
 def verify(folder, manifest, share, shares):
@@ -144,6 +231,7 @@ def verify(folder, manifest, share, shares):
     for name in by_size[share::shares]:
         path, wanted = folder / name, manifest[name]
         try:
+            _check_regular(path)
             size = path.stat().st_size
             sha256 = _sha256(path) if size == wanted["size"] else None
         except FileNotFoundError:

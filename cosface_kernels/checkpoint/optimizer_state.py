@@ -45,6 +45,21 @@ def flatten(prefix, optimizer, module):
     return tensors, {"kind": _kind(optimizer), "groups": groups, "states": states}
 
 
+def is_flat(prefix, saved, metadata):
+    """Whether it has the form of `flatten`'s second result, with its tensors among `metadata`'s."""
+    try:
+        names = {name for group in saved["groups"] for name in group["names"]}
+        return all(isinstance(group["options"], dict) for group in saved["groups"]) and all(
+            name in names
+            and f"module/{name}" in metadata
+            and isinstance(state["plain"], dict)
+            and all(_key(prefix, name, key) in metadata for key in state["on_cpu"])
+            for name, state in saved["states"].items()
+        )
+    except (AttributeError, KeyError, TypeError):
+        return False
+
+
 def prepare(prefix, optimizer, module, saved, metadata, grow):
     """What `flatten` saved, for an optimiser that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
 

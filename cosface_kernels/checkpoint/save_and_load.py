@@ -3,9 +3,9 @@
 import io
 import pickle
 import random
-import shutil
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from . import files, optimizer_state
 from .files import CorruptCheckpointError, HashedFiles, latest_checkpoint
+from .metadata import METADATA, CheckedReader, read_metadata
 from .pieces import PiecewiseSavePlanner, RowsLoadPlanner
 from .ranks import gather, is_distributed, rank, together, world_size
 
@@ -35,7 +36,7 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
             and tuples, lists and dicts of them.
 
     Raises:
-        FileExistsError: folder exists.
+        FileExistsError: folder exists, or another save of it has not ended.
         ValueError: an optimiser has a parameter that module lacks; a PartialFC_V2 on several ranks.
         TypeError: extra, or an option of an optimiser, is not plain data.
         OSError: no space left, or another failure of a disk.
@@ -43,18 +44,15 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
     """
     folder = Path(folder)
     tensors, small = together(lambda: _contents(module, optimizer, extra))
-    temporary = gather(together(lambda: files.begin(folder) if rank() == 0 else None))[0]
-    try:
-        written = {}
-        for part in gather(together(lambda: _write(temporary, tensors, small))):
-            written |= part
-        together(lambda: files.finish(temporary, folder, written) if rank() == 0 else None)
-    except BaseException as error:
-        if rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, Exception):
+    with ExitStack() as stack:
+        own = together(lambda: stack.enter_context(files.temporary_folder(folder)) if rank() == 0 else None)
+        try:
+            temporary, written = gather(own)[0], {}
+            for part in gather(together(lambda: _write(temporary, tensors, small))):
+                written |= part
+            together(lambda: files.finish(temporary, folder, written) if rank() == 0 else None)
+        except Exception as error:
             raise _not_saved(folder, error) from error
-        raise
 
 
 def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
@@ -63,6 +61,9 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
     First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimisers; only
     then is anything changed. A tensor may have been sharded and be plain now, or the reverse. State of an optimiser is loaded in
     place where it exists, and allocated where it does not.
+
+    Nothing in a checkpoint is run: pickles in it may name tensors, numbers and the like, and nothing else, and files are those of
+    the folder. Its numbers are trusted: whoever can write the folder can write other ones, and sums that fit.
 
     Random number generators go on where each rank's stopped if the number of ranks is the same. If not, they stay as they are,
     with a warning, and every rank gets rank 0's `extra`.
@@ -80,7 +81,7 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
 
     Raises:
         FileNotFoundError: there is no folder.
-        CorruptCheckpointError: a file is missing, truncated or changed.
+        CorruptCheckpointError: a file is missing, truncated or changed, or none of save_checkpoint's.
         ValueError: names, shapes or dtypes are others, all listed; nothing was changed.
 
     Warns:
@@ -91,7 +92,7 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
     together(lambda: files.verify(folder, manifest, rank(), world_size()))
     metadata, shared, own = together(lambda: _read(folder, manifest))
     state, optimizers, tensors = together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
-    together(lambda: _read_tensors(folder, tensors))
+    together(lambda: _read_tensors(folder, metadata, tensors))
     module.load_state_dict(state | shared["module"], strict=strict)
     for name, (each, states) in optimizers.items():
         optimizer_state.apply(each, shared["optimizers"][name], states)
@@ -186,16 +187,49 @@ def _not_saved(folder, error):
 
 def _read(folder, manifest):
     """All but the tensors: DCP's metadata, what all ranks share, and what is this rank's own."""
-    needed = {".metadata", "shared.pt", "rank_0.pt"}
-    if needed <= manifest.keys():
-        metadata = dcp.FileSystemReader(folder).read_metadata()
-        shared = torch.load(folder / "shared.pt", map_location="cpu", weights_only=True)
-        own = f"rank_{rank() if shared['world_size'] == world_size() else 0}.pt"
-        needed |= {file.relative_path for file in metadata.storage_data.values()} | {own}
-    if not needed <= manifest.keys():
-        missing = sorted(needed - manifest.keys())
+    _check_named(folder, manifest, {METADATA, "shared.pt", "rank_0.pt"})
+    metadata = read_metadata(folder, manifest)
+    shared = _unpacked(folder / "shared.pt", lambda found: _is_shared(found, metadata.state_dict_metadata))
+    own = f"rank_{rank() if shared['world_size'] == world_size() else 0}.pt"
+    _check_named(folder, manifest, {own})
+    return metadata, shared, _unpacked(folder / own, _is_own)
+
+
+def _check_named(folder, manifest, needed):
+    if missing := sorted(needed - manifest.keys()):
         raise CorruptCheckpointError(f"{folder / files.MANIFEST} is damaged: it has no {missing}")
-    return metadata, shared, torch.load(folder / own, map_location="cpu", weights_only=True)
+
+
+def _unpacked(path, is_right):
+    """What `_packed` made, if it is of the right form."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what is no file of torch.save may fail in any way
+        raise CorruptCheckpointError(f"{path} is no save_checkpoint's: it is no plain data of torch.save's") from error
+    if not is_right(found):
+        raise CorruptCheckpointError(f"{path} is no save_checkpoint's: it lacks a part, or has one of another type")
+    return found
+
+
+def _is_shared(found, saved):
+    return (
+        isinstance(found, dict)
+        and type(found.get("world_size")) is int
+        and isinstance(found.get("module"), dict)
+        and isinstance(found.get("optimizers"), dict)
+        and all(optimizer_state.is_flat(f"optimizer/{name}", each, saved) for name, each in found["optimizers"].items())
+    )
+
+
+def _is_own(found):
+    """Generators of a process's own take its states, and it has an extra."""
+    try:
+        state = found["random"]
+        torch.Generator().set_state(state["torch"])
+        random.Random().setstate(state["python"])
+        return "extra" in found
+    except Exception:  # each generator has errors of its own
+        return False
 
 
 def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
@@ -251,9 +285,9 @@ def _differences(state, saved, grow, strict):
     return sorted(problems)
 
 
-def _read_tensors(folder, tensors):
+def _read_tensors(folder, metadata, tensors):
     try:
-        _run_dcp(dcp.load, tensors, storage_reader=dcp.FileSystemReader(folder), planner=RowsLoadPlanner())
+        _run_dcp(dcp.load, tensors, storage_reader=CheckedReader(folder, metadata), planner=RowsLoadPlanner())
     except Exception as error:
         raise RuntimeError(f"{folder} could not be read to its end; module and optimizers have a part of it now") from error
 
