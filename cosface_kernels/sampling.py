@@ -12,7 +12,7 @@ def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
 
     M = rate C in all, rounded, and more only where the labels alone are more. Each class that is no label's is drawn with
     probability (M - P) / (C - P), P being the number of those that are. A pure function of its arguments, on one kind of device:
-    a run resumed at the same step draws the same classes. On a GPU it waits for the device, because P depends on the labels.
+    a run resumed at the same step draws the same classes. On a GPU it waits for the device where N > M alone: then P may be more.
 
     Args:
         labels: (N,), any integer dtype. Numbers outside [0, C) are ignored.
@@ -33,7 +33,8 @@ def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
     validation.check_rate("rate", rate)
     validation.check_count("seed", seed)
     validation.check_count("step", step)
-    return operators.sample_classes(class_indices(labels), torch.tensor(step), int(num_classes), float(rate), int(seed), False)
+    step = torch.full((), step, dtype=torch.int64, device=labels.device)
+    return operators.sample_classes(class_indices(labels), step, int(num_classes), float(rate), int(seed), False)
 
 
 def classes_of_step(labels, ignore_index, num_classes, rate, seed, step):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, reference, sample_classes
 from cosface_kernels.functional import stateful_loss
 from cosface_kernels.margins import AdaFace, CosFace, NormSoftmax, Softmax
-from cosface_kernels.ops import operators
+from cosface_kernels.ops import operators, sampled_classes
 from cosface_kernels.ops.sampled_classes import one_of_each
 
 EPS = torch.finfo(torch.float64).eps
@@ -38,7 +38,7 @@ def test_every_number_is_as_likely_as_any_other(population, count):
     tally = torch.zeros(population, dtype=torch.int64)
     for offset in range(population):
         for draw in range(remainders):
-            numbers = one_of_each(population, torch.full((count,), draw), torch.tensor(offset))
+            numbers = one_of_each(population, torch.full((count,), draw), torch.tensor(offset), torch.tensor(count))
             assert (numbers.diff() > 0).all() and numbers[0] >= 0 and numbers[-1] < population
             tally[numbers] += 1
     assert (tally == remainders * count).all()
@@ -48,12 +48,65 @@ def test_every_number_is_as_likely_as_any_other(population, count):
 def test_every_number_of_a_stratum_is_drawn(population, count):
     edges = [i * population // count for i in range(count + 1)]
     remainders = math.lcm(*(stop - start for start, stop in pairwise(edges)))
-    drawn = [one_of_each(population, torch.full((count,), draw), torch.tensor(0)).tolist() for draw in range(remainders)]
+    drawn = [
+        one_of_each(population, torch.full((count,), draw), torch.tensor(0), torch.tensor(count)).tolist()
+        for draw in range(remainders)
+    ]
     for numbers, (start, stop) in zip(zip(*drawn, strict=True), pairwise(edges), strict=True):
         assert sorted(numbers) == sorted([*range(start, stop)] * (remainders // (stop - start)))
 
 
-def test_marginals(device):
+@pytest.fixture(params=["generator", "hash"])
+def source(request, device, monkeypatch):
+    """A CPU's random bits, and a GPU's."""
+    if request.param == "hash":
+        monkeypatch.setattr(sampled_classes, "random_bits", sampled_classes.hashed_bits)
+    elif device.type != "cpu":
+        pytest.skip("its own bits are hashed")
+
+
+def drawn_plainly(labels, num_classes, rate, seed, step):
+    """As sampled_classes.draw says it, where the host knows every number."""
+    positives = labels[(labels >= 0) & (labels < num_classes)].unique().tolist()
+    count = max(sampled_classes.wanted(num_classes, rate) - len(positives), 0)
+    population, others = num_classes - len(positives), []
+    if count:
+        bits = sampled_classes.random_bits(labels.device, seed, step, count + 1).tolist()
+        edges = [i * population // count for i in range(count + 1)]
+        ranks = [edges[i] + bits[i] % (edges[i + 1] - edges[i]) + bits[count] % population for i in range(count)]
+        every = sorted(set(range(num_classes)) - set(positives))
+        others = [every[rank % population] for rank in ranks]
+    return sorted(positives + others)
+
+
+@pytest.mark.parametrize("num_classes, rate", [(50, 0.2), (50, 1.0), (50, 0.001), (1, 1.0), (1000, 0.1)])
+@pytest.mark.parametrize("num_rows", [0, 1, 5, 80])
+def test_draws_are_as_described(num_rows, num_classes, rate, device, source):
+    for step in range(20):
+        labels = torch.randint(-3, num_classes + 3, (num_rows,), generator=torch.Generator().manual_seed(step)).to(device)
+        expected = drawn_plainly(labels, num_classes, rate, 5, torch.tensor(step, device=device))
+        found = sampled_classes.draw(labels, num_classes, rate, 5, torch.tensor(step, device=device))
+        assert found.tolist() == expected and len(set(expected)) == len(expected)
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 100])
+def test_nothing_is_asked_of_the_device(num_rows, monkeypatch):
+    """A tensor of the meta device has nothing to answer with."""
+    labels, step = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in (num_rows, ()))
+    assert sampled_classes.draw(labels, 1000, 0.1, 5, step).shape == (100,)
+    with pytest.raises(RuntimeError, match="meta"):
+        sampled_classes.draw(torch.empty(101, dtype=torch.int64, device="meta"), 1000, 0.1, 5, step)
+
+
+def test_hashed_bits_are_splitmix64():
+    """The first three numbers of its own published test, whose state starts at 1234567, without the lowest bit."""
+    state = torch.tensor(1234567)
+    offsets = torch.arange(1, 4) * sampled_classes._signed(sampled_classes.SEED_STRIDE)
+    found = sampled_classes._unsigned_shift(sampled_classes._mixed(state + offsets), 1)
+    assert found.tolist() == [number >> 1 for number in (6457827717110365317, 3203168211198807973, 9817491932198370423)]
+
+
+def test_marginals(device, source):
     """P(|X - T p| > t) <= 2 exp(-t² / 2(T p (1 - p) + t / 3)), Bernstein, for X of T draws: 10^-9 for all classes together."""
     num_classes, steps = 50, 4000
     labels = torch.tensor([0, 17, 18, 49, 17, -1, 50], device=device)

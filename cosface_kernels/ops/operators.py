@@ -348,7 +348,7 @@ def sample_classes(labels: Tensor, step: Tensor, num_classes: int, rate: float, 
             "classes than in forward: leave the head out of the checkpointed part (it holds no logits beyond memory_budget), or "
             "draw outside with sample_classes and call margin_softmax_loss(..., classes=...)"
         )
-    return sampled_classes.draw(labels, num_classes, rate, seed, int(step))
+    return sampled_classes.draw(labels, num_classes, rate, seed, step)
 
 
 @sample_classes.register_fake

@@ -5,28 +5,38 @@ offset, which makes up for strata of two sizes and ends between two of them:
 
     | · x · · | x · · · | · · x · |
 
-O(M) work and memory for M classes, whatever C is, and nothing is sorted but the batch's labels.
+O(M) work and memory for M classes, whatever C is, and nothing is sorted but the batch's labels. How many of those are different,
+their device alone knows, and no one waits for it: arrays are as long as they may have to be, and end in NOTHING.
 """
 
 import torch
 
 # Neighbouring seeds get streams far from each other: 2^64 over the golden ratio.
 SEED_STRIDE = 0x9E3779B97F4A7C15
+NOTHING = 2**62  # more than any class
 
 
 def draw(labels, num_classes, rate, seed, step):
-    """(max(P, M),) ascending: the P classes among labels (N,), and others up to M = rate C."""
-    positives = labels[(labels >= 0) & (labels < num_classes)].unique()
-    count = max(wanted(num_classes, rate) - len(positives), 0)
-    generator = torch.Generator(labels.device).manual_seed((seed * SEED_STRIDE + step) % 2**64)
-    ranks = _distinct(num_classes - len(positives), count, generator)
+    """(max(P, M),) ascending: the P classes among labels (N,), and others up to M = rate C. step: 0-dim int64.
+
+    With N <= M that is M, and no device is waited for.
+    """
+    num_rows, most = len(labels), wanted(num_classes, rate)
+    positives, num_positives = _distinct(labels, num_classes)
+    size = most if num_rows <= most else max(most, int(num_positives))
+    count = (most - num_positives).clamp(min=0)
+    slot, rank = torch.arange(num_rows, device=labels.device), torch.arange(most, device=labels.device)
+    is_positive, is_other = slot < num_positives, rank < count
+    ranks = torch.where(
+        is_other, _ranks(num_classes - num_positives, count, random_bits(labels.device, seed, step, most + 1)), NOTHING
+    )
     # Another class is its rank plus the positives below it; positive i has positives[i] - i others below it.
-    below = torch.searchsorted(positives - _range_like(positives), ranks, right=True)
-    others = ranks + below
-    classes = torch.empty(len(positives) + count, dtype=torch.int64, device=labels.device)
-    classes[_range_like(ranks) + below] = others
-    classes[_range_like(positives) + torch.searchsorted(others, positives)] = positives
-    return classes
+    below = torch.searchsorted(torch.where(is_positive, positives - slot, NOTHING), ranks, right=True)
+    others = torch.where(is_other, ranks + below, NOTHING)
+    classes = torch.empty(size + 1, dtype=torch.int64, device=labels.device)  # and a place for NOTHING
+    classes.scatter_(0, torch.where(is_other, rank + below, size), others)
+    classes.scatter_(0, torch.where(is_positive, slot + torch.searchsorted(others, positives), size), positives)
+    return classes[:size]
 
 
 def wanted(num_classes, rate):
@@ -34,22 +44,55 @@ def wanted(num_classes, rate):
     return max(1, round(rate * num_classes))
 
 
-def _distinct(population, count, generator):
-    """(count,) ascending distinct numbers below population, each as likely as any other."""
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=generator.device)
+def _distinct(labels, num_classes):
+    """(the classes among labels (N,), ascending, each once; how many)."""
+    ordered = torch.where((labels >= 0) & (labels < num_classes), labels, NOTHING).sort().values
+    is_first = (ordered.diff(prepend=ordered.new_full((1,), -1)) != 0) & (ordered < NOTHING)
+    place = torch.where(is_first, is_first.cumsum(0) - 1, len(labels))
+    distinct = ordered.new_full((len(labels) + 1,), NOTHING).scatter_(0, place, torch.where(is_first, ordered, NOTHING))
+    return distinct[:-1], is_first.sum()
+
+
+def _ranks(population, count, bits):
+    """The first `count` are ascending distinct numbers below population, each as likely as any other."""
+    population, offset = population.clamp(min=1), bits.index_select(0, count[None])
     # 63 bits modulo a size: no number is likelier than another by more than size / 2^63.
-    bits = torch.randint(2**63 - 1, (count + 1,), generator=generator, device=generator.device)
-    return one_of_each(population, bits[:-1], bits[-1] % population)
+    return one_of_each(population, bits[:-1], offset % population, count)
 
 
-def one_of_each(population, bits, offset):
-    """(count,) ascending: number bits[i] modulo its size of stratum i, turned by offset."""
-    edges = torch.arange(len(bits) + 1, device=bits.device) * population // len(bits)
+def one_of_each(population, bits, offset, count):
+    """The first `count` ascending: number bits[i] modulo its size of stratum i, turned by offset."""
+    rank, strata = torch.arange(len(bits) + 1, device=bits.device), count.clamp(min=1)
+    edges = rank * population // strata
     numbers = edges[:-1] + bits % edges.diff() + offset
-    turned = (numbers >= population).sum()
-    return (numbers % population)[(_range_like(numbers) - turned) % len(numbers)]
+    turned = ((numbers >= population) & (rank[:-1] < count)).sum()
+    return (numbers % population)[(rank[:-1] - turned) % strata]
 
 
-def _range_like(tensor):
-    return torch.arange(len(tensor), device=tensor.device)
+def random_bits(device, seed, step, count):
+    """(count,) numbers of 63 random bits, a function of seed and step, a host's number or a tensor of the device (0-dim)."""
+    if device.type == "cpu":
+        generator = torch.Generator().manual_seed((seed * SEED_STRIDE + int(step)) % 2**64)
+        return torch.randint(2**63 - 1, (count,), generator=generator)
+    return hashed_bits(device, seed, step, count)
+
+
+def hashed_bits(device, seed, step, count):
+    """The same where a generator's seed would have to be brought to the host: splitmix64, whose sums and products wrap."""
+    start = _mixed(step.to(device) + _signed(seed * SEED_STRIDE))
+    return _unsigned_shift(_mixed(start + torch.arange(1, count + 1, device=device) * _signed(SEED_STRIDE)), 1)
+
+
+def _mixed(number):
+    number = (number ^ _unsigned_shift(number, 30)) * _signed(0xBF58476D1CE4E5B9)
+    number = (number ^ _unsigned_shift(number, 27)) * _signed(0x94D049BB133111EB)
+    return number ^ _unsigned_shift(number, 31)
+
+
+def _unsigned_shift(number, places):
+    return (number >> places) & (2 ** (64 - places) - 1)
+
+
+def _signed(number):
+    """An unsigned 64-bit number as PyTorch has it."""
+    return (number + 2**63) % 2**64 - 2**63
