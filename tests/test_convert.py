@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import zipfile
 from glob import glob
 from pathlib import Path
@@ -420,6 +421,51 @@ def test_damaged_files(here, capsys, recwarn, damage, zipped):
     line = refusal(capsys, *files, "out.pt", "--from", "insightface")
     assert line.startswith(f"cosface: {files[1]}: not a file of torch.save, or a damaged one (") and len(line) < 400, line
     assert contents(here) == before and not recwarn
+
+
+@pytest.mark.parametrize("ranks", [12, 10**5, 10**12])
+def test_more_ranks_than_classes_make_nothing(here, capsys, monkeypatch, ranks):
+    """One folder, to see whether files can be written there, and no list of as many paths."""
+    torch.save({"weight": table(11)}, "in.pt")
+    made, mkdtemp = [], tempfile.mkdtemp
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *a, **k: made.append(mkdtemp(*a, **k)) or made[-1])
+    line = refusal(capsys, "in.pt", "out{rank}.pt", "--to", "insightface", "--ranks", ranks)
+    assert f"11 classes cannot be sharded over {ranks:,} ranks" in line
+    assert len(made) <= 1 and os.listdir() == ["in.pt"]
+
+
+def test_any_flipped_bit(here):
+    """Refused, or, in what is padding or a date, without a trace in the table."""
+    whole = table(40)
+    torch.save({"weight": whole}, "in.pt")
+    data = Path("in.pt").read_bytes()
+    start = data.index(whole.numpy().tobytes())
+    positions = {*range(0, len(data), 7), *range(start, start + whole.nbytes, 13)}
+    refused = 0
+    for position in sorted(positions):
+        changed = bytearray(data)
+        changed[position] ^= 1 << position % 8
+        Path("in.pt").write_bytes(changed)
+        try:
+            module.convert(["in.pt"], "out.pt", system="insightface", force=True)
+        except ValueError:
+            refused += 1
+            assert os.listdir() == ["in.pt"] or converted("out.pt").equal(whole), position
+        else:
+            assert converted("out.pt").equal(whole), position
+            os.unlink("out.pt")
+    assert refused > whole.nbytes // 13
+
+
+def test_file_without_checksums(here, capsys):
+    compute = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"weight": table(11)}, "in.pt")
+    finally:
+        torch.serialization.set_crc32_options(compute)
+    assert "without checksums" in refusal(capsys, "in.pt", "out.pt", "--from", "insightface")
+    assert os.listdir() == ["in.pt"]
 
 
 def test_inputs_that_cannot_be_read(here, capsys):

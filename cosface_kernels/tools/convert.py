@@ -4,7 +4,8 @@
     insightface, PartialFC_V2              weight (C_local, D), one file a rank; state_dict_softmax_fc.weight in a checkpoint
     pml, pytorch-metric-learning           W (D, C)
 
-Memory: one copy of the file being written. Inputs are mapped, not read, but for those of torch before 1.6, which are read whole.
+Memory: one copy of the file being written. Inputs are mapped, and compared with the checksums in them; those of torch before 1.6,
+which have none, are read whole.
 
 With K sub-centres a class, the K rows (in pytorch-metric-learning columns) of a class lie side by side here and there, so they
 are converted like K classes.
@@ -14,6 +15,7 @@ import os
 import re
 import tempfile
 import warnings
+import zipfile
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
@@ -41,22 +43,30 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
         force: replace files that exist.
 
     Raises:
-        ValueError: the inputs hold no such table, or the output is refused. Nothing was written.
+        ValueError: the inputs hold no such table or are damaged, or the output is refused. Nothing was written.
         OSError: writing failed. No file is left behind, and existing ones are as they were.
     """
     inputs, by_rank = in_rank_order([Path(path) for path in inputs])
     if ranks > 1 and (to != "insightface" or "{rank}" not in str(out)):
         raise ValueError(f'several ranks are for "insightface" and need {{rank}} in OUT, got {ranks} ranks, {to!r} and {out}')
-    targets = [Path(os.path.realpath(str(out).replace("{rank}", str(rank)))) for rank in range(ranks)]
-    for target in targets:
-        _check_target(target, inputs, force)
     with ExitStack() as stack:
-        folders = [Path(stack.enter_context(_temporary_folder(target))) for target in targets]
+        targets, folders = [], []
+
+        def prepare(rank):
+            targets.append(Path(os.path.realpath(str(out).replace("{rank}", str(rank)))))
+            _check_target(targets[-1], inputs, force)
+            folders.append(Path(stack.enter_context(_temporary_folder(targets[-1]))))
+
+        prepare(0)  # the others once there is a row for each
         keys, tables = zip(*(read_table(path, system=system, key=key, transpose=transpose) for path in inputs), strict=True)
         _check_shards(inputs, tables, system)
         num_classes, size = sum(map(len, tables)), tables[0].shape[1]
         if ranks > num_classes:
             raise ValueError(f"{num_classes:,} classes cannot be sharded over {ranks:,} ranks")
+        for rank in range(1, ranks):
+            prepare(rank)
+        for path in inputs:
+            _check_sums(path)
         not_finite = start = 0
         for target, folder, count in zip(targets, folders, shard_sizes(num_classes, ranks), strict=True):
             not_finite += _write(tables, start, start + count, folder / "new", target, to)
@@ -134,8 +144,7 @@ def read_table(path, *, system=None, key=None, transpose=False):
 def _load(path):
     """[(dotted key, tensor)] of all tensors in the nested dicts of a file."""
     try:
-        with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # as torch decides; older files cannot be mapped
+        is_zip = _is_zip(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}") from error
     try:
@@ -154,6 +163,28 @@ def _load(path):
     if tensors is None:
         raise ValueError(f"{path}: holds a {type(content).__name__}, must hold a dict of tensors")
     return tensors
+
+
+def _check_sums(path):
+    """Raises if the file's own checksums, which torch.load does not look at, are those of other bytes. Old files have none."""
+    if not _is_zip(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # what is a damaged zip may fail in any way
+        raise ValueError(f"{path}: not a file of torch.save, or a damaged one ({_reason(error)})") from error
+    if damaged is not None:
+        raise ValueError(
+            f"{path}: {damaged} in it is not what its checksum was made of: the file was changed since, or written "
+            "without checksums (torch.serialization.set_crc32_options); if you trust it, load it and save it again"
+        )
+
+
+def _is_zip(path):
+    """As torch decides; older files cannot be mapped."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _flatten(content, prefix=""):
