@@ -21,8 +21,8 @@ from cosface_kernels.ops.memory import available_bytes
 from cosface_kernels.tools.info import cpu_model
 
 from .peers import inputs, peers, plain, step
+from .source import commit, first_line, search_path
 
-ROOT = Path(__file__).parents[1]
 # Matrix products that the ceilings are taken from: M, N, K. On a CPU all three matrices stay in cache.
 PRODUCT = {"cpu": (512, 512, 1024), "cuda": (8192, 8192, 8192)}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
@@ -49,14 +49,8 @@ def environment(device):
             found[package] = importlib.metadata.version(package)
     if device.type == "cuda":
         found["cuda"] = torch.version.cuda
-        found["driver"] = _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        found["driver"] = first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found
-
-
-def commit():
-    """The tree's commit; where it came without its repository, the one that COSFACE_COMMIT names; or None."""
-    described = _first_line("git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12")
-    return described or os.environ.get("COSFACE_COMMIT")
 
 
 def machine(device):
@@ -64,14 +58,6 @@ def machine(device):
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"{threads} thread{'s' * (threads > 1)} of {cpu_model()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def _first_line(*command):
-    try:
-        lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return lines[0] if lines else None
 
 
 def product_rate(device, precision):
@@ -188,7 +174,7 @@ def cpu_peak_bytes(peer, shape):
     if not Path("/proc/self/clear_refs").exists():
         return None
     # Large blocks go back to the system when they are freed, so that the first step leaves nothing for the second to reuse.
-    variables = {"PYTHONPATH": os.pathsep.join([str(ROOT), *search_path()]), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
+    variables = {"PYTHONPATH": search_path(), "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     command = [sys.executable, "-m", "benchmarks.measure", peer.name, peer.precision, *map(str, shape)]
     run = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
     if run.returncode < 0:
@@ -197,11 +183,6 @@ def cpu_peak_bytes(peer, shape):
         lines = run.stderr.strip().splitlines() or [f"exit status {run.returncode}"]
         raise RuntimeError(f"in a process of its own: {lines[-1]}")
     return int(run.stdout.split()[-1])
-
-
-def search_path():
-    """PYTHONPATH's folders."""
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def own_peak_bytes(peer, shape):

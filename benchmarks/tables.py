@@ -129,6 +129,10 @@ def main(paths):
 
 def text(found):
     """Of whatever a file holds."""
+    if isinstance(found, dict) and found.get("kind") == "gpu_check":
+        from .gpu_check import report
+
+        return "\n".join(report.markdown(found))
     if "rows_of_a_batch" in found:
         from . import training
 

@@ -29,7 +29,7 @@ import torch
 from cosface_kernels import CosFaceLoss, FusedSGD, ShardedCosFaceLoss
 from cosface_kernels.tools.demo import million
 
-from . import measure
+from . import measure, source
 from .bench import write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -99,7 +99,7 @@ def peak_bytes():
 def alone(what, **arguments):
     """What `what(**arguments)` returns in a process of its own, or the reason why there is nothing."""
     command = [sys.executable, "-m", "benchmarks.training", "--alone", what, json.dumps(arguments)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=measure.ROOT, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=source.ROOT, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": f"exit status {done.returncode}"}
 
 
@@ -175,7 +175,7 @@ def ranks():
     for size in (1, 2):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
         command += ["-m", "benchmarks.training", "--alone", "rank_run", json.dumps({"threads": torch.get_num_threads() // size})]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=measure.ROOT, check=False)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=source.ROOT, check=False)
         yield {
             **RANKS,
             "ranks": size,

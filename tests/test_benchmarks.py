@@ -8,8 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ pytest.importorskip("matplotlib")
 
 import torch
 
-from benchmarks import bench, gpu_check, measure, overhead, peers, plot, tables
+from benchmarks import bench, measure, overhead, peers, plot, source, tables
 from cosface_kernels.ops import backends
 from cosface_kernels.tools import cli
 
@@ -296,11 +294,11 @@ def test_peak_memory_waits_for_what_autograd_still_holds(monkeypatch):
 
 @pytest.mark.parametrize("variable, wanted", [("abc123", "abc123"), (None, None)])
 def test_commit_where_the_repository_did_not_travel(monkeypatch, tmp_path, variable, wanted):
-    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    monkeypatch.setattr(source, "ROOT", tmp_path)
     monkeypatch.delenv("COSFACE_COMMIT", raising=False)
     if variable:
         monkeypatch.setenv("COSFACE_COMMIT", variable)
-    assert measure.commit() == wanted
+    assert source.commit() == wanted
 
 
 @pytest.mark.skipif(
@@ -370,58 +368,15 @@ def test_without_a_source_checkout(capsys, monkeypatch):
     assert "needs a source checkout" in error and error.count("\n") == 1
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_gpu_check_without_a_gpu(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["gpu_check", "--out", str(tmp_path / "out")])
-    assert gpu_check.main() == 1
-    error = capsys.readouterr().err
-    assert "there is no GPU" in error and error.count("\n") == 1
-    assert not list(tmp_path.iterdir())
-
-
-def test_gpu_check_keeps_every_part(capsys, monkeypatch, tmp_path):
-    """A part that fails is recorded, and the JSON is complete after each one."""
-    path = tmp_path / "gpu_check.json"
-
-    def broken(limit):
-        raise OSError("no such device")
-
-    def last(limit):
-        content = json.loads(path.read_text())
-        assert list(content["parts"]) == ["broken", "late"] and not content["complete"]
-        return {"fine": True}
-
-    parts = [("broken", 60, broken), ("late", 1, lambda limit: {}), ("last", 60, last)]
-    monkeypatch.setattr(gpu_check, "plan", lambda out, deadline: parts)
-    monkeypatch.setattr(measure, "environment", lambda device: {"device": device.type})
-    assert gpu_check.check(tmp_path) == 0
-    content = json.loads(path.read_text())
-    assert content["parts"]["broken"]["error"] == "OSError: no such device"
-    assert "no time was left" in content["parts"]["late"]["error"]
-    assert content["parts"]["last"]["fine"] and content["complete"]
-
-
-def test_gpu_check_plans_every_part_within_its_time(tmp_path):
-    deadline = time.monotonic() + 400
-    names, limits, _ = zip(*gpu_check.plan(tmp_path, deadline), strict=True)
-    assert set(names[:5]) == {"tests", *gpu_check.PARTS} and names[-1] == "bench 1024 10000000 512"
-    assert limits[5] == pytest.approx(100, abs=1) and limits[-1] == pytest.approx(400, abs=1)  # nothing took any time here
-
-
 @pytest.mark.slow
 def test_overhead():
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.overhead"]
     compiled = {**os.environ, "TRITON_INTERPRET": "0"}
-    run = subprocess.run(command, cwd=measure.ROOT, env=compiled, capture_output=True, text=True, check=True)
+    run = subprocess.run(command, cwd=source.ROOT, env=compiled, capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)
     assert list(found) == ["environment", *overhead.PEERS]
     assert all(list(found[name]) == ["forward", "forward and backward"] for name in overhead.PEERS)
-
-
-def test_gpu_check_without_pytest(monkeypatch):
-    monkeypatch.setattr(gpu_check, "importlib", types.SimpleNamespace(util=types.SimpleNamespace(find_spec=lambda name: None)))
-    assert gpu_check.run_tests(60) == {"error": "pytest is not installed"}
 
 
 @pytest.mark.slow
@@ -430,32 +385,8 @@ def test_gpu_tests_need_only_torch_and_pytest():
     hide = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1].split())); sys.exit(pytest.main(sys.argv[2:]))"
     optional = "matplotlib pytorch_metric_learning sklearn tqdm"
     command = [sys.executable, "-c", hide, optional, "--collect-only", "-rs", "-p", "no:cacheprovider", "tests"]
-    run = subprocess.run(command, cwd=measure.ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=source.ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stdout[-2000:]
     skipped = set(re.findall(r"SKIPPED.* tests/(\w+)\.py.*could not import", run.stdout))
     beside = {"test_benchmarks", "test_benchmark_training", "test_cli", "test_formats"}
     assert skipped == beside | {"test_compat_docs", "test_compat_pml", "test_digits"}
-
-
-def test_gpu_check_stops_a_part_that_hangs():
-    started = time.monotonic()
-    status, output = gpu_check._run([sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(60)"], 2)
-    assert status != 0 and "begun" in output and "stopped after 2 s" in output
-    assert time.monotonic() - started < 20
-
-
-def test_gpu_check_repeats_a_size_without_the_peer_that_lost_the_gpu(monkeypatch, tmp_path):
-    calls = []
-
-    def run(command, limit, echo=False):
-        calls.append(command)
-        (path,) = (part.partition("=")[2] for part in command if part.startswith("--json="))
-        rows = [] if len(calls) > 1 else [{"name": "bad", "precision": "float32", "lost_device": True, "error": "boom"}]
-        bench.write_json(path, {"rows": [*rows, {"name": "good", "precision": "float32"}]})
-        return 0, ""
-
-    monkeypatch.setattr(gpu_check, "_run", run)
-    report = gpu_check.benchmark((1, 2, 3), tmp_path)(60)
-    assert "--without=bad, float32" in calls[1] and len(calls) == 2
-    assert [row["name"] for row in report["rows"]] == ["good", "bad"]
-    assert {"--rows=1", "--classes=2", "--size=3"} <= set(calls[0])

@@ -1,0 +1,113 @@
+"""The one way to time: cases by turns, each checked first; what one of them breaks is its own row's error.
+
+A row is a case's facts and {"seconds": [a call's, measured several times], "errors", "wrong", "peak_bytes", "error"}. On a GPU a
+case's calls are captured as one CUDA graph, so that the host costs nothing, and timed by events over its replays; eager cases are
+timed by the host's clock between two waits. Cases take turns, back and forth, so that drift of the clocks meets all of them.
+"""
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from .gpu_check.ends import LostDevice
+
+REPLAYS = 3  # of a graph in one turn
+
+
+class Case(NamedTuple):
+    facts: dict  # what its row is known by
+    run: Callable  # run(i): the i-th call, with other inputs each time where they would stay in cache
+    check: Callable | None = None  # check(): {"errors": [relative ones], "wrong": bool}, or whatever else its row should say
+    calls: int = 1  # in one measurement
+    graph: bool = True  # on a GPU
+    seconds_most: float = 5.0  # no further turn for a case that has taken as long
+
+
+def measure(cases, device, turns=3):
+    """Yields each case's row, whenever it has grown: a process that is killed loses one turn.
+
+    Raises:
+        LostDevice: a case took the GPU with it. Its row, with the error, comes before.
+    """
+    entries = [(case, {**case.facts, "seconds": [], "error": None}) for case in cases]
+    for case, row in entries:
+        yield from _guarded(row, device, lambda case=case, row=row: _first_call(case, row, device))
+    for turn in range(turns):
+        for case, row in reversed(entries) if turn % 2 else entries:
+            if not row["error"] and sum(row["seconds"]) * case.calls < case.seconds_most:
+                yield from _guarded(row, device, lambda case=case, row=row: row["seconds"].extend(_turn(case, device)))
+
+
+def _first_call(case, row, device):
+    """Untimed, for it compiles; checked."""
+    case.run(0)
+    synchronize(device)
+    if case.check:
+        row.update(case.check())
+
+
+def _turn(case, device):
+    """Seconds of a call, a few times."""
+    if not (case.graph and device.type == "cuda"):
+        started = time.perf_counter()
+        for index in range(case.calls):
+            case.run(index)
+        synchronize(device)
+        return [(time.perf_counter() - started) / case.calls]
+    graph = captured(lambda: [case.run(index) for index in range(case.calls)] and None)
+    graph.replay()
+    taken = []
+    for _ in range(REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        taken.append(start.elapsed_time(end) * 1e-3 / case.calls)
+    return taken
+
+
+def captured(function):
+    """function() as a CUDA graph, after a call of it beside."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        function()
+    return graph
+
+
+def _guarded(row, device, function):
+    try:
+        function()
+    except (RuntimeError, MemoryError, ValueError, TypeError, AssertionError) as error:
+        row["error"] = first_line(error)
+        if device.type == "cuda" and _is_lost(device):
+            yield row
+            raise LostDevice(row["error"]) from error
+    yield row
+
+
+def first_line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
+
+
+def _is_lost(device):
+    try:
+        synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def relative_error(got, exact):
+    """‖got - exact‖ / ‖exact‖."""
+    return float((got.double() - exact).norm() / exact.norm())
