@@ -86,8 +86,8 @@ def _launching_nothing():
 
     from cosface_kernels.ops.backends import triton_backend
 
-    def product(left, right):
-        return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32)
+    def product(left, right, out=None):
+        return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32) if out is None else out
 
     def parts(left, right, count):
         return left.new_empty(count, left.shape[0], right.shape[1], dtype=torch.float32)

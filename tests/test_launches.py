@@ -12,8 +12,9 @@ from cases import make
 from conftest import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from cosface_kernels import cosface_loss
-from cosface_kernels.ops import operators
+from benchmarks import prediction
+from cosface_kernels import cosface_loss, functional
+from cosface_kernels.ops import backends, operators, slabs
 
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -23,7 +24,7 @@ class Launches(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.counts = Counter()
+        self.counts, self.computes = Counter(), True  # computes: whether Triton's launches do
 
     def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
         if operator in (operators.negative_lse, operators.negative_lse_backward, operators.margin_losses):
@@ -46,6 +47,8 @@ def launches(monkeypatch):
 
     def count(executor, *arguments, **keywords):
         mode.counts["triton " + executor.fn.__name__] += 1
+        if not mode.computes:
+            return None
         with _disable_current_modes():
             return run(executor, *arguments, **keywords)
 
@@ -63,22 +66,58 @@ def test_pull_fills_a_gpu(num_rows, parts):
     assert all(count <= parts and width % (8 * count) == 0 for count, width in zip(found, widths, strict=True))
 
 
-# Of a table of one slab. The interpreter's bfloat16 products convert: two forward and one backward that a GPU does not launch.
-FORWARD, BACKWARD = 11, 10
-SLAB_FORWARD, SLAB_BACKWARD = 4, 2  # of every further slab, E kept
+@pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize("num_rows", [256, 512, 1024, 4096])
+@pytest.mark.parametrize("num_classes", [10**6, 10**7])
+@pytest.mark.parametrize("gpu", [prediction.H100, prediction.H200])
+def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows, kept, launches, monkeypatch):
+    """Of launches counted in the call itself, whose tensors have no memory; both times are predicted."""
+    triton_backend = pytest.importorskip("cosface_kernels.ops.backends.triton_backend")
+
+    def product(left, right, out):
+        launches.counts["product"] += 1
+        return left.new_empty(left.shape[0], right.shape[1], dtype=torch.float32) if out is None else out
+
+    def parts(left, right, count):
+        launches.counts["product"] += 1
+        return left.new_empty(count, left.shape[0], right.shape[1], dtype=torch.float32)
+
+    rows = prediction.slab_rows(num_rows, num_classes, 512, gpu.chip)
+    monkeypatch.setattr(slabs, "slab_rows", lambda *arguments: rows)
+    monkeypatch.setattr(backends, "unusable", lambda *arguments: None)
+    monkeypatch.setattr(functional, "product_dtype", lambda *arguments: torch.bfloat16)  # there is no autocast for "meta"
+    monkeypatch.setattr(triton_backend, "accumulated", product)
+    monkeypatch.setattr(triton_backend, "in_parts", parts)
+    features = torch.empty(num_rows, 512, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(num_classes, 512, device="meta", requires_grad=True)
+    labels = torch.empty(num_rows, dtype=torch.int64, device="meta")
+    launches.computes = False
+    with launches:
+        loss = cosface_loss(features, weight, labels, backend="triton", memory_budget=2**50 if kept else 0)
+    forward = prediction.forward(num_rows, num_classes, 512, gpu)
+    assert launches.counts.total() == forward.launches and forward.share < 1 / 3, (launches.counts, forward)
+    launches.counts.clear()
+    with launches:
+        loss.backward()
+    backward = prediction.backward(num_rows, num_classes, 512, gpu, kept=kept)
+    assert launches.counts.total() == backward.launches and backward.share < 1 / 3, (launches.counts, backward)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
-@pytest.mark.parametrize("slabs", [1, 3])
-def test_launches(slabs, launches, monkeypatch, small_slabs):
+@pytest.mark.parametrize("count", [1, 3])
+def test_launches(count, launches, monkeypatch, small_slabs):
     monkeypatch.setattr(operators, "check_labels", lambda *arguments: None)  # a GPU has none
-    features, weight, labels = make("uniform", 5, 128 * slabs - 3, 64)
+    features, weight, labels = make("uniform", 5, 128 * count - 3, 64)
     features = features.bfloat16().requires_grad_()
     weight.requires_grad_()
     with launches:
         loss = cosface_loss(features, weight, labels, backend="triton")
-    assert launches.counts.total() == FORWARD + 2 + (SLAB_FORWARD + 2) * (slabs - 1), launches.counts
+    # The interpreter's bfloat16 products convert: two forward and one backward that a GPU does not launch.
+    expected = prediction.FORWARD + 2 + (prediction.SLAB_FORWARD + 2) * (count - 1)
+    assert launches.counts.total() == expected, launches.counts
     launches.counts.clear()
     with launches:
         loss.backward()
-    assert launches.counts.total() == BACKWARD + 1 + (SLAB_BACKWARD + 1) * (slabs - 1), launches.counts
+    expected = prediction.BACKWARD + 1 + (prediction.SLAB_BACKWARD + 1) * (count - 1)
+    assert launches.counts.total() == expected, launches.counts
