@@ -328,7 +328,9 @@ def _bytes_to_keep(memory_budget, weight, recorded):
 def _rows_of(classes, centers, num_rows):
     """(M K,) the rows of the table that make up the classes; a number that is no class stays none, however large."""
     if centers > 1:
-        rows = classes.clamp(-1, num_rows // centers)[:, None] * centers + torch.arange(centers, device=classes.device)
+        rows = classes.clamp(-1, num_rows // centers)[:, None] * centers + torch.arange(
+            centers, dtype=torch.int64, device=classes.device
+        )
         return rows.flatten()
     return classes.contiguous()
 

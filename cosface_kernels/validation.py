@@ -144,7 +144,7 @@ def check_k(k, num_classes):
 def check_ids(ids, num_classes):
     """Class ids as an int64 tensor on the CPU: some, not all, in range."""
     try:
-        found = torch.as_tensor(ids if isinstance(ids, torch.Tensor) else [*ids])
+        found = ids if isinstance(ids, torch.Tensor) else torch.as_tensor([*ids], device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"ids must be class ids, a sequence or tensor of ints, got {ids!r}") from error
     if not found.numel():

@@ -72,6 +72,49 @@ def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
         assert torch.remainder(torch.tensor([5.0, 4.0]), 3).tolist() == [2, 1]
 
 
+def emptied(tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "unfit",
+    [
+        torch.ones(8, 37, dtype=torch.bfloat16),
+        torch.ones(8, 37, dtype=torch.float64),
+        torch.ones(7, 37),
+        torch.ones(37, 8).T,
+        torch.ones(8, 37, device="meta"),
+        emptied(torch.ones(8, 37)),
+    ],
+    ids=["16 bits", "64 bits", "too short", "strided", "meta", "without storage"],
+)
+def test_a_tensor_that_is_not_what_a_kernel_takes_is_refused(unfit):
+    kernels, rule = cpu_library.Kernels(torch.float32, "portable"), rules.SGD(0.1, 0.9, 0.01, False, False)
+    room = torch.full((8, 37), 7.0)
+    with pytest.raises(RuntimeError, match="native code wants 296 or more contiguous numbers of torch"):
+        kernels.normalize(unfit, 8, 37, True, room, None)
+    with pytest.raises(RuntimeError, match="native code wants"):
+        kernels.normalize(room, 8, 37, True, unfit, None)
+    if unfit.dtype != torch.bfloat16:  # which a table may be
+        with pytest.raises(RuntimeError, match="native code"):
+            rules.Part(room, [(unfit, None)], rule, 1, 0, None).step()
+    assert (room == 7).all()
+
+
+@pytest.mark.parametrize(
+    "index, columns",
+    [(slice(0, 9), 37), (slice(-1, 8), 37), (torch.tensor([3, 8]), 37), (torch.tensor([-1, 2]), 37), (slice(0, 8), 36)],
+)
+def test_an_update_of_rows_that_the_table_has_not_is_refused(index, columns):
+    table, state = torch.ones(8, 37), torch.zeros(8, 37)
+    part = rules.Part(table, [(state, None)], rules.SGD(0.1, 0.9, 0.01, False, False), 1, 0, None)
+    rows = len(index) if isinstance(index, torch.Tensor) else index.stop - index.start
+    with pytest.raises(RuntimeError, match=r"is none of a table of shape \(8, 37\)"):
+        cpu_library.update(part.step(), torch.ones(rows, columns), index)
+    assert (table == 1).all() and (state == 0).all()
+
+
 def test_rounding_to_bfloat16(instruction_set):
     x = every_kind_of_float()
     got = torch.from_numpy(elementary("to_bfloat16", instruction_set, x, np.empty(len(x), np.int16))).view(torch.bfloat16)

@@ -80,11 +80,11 @@ def _attribute(margin_loss, *names):
 
 def _measured(margin_loss, candidates, scale):
     """The candidate whose values and gradients are the object's."""
-    angles = torch.linspace(0.3, math.pi - 0.3, 24, dtype=torch.float64)
-    labels = torch.arange(len(angles)) % 3
+    angles = torch.linspace(0.3, math.pi - 0.3, 24, dtype=torch.float64, device="cpu")
+    labels = torch.arange(len(angles), dtype=torch.int64, device="cpu") % 3
     # Beside each target, cosines of both signs.
     cosines = torch.stack([angles.cos(), angles.flip(0).cos(), (angles + 0.5).cos()], 1)
-    cosines[torch.arange(len(angles)), labels] = angles.cos()
+    cosines[torch.arange(len(angles), dtype=torch.int64, device="cpu"), labels] = angles.cos()
     try:
         theirs = _values_and_gradients(lambda copy: margin_loss(copy, labels), cosines)
     except Exception as error:

@@ -104,7 +104,9 @@ class _RowLosses:
 
     def _own_cosines(self, embeddings, labels):
         """The cosines of each row with the centres of its own class, (N, K)."""
-        columns = labels.long()[:, None] * self.sub_centers + torch.arange(self.sub_centers, device=labels.device)
+        columns = labels.long()[:, None] * self.sub_centers + torch.arange(
+            self.sub_centers, dtype=torch.int64, device=labels.device
+        )
         features, centres = self._wide_rows(embeddings, self.W.t()[columns.flatten()])
         return (features[:, None] * centres.view(*columns.shape, features.shape[1])).sum(2)
 

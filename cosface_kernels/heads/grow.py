@@ -35,7 +35,7 @@ def remove(head, ids, optimizer=None):
     classes = len(head.weight) // centers
     ids = validation.check_ids(ids, classes)
     _check_plain(head, "a plain head in one process load_checkpoint; remove and save_checkpoint; load that into a sharded head")
-    kept = torch.ones(classes, dtype=torch.bool)
+    kept = torch.ones(classes, dtype=torch.bool, device="cpu")
     kept[ids] = False
     new_ids = torch.where(kept, kept.cumsum(0) - 1, -1)
     rows = kept.repeat_interleave(centers).nonzero().squeeze(1)

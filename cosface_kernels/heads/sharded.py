@@ -60,7 +60,7 @@ class Batch:
         if self.ranks.group is None:
             return num_classes, num_sampled
         numbers = [num_classes, num_sampled] if self.holds_classes else [0, 0]
-        return self.ranks.add(torch.tensor(numbers, device=device)).tolist()
+        return self.ranks.add(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
 
     def own(self, vector):
         """A vector (N,) of the features, which every rank computes, with gradient on the rank that the row came from, once."""
@@ -116,7 +116,7 @@ class _ShardedHead(_Head):
     def reset_parameters(self):
         """Each rank draws its own rows, from a seed of the default generator's plus its rank."""
         weight, bias = self._table()
-        seed = torch.randint(2**62, (), device="cpu").item() + self._ranks().rank
+        seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu").item() + self._ranks().rank
         weight.normal_(std=0.01, generator=None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed))
         if bias is not None:
             bias.zero_()

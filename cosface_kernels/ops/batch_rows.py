@@ -99,7 +99,7 @@ def _targets(labels, table, ignore_index):
 
 def _rows_of(targets, centers):
     """The positions (N, K) of the rows that make up each target's class (N,)."""
-    return targets[:, None] + torch.arange(centers, device=targets.device)
+    return targets[:, None] + torch.arange(centers, dtype=torch.int64, device=targets.device)
 
 
 def _power_of_two(lse_grad):

@@ -70,7 +70,7 @@ def _codes(rows, bits, dtype):
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     scale, inverse = (torch.where(inverse.isinf(), 0.0, number) for number in (scale, inverse))
     # 0 and 1 excluded by more than a rounding of a code: a code that is read and written again stays.
-    codes = (rows * inverse[:, None] + ((bits >> 1) + 0.5) / 2**15).floor()
+    codes = (rows * inverse[:, None] + ((bits >> 1).float() + 0.5) / 2**15).floor()
     # A square that became 0 would make AdamW's step as large as 1 / eps.
     codes = torch.where(rows > 0, codes.clamp(min=1), codes) if squares else codes
     return codes.clamp(-LARGEST_CODE[dtype], LARGEST_CODE[dtype]).to(dtype), scale
@@ -80,7 +80,7 @@ def random_bits(key, rows, size, stream):
     """(R, size) int64 of 16 random bits each, for the rows' numbers (R,) int64 in the whole table. Streams are independent."""
     low, high = key & _WORD, key >> 32
     rows = _mixed(_mixed((rows & _WORD) ^ low) ^ (rows >> 32) ^ high)
-    word = _mixed(rows[:, None] + torch.arange(size, device=rows.device) * _GOLDEN & _WORD)
+    word = _mixed(rows[:, None] + torch.arange(size, dtype=torch.int64, device=rows.device) * _GOLDEN & _WORD)
     if stream >= 2:
         word = _mixed(word ^ _OTHER)
     return word & 0xFFFF if stream % 2 else word >> 16

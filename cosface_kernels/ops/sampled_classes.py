@@ -25,7 +25,7 @@ def draw(labels, num_classes, rate, seed, step):
     positives, num_positives = _distinct(labels, num_classes)
     size = most if num_rows <= most else max(most, int(num_positives))
     count = (most - num_positives).clamp(min=0)
-    slot, rank = torch.arange(num_rows, device=labels.device), torch.arange(most, device=labels.device)
+    slot, rank = (torch.arange(length, dtype=torch.int64, device=labels.device) for length in (num_rows, most))
     is_positive, is_other = slot < num_positives, rank < count
     ranks = torch.where(
         is_other, _ranks(num_classes - num_positives, count, random_bits(labels.device, seed, step, most + 1)), NOTHING
@@ -62,7 +62,7 @@ def _ranks(population, count, bits):
 
 def one_of_each(population, bits, offset, count):
     """The first `count` ascending: number bits[i] modulo its size of stratum i, turned by offset."""
-    rank, strata = torch.arange(len(bits) + 1, device=bits.device), count.clamp(min=1)
+    rank, strata = torch.arange(len(bits) + 1, dtype=torch.int64, device=bits.device), count.clamp(min=1)
     edges = rank * population // strata
     numbers = edges[:-1] + bits % edges.diff() + offset
     turned = ((numbers >= population) & (rank[:-1] < count)).sum()
@@ -73,14 +73,14 @@ def random_bits(device, seed, step, count):
     """(count,) numbers of 63 random bits, a function of seed and step, a host's number or a tensor of the device (0-dim)."""
     if device.type == "cpu":
         generator = torch.Generator().manual_seed((seed * SEED_STRIDE + int(step)) % 2**64)
-        return torch.randint(2**63 - 1, (count,), generator=generator)
+        return torch.randint(2**63 - 1, (count,), generator=generator, dtype=torch.int64, device="cpu")
     return hashed_bits(device, seed, step, count)
 
 
 def hashed_bits(device, seed, step, count):
     """The same where a generator's seed would have to be brought to the host: splitmix64, whose sums and products wrap."""
     start = _mixed(step.to(device) + _signed(seed * SEED_STRIDE))
-    return _unsigned_shift(_mixed(start + torch.arange(1, count + 1, device=device) * _signed(SEED_STRIDE)), 1)
+    return _unsigned_shift(_mixed(start + torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(SEED_STRIDE)), 1)
 
 
 def _mixed(number):

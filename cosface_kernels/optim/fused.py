@@ -110,7 +110,7 @@ class _Fused(torch.optim.Optimizer):
         except (RuntimeError, ValueError) as error:
             failure = error
         try:
-            ready = self._on_all_ranks(torch.tensor(failure is None))
+            ready = self._on_all_ranks(torch.tensor(failure is None, dtype=torch.bool, device="cpu"))
         except RuntimeError:
             if failure is None:
                 raise
@@ -190,7 +190,7 @@ class _Fused(torch.optim.Optimizer):
         for f in factors:  # the product with x̃ of what came back for x̃·w̃_y is a part of the gradient
             product = f.product_grad * f.unit.abs().amax(1, keepdim=True)
             flags += [tensor.isfinite().all() for tensor in (product, f.total, f.lse_grad, f.length_grad)]
-        finite = torch.stack(flags).all() if flags else torch.tensor(True)
+        finite = torch.stack(flags).all() if flags else torch.tensor(True, dtype=torch.bool, device="cpu")
         return self._on_all_ranks(finite)
 
     def _on_all_ranks(self, flag):
@@ -212,7 +212,7 @@ class _Fused(torch.optim.Optimizer):
         state = self.state[weight]
         if "skipped" not in state:
             state["skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
-            state["rounding_step"] = torch.zeros((), dtype=torch.int64)
+            state["rounding_step"] = torch.zeros((), dtype=torch.int64, device="cpu")
         state["skipped"] += ~finite
         state["rounding_step"] += 1
         known = weight.device.type == "cpu"  # elsewhere asking would wait for the device
@@ -419,7 +419,7 @@ class FusedAdamW(_Fused):
         """Of the step that is made with it: asking counts it."""
         state = self.state[parameter]
         if "step" not in state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["step"] += 1 if skip is None else ~skip
         betas = tuple(map(float, group["betas"]))
         return rules.AdamW(

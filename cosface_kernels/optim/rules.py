@@ -107,7 +107,7 @@ class Part(NamedTuple):
         bits = None
         if formats.is_rounded(buffer.dtype):
             is_slice = isinstance(index, slice)
-            numbers = torch.arange(index.start, index.stop, device=rows.device) if is_slice else index
+            numbers = torch.arange(index.start, index.stop, dtype=torch.int64, device=rows.device) if is_slice else index
             bits = formats.random_bits(self.key, numbers + self.first_row, rows.shape[1], stream)
         formats.write(buffer, scale, index, rows, bits, self.skip)
 

@@ -249,7 +249,8 @@ def _write(tables, start, stop, path, target, to):
 def _rows(tables, start, stop, *, column_major):
     """Rows start to stop of the tables one below the other, (stop - start, D): the one copy."""
     shape, dtype = (stop - start, tables[0].shape[1]), tables[0].dtype
-    rows = torch.empty(shape[::-1], dtype=dtype).T if column_major else torch.empty(shape, dtype=dtype)
+    rows = torch.empty(shape[::-1] if column_major else shape, dtype=dtype, device="cpu")
+    rows = rows.T if column_major else rows
     first = 0
     for table in tables:
         low, high = max(start, first), min(stop, first + len(table))

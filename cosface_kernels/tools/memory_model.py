@@ -171,10 +171,10 @@ def _exchanged(training):
 def measure_ceilings(training):
     """Those of this machine, in a few seconds: the best of repeated steps over a few slabs, and of copies."""
     device = torch.device(training.device_type)
-    source = torch.ones(COPY_BYTES[device.type] // 4, device=device)
+    source = torch.ones(COPY_BYTES[device.type] // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     copied = 2 * source.nbytes / _best_seconds("target.copy_(source)", source=source, target=target)
-    table = Table(torch.empty(training.identities, training.dim, device="meta"))
+    table = Table(torch.empty(training.identities, training.dim, dtype=torch.float32, device="meta"))
     rows = min(4 * slab_rows(_features(training), table, getattr(torch, training.precision)), training.identities)
     seconds = _best_seconds("step()", step=_step(rows, training.dim, training.batch, device, training.precision))
     # What its traffic took counts as such, but for what was in the cache.
@@ -196,10 +196,10 @@ def measure_process(device_type):
 
 def _step(identities, dim, batch, device, precision):
     """A function that trains a table by one step, recomputing exponentials."""
-    head = MarginSoftmaxLoss(dim, identities, margin=NormSoftmax(), memory_budget=0, device=device)
+    head = MarginSoftmaxLoss(dim, identities, margin=NormSoftmax(), memory_budget=0, device=device, dtype=torch.float32)
     optimizer = FusedSGD(head.parameters(), momentum=0.9)
-    features = torch.randn(batch, dim, device=device, requires_grad=True)
-    labels = torch.arange(batch, device=device) % identities
+    features = torch.randn(batch, dim, dtype=torch.float32, device=device, requires_grad=True)
+    labels = torch.arange(batch, dtype=torch.int64, device=device) % identities
 
     def step():
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):

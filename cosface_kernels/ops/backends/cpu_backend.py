@@ -12,17 +12,15 @@ from ..slabs import aligned, ceil_div
 from . import Sums, centers, cpu_library
 
 row_functions = batch_rows
-# Enough for the panels of every instruction set; the classes whose exponentials one partial sum adds; the class rows whose
-# gradient a thread holds before it projects them.
-PANEL, SUM_CLASSES, CACHED_CLASSES = map(cpu_library.constant, cpu_library.CONSTANTS)
+SUM_CLASSES, CACHED_CLASSES = cpu_library.constant("sum_classes"), cpu_library.constant("cached_classes")
 
 
 def forward(x, table, targets, plan, *, need_pull):
     num_rows, size = x.shape
     slab = _Slab(x, table, targets, plan)
     shift = _shift(slab, plan, num_rows)
-    total = torch.zeros(num_rows, dtype=torch.float64)
-    pull = torch.zeros(num_rows if need_pull else 0, padded(size), dtype=torch.float64)
+    total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
+    pull = torch.zeros(num_rows if need_pull else 0, cpu_library.padded(size), dtype=torch.float64, device="cpu")
     kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
     e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
     unit_panels = slab.panels(plan.slab, size) if need_pull else None
@@ -45,7 +43,7 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
     slab = _Slab(x, table, targets, plan)
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
-    scratch = torch.empty(torch.get_num_threads() * CACHED_CLASSES * padded(size))
+    scratch = slab.empty(torch.get_num_threads(), CACHED_CLASSES * cpu_library.padded(size))
     step = gradient.step()
     for index, start, stop in plan.slabs(table):
         e = _kept(plan, kept, index, start, stop, num_rows)
@@ -71,19 +69,21 @@ class _Slab:
         self.num_rows, self.size = x.shape
         self.x_panels = self.panels(self.size, self.num_rows)
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
-        self.unit = torch.empty(plan.slab, self.size, dtype=plan.dtype)
-        self.partial = torch.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
+        self.unit = self.empty(plan.slab, self.size, dtype=plan.dtype)
+        self.partial = self.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
         self._e = self._exponents = None
 
     def panels(self, summed, columns):
         """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
-        per_word = 4 // self.plan.dtype.itemsize
-        return torch.empty(ceil_div(summed, per_word) * padded(columns), dtype=torch.int32)
+        return self.empty(cpu_library.panel_words(summed, columns, self.plan.dtype), dtype=torch.int32)
+
+    def empty(self, *shape, dtype=torch.float32):
+        return torch.empty(*shape, dtype=dtype, device="cpu")
 
     def scratch(self):
         """Room for the exponentials of a slab that is not kept."""
         if self._e is None:
-            self._e = torch.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
+            self._e = self.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
         return self._e
 
     def rows(self, start, stop):
@@ -105,7 +105,7 @@ class _Slab:
     def _nearest(self, start, stop, shift, e, panels):
         """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
         if self._exponents is None:
-            self._exponents = torch.empty(self.plan.slab, self.num_rows)
+            self._exponents = self.empty(self.plan.slab, self.num_rows)
         self.maxima(start, stop, self._exponents)
         exact = centers.exponentials(self._exponents[: stop - start], shift, self.table.centers, 0)
         low = exact.to(self.plan.dtype)
@@ -127,8 +127,8 @@ class _Slab:
 def _shift(slab, plan, num_rows):
     """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
     if plan.shift is not None:
-        return torch.full((num_rows,), plan.shift, dtype=torch.float32)
-    largest = torch.full((num_rows,), -torch.inf)
+        return torch.full((num_rows,), plan.shift, dtype=torch.float32, device="cpu")
+    largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
     for _, start, stop in plan.slabs(slab.table):
         slab.normalize(start, stop, None)
         largest = torch.maximum(largest, slab.maxima(start, stop).amax(0))
@@ -140,7 +140,3 @@ def _kept(plan, kept, index, start, stop, num_rows):
     width = aligned(stop - start)
     place = plan.kept_view(kept, index, num_rows, width)
     return None if place is None else place.view(width, num_rows)
-
-
-def padded(columns):
-    return ceil_div(columns, PANEL) * PANEL

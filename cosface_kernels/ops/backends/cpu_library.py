@@ -2,10 +2,13 @@
 
 import ctypes
 import functools
+import math
 import os
 from pathlib import Path
 
 import torch
+
+from ..slabs import ceil_div
 
 # The variable is for a library built elsewhere or with other flags (make test-sanitize).
 LIBRARY = Path(os.environ.get("COSFACE_CPU_LIBRARY") or Path(__file__).with_name("libcosface_cpu.so"))
@@ -15,8 +18,26 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
 INTERFACE = 5
-CONSTANTS = ("widest_panel", "sum_classes", "cached_classes")
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+
+
+def pointer(name, tensor, dtype, count):
+    """The address of a tensor, or null for None: the one way of a tensor into native code.
+
+    Raises:
+        RuntimeError: it is not `count` numbers of `dtype` or more, one after another in this machine's memory.
+    """
+    if tensor is None:
+        return None
+    fits = tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() >= count
+    # What was resized under its tensor, or never had memory, is shorter than its shape says.
+    if not fits or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + count) * dtype.itemsize:
+        raise RuntimeError(
+            f"native code wants {count} or more contiguous numbers of {dtype} on the CPU for {name}, got {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}, over "
+            f"{tensor.untyped_storage().nbytes()} bytes: nothing was written"
+        )
+    return tensor.data_ptr()
 
 
 class _Buffer(ctypes.Structure):
@@ -26,8 +47,13 @@ class _Buffer(ctypes.Structure):
     FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
 
     @classmethod
-    def of(cls, rows, scale=None):
-        return cls(_pointer(rows), None if scale is None else _pointer(scale), cls.FORMATS.index(rows.dtype))
+    def of(cls, name, buffer, scale, shape):
+        if buffer.dtype not in cls.FORMATS or (buffer.dtype.itemsize == 1) != (scale is not None):
+            raise RuntimeError(
+                f"native code has no format for {name} of {buffer.dtype} with scale = {scale}: nothing was written"
+            )
+        data = pointer(name, buffer, buffer.dtype, math.prod(shape))
+        return cls(data, pointer(f"{name}'s scale", scale, torch.float32, shape[0]), cls.FORMATS.index(buffer.dtype))
 
 
 class Step(ctypes.Structure):
@@ -41,24 +67,36 @@ class Step(ctypes.Structure):
 
     @classmethod
     def of(cls, rule, numbers, rows, states, first_row, key):
-        room = torch.empty(torch.get_num_threads(), 4, rows.shape[1])
-        buffers = [_Buffer.of(*state) for state in states] + [_Buffer()] * (cls._STATES - len(states))
+        threads, size = torch.get_num_threads(), rows.shape[1]
+        room = torch.empty(threads, 4, size, dtype=torch.float32, device="cpu")
+        buffers = [_Buffer.of(f"state {k}", *state, rows.shape) for k, state in enumerate(states)]
+        buffers += [_Buffer()] * (cls._STATES - len(states))
         step = cls(
-            rule, numbers, _Buffer.of(rows), (_Buffer * cls._STATES)(*buffers), rows.shape[1], first_row, key, _pointer(room)
+            *(rule, numbers, _Buffer.of("the table", rows, None, rows.shape), (_Buffer * cls._STATES)(*buffers)),
+            *(size, first_row, key, pointer("scratch", room, torch.float32, threads * 4 * size)),
         )
-        step._room = room  # for as long as the step
+        step.shape, step.threads, step._room = rows.shape, threads, room  # the room for as long as the step
         return step
+
+    def check(self, first, rows, size):
+        """Raises where rows first .. of a gradient of `size` columns are not the table's."""
+        if first < 0 or first + rows > self.shape[0] or size != self.shape[1]:
+            raise RuntimeError(
+                f"a gradient of rows {first} to {first + rows - 1} and {size} columns is none of a table of shape "
+                f"{tuple(self.shape)}: nothing was written"
+            )
 
 
 def update(step, grad, index):
-    """index: which rows, a slice or int64 positions; grad (M, D) float32 with any distance between its rows."""
-    assert grad.dtype == torch.float32 and grad.stride(1) == 1
-    is_slice = isinstance(index, slice)
+    """index: which rows, a slice or int64 positions; grad (M, D) float32."""
     library, _ = _load()
+    grad, is_slice = grad.contiguous(), isinstance(index, slice)
+    first, last = (index.start, index.start + len(grad) - 1) if is_slice else map(int, index.aminmax()) if len(index) else (0, -1)
+    step.check(first, last - first + 1, grad.shape[1])
     getattr(library, f"cosface_update_{available()[0]}")(
-        *(ctypes.byref(step), _POINTER(grad.data_ptr()), _SIZE(grad.stride(0))),
-        *(None if is_slice else _POINTER(_pointer(index)), _SIZE(index.start if is_slice else 0), _SIZE(len(grad))),
-        torch.get_num_threads(),
+        *(ctypes.byref(step), _POINTER(pointer("the gradient", grad, torch.float32, grad.numel())), _SIZE(grad.shape[1])),
+        _POINTER(None if is_slice else pointer("the index", index, torch.int64, len(grad))),
+        *(_SIZE(first if is_slice else 0), _SIZE(len(grad)), step.threads),
     )
 
 
@@ -80,25 +118,111 @@ _ARGUMENTS = {
 
 
 class Kernels:
-    """The steps as csrc/cpu/kernels.cpp declares them, for one number type and instruction set: tensors are passed as their
-    pointers, None as null, and the number of threads is PyTorch's.
+    """The steps as csrc/cpu/kernels.cpp declares them, for one number type and instruction set. Tensors are (rows, columns) or
+    panels of them, checked against the sizes; None is null; the number of threads is PyTorch's.
     """
 
     def __init__(self, dtype, instruction_set):
         library, _ = _load()
+        self.dtype, self._functions = dtype, {}
         for step, types in _ARGUMENTS.items():
             function = getattr(library, f"cosface_{step}_{_NUMBERS[dtype]}_{instruction_set}")
             function.argtypes, function.restype = [*types, ctypes.c_int], None
-            setattr(self, step, functools.partial(_call, function))
+            self._functions[step] = function
+
+    def row_panels(self, rows, num_rows, size, panels):
+        self._call(
+            "row_panels", self._numbers("rows", rows, num_rows, size), num_rows, size, self._panels(panels, size, num_rows)
+        )
+
+    def column_panels(self, rows, num_rows, size, panels):
+        panels = self._panels(panels, num_rows, size)
+        self._call("column_panels", self._numbers("rows", rows, num_rows, size), num_rows, size, panels)
+
+    def normalize(self, weight, classes, size, normalized, unit, panels):
+        unit, panels = self._numbers("unit rows", unit, classes, size), self._panels(panels, classes, size)
+        self._call("normalize", _floats("weight", weight, classes, size), classes, size, normalized, unit, panels)
+
+    def exponentials(self, x_panels, num_rows, unit, classes, size, targets, first, shift, log2_scale, e, e_panels, partial):
+        self._call(
+            *("exponentials", self._panels(x_panels, size, num_rows), num_rows, self._numbers("unit rows", unit, classes, size)),
+            *(classes, size, _integers("targets", targets, num_rows), first, _floats("shift", shift, num_rows), log2_scale),
+            *(self._numbers("exponentials", e, classes, num_rows), self._panels(e_panels, classes, num_rows)),
+            _floats("partial sums", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+        )
+
+    def maxima(self, x_panels, num_rows, unit, classes, size, targets, centers, first, log2_scale, exponents, partial):
+        self._call(
+            *("maxima", self._panels(x_panels, size, num_rows), num_rows, self._numbers("unit rows", unit, classes, size)),
+            *(classes, size, _integers("targets", targets, num_rows), centers, first, log2_scale),
+            _floats("exponents", exponents, classes, num_rows),
+            _floats("partial maxima", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+        )
+
+    def accumulate(self, e_panels, unit_panels, classes, num_rows, size, pull):
+        panels = self._panels(e_panels, classes, num_rows), self._panels(unit_panels, classes, size)
+        self._call("accumulate", *panels, classes, num_rows, size, ("pull", pull, torch.float64, num_rows * padded(size)))
+
+    def table_gradient(
+        self,
+        e,
+        num_rows,
+        x_panels,
+        weight,
+        classes,
+        size,
+        normalized,
+        unscale,
+        first,
+        num_targets,
+        rows,
+        sums,
+        scratch,
+        grad,
+        step,
+    ):
+        """scratch (threads, cached_classes * padded(size)); with a step, which uses the gradient up, grad is None."""
+        threads = len(scratch)
+        if step is not None:
+            step.check(first, classes, size)
+            threads = min(threads, step.threads)
+        self._call(
+            *("table_gradient", self._numbers("exponentials", e, classes, num_rows), num_rows),
+            *(self._panels(x_panels, num_rows, size), _floats("weight", weight, classes, size), classes, size, normalized),
+            *(unscale, first, num_targets, _integers("target rows", rows, num_targets)),
+            _floats("target sums", sums, num_targets, size),
+            _floats("scratch", scratch, threads, constant("cached_classes"), padded(size)),
+            *(None if step else _floats("the gradient", grad, classes, size), step),
+            threads=threads,
+        )
+
+    def _numbers(self, name, tensor, *shape):
+        return name, tensor, self.dtype, math.prod(shape)
+
+    def _panels(self, panels, summed, columns):
+        return "panels", panels, torch.int32, panel_words(summed, columns, self.dtype)
+
+    def _call(self, step, *arguments, threads=None):
+        addresses = (pointer(*a) if isinstance(a, tuple) else a for a in arguments)
+        self._functions[step](*addresses, threads or torch.get_num_threads())
 
 
-def _call(function, *arguments):
-    function(*(_pointer(a) if isinstance(a, torch.Tensor) else a for a in arguments), torch.get_num_threads())
+def _floats(name, tensor, *shape):
+    return name, tensor, torch.float32, math.prod(shape)
 
 
-def _pointer(tensor):
-    assert tensor.is_contiguous() and tensor.device.type == "cpu"
-    return tensor.data_ptr()
+def _integers(name, tensor, count):
+    return name, tensor, torch.int64, count
+
+
+def padded(columns):
+    """Rounded up to the widest panel of any instruction set."""
+    return ceil_div(columns, constant("widest_panel")) * constant("widest_panel")
+
+
+def panel_words(summed, columns, dtype):
+    """How many int32 hold a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+    return ceil_div(summed, 4 // dtype.itemsize) * padded(columns)
 
 
 @functools.cache
@@ -124,8 +248,11 @@ def unavailable():
     return _load()[1]
 
 
+@functools.cache
 def constant(name):
-    """A constant of csrc/cpu/kernels.cpp that says how much room its callers leave."""
+    """How much room callers leave: widest_panel, the columns of any instruction set's panel; sum_classes, the classes
+    whose exponentials one partial sum adds; cached_classes, the class rows whose gradient a thread holds before it projects them.
+    """
     library, _ = _load()
     return getattr(library, f"cosface_{name}_portable")()
 

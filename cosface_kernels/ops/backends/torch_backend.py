@@ -78,7 +78,7 @@ def _without_targets(slab, columns, count):
     """slab[n, columns[n] + k] = -inf for k < count where those columns lie in the slab, in place and without asking the device
     where that is."""
     inside = ((columns >= 0) & (columns < slab.shape[1]))[:, None]
-    columns = torch.where(inside, columns[:, None] + torch.arange(count, device=slab.device), 0)
+    columns = torch.where(inside, columns[:, None] + torch.arange(count, dtype=torch.int64, device=slab.device), 0)
     return slab.scatter_(1, columns, torch.where(inside, -torch.inf, slab.gather(1, columns)))
 
 
