@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-all test-sanitize lint bench clean
+.PHONY: help demo test test-slow test-all test-sanitize lint bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-all | test-sanitize | lint | bench | clean"
+	@echo "make demo | test | test-slow | test-all | test-sanitize | lint | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -37,6 +37,12 @@ test-sanitize: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Compiles for a GPU machine what a visit launches there: DIR is taken along. GPU_PYTHON has that machine's Triton.
+GPU_PYTHON ?= $(BIN)/python
+gpu-cache: $(READY)
+	@test -n "$(DIR)" || { echo "usage: make gpu-cache DIR=folder [GPU_PYTHON=python with the GPU machine's triton]"; exit 1; }
+	$(GPU_PYTHON) -m benchmarks.gpu_cache $(DIR)
 
 bench: $(READY)
 	$(BIN)/cosface bench

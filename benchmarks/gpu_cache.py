@@ -1,0 +1,69 @@
+"""Compiles what a visit to a GPU launches, on a machine without one:  python -m benchmarks.gpu_cache DIR [--chip 90]
+
+Triton finds a kernel by its source, its options, the chip and Triton's own files and ptxas; by no path and no driver. So run this
+with the Triton of the GPU's machine, take DIR along, and set TRITON_CACHE_DIR to it there. prepared.json in it names that Triton;
+the stage `probe` of benchmarks.gpu_check compares. Compiled are the launches of tests/aot.py and all tiles of the stage
+`exponentials`; of each kernel only what runs is kept.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import os
+import sys
+from pathlib import Path
+
+from .source import ROOT
+
+DROPPED = {".ttir", ".ttgir", ".llir", ".source", ".ptx"}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--chip", type=int, default=90, help="compute capability without the point (default: 90, an H100 or H200)"
+    )
+    arguments = parser.parse_args(argv)
+    # Triton reads these once, when it is imported.
+    os.environ.update(TRITON_CACHE_DIR=str(arguments.folder.resolve()), TRITON_INTERPRET="0")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    fill(arguments.folder, arguments.chip)
+    return 0
+
+
+def fill(folder, chip):
+    sys.path.insert(0, str(ROOT / "tests"))
+    import aot
+    from triton.runtime.cache import triton_key
+
+    count = 0
+    for launch in aot.launches(chip, itertools.chain(aot.calls(), [tiles])):
+        count += 1
+        print(f"{count:>4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
+    for path in folder.rglob("*"):
+        if path.suffix in DROPPED:
+            path.unlink()
+    key = hashlib.sha256(triton_key().encode()).hexdigest()
+    facts = {"triton": importlib.metadata.version("triton"), "triton_key": key, "chip": chip, "kernels": count}
+    (folder / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    print(f"{folder}: {count} kernels for sm_{chip}, {size / 1e6:.1f} MB, triton {facts['triton']}, key {key[:8]}")
+
+
+def tiles():
+    """Launches `exponentials` as the stage of that name does, at a size that is compiled alike."""
+    import torch
+
+    from .gpu_check import kernels, stages
+
+    small = {"rows": 256, "classes": 512, "size": 64}
+    cases = {json.dumps({**case, **small}): {**case, **small} for case in stages.exponentials()}
+    for _ in kernels.exponentials(cases.values(), torch.device("cpu")):
+        pass
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
