@@ -17,7 +17,7 @@ CLOCK = 1.75e9, 1.6e9  # under load, of 1.98: an H800 that multiplied without pa
 FLOPS_A_CLOCK = 4096  # of a processor, in bfloat16
 L2_BYTES = 47.0, 36.0  # that L2 delivers to a processor in a clock: DeepGEMM's model of Hopper, and a slow guess
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, read and written, of a copy
-MEMORY = {"H100": 80e9, "H200": 141e9}
+MEMORY = {"H100": 85_027_979_264, "H200": 150_000_000_000}
 CUBLAS = {512: 588e12, 1024: 588e12, 4096: 646e12}  # by K, at 8192 x 8192 on an H100: Triton's Gluon tutorial 07
 ATTENTION = 640e12, 0.5 * FLOPS_A_CLOCK * PROCESSORS * CLOCK[1]  # what one attention-shaped kernel may reach: FlashMLA, or half
 # Clocks of a tile beside its product and L2, as `python tests/clocks.py 47` counts them for (E stored, sums alone): what shared
@@ -27,7 +27,6 @@ TILES = {
     "128x256x64": {"shape": (128, 256), "programs": 1, "shared": (16, (1376, 352)), "issue": 2.63, "once": (2728, 2232)},
 }
 DEVICE = "H200"
-SLAB = 2 * 64 * PROCESSORS  # where a case names none
 
 
 def seconds(case, device=DEVICE):
@@ -82,6 +81,14 @@ def pull_parts(n, d):
     return max(1, min(16, 128 // (math.ceil(n / 128) * math.ceil(d / 256))))
 
 
+def slab_rows(n, d, device):
+    """The package's own slab: cosface_kernels/ops/slabs.py."""
+    wave = 64 * PROCESSORS
+    busy = math.ceil(2**31 * PROCESSORS / (d * (4 * n + 1024)))
+    fits = MEMORY[device] // 128 // (2 * (n + d) + 4 * d)
+    return min(math.ceil(busy / wave), fits // wave) * wave
+
+
 def kept_share(case, device):
     """Of E, by the budget: "all", "none", or "auto", which is the gradient's bytes or an eighth of the memory."""
     if case["budget"] != "auto":
@@ -93,7 +100,7 @@ def kept_share(case, device):
 def step_parts(case, device, end):
     """{part: seconds} of a forward and backward in bfloat16 with a float32 table."""
     n, c, d = case["rows"], case["classes"], case["size"]
-    slab, again, parts = min(case["slab"] or SLAB, c), 1 - kept_share(case, device), pull_parts(n, d)
+    slab, again, parts = min(case["slab"] or slab_rows(n, d, device), c), 1 - kept_share(case, device), pull_parts(n, d)
     slabs, bandwidth = c / slab, BANDWIDTH[device]
     one = {"rows": n, "classes": slab, "size": d, "store": True}
     tile = min((exponentials({**one, "tile": tile}, device, end) for tile in TILES), default=0.0)
@@ -125,7 +132,7 @@ def attend(case, device, end):
     return 8 * case["rows"] * case["classes"] * case["size"] / ATTENTION[end]
 
 
-TARGET = {"kind": "step", "rows": 4096, "classes": 1_000_000, "size": 512, "slab": SLAB}
+TARGET = {"kind": "step", "rows": 4096, "classes": 1_000_000, "size": 512, "slab": 0}
 
 
 def main():
@@ -158,7 +165,7 @@ def tables():
     span = _span(*(1e3 * end for end in seconds({**TARGET, "kind": "attend"})))
     yield f"| in one attention-shaped kernel each way | {span} | | forms |"
     yield ""
-    yield "| a step, ms, B = 16,896 | | recomputing E | keeping all of E | stage |"
+    yield "| a step, ms | | recomputing E | keeping all of E | stage |"
     yield "| --- | --- | --- | --- | --- |"
     for n, c in ((512, 100_000), (1024, 1_000_000), (4096, 1_000_000), (1024, 10_000_000)):
         for device in BANDWIDTH:
@@ -168,7 +175,7 @@ def tables():
 
 
 def _span(low, high):
-    return f"{low:.3g} to {high:.3g}"
+    return f"{low:.3g}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.3g} to {high:.3g}"
 
 
 if __name__ == "__main__":

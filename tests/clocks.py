@@ -8,10 +8,7 @@ Clocks of one tile on one processor (SM), were each unit the only limit, and the
 
 With two programs on a processor one's epilogue runs under the other's product: the tile takes as long as its busiest unit. A lone
 program runs them one after the other. Not counted: waits, clock throttling, the last wave.
-
-A second table adds that up for a whole step, forward and backward, of STEP: `exponentials` with E stored, at the first table's
-best share of PEAK and at PING_PONG of it; U = E ŵ and dŵ = Eᵀ x̂ at RATE; the table's rows and E at BANDWIDTH. E is written and
-read by kernels that compute meanwhile, so a step takes something between its two sums.
+benchmarks/predictions.py makes a step of that.
 """
 
 import re
@@ -19,12 +16,7 @@ import sys
 
 from aot import BFLOAT16, SLAB, Call, cuobjdump, launches, resources
 
-L2_BYTES = float(sys.argv[1]) if len(sys.argv) > 1 else 36.0
-# Of an H200, all assumed but the number of processors: clocks a second, flops a second of a product, bytes a second of memory.
-PROCESSORS, CLOCK, RATE, BANDWIDTH = 132, 1.83e9, 650e12, 4.3e12
-PEAK = 4096 * PROCESSORS * CLOCK
-STEP = 4096, 1_000_000, 512
-PING_PONG = 0.9
+L2_BYTES = float(sys.argv[1]) if len(sys.argv) > 1 else 47.0
 PROCESSOR = {"registers": 65536, "shared": 227 * 1024, "shared_of_a_block": 1024}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.M)
 CLASSES = {"FP32": r"F(FMA|ADD|MUL|MNMX)", "select": r"F?SEL", "predicate": r"[FIU]+SETP|PLOP3", "convert": r"F2F"}
@@ -76,29 +68,13 @@ def clocks(size, launch):
     }
 
 
-def step(share):
-    """{part: (ms recomputing E, ms keeping it)} of STEP with `exponentials` at this share of PEAK."""
-    n, c, d = STEP
-    product = 2e3 * n * c * d
-    # w is read and ŵ written and read by each normalisation; dŵ is written and read, w read and dW written by the projection.
-    normalised, projected, e = (1e3 * size / BANDWIDTH for size in ((4 + 2 + 2) * c * d, (4 + 4 + 4 + 4) * c * d, 2 * n * c))
-    parts = {
-        "exponentials": [times * product / (share * PEAK) for times in (2, 1)],
-        "U and dŵ": [2 * product / RATE] * 2,
-        "w, ŵ, dŵ, dW": [times * normalised + projected for times in (2, 1)],
-    }
-    parts["step, E meanwhile"] = [sum(times) for times in zip(*parts.values(), strict=True)]
-    parts["step, E by itself"] = [ms + times * e for ms, times in zip(parts["step, E meanwhile"], (4, 3), strict=True)]
-    return parts
-
-
 def main():
     calls = [
         Call(num_classes=num_classes, size=size, dtypes=(BFLOAT16, BFLOAT16), frozen=True)
         for size in (256, 512)
         for num_classes in (SLAB, SLAB + 80)
     ]
-    header, shares = None, []
+    header = None
     for launch in launches(90, calls):
         if launch.kernel != "exponentials":
             continue
@@ -111,13 +87,6 @@ def main():
                 print(header)
             values = (f"{value:>9{'.0f' if value >= 100 else '.3g'}}" for value in row.values())
             print(f"{name:>25} {size:>4} " + " ".join(values), flush=True)
-            if size == STEP[2] and launch.numbers["STORE"]:
-                shares.append(row["% of peak"] / 100)
-    print(f"\nN, C, D = {STEP}")
-    for share in (max(shares), PING_PONG):
-        print(f"{f'exponentials at {share:.0%}':>25} {'recomputing':>12} {'keeping':>12}  ms")
-        for name, times in step(share).items():
-            print(f"{name:>25} {times[0]:>12.1f} {times[1]:>12.1f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """A visit to a GPU, rehearsed where there is none: processes, limits and the record; then the stages' work at tiny sizes."""
 
 import importlib
+import itertools
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -9,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, predictions, tables
+from benchmarks import harness, predictions, source, tables
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import commands, forms, runner, stages, watch
 from benchmarks.gpu_check.ends import LostDevice, Skip
 from cosface_kernels import margins
+from cosface_kernels.ops import slabs
 
 CPU = torch.device("cpu")
 NAMES = [stage.name for stage in stages.PLAN]
@@ -236,6 +240,10 @@ def test_a_wrong_case_says_so():
     assert row["wrong"] and row["errors"] == [1.0]
 
 
+def test_the_documents_have_the_predictions():
+    assert "\n".join(predictions.tables()) in Path(source.ROOT, "docs", "gpu.md").read_text()
+
+
 def test_predictions_by_hand():
     """One wave of lone tiles: product bound by L2, then the epilogue. E ŵ at N = 4096 in two parts, each K = 4224."""
     clocks = 2 * 512 * (128 + 256) / 36 + 2728
@@ -249,8 +257,11 @@ def test_predictions_by_hand():
     assert all(less < between < most for less, between, most in zip(every, auto, none, strict=True))
 
 
-def test_predictions_know_the_parts_of_the_package():
+def test_predictions_know_the_slabs_and_parts_of_the_package():
     triton_backend = pytest.importorskip("cosface_kernels.ops.backends.triton_backend")
+    for (device, memory), n, d in itertools.product(predictions.MEMORY.items(), (512, 1024, 4096), (128, 256, 512)):
+        rows = slabs._rows_on_gpu(n, d, 1, torch.bfloat16, slabs.Chip(predictions.PROCESSORS, memory))
+        assert predictions.slab_rows(n, d, device) == rows
     for n in (1, 512, 1024, 4096, 16384):
         assert predictions.pull_parts(n, 512) == triton_backend.pull_parts(n, 512, 2**14)
 
@@ -315,3 +326,21 @@ class TestWork:
         monkeypatch.setattr(smoke.margins, "CosFace", lambda margin: other)
         (row,) = smoke.smoke(cases[:1], CPU)
         assert row["wrong"]
+
+
+@pytest.mark.slow
+def test_a_prepared_cache(tmp_path):
+    """Holds what runs, and names the Triton that made it."""
+    pytest.importorskip("triton")
+    few = "import itertools, sys; sys.path.insert(0, 'tests'); import aot; calls = aot.calls; from benchmarks import gpu_cache"
+    few += "; from benchmarks.gpu_check import stages; stages.TILES = stages.TILES[:1]; stages.OPTIONS = []"
+    few += "; aot.calls = lambda: itertools.islice(calls(), 1); raise SystemExit(gpu_cache.main(sys.argv[1:]))"
+    variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": source.search_path()}
+    run = subprocess.run(
+        [sys.executable, "-c", few, str(tmp_path)], cwd=source.ROOT, env=variables, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    facts = json.loads((tmp_path / "prepared.json").read_text())
+    assert facts["kernels"] == len(list(tmp_path.rglob("*.cubin"))) > 5 and len(facts["triton_key"]) == 64
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in {".ttir", ".ptx", ".llir"}]
+    assert f"{facts['kernels']} kernels for sm_90" in run.stdout

@@ -12,7 +12,7 @@ from cases import make
 from conftest import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from benchmarks import prediction
+from benchmarks import host_time
 from cosface_kernels import cosface_loss, functional
 from cosface_kernels.ops import backends, operators, slabs
 
@@ -70,7 +70,7 @@ def test_pull_fills_a_gpu(num_rows, parts):
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("num_rows", [256, 512, 1024, 4096])
 @pytest.mark.parametrize("num_classes", [10**6, 10**7])
-@pytest.mark.parametrize("gpu", [prediction.H100, prediction.H200])
+@pytest.mark.parametrize("gpu", [host_time.H100, host_time.H200])
 def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows, kept, launches, monkeypatch):
     """Of launches counted in the call itself, whose tensors have no memory; both times are predicted."""
     triton_backend = pytest.importorskip("cosface_kernels.ops.backends.triton_backend")
@@ -83,7 +83,7 @@ def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows,
         launches.counts["product"] += 1
         return left.new_empty(count, left.shape[0], right.shape[1], dtype=torch.float32)
 
-    rows = prediction.slab_rows(num_rows, num_classes, 512, gpu.chip)
+    rows = host_time.slab_rows(num_rows, num_classes, 512, gpu.chip)
     monkeypatch.setattr(slabs, "slab_rows", lambda *arguments: rows)
     monkeypatch.setattr(backends, "unusable", lambda *arguments: None)
     monkeypatch.setattr(functional, "product_dtype", lambda *arguments: torch.bfloat16)  # there is no autocast for "meta"
@@ -95,12 +95,12 @@ def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows,
     launches.computes = False
     with launches:
         loss = cosface_loss(features, weight, labels, backend="triton", memory_budget=2**50 if kept else 0)
-    forward = prediction.forward(num_rows, num_classes, 512, gpu)
+    forward = host_time.forward(num_rows, num_classes, 512, gpu)
     assert launches.counts.total() == forward.launches and forward.share < 1 / 3, (launches.counts, forward)
     launches.counts.clear()
     with launches:
         loss.backward()
-    backward = prediction.backward(num_rows, num_classes, 512, gpu, kept=kept)
+    backward = host_time.backward(num_rows, num_classes, 512, gpu, kept=kept)
     assert launches.counts.total() == backward.launches and backward.share < 1 / 3, (launches.counts, backward)
 
 
@@ -114,10 +114,10 @@ def test_launches(count, launches, monkeypatch, small_slabs):
     with launches:
         loss = cosface_loss(features, weight, labels, backend="triton")
     # The interpreter's bfloat16 products convert: two forward and one backward that a GPU does not launch.
-    expected = prediction.FORWARD + 2 + (prediction.SLAB_FORWARD + 2) * (count - 1)
+    expected = host_time.FORWARD + 2 + (host_time.SLAB_FORWARD + 2) * (count - 1)
     assert launches.counts.total() == expected, launches.counts
     launches.counts.clear()
     with launches:
         loss.backward()
-    expected = prediction.BACKWARD + 1 + (prediction.SLAB_BACKWARD + 1) * (count - 1)
+    expected = host_time.BACKWARD + 1 + (host_time.SLAB_BACKWARD + 1) * (count - 1)
     assert launches.counts.total() == expected, launches.counts

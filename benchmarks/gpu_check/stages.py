@@ -41,7 +41,7 @@ PEERS = [
 ]
 
 
-def _exponentials():
+def exponentials():
     launches = [*((tile, {}) for tile in TILES), *itertools.product(TILES[:2], OPTIONS)]
     shapes = (4096, WAVE), (1024, 2 * WAVE), (512, 2 * WAVE)
     for (n, b), d, (launch, options), store in itertools.product(shapes, (512, 256, 128), launches, (True, False)):
@@ -69,7 +69,7 @@ def _profile():
 def _steps():
     # The largest first: its slabs and budgets decide. 0: the package's own slab.
     for (n, c, d), budget, slab, graph in itertools.product(
-        SHAPES, ("none", "all", "auto"), (0, WAVE, 2 * WAVE, 4 * WAVE), (True, False)
+        SHAPES, ("none", "all", "auto"), (0, WAVE, 2 * WAVE, 4 * WAVE, 8 * WAVE), (True, False)
     ):
         if (slab and (budget == "auto" or not graph)) or (c == 10_000_000 and (slab or graph)):
             continue
@@ -99,7 +99,7 @@ def _peer(name):
 
 
 def _training():
-    yield {"kind": "features", "rows": 1024, "classes": 100_000_000, "size": 512, "slab": 2 * WAVE}
+    yield {"kind": "features", "rows": 1024, "classes": 100_000_000, "size": 512, "slab": 0}
     yield {"kind": "training", "identities": 1_000_000, "size": 512, "rows": 1024, "steps": 100, "table_format": "float32"}
     for table, state in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")):
         yield {
@@ -127,7 +127,7 @@ PROBE = Stage("does it answer", 10, "smoke", "answers")
 PLAN = [
     Stage("probe", 25, "smoke", "probe", vital=True),
     Stage("smoke", 45, "smoke", "smoke", lambda: SMOKE),
-    Stage("exponentials", 90, "kernels", "exponentials", _exponentials),
+    Stage("exponentials", 90, "kernels", "exponentials", exponentials),
     Stage("parts", 40, "kernels", "parts", _parts),
     Stage("steps", 75, "steps", "steps", _steps),
     Stage("profile", 30, "steps", "profile", _profile),

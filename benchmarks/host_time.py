@@ -1,4 +1,4 @@
-"""The host's time for a call beside the GPU's, as predicted without one:  python -m benchmarks.prediction
+"""The host's time for a call beside the GPU's, as predicted without one:  python -m benchmarks.host_time
 
     host   CALL + LAUNCH for every kernel and product that is launched; tests/test_launches.py counts those
     GPU    for each class the longer of arithmetic and traffic of each kernel that a slab is made of: normalise w, exponentials,
@@ -31,7 +31,7 @@ class Gpu(NamedTuple):
     bandwidth: float  # bytes a second
 
 
-# docs/gpu.md has where they come from.
+# docs/notes/gpu.md has where they come from.
 H200 = Gpu(slabs.Chip(132, 150 * 10**9), 650e12, 0.6 * 989e12, 4.3e12)
 H100 = Gpu(slabs.Chip(132, 85 * 10**9), 650e12, 0.6 * 989e12, 3.0e12)
 
