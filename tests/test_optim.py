@@ -597,7 +597,7 @@ def test_wrong_use(device):
     loss = head(features, labels)
     with torch.no_grad():
         head.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
         loss.backward()
     head(features, labels).backward()
     with torch.no_grad():
@@ -618,7 +618,7 @@ def test_step_is_a_change_that_autograd_sees(device, path):
     earlier = head(features, labels)
     head(features, labels).backward()
     optimizer.step()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
         earlier.backward()
 
 
@@ -988,3 +988,89 @@ def test_rows_are_updated_as_they_are_made(kind, table_format, state_format, mon
         found = trained()
     monkeypatch.setattr(rules.Update, "step", lambda update: None)
     assert all(torch.equal(one, other) for one, other in zip(found, trained(), strict=True))
+
+
+def by_data(head, rows):
+    head.weight.data = rows
+
+
+def by_set(head, rows):
+    with torch.no_grad():
+        head.weight.set_(rows)
+
+
+@pytest.mark.parametrize("replace", [by_data, by_set])
+@pytest.mark.parametrize("shape", [(301, SIZE), (20_000, SIZE), (10, SIZE), (NUM_CLASSES, 300)], ids=str)
+@pytest.mark.parametrize("fused", [FusedSGD, FusedAdamW])
+@pytest.mark.parametrize("state_format", ["float32", "int8"])
+def test_a_table_of_another_shape_than_its_state_is_refused(replace, shape, fused, state_format, device):
+    head, _ = twins(device)
+    optimizer = fused(head.parameters(), lr=0.5, state_format=state_format, **({"momentum": 0.9} if fused is FusedSGD else {}))
+    train(head, optimizer, 1, device=device)
+    replace(head, torch.ones(shape, device=device))
+    before = copy.deepcopy(optimizer.state[head.weight])
+    head(torch.ones(ROWS, shape[1], device=device), torch.zeros(ROWS, dtype=torch.long, device=device)).backward()
+    with pytest.raises(
+        ValueError, match=rf"for the table of \({shape[0]}, {shape[1]}\), got .* was replaced; make the optimiser"
+    ):
+        optimizer.step()
+    assert (head.weight == 1).all()
+    assert all(torch.equal(before[name], value) for name, value in optimizer.state[head.weight].items())
+
+
+@pytest.mark.parametrize("replace", [by_data, by_set])
+@pytest.mark.parametrize("shape", [(NUM_CLASSES, SIZE), (4, SIZE), (20_000, SIZE)], ids=str)
+def test_a_table_replaced_between_backward_and_step_is_noticed(replace, shape, device):
+    """Also by one of the same shape, that would have the same address if the old one were not kept, and the same version."""
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head(*next(batches(1, device))).backward()
+    replace(head, torch.empty(0, SIZE, device=device))
+    replace(head, torch.ones(shape, device=device))
+    with pytest.raises(RuntimeError, match=r"(replaced|changed).* between backward and step"):
+        optimizer.step()
+    assert (head.weight == 1).all()
+    optimizer.zero_grad()
+    head(*next(batches(1, device, num_classes=shape[0]))).backward()
+    optimizer.step()
+    assert (head.weight != 1).any()
+
+
+def test_a_table_replaced_between_forward_and_backward_is_noticed(device):
+    head, _ = twins(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    loss = head(*next(batches(1, device)))
+    head.weight.data = torch.ones(NUM_CLASSES, SIZE, device=device)
+    with pytest.raises(RuntimeError, match="replaced by another tensor of its shape between forward and backward"):
+        loss.backward()
+    optimizer.step()
+    assert (head.weight == 1).all()
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("momentum_buffer", lambda buffer: buffer[:-1], "must have shape"),
+        ("momentum_buffer", lambda buffer: buffer.float().double(), "is torch.float64, but the table is torch.float32"),
+        ("momentum_buffer", lambda buffer: buffer.half(), "must be one of"),
+        ("momentum_buffer", lambda buffer: buffer.T.contiguous().T, "must be contiguous"),
+        ("momentum_buffer", lambda buffer: buffer.to("meta"), "must be contiguous on cpu"),
+        ("momentum_buffer", lambda buffer: None, "must be a tensor"),
+        ("momentum_buffer_scale", lambda scale: scale[:-1], "must have shape"),
+        ("momentum_buffer_scale", lambda scale: scale.double(), "must be one of"),
+    ],
+)
+def test_state_that_was_replaced_is_refused(name, change, message):
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9, state_format="int8")
+    train(head, optimizer, 1)
+    state = optimizer.state[head.weight]
+    state[name] = change(state[name])
+    head(*next(batches(1))).backward()
+    before = head.weight.detach().clone()
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
+    del state["momentum_buffer_scale"], state["momentum_buffer"]
+    optimizer.step()
+    assert not torch.equal(head.weight, before)

@@ -19,13 +19,39 @@ MANY_RECORDS = 256  # of a table before its optimiser seems forgotten
 _heads = weakref.WeakSet()  # an optimiser is given parameters, and has to know what they are
 
 
+class Seen(NamedTuple):
+    """A tensor as it was. The alias holds its memory, so that none that takes its place can have the same address."""
+
+    alias: torch.Tensor
+    version: int
+
+    @classmethod
+    def all(cls, *tensors):
+        return [cls(dtensors.local(tensor.detach()), tensor._version) for tensor in tensors if tensor is not None]
+
+    def change(self, tensor):
+        """What has become of it, or None."""
+        now, then = dtensors.local(tensor.detach()), self.alias
+        if (now.shape, now.dtype) != (then.shape, then.dtype):
+            return f"replaced, {tuple(then.shape)} of {then.dtype} by {tuple(now.shape)} of {now.dtype},"
+        if (now.data_ptr(), now.stride()) != (then.data_ptr(), then.stride()):
+            return "replaced by another tensor of its shape"
+        return None if tensor._version == self.version else "changed"
+
+
+def _change(seen, *tensors):
+    """What has become of the first that is not as it was seen, or None."""
+    present = (tensor for tensor in tensors if tensor is not None)
+    return next(filter(None, (one.change(tensor) for one, tensor in zip(seen, present, strict=True))), None)
+
+
 class Record(NamedTuple):
     """One backward call's share of dW."""
 
     options: Options  # those of two records must be equal for them to be one
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     factors: Factors
-    versions: list  # of weight, bias and index then
+    seen: list  # Seen of weight, bias and index then
     trained: tuple  # whether weight and bias needed a gradient
 
 
@@ -64,20 +90,17 @@ class Pending:
                 "the weight or the bias was frozen for some of the backward passes since the last step and not for others: make "
                 "a step, or call zero_grad, before requires_grad changes"
             )
-        if any(record.versions != _versions(weight, self.bias, record.index) for record in self.records):
+        changes = [_change(record.seen, weight, self.bias, record.index) for record in self.records]
+        if any(changes):
             raise RuntimeError(
-                "the class table, or the classes that a loss was told to take, were changed between backward and step, so the "
-                "gradient can no longer be made: change them after step, or call zero_grad first"
+                f"the class table, or the classes that a loss was told to take, were {next(filter(None, changes))} between "
+                "backward and step, so the gradient can no longer be made: change them after step, or call zero_grad first"
             )
 
     def take(self):
         """The records, forgotten from now on."""
         records, self.records = self.records, []
         return records
-
-
-def _versions(*parameters):
-    return [parameter._version for parameter in parameters if parameter is not None]
 
 
 def _without_kept(record):
@@ -143,7 +166,7 @@ class _Record(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, lse, product, length, unit, labels, shift, total, kept, index, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
-        ctx.parameters, ctx.versions = (weight, bias), _versions(weight, bias)
+        ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
         ctx.save_for_backward(unit, labels, shift, total, kept, index)
         ctx.options, ctx.shapes = options, [vector.shape for vector in (lse, product, length)]
         ctx.set_materialize_grads(False)
@@ -153,14 +176,14 @@ class _Record(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         unit, labels, shift, total, kept, index = ctx.saved_tensors
-        if ctx.versions != _versions(*ctx.parameters):
-            raise RuntimeError("the class table was modified by an inplace operation between forward and backward")
+        if change := _change(ctx.seen, *ctx.parameters):
+            raise RuntimeError(f"the class table was {change} between forward and backward")
         # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
         factors = Factors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(Record(ctx.options, index, factors, [*ctx.versions, *_versions(index)], ctx.needs_input_grad[:2]))
+        found.add(Record(ctx.options, index, factors, [*ctx.seen, *Seen.all(index)], ctx.needs_input_grad[:2]))
         return (None,) * 12
 
 

@@ -107,7 +107,7 @@ class _Fused(torch.optim.Optimizer):
                         "this one again"
                     )
                 recording.pending(weight).check(weight)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, TypeError, ValueError) as error:
             failure = error
         try:
             ready = self._on_all_ranks(torch.tensor(failure is None, dtype=torch.bool, device="cpu"))
@@ -284,6 +284,19 @@ def _check_rows(parameter, group, state):
         raise ValueError(f'a float64 table has state of its own dtype, state_format="float32", got {group["state_format"]!r}')
     wide = torch.promote_types(parameter.dtype, torch.float32)
     for name, value in state.items():
+        try:
+            _check_state(name, value, parameter)
+            if value.dim() and (value.device != parameter.device or not dtensors.local(value).is_contiguous()):
+                raise ValueError(
+                    f"{name} must be contiguous on {parameter.device}, got strides {value.stride()} on {value.device}"
+                )
+            if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
+                raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
+        except (TypeError, ValueError) as error:
+            message = (
+                f"{error}: the table or its state was replaced; make the optimiser again (head.grow and head.remove keep both)"
+            )
+            raise type(error)(message) from None
         is_wide = value.dim() and value.is_floating_point() and not formats.is_rounded(value.dtype)
         if is_wide and not name.endswith("_scale") and value.dtype != wide:
             raise ValueError(f"{name} is {value.dtype}, but the table is {parameter.dtype} now: make the optimiser again")
