@@ -85,22 +85,25 @@ def _guarded(row, device, function):
         function()
     except (RuntimeError, MemoryError, ValueError, TypeError, AssertionError) as error:
         row["error"] = first_line(error)
-        if device.type == "cuda" and _is_lost(device):
-            yield row
-            raise LostDevice(row["error"]) from error
     yield row
+    if row["error"]:
+        ensure(device, row["error"])
 
 
 def first_line(error):
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:300]
 
 
-def _is_lost(device):
+def ensure(device, message):
+    """After an error: that the device still takes work.
+
+    Raises:
+        LostDevice: it does not.
+    """
     try:
         synchronize(device)
-    except RuntimeError:
-        return True
-    return False
+    except RuntimeError as error:
+        raise LostDevice(message) from error
 
 
 def synchronize(device):

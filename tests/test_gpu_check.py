@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, predictions, source, tables
+from benchmarks import harness, measure, predictions, source, tables
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import commands, forms, runner, stages, watch
 from benchmarks.gpu_check.ends import LostDevice, Skip
@@ -54,6 +54,24 @@ def test_dry_run(capsys, tmp_path):
     assert "| WRONG |" not in printed and printed.count("| as predicted |") > 100
     assert json.loads((tmp_path / "forms.json").read_text())["compared"]
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_too_old_or_too_small_is_a_line(monkeypatch):
+    from benchmarks.gpu_check import gpu, large, rivals, steps
+
+    case = {"kind": "step", "rows": 4, "classes": 100, "size": 8, "budget": "all"}
+    monkeypatch.setattr(gpu, "shortage", lambda needed, device: "does not fit" if needed > 100 * 8 * 4 else None)
+    assert list(steps.steps([case], CPU)) == [{**case, "line": "does not fit"}]
+    monkeypatch.setattr(measure, "shortage", lambda needed, device: "does not fit")
+    peer = {"kind": "peer", "peer": "plain PyTorch", "shape": [4, 100, 8]}
+    assert list(rivals.rival([peer], CPU)) == [{**peer, "line": "does not fit"}]
+    fitting = large._fitting({"classes": 400}, "classes", lambda case: case["classes"] * 30, CPU)
+    assert fitting == {"classes": 100, "line": "400 classes: does not fit"}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "why_unusable", lambda *_: "it needs a GPU of compute capability 8.0 or later, this has 7.5")
+    with pytest.raises(Skip, match="cannot run here: it needs a GPU of compute capability 8"):
+        next(steps.steps([case]))
 
 
 def test_every_stage_has_its_work():
@@ -235,6 +253,17 @@ def test_cases_take_turns():
     assert rows["b"]["error"] == "RuntimeError: out of registers"
 
 
+def test_a_lost_device_ends_the_cases_after_its_row(monkeypatch):
+    def lose(index):
+        monkeypatch.setattr(harness, "synchronize", lambda device: torch.zeros(2) + torch.zeros(3))  # a RuntimeError
+        raise RuntimeError("an illegal memory access")
+
+    rows = harness.measure([harness.Case({"name": "a"}, lose), harness.Case({"name": "b"}, print)], CPU)
+    assert next(rows) == {"name": "a", "seconds": [], "error": "RuntimeError: an illegal memory access"}
+    with pytest.raises(LostDevice, match="an illegal memory access"):
+        next(rows)
+
+
 def test_a_wrong_case_says_so():
     (row,) = harness.measure([harness.Case({}, print, lambda: {"errors": [1.0], "wrong": True})], CPU, turns=0)
     assert row["wrong"] and row["errors"] == [1.0]
@@ -313,6 +342,7 @@ class TestWork:
         *_, row = steps.steps([case], CPU)
         assert not row["error"] and len(row["seconds"]) == 2
 
+    @pytest.mark.slow
     def test_smoke(self, monkeypatch):
         from benchmarks.gpu_check import smoke
 

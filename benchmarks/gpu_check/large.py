@@ -7,7 +7,7 @@ import torch
 
 from cosface_kernels import cosface_loss
 
-from .. import harness, measure, training
+from .. import harness, measure
 from ..peers import inputs
 from . import gpu
 
@@ -21,8 +21,9 @@ def train(cases, device=None):
         try:
             yield run(case, device)
         except (RuntimeError, ValueError, TypeError) as error:
-            yield {**case, "error": harness.first_line(error)}
-            harness.synchronize(device)  # raises where the GPU is lost, which ends the stage
+            message = harness.first_line(error)
+            yield {**case, "error": message}
+            harness.ensure(device, message)
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -32,7 +33,7 @@ def _fitting(case, name, needed, device):
     """The case with as many identities as fit, and a line where those are fewer."""
     wanted = case[name]
     while short := gpu.shortage(needed(case), device):
-        case = {**case, name: case[name] // SMALLER, "line": f"{wanted:,} identities: {short}"}
+        case = {**case, name: case[name] // SMALLER, "line": f"{wanted:,} {name}: {short}"}
     return case
 
 
@@ -55,7 +56,16 @@ def _features(case, device):
 
 def _training(case, device):
     """Steps of a head, its fused optimiser and a backbone, on batches that can be learnt."""
-    case = _fitting(case, "identities", lambda case: training.table_bytes(**_options(case)) + 4e9, device)
+    try:
+        from .. import training
+    except ModuleNotFoundError as error:
+        return {**case, "line": f"needs {error.name}, which is not installed"}
+    keys = ("identities", "size", "table_format", "state_format", "momentum")
+
+    def needed(case):
+        return training.table_bytes(**{key: case[key] for key in keys if key in case}) + 4e9
+
+    case = _fitting(case, "identities", needed, device)
     optimizer = functools.partial(
         training.FusedSGD,
         **{**training.OPTIONS, "momentum": case.get("momentum", training.OPTIONS["momentum"])},
@@ -67,7 +77,3 @@ def _training(case, device):
     losses, seconds = zip(*(run.step() for _ in range(case["steps"])), strict=True)
     falls = case["steps"] < 20 or losses[-1] < losses[0]
     return {**case, "losses": losses, "seconds": seconds[1:], "peak_bytes": training.peak_bytes(), "wrong": not falls}
-
-
-def _options(case):
-    return {key: case[key] for key in ("identities", "size", "table_format", "state_format", "momentum") if key in case}

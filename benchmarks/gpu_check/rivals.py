@@ -1,4 +1,4 @@
-"""One peer of `cosface bench` in a process of its own: checked beside float64, then timed, in bfloat16."""
+"""One peer of `cosface bench` in a process of its own: checked beside float64, then timed; in bfloat16 where nothing is said."""
 
 import torch
 
@@ -14,7 +14,7 @@ KEPT = ("flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss")
 def rival(cases, device=None):
     device = device or gpu.device()
     for case in cases:
-        peer = next(peer for peer in peers(device, ["bfloat16"]) if peer.name == case["peer"])
+        peer = next(peer for peer in peers(device, [case.get("precision", "bfloat16")]) if peer.name == case["peer"])
         if peer.missing:
             raise Skip(f"{peer.name}: {peer.missing}")
         if short := measure.shortage(peer.bytes_needed(*case["shape"]), device):

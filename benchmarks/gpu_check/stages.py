@@ -30,6 +30,7 @@ OPTIONS = [{"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVE
 TILES = [("128x128x64", 8, 3), ("128x256x64", 8, 4), ("128x128x64", 8, 4), ("128x128x64", 4, 3), ("128x256x64", 8, 3)]
 WAVE = 8448  # classes: 64 for each of 132 processors, so that tiles of any N that is a multiple of 256 fill whole waves
 SHAPES = [(4096, 1_000_000, 512), (1024, 1_000_000, 512), (512, 100_000, 512), (1024, 10_000_000, 512)]
+SMALL = 512, 10_000, 512  # where a call's time is the host's
 PEERS = [
     "cosface_loss, triton, memory_budget=0",
     "cosface_loss, triton, all of E kept",
@@ -69,9 +70,9 @@ def _profile():
 def _steps():
     # The largest first: its slabs and budgets decide. 0: the package's own slab.
     for (n, c, d), budget, slab, graph in itertools.product(
-        SHAPES, ("none", "all", "auto"), (0, WAVE, 2 * WAVE, 4 * WAVE, 8 * WAVE), (True, False)
+        [*SHAPES, SMALL], ("none", "all", "auto"), (0, WAVE, 2 * WAVE, 4 * WAVE, 8 * WAVE), (True, False)
     ):
-        if (slab and (budget == "auto" or not graph)) or (c == 10_000_000 and (slab or graph)):
+        if (slab and (budget == "auto" or not graph or c == SMALL[1])) or (c == 10_000_000 and (slab or graph)):
             continue
         yield {"kind": "step", "rows": n, "classes": c, "size": d, "budget": budget, "slab": slab, "graph": graph}
 
@@ -96,6 +97,11 @@ def _forms(forms):
 
 def _peer(name):
     return lambda: [{"kind": "peer", "peer": name, "shape": list(shape)} for shape in SHAPES[1::-1] + SHAPES[2:3]]
+
+
+def _float32():
+    for name in ("cosface_loss, triton", "plain PyTorch"):
+        yield {"kind": "peer", "peer": name, "precision": "float32", "shape": [1024, 100_000, 512]}
 
 
 def _training():
@@ -137,6 +143,7 @@ PLAN = [
     Stage("memcheck", 50, "commands", "sanitizer", lambda: [{"tool": "memcheck"}]),
     Stage("initcheck", 40, "commands", "sanitizer", lambda: [{"tool": "initcheck"}]),
     *(Stage(f"peer {name}", 25, "rivals", "rival", _peer(name)) for name in PEERS),
+    Stage("float32", 25, "rivals", "rival", _float32),
     Stage("training", 60, "large", "train", _training),
     Stage("ncu", 40, "commands", "ncu", files=True),
 ]
