@@ -34,6 +34,7 @@ def test_bytes_of_a_table(row, gigabytes):
     assert training.table_bytes(100_000_000, **row) == pytest.approx(1.05e9 * gigabytes)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_is_a_row():
     found = training.alone("table_run", identities=4000, size=32, table_format="float8")
     assert found == {"error": "exit status 1"}
@@ -82,6 +83,7 @@ def test_steps_that_fail_are_left_out(monkeypatch, capsys):
     assert "torch.optim.SGD, 1,000,000 x 512: exit status 9" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_growth(monkeypatch):
     monkeypatch.setattr(training, "GROWTH", (3000, 5000))
     monkeypatch.setattr(training, "TURNS", 1)

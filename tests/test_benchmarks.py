@@ -301,6 +301,7 @@ def test_commit_where_the_repository_did_not_travel(monkeypatch, tmp_path, varia
     assert source.commit() == wanted
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="the high water mark is reset in /proc, which only Linux has"
 )
