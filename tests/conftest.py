@@ -33,6 +33,9 @@ def pytest_configure(config):
         import interpreter
 
         interpreter.install()
+    import unwritten
+
+    unwritten.install()
 
 
 @pytest.hookimpl(tryfirst=True)

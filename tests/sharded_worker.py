@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import unwritten
 from margin_rows import ROWS, batch, steepness
 from rounding import NUM_CLASSES, SIZE, assert_close, tolerance
 from torch.distributed.fsdp import fully_shard
@@ -955,6 +956,7 @@ def _(world):
 
 def main(rank, size, folder):
     torch.set_num_threads(1)
+    unwritten.install()
     warnings.simplefilter("ignore")  # of scales and margins past the paper's bounds, at 300 classes
     slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX = 1, 128  # several slabs to a shard
     with open(folder / f"outcomes.{rank}", "w", buffering=1) as outcomes:
