@@ -56,4 +56,4 @@ $(READY): requirements.txt pyproject.toml setup.py $(wildcard csrc/cpu/*)
 	@touch $(READY)
 
 clean:
-	rm -rf .venv build dist *.egg-info demo-output cosface_kernels/ops/backends/*.so
+	rm -rf .venv .cache build dist *.egg-info demo-output cosface_kernels/ops/backends/*.so

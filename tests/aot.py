@@ -9,17 +9,13 @@ A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot 
 """
 
 import contextlib
-import io
 import itertools
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 from typing import NamedTuple
 from unittest import mock
 
+import compiled_facts
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,7 +26,6 @@ from cosface_kernels.ops import backends, slabs
 from cosface_kernels.ops.backends import triton_backend, triton_kernels, triton_rows
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 SLAB = 256  # a tile of every configuration
 
 
@@ -39,7 +34,6 @@ class Launch(NamedTuple):
     numbers: dict  # of the keywords: constants and launch options
     arguments: str  # all of them, as Triton compiles for them
     compiled: object
-    log: str  # of ptxas
 
 
 class Chip:
@@ -63,12 +57,11 @@ def launches(chip, calls):
     found, run, tiles = {}, JITFunction.run, triton_backend.tiles
 
     def compile_only(kernel, *arguments, grid, warmup, **keywords):
-        with contextlib.redirect_stdout(io.StringIO()) as log:
-            compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
+        compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
         if compiled not in found:
             named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
             described = " ".join(f"{name}={_described(value, name in keywords)}" for name, value in named.items())
-            found[compiled] = Launch(kernel.fn.__name__, keywords, described, compiled, log.getvalue())
+            found[compiled] = Launch(kernel.fn.__name__, keywords, described, compiled)
         return compiled
 
     with contextlib.ExitStack() as stack:
@@ -76,8 +69,6 @@ def launches(chip, calls):
             (JITFunction, "run", compile_only),
             (backends, "unusable", lambda *arguments: None),
             (triton_backend, "tiles", lambda rows, size, dtype, _, centers: tiles(rows, size, dtype, divmod(chip, 10), centers)),
-            (triton.knobs.nvidia, "dump_ptxas_log", True),
-            (triton.knobs.compilation, "always_compile", True),  # else there may be no log
             (slabs, "SLAB_CLASSES_MIN", SLAB),
             (slabs, "SLAB_CLASSES_MAX", SLAB),
         ):
@@ -193,26 +184,6 @@ def _every_other(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-def resources(compiled, chip):
-    """Registers and stack as ptxas reports them, and whether there is one of the chip's matrix instructions."""
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump("-res-usage", compiled)).groups())
-    return {
-        "registers": registers,
-        "stack": stack,
-        "shared": compiled.metadata.shared,
-        "tensor_core": TENSOR_CORE[chip] in compiled.asm["ptx"],
-        "fma": compiled.asm["ptx"].count("fma.rn.f32"),
-    }
-
-
-def cuobjdump(option, compiled):
-    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
 def kernels():
     """Every kernel of the package: its other functions take no pointers."""
     functions = {**vars(triton_kernels), **vars(triton_rows)}.values()
@@ -229,16 +200,13 @@ def configurations(chip):
 
 
 def main():
-    for chip in [int(argument) for argument in sys.argv[1:]] or sorted(TENSOR_CORE):
+    for chip in [int(argument) for argument in sys.argv[1:]] or sorted(compiled_facts.TENSOR_CORE):
         left = kernels() | configurations(chip)
-        for launch in launches(chip, calls()):
-            left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
-            found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **resources(launch.compiled, chip)}
-            found |= {
-                "fuses": launch.numbers["enable_fp_fusion"],
-                "warnings": re.findall("Potential Performance Loss.*", launch.log),
-            }
-            print(json.dumps(found), flush=True)
+        with compiled_facts.remembered(f"sm_{chip}"):
+            for launch in launches(chip, calls()):
+                left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
+                found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **launch.compiled.facts}
+                print(json.dumps(found | {"fuses": launch.numbers["enable_fp_fusion"]}), flush=True)
         if left:
             sys.exit(f"launched by no call: {left}")
 

@@ -14,7 +14,8 @@ benchmarks/predictions.py makes a step of that.
 import re
 import sys
 
-from aot import BFLOAT16, SLAB, Call, cuobjdump, launches, resources
+from aot import BFLOAT16, SLAB, Call, launches
+from compiled_facts import cuobjdump, resources
 
 L2_BYTES = float(sys.argv[1]) if len(sys.argv) > 1 else 47.0
 PROCESSOR = {"registers": 65536, "shared": 227 * 1024, "shared_of_a_block": 1024}
@@ -39,7 +40,7 @@ def clocks(size, launch):
     """One row of the table, as a dict."""
     n, c, k, warps = (launch.numbers[name] for name in ("BLOCK_N", "BLOCK_C", "BLOCK_K", "num_warps"))
     loop, once = instructions(cuobjdump("-sass", launch.compiled))
-    registers, shared = resources(launch.compiled, 90)["registers"], launch.compiled.metadata.shared
+    registers, shared = resources(launch.compiled)["registers"], launch.compiled.metadata.shared
     programs = min(
         PROCESSOR["registers"] // (-(-registers // 8) * 8 * 32 * warps),
         PROCESSOR["shared"] // (shared + PROCESSOR["shared_of_a_block"]),
