@@ -56,7 +56,12 @@ def _turn(case, device):
             case.run(index)
         synchronize(device)
         return [(time.perf_counter() - started) / case.calls]
-    graph = captured(lambda: [case.run(index) for index in range(case.calls)] and None)
+
+    def calls():
+        for index in range(case.calls):
+            case.run(index)
+
+    graph = captured(calls)
     graph.replay()
     taken = []
     for _ in range(REPLAYS):

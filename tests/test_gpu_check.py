@@ -1,5 +1,6 @@
 """A visit to a GPU, rehearsed where there is none: processes, limits and the record; then the stages' work at tiny sizes."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import harness, measure, predictions, source, tables
+from benchmarks import harness, measure, peers, predictions, source, tables
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import commands, forms, runner, stages, watch
 from benchmarks.gpu_check.ends import LostDevice, Skip
@@ -341,6 +342,16 @@ class TestWork:
         case = {"kind": "step", "rows": 3, "classes": 130, "size": 16, "budget": "all", "slab": 128, "graph": False}
         *_, row = steps.steps([case], CPU)
         assert not row["error"] and len(row["seconds"]) == 2
+
+    @pytest.mark.parametrize("factor", [1.0, 1.01])
+    def test_a_form_is_checked(self, monkeypatch, factor):
+        from benchmarks.gpu_check import gpu, steps
+
+        monkeypatch.setattr(gpu, "forms", lambda asked: contextlib.nullcontext())
+        monkeypatch.setattr(steps, "cosface_loss", lambda *tensors, **_: factor * peers.plain(*tensors))
+        case = {"kind": "step", "rows": 16, "classes": 100, "size": 16, "budget": "none", "forms": {"attend_table": {}}}
+        *_, row = steps.steps([case], CPU)
+        assert row["wrong"] == (factor > 1) and len(row["errors"]) == 3
 
     @pytest.mark.slow
     def test_smoke(self, monkeypatch):

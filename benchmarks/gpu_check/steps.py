@@ -11,10 +11,11 @@ from cosface_kernels.ops import slabs
 from cosface_kernels.ops.table import Table
 
 from .. import harness, measure
-from ..peers import autocast, inputs, step
+from ..peers import Peer, autocast, inputs, plain, step
 from . import gpu
 from .ends import Skip
 
+CHECK_CLASSES = 5000  # of the errors: a last slab that is ragged
 BYTES_A_WEIGHT = 12  # the table, its gradient, and the one that the step before it made
 
 
@@ -50,15 +51,26 @@ def _case(case, tensors, device):
             return step(function, *tensors)
 
     def check():
-        """What only a whole step tells: its memory and the slab that it had."""
-        if device.type != "cuda":
-            return {}
+        """A form's errors, and what only a whole step tells: its memory and the slab that it had."""
+        found = {}
         with gpu.slabs(case.get("slab")), gpu.forms(case.get("forms")):
-            own = slabs.slab_rows(tensors[0], Table(tensors[1].detach()), torch.bfloat16)
-            return {"slab_rows": own, "peak_bytes": measure.gpu_peak_bytes(function, tensors)}
+            if case.get("forms"):
+                found.update(_errors(function, case["rows"], case["size"], device))
+            if device.type == "cuda":
+                found["slab_rows"] = slabs.slab_rows(tensors[0], Table(tensors[1].detach()), torch.bfloat16)
+                found["peak_bytes"] = measure.gpu_peak_bytes(function, tensors)
+        return found
 
     calls = max(1, min(10, 10**9 // (case["rows"] * case["classes"]))) if device.type == "cuda" else 1
     return harness.Case(case, run, check, calls=calls, graph=case.get("graph", True))
+
+
+def _errors(function, num_rows, size, device):
+    """Beside float64 over few classes; right is at most twice the error of plain PyTorch under autocast, and a rounding."""
+    check = measure.Check(inputs(num_rows, CHECK_CLASSES, size, device))
+    errors, allowed = check.errors(function), check.allowed(Peer("plain", "bfloat16", autocast(plain), 0, 0))
+    # Written so that a NaN is wrong too.
+    return {"errors": errors, "wrong": not all(got <= most for got, most in zip(errors, allowed, strict=True))}
 
 
 def profile(cases, device=None):
