@@ -9,6 +9,7 @@ A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot 
 """
 
 import contextlib
+import functools
 import itertools
 import json
 import sys
@@ -21,9 +22,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from cosface_kernels import CosFaceLoss, FusedSGD, margin_softmax_loss, margins
-from cosface_kernels.ops import backends, slabs
-from cosface_kernels.ops.backends import triton_backend, triton_kernels, triton_rows
+from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, margins
+from cosface_kernels.ops import backends, formats, slabs
+from cosface_kernels.ops.backends import triton_backend, triton_kernels, triton_rows, triton_update
+from cosface_kernels.optim import fused, rules
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 SLAB = 256  # a tile of every configuration
@@ -71,6 +73,9 @@ def launches(chip, calls):
             (triton_backend, "tiles", lambda rows, size, dtype, _, centers: tiles(rows, size, dtype, divmod(chip, 10), centers)),
             (slabs, "SLAB_CLASSES_MIN", SLAB),
             (slabs, "SLAB_CLASSES_MAX", SLAB),
+            (fused._Fused, "_part", _decided_there),
+            (rules.Part, "apply", triton_update.update),
+            (fused._Fused, "_finite", lambda *arguments: torch.tensor(True)),  # what is only compiled computes nothing
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         triton.runtime.driver.set_active(Chip(chip))
@@ -114,7 +119,23 @@ def calls():
     yield Call(ignore_index=2**40)
     for reduction in ("sum", "none"):
         yield Call(reduction=reduction)
-    yield _fused_optimiser
+    # Steps of fused optimisers: each format of table and state, each size of a block, a bias, sampled rows.
+    for table_format, state_format, kind in itertools.product(
+        formats.TABLE_FORMATS, formats.STATE_FORMATS, (FusedSGD, FusedAdamW)
+    ):
+        yield Step(512, table_format, state_format, kind)
+    for exponent in range(14):
+        yield Step(2**exponent if exponent < 3 else 3 * 2 ** (exponent - 2) + 1, "float32", "int8", FusedAdamW)
+        if exponent >= 6:
+            yield Step(2**exponent, "bfloat16", "int8", FusedAdamW)
+    for size in (7, 6145, 8192):
+        yield Step(size, "float32", "float32", FusedAdamW)
+    for table_format in formats.TABLE_FORMATS:
+        # Of two scales gradients are added up, in float32, before the update.
+        yield functools.partial(Step(512, table_format), (64.0, 32.0))
+        yield Step(512, table_format, momentum=0.0)
+        yield Step(512, table_format, sample_rate=0.5)
+        yield Step(512, table_format, margin=margins.Softmax(), bias=True)
     # SEARCH_STEPS, and tables of one class and with a last slab of one.
     for num_rows in (0, *(2**exponent for exponent in range(17))):
         yield Call(num_rows=num_rows, num_classes=16)
@@ -164,12 +185,26 @@ class Call(NamedTuple):
         loss.sum().backward()
 
 
-def _fused_optimiser():
-    """A gradient in float32 of a table in 16 bits."""
-    head = CosFaceLoss(64, SLAB, backend="triton", table_format="bfloat16")
-    optimizer = FusedSGD(head.parameters(), lr=0.1)
-    head(torch.ones(128, 64), torch.arange(128)).backward()
-    optimizer.step()
+class Step:
+    """One step of a fused optimiser, its forward and backward being some Call's."""
+
+    def __init__(self, size, table_format, state_format="float32", kind=FusedSGD, momentum=0.9, sample_rate=1.0, **head):
+        self.size, self.kind, self.head = size, kind, {"table_format": table_format, "sample_rate": sample_rate, **head}
+        self.options = {"state_format": state_format, **({"momentum": momentum} if kind is FusedSGD else {})}
+
+    def __call__(self, scales=(64.0,)):
+        head = MarginSoftmaxLoss(self.size, SLAB + 80, backend="triton", **{"margin": margins.CosFace(0.35), **self.head})
+        optimizer = self.kind(head.parameters(), lr=0.1, **self.options)
+        for head.scale in scales:
+            with torch.autocast("cpu", BFLOAT16):
+                loss = head(torch.ones(128, self.size, dtype=head.weight.dtype), torch.arange(128))
+            loss.backward()
+        optimizer.step()
+
+
+def _decided_there(*arguments, part=fused._Fused._part):
+    """On a GPU the device alone knows whether a step is skipped."""
+    return part(*arguments)._replace(skip=torch.zeros((), dtype=torch.bool))
 
 
 def _unaligned(tensor):
@@ -186,7 +221,7 @@ def _every_other(tensor):
 
 def kernels():
     """Every kernel of the package: its other functions take no pointers."""
-    functions = {**vars(triton_kernels), **vars(triton_rows)}.values()
+    functions = {**vars(triton_kernels), **vars(triton_rows), **vars(triton_update)}.values()
     found = [function for function in functions if isinstance(function, JITFunction)]
     return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}
 

@@ -13,7 +13,7 @@ from conftest import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks import host_time
-from cosface_kernels import cosface_loss, functional
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, functional
 from cosface_kernels.ops import backends, operators, slabs
 
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -121,3 +121,22 @@ def test_launches(count, launches, monkeypatch, small_slabs):
         loss.backward()
     expected = host_time.BACKWARD + 1 + (host_time.SLAB_BACKWARD + 1) * (count - 1)
     assert launches.counts.total() == expected, launches.counts
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
+@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+def test_launches_of_a_fused_step(kind, launches, small_slabs):
+    """As many for each format, and of each further slab one product, which the interpreter converts, and three kernels."""
+    counts = Counter()
+    for count, (table_format, state_format) in [(1, ("float32", "float32")), *((n, ("bfloat16", "int8")) for n in (1, 2))]:
+        head = CosFaceLoss(64, 128 * count, backend="triton", memory_budget=0, table_format=table_format)
+        optimizer = kind(head.parameters(), lr=0.1, state_format=state_format)
+        for _ in range(2):  # the first one makes the state
+            head(torch.ones(5, 64).bfloat16(), torch.arange(5)).backward()
+            launches.counts.clear()
+            with launches:
+                optimizer.step()
+        assert launches.counts["triton update_rows"] == count
+        counts[count, table_format] = launches.counts.total()
+    assert counts[1, "float32"] == counts[1, "bfloat16"]
+    assert counts[2, "bfloat16"] - counts[1, "bfloat16"] == 3 + 2, counts

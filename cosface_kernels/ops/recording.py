@@ -256,6 +256,8 @@ class _Sum:
     def step(self):
         return None
 
+    device_update = step
+
     def place(self, start, stop, dtype=None):
         return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
 

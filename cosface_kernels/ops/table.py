@@ -76,6 +76,10 @@ class TableGradient(NamedTuple):
         """The native.Step that is to use up each row as soon as it is made, where one can, instead of place and put; or None."""
         return None
 
+    def device_update(self):
+        """The same on a GPU: [(updates.Part, first column of its gradient)] that triton_update.py is to update; or None."""
+        return None
+
     def place(self, start, stop, dtype=None):
         """Where a slab's rows may be written in dtype (None: the gradient's) before they are `put`: the gradient itself if it can
         hold them.

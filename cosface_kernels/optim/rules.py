@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import formats
+from ..ops import backends, formats
 from ..ops.backends import cpu_library
 
 
@@ -38,10 +38,16 @@ class SGD(NamedTuple):
             found_inf=None if skip is None else skip.float(),
         )
 
+    step = None  # see AdamW
+
+    def constants(self):
+        """The numbers of csrc/cpu/update.h's Step, up to the corrections."""
+        sign = -1.0 if self.maximize else 1.0
+        return self.lr, self.weight_decay, sign, float(self.nesterov), 0.0, self.momentum, 0.0, 0.0, 0.0
+
     def numbers(self):
         """(which rule, csrc/cpu/update.h's Step)."""
-        sign = -1.0 if self.maximize else 1.0
-        return 0, (self.lr, self.weight_decay, sign, float(self.nesterov), 0.0, self.momentum, *[0.0] * 5)
+        return 0, (*self.constants(), 0.0, 0.0)
 
 
 class AdamW(NamedTuple):
@@ -68,10 +74,15 @@ class AdamW(NamedTuple):
             found_inf=None if skip is None else skip.float(),
         )
 
+    def constants(self):
+        """See SGD."""
+        (first, second), sign = self.betas, -1.0 if self.maximize else 1.0
+        return self.lr, self.weight_decay, sign, 0.0, self.eps, first, second, 1 - first, 1 - second
+
     def numbers(self):
-        (first, second), step, sign = self.betas, float(self.step), -1.0 if self.maximize else 1.0
-        corrections = 1 - first**step, math.sqrt(1 - second**step)
-        return 1, (self.lr, self.weight_decay, sign, 0.0, self.eps, first, second, 1 - first, 1 - second, *corrections)
+        """See SGD."""
+        (first, second), step = self.betas, float(self.step)
+        return 1, (*self.constants(), 1 - first**step, math.sqrt(1 - second**step))
 
 
 class Part(NamedTuple):
@@ -89,6 +100,12 @@ class Part(NamedTuple):
         if self.is_native():
             cpu_library.update(self.step(), grad.float(), index)
             return
+        if self.has_kernel() and self.rows.is_cuda and not backends.unusable("triton", self.rows.device):
+            from ..ops.backends import triton_update
+
+            with torch.cuda.device_of(self.rows):
+                triton_update.update(self, index, grad.float())
+            return
         rows = formats.read(self.rows, None, index)
         states = [formats.read(*state, index) for state in self.states]
         self.rule.apply(rows, grad.to(rows.dtype).contiguous(), states, self.skip)
@@ -102,6 +119,10 @@ class Part(NamedTuple):
 
     def is_native(self):
         return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
+
+    def has_kernel(self):
+        """Whether ops/backends/triton_update.py can make this step."""
+        return self.rows.dtype in (torch.float32, torch.bfloat16)
 
     def _write(self, index, stream, buffer, scale, rows):
         bits = None
@@ -141,3 +162,9 @@ class Update:
         """See TableGradient.step."""
         whole = self.table.index is None and self.bias is None and self.table.bias is None
         return self.weight.step() if whole and self.weight is not None and self.weight.is_native() else None
+
+    def device_update(self):
+        """See TableGradient.device_update."""
+        parts = (self.weight, 0), (self.bias, self.table.weight.shape[1])
+        parts = [(part, column) for part, column in parts if part is not None]
+        return parts if all(part.has_kernel() for part, _ in parts) else None

@@ -10,7 +10,7 @@ import functools
 import torch
 
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, triton_kernels, triton_rows
+from . import Sums, centers, triton_kernels, triton_rows, triton_update
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -90,17 +90,23 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
     partial = slab.partial()
     num_targets, blocks = target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
+    parts, projection = gradient.device_update(), {"normalize": table.normalize, "targets": (target_rows, target_sums)}
     for index, start, stop in plan.slabs(table):
         width = aligned(stop - start)
         e = plan.kept_view(kept, index, num_rows, width)
         if e is None:
             e = slab.scratch(width)
             slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
-        rows = table.rows(start, stop)
         out = gradient.place(start, stop)
         # dŵ where dW comes, if that can hold it: project_rows reads a row before it writes it.
         fits = out.dtype == torch.float32 and scaled.shape[1] == size and out.is_contiguous()
         grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, out if fits else None)
+        if parts is not None:
+            place = slice(start, stop) if table.index is None else table.index[start:stop]
+            for part, column in parts:
+                triton_update.update(part, place, grad, column=column, start=start, unscale=unscale, **projection)
+            continue
+        rows = table.rows(start, stop)
         triton_kernels.project_rows[(ceil_div(stop - start, blocks["BLOCK_R"]),)](
             rows,
             grad,

@@ -213,6 +213,30 @@ def add_pull(
 
 
 @triton.jit
+def targets_share(
+    target_rows,  # (T,) int64 ascending
+    target_sums,  # (T, stride) float32, a row's sum in the first slot that it has
+    row,  # (R,) as target_rows counts them
+    inside,  # (R, D) what is wanted
+    column,
+    T,
+    stride,
+    SEARCH_STEPS: tl.constexpr,  # 2^SEARCH_STEPS > T
+):
+    """(R, D) of a slab's rows what the targets add, 0 for a row that is none."""
+    # Bisection: the first slot whose row is not below this one.
+    slot = tl.zeros_like(row).to(tl.int32)
+    end = slot + T
+    for _ in tl.range(SEARCH_STEPS):
+        middle = (slot + end) // 2
+        below = tl.load(target_rows + middle, mask=middle < T, other=2**62) < row
+        slot = tl.where(below, middle + 1, slot)
+        end = tl.where(below, end, middle)
+    held = tl.load(target_rows + slot, mask=slot < T, other=-1) == row
+    return tl.load(target_sums + slot[:, None].to(tl.int64) * stride + column[None, :], mask=inside & held[:, None], other=0.0)
+
+
+@triton.jit
 def project_rows(
     rows_ptr,  # (R, D) raw rows of the table, any float dtype
     grad_ptr,  # (R, D_padded) float32: Eᵀ diag(row_scale) x
@@ -235,21 +259,12 @@ def project_rows(
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     column = tl.arange(0, BLOCK_D).to(tl.int64)
     inside = (row < R)[:, None] & (column < D)[None, :]
-    # Bisection: the first slot whose row is not below this one.
-    slot = tl.zeros((BLOCK_R,), tl.int32)
-    end = slot + T
-    for _ in tl.range(SEARCH_STEPS):
-        middle = (slot + end) // 2
-        below = tl.load(target_row_ptr + middle, mask=middle < T, other=2**62) < row + first_row
-        slot = tl.where(below, middle + 1, slot)
-        end = tl.where(below, end, middle)
-    held = (slot < T) & (row < R)
-    held = held & (tl.load(target_row_ptr + slot, mask=held, other=-1) == row + first_row)
     out = tl.load(grad_ptr + row[:, None] * D_padded + column[None, :], mask=inside, other=0.0)
     if NORMALIZE:
         rows = tl.load(rows_ptr + row[:, None] * stride_row + column[None, :] * stride_column, mask=inside, other=0.0)
         unit, inverse = unit_and_inverse(rows.to(tl.float32))
         out = project(unit, inverse, out)
-    out = out * tl.load(unscale_ptr)
-    share = tl.load(target_sum_ptr + slot[:, None].to(tl.int64) * D + column[None, :], mask=inside & held[:, None], other=0.0)
-    tl.store(out_ptr + row[:, None] * D + column[None, :], (out + share).to(out_ptr.dtype.element_ty), mask=inside)
+    out = out * tl.load(unscale_ptr) + targets_share(
+        target_row_ptr, target_sum_ptr, row + first_row, inside, column, T, D, SEARCH_STEPS
+    )
+    tl.store(out_ptr + row[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=inside)

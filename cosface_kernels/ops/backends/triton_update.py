@@ -1,0 +1,230 @@
+"""A fused optimiser's step on a GPU: one kernel reads a slab's rows and state once, and writes them once.
+
+    gradient    dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share, as triton_kernels.project_rows; or given
+    sgd         g = ±dw + λ w    m = μ m + g                                     w -= η m,  nesterov: η (g + μ m)
+    adamw       g = ±dw          m = β1 m + (1 - β1) g, v = β2 v + (1 - β2) g²   w -= η λ w + η / c1 · m / (√v / c2 + ε)
+
+Rows and state are decoded before and encoded after, with stochastic rounding, all in registers: neither a slab of dw nor one of
+decoded rows exists. formats.py and updates.py say the same in PyTorch, and the random bits are theirs.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+
+from ..slabs import ceil_div
+from .triton_kernels import project, targets_share, unit_and_inverse
+
+# Elements that one program holds, and how many a warp: of the gradient, the row and each state it holds one at a time.
+BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 16)
+GOLDEN, OTHER = tl.constexpr(0x9E3779B9), tl.constexpr(0x85EBCA6B)
+
+
+def blocks(size):
+    """Launch configuration for rows of `size` numbers."""
+    block_d = 1 << (size - 1).bit_length()
+    num_warps = min(max(block_d // WARP_ELEMENTS, WARPS[0]), WARPS[1])
+    return {"BLOCK_R": max(1, BLOCK_ELEMENTS // block_d), "BLOCK_D": block_d, "num_warps": num_warps}
+
+
+def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=None, targets=(None, None)):
+    """One step of an updates.Part, for the rows at index: a slice, or int64 positions (R,).
+
+    grad (R, >= column + D) float32: theirs, from `column` on. Given unscale it is dw̃, and all else as backends.backward has it,
+    with `start` the position of the slab's first row.
+    """
+    num_rows, size, rule = grad.shape[0], part.rows.shape[1], part.rule
+    first, second, *_ = *part.states, (None, None), (None, None)
+    target_rows, target_sums = targets
+    is_slice, num_targets = isinstance(index, slice), 0 if target_rows is None else target_rows.shape[0]
+    constants, config = rule.constants(), blocks(size)
+    if num_rows:
+        update_rows[(ceil_div(num_rows, config["BLOCK_R"]),)](
+            *(grad[:, column:], part.rows, *first, *second, None if is_slice else index, unscale, target_rows),
+            *(None if target_sums is None else target_sums[:, column:], part.skip, rule.step),
+            *(num_rows, size, num_targets, index.start if is_slice else start, part.first_row, grad.stride(0)),
+            *(0 if target_sums is None else target_sums.stride(0), _signed(part.key), _signed(part.key >> 32)),
+            *constants,
+            *(math.log(decay) if decay else -math.inf for decay in constants[5:7]),
+            NORMALIZE=normalize,
+            SEARCH_STEPS=num_targets.bit_length(),
+            enable_fp_fusion=False,  # the bits that PyTorch's operators have, wherever rows are encoded
+            **config,
+        )
+
+
+def _signed(word):
+    """32 bits as an int32: the size of a number must not be a reason to compile again."""
+    return (word + 2**31) % 2**32 - 2**31
+
+
+@triton.jit(do_not_specialize=("key_low", "key_high"))
+def update_rows(
+    grad_ptr,  # (R, stride_grad) float32: Eᵀ diag(row_scale) x, or without unscale the gradient itself
+    table_ptr,  # (C, D) float32 or bfloat16
+    first_ptr,  # (C, D) m, float32, bfloat16 or int8; None where the rule has none
+    first_scale_ptr,  # (C,) float32 for 8 bits
+    second_ptr,  # (C, D) v, float32, bfloat16 or uint8
+    second_scale_ptr,
+    index_ptr,  # (R,) int64 distinct rows of the table; None: those from first_row on
+    unscale_ptr,  # 0-dim float32
+    target_row_ptr,  # (T,) int64 ascending
+    target_sum_ptr,  # (T, stride_sum) float32, a row's sum in the first slot that it has
+    skip_ptr,  # bool (0-dim): where true nothing changes; None: it is known that all does
+    step_ptr,  # 0-dim float32: t of adamw; None for sgd
+    R,
+    D,
+    T,
+    first_row,  # of the table, and the place of grad's first row among those that target_row counts
+    first_of_shard,  # of the table in the whole one, whose others are on other ranks
+    stride_grad,
+    stride_sum,
+    key_low,
+    key_high,
+    lr,
+    weight_decay,
+    sign,
+    nesterov,
+    eps,
+    first_decay,  # μ, or β1
+    second_decay,
+    first_rate,  # 1 - β, which β in float32 is too coarse for
+    second_rate,
+    log_first,  # log β1
+    log_second,
+    NORMALIZE: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    slot = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    live = slot < R
+    if skip_ptr is not None:
+        live = live & (tl.load(skip_ptr).to(tl.int32) == 0)
+    inside = live[:, None] & (column < D)[None, :]
+    row = first_row + slot
+    if index_ptr is not None:
+        row = tl.load(index_ptr + slot, mask=live, other=0)
+    place = row[:, None] * D + column[None, :]
+
+    table = load(table_ptr, None, row, place, live, inside)
+    grad = tl.load(grad_ptr + slot[:, None] * stride_grad + column[None, :], mask=inside, other=0.0)
+    if NORMALIZE:
+        unit, inverse = unit_and_inverse(table)
+        grad = project(unit, inverse, grad)
+    if unscale_ptr is not None:
+        share = targets_share(target_row_ptr, target_sum_ptr, slot + first_row, inside, column, T, stride_sum, SEARCH_STEPS)
+        grad = grad * tl.load(unscale_ptr) + share
+
+    grad *= sign
+    words = random_words((row + first_of_shard)[:, None], column[None, :], key_low, key_high)
+    if step_ptr is not None:
+        step = tl.load(step_ptr)
+        first = load(first_ptr, first_scale_ptr, row, place, live, inside)
+        second = load(second_ptr, second_scale_ptr, row, place, live, inside)
+        # As torch.lerp: exact where a β is 0.
+        first = tl.where(first_rate < 0.5, first + first_rate * (grad - first), grad - first_decay * (grad - first))
+        second = second_decay * second + second_rate * grad * grad
+        size = lr / one_minus_power(log_first, step)
+        length = tl.sqrt(second) / tl.sqrt(one_minus_power(log_second, step)) + eps
+        table = table - lr * weight_decay * table
+        table -= size * (first / length)
+        store(first_ptr, first_scale_ptr, row, place, live, inside, first, words, 1)
+        store(second_ptr, second_scale_ptr, row, place, live, inside, second, words, 2)
+    else:
+        grad += weight_decay * table
+        if first_ptr is not None:
+            first = load(first_ptr, first_scale_ptr, row, place, live, inside)
+            first = first_decay * first + grad
+            store(first_ptr, first_scale_ptr, row, place, live, inside, first, words, 1)
+            grad = tl.where(nesterov != 0, grad + first_decay * first, first)
+        table -= lr * grad
+    store(table_ptr, None, row, place, live, inside, table, words, 0)
+
+
+@triton.jit
+def one_minus_power(log_base, exponent):
+    """1 - base^exponent of numbers, to the last digits for a base near 1 (W. Kahan's expm1)."""
+    log = log_base * exponent
+    power = tl.exp(log)
+    # What `power` has lost of a small `log`, its own logarithm has lost too.
+    near = (power > 0.5) & (power < 1.0)
+    lost = tl.where(near, log / tl.log(tl.where(near, power, 0.5)), 1.0)
+    return tl.where(power < 1.0, (1.0 - power) * lost, -log)
+
+
+@triton.jit
+def load(pointer, scale, row, place, live, inside):
+    """See formats.read."""
+    rows = tl.load(pointer + place, mask=inside, other=0).to(tl.float32)
+    if scale is not None:
+        rows *= tl.load(scale + row, mask=live, other=0.0)[:, None]
+        if pointer.dtype.element_ty == tl.uint8:
+            rows *= rows
+    return rows
+
+
+@triton.jit
+def store(pointer, scale, row, place, live, inside, rows, words, STREAM: tl.constexpr):
+    """See formats.write."""
+    if scale is not None:
+        codes, scales = to_codes(rows, random_bits(words, STREAM), pointer.dtype.element_ty == tl.uint8)
+        tl.store(scale + row, scales, mask=live)
+        tl.store(pointer + place, codes.to(pointer.dtype.element_ty), mask=inside)
+    elif pointer.dtype.element_ty == tl.bfloat16:
+        tl.store(pointer + place, to_bfloat16(rows, random_bits(words, STREAM)), mask=inside)
+    else:
+        tl.store(pointer + place, rows, mask=inside)
+
+
+@triton.jit
+def to_bfloat16(rows, bits):
+    """See formats.round_bfloat16."""
+    word = tl.where(rows != rows, 0x7FC00000, rows.to(tl.uint32, bitcast=True) + bits)
+    return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def to_codes(rows, bits, SQUARES: tl.constexpr):
+    """(codes (R, D) in float32, scale (R,)) of formats._codes."""
+    LARGEST_CODE: tl.constexpr = 255 if SQUARES else 127
+    if SQUARES:
+        rows = tl.sqrt_rn(rows)
+    # Magnitudes are ordered as their bits are, and NaN comes last; tl.max would pass over it.
+    largest = tl.max(rows.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+    finite = largest < 0x7F800000
+    scale = tl.div_rn(largest.to(tl.float32, bitcast=True), LARGEST_CODE * 1.0)
+    inverse = tl.where(scale == 0.0, 0.0, tl.div_rn(1.0, tl.where(scale == 0.0, 1.0, scale)))
+    tiny = inverse == float("inf")
+    scale = tl.where(tiny, 0.0, scale)
+    inverse = tl.where(tiny, 0.0, inverse)
+    codes = tl.floor(rows * inverse[:, None] + ((bits >> 1).to(tl.float32) + 0.5) * 2.0**-15)
+    if SQUARES:
+        codes = tl.where(rows > 0.0, tl.maximum(codes, 1.0), codes)
+    codes = tl.minimum(tl.maximum(codes, -LARGEST_CODE), LARGEST_CODE)
+    return tl.where(finite[:, None], codes, 0.0), tl.where(finite, scale, float("nan"))
+
+
+@triton.jit
+def random_words(row, column, key_low, key_high):
+    """What formats.random_bits takes its bits from, for row numbers (R, 1) int64 in the whole table and columns (1, D)."""
+    key = mixed(row.to(tl.uint32) ^ key_low.to(tl.uint32))
+    key = mixed(key ^ (row >> 32).to(tl.uint32) ^ key_high.to(tl.uint32))
+    return mixed(key + column.to(tl.uint32) * GOLDEN)
+
+
+@triton.jit
+def random_bits(words, STREAM: tl.constexpr):
+    if STREAM >= 2:
+        words = mixed(words ^ OTHER)
+    return words & 0xFFFF if STREAM % 2 == 1 else words >> 16
+
+
+@triton.jit
+def mixed(word):
+    """See formats._mixed."""
+    word = (word ^ (word >> 16)) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    return word ^ (word >> 16)
