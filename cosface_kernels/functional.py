@@ -237,15 +237,27 @@ def stateful_loss(
     terms = margin.terms(norm, counted, state)
     if not isinstance(terms, tuple):
         raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
-    logit = margin.target_logit(product, length, *terms).to(lse.dtype)
-    if logit.shape != lse.shape:
-        raise ValueError(f"psi of {type(margin).__name__} must return shape (N,) = {tuple(lse.shape)}, got {tuple(logit.shape)}")
-    _refuse_forward_mode(logit)
+    for position, term in enumerate(terms):
+        _check_rows(f"terms[{position}]", margin, term, lse.shape, torch.Size([]))
+    logit = margin.target_logit(product, length, *terms)
+    _check_rows("psi", margin, logit, lse.shape)
+    logit = logit.to(lse.dtype)
+    _refuse_transforms(logit)
     losses, _ = margin_losses(lse, logit, counted, float(scale), reduction, backend)
     penalty = margin.penalty(norm)
     if penalty is not None:
+        _check_rows("penalty", margin, penalty, lse.shape)
         losses = losses + reduced(torch.where(counted, penalty, 0.0), counted, reduction)
     return batch.own_rows(losses) if batch is not None and reduction == "none" else losses
+
+
+def _check_rows(name, margin, value, *shapes):
+    """What a margin returned: (N, 1) would be broadcast to N x N numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} of {type(margin).__name__} must be a tensor, got {type(value).__name__}")
+    if value.shape not in shapes:
+        wanted = f"(N,) = {tuple(shapes[0])}" + (" or ()" if len(shapes) > 1 else "")
+        raise ValueError(f"{name} of {type(margin).__name__} must return shape {wanted}, got {tuple(value.shape)}")
 
 
 def _log_of_inverse_rate(num_classes, num_sampled):
@@ -283,7 +295,7 @@ def _negatives_and_target(
     """
     validation.check_tensors(features, weight, labels, bias, centers_per_class, classes)
     validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
-    _refuse_forward_mode(features, weight, *([] if bias is None else [bias]))
+    _refuse_transforms(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = class_indices(labels), int(ignore_index)
     parameters = (weight, bias) if parameters is None else parameters
     trained = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
@@ -335,10 +347,11 @@ def _rows_of(classes, centers, num_rows):
     return classes.contiguous()
 
 
-def _refuse_forward_mode(*tensors):
-    """The operators would silently drop the tangents."""
+def _refuse_transforms(*tensors):
+    """The operators would silently drop the tangents; torch.func's gradients they do not have."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
+    validation.check_transforms(*tensors)
 
 
 def class_indices(labels):

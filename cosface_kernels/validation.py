@@ -32,11 +32,57 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1, clas
         raise ValueError(f"labels must be on the device of features ({features.device}), got {labels.device}")
     if classes is not None:
         _check_classes(classes, features)
+    _check_one_kind(features=features, weight=weight, labels=labels, bias=bias, classes=classes)
+
+
+def _check_dense(name, shape, tensor):
+    """A tensor with all of its numbers in memory."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} must be a dense tensor of shape {shape}, got {kind}")
+    if tensor.is_meta:
+        raise TypeError(f"{name} must have its numbers in memory, got a tensor on the device meta, which has shapes alone")
+    # torch.compile and vmap have tensors of their own kinds, without an address.
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or _is_transformed(tensor):
+        return
+    missing = tensor.numel() and tensor.untyped_storage().nbytes() == 0
+    if missing:
+        raise ValueError(f"{name} must have its numbers in memory, got shape {tuple(tensor.shape)} over a storage of 0 bytes")
+
+
+def _is_transformed(tensor):
+    """Whether torch.func wraps it."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def check_transforms(*tensors):
+    """A torch.func.grad, vjp or jacrev of which these are part raises: the operators' gradients are torch.autograd's."""
+    if torch.compiler.is_compiling():
+        return
+    for tensor in tensors:
+        while _is_transformed(tensor):
+            if torch._C._functorch.is_gradtrackingtensor(tensor):
+                raise RuntimeError(
+                    "cosface_kernels has no gradient for torch.func (grad, vjp, jacrev): use backward(), torch.autograd.grad or "
+                    "cosface_kernels.reference"
+                )
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+
+
+def _check_one_kind(**tensors):
+    """Fake tensors have shapes alone, and cannot be mixed with others."""
+    if torch.compiler.is_compiling():
+        return
+    fake = {name: isinstance(tensor, torch._subclasses.FakeTensor) for name, tensor in tensors.items() if tensor is not None}
+    if any(fake.values()) and not all(fake.values()):
+        names = " and ".join(name for name, is_fake in fake.items() if is_fake)
+        raise TypeError(f"all tensors must be fake, or none, got a FakeTensor for {names} alone")
 
 
 def _check_integers(name, shape, tensor):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+    _check_dense(name, shape, tensor)
     if tensor.dtype not in INTEGER_DTYPES:
         raise TypeError(f"{name} must have an integer dtype, got {tensor.dtype}")
 
@@ -60,8 +106,7 @@ def check_labels(labels):
 def check_features(features, weight):
     """features (N, D) and weight (C, D) of any float dtype on one device."""
     for name, shape, tensor in (("features", "(N, D)", features), ("weight", "(C, D)", weight)):
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
+        _check_dense(name, shape, tensor)
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.dim() != 2:
@@ -77,8 +122,7 @@ def check_features(features, weight):
 
 
 def _check_bias(bias, weight):
-    if not isinstance(bias, torch.Tensor):
-        raise TypeError(f"bias must be a tensor of shape (C,) or None, got {type(bias).__name__}")
+    _check_dense("bias", "(C,), or None", bias)
     if bias.dtype != weight.dtype:
         raise TypeError(f"bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
     if bias.shape != weight.shape[:1]:

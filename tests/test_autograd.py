@@ -210,3 +210,15 @@ def test_forward_mode_raises(device):
         torch.func.jvp(lambda rows: cosface_loss(rows, weight, labels), (features,), (features,))
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
         cosface_loss(features, forward_ad.make_dual(weight, weight), labels)
+
+
+@pytest.mark.parametrize(
+    "transform", [torch.func.grad, torch.func.jacrev, lambda function: torch.func.vmap(torch.func.grad(function))]
+)
+def test_gradients_of_torch_func_are_refused(transform, device):
+    features, weight, labels = draw(device)
+    inputs = features if transform in (torch.func.grad, torch.func.jacrev) else features[None]
+    with pytest.raises(RuntimeError, match=r"no gradient for torch\.func"):
+        transform(lambda rows: cosface_loss(rows, weight, labels))(inputs)
+    with pytest.raises(RuntimeError, match=r"no gradient for torch\.func"):
+        torch.func.vjp(lambda table: cosface_loss(features, table, labels), weight)

@@ -149,3 +149,23 @@ def test_wrong_head(case):
     wrong, error, message = WRONG_HEADS[case]
     with pytest.raises(error, match=message):
         MarginSoftmaxLoss(**{"embedding_size": 3, "num_classes": 5, "margin": margins.CosFace(), **wrong})
+
+
+@pytest.mark.parametrize("shape", [(-1, 1), (1, -1)], ids=str)
+@pytest.mark.parametrize("method", ["psi", "penalty", "terms"])
+def test_what_an_own_margin_returns_has_a_number_for_each_row(method, shape):
+    def wrong(self, values, *_):
+        return (values.view(shape),) if method == "terms" else values.view(shape)
+
+    own = type("Own", (margins.Margin,), {"psi": lambda self, cosine, *terms: cosine, "needs_norm": True, method: wrong})
+    tensors = torch.ones(4, 3), torch.eye(3), torch.tensor([0, 1, 2, 2])
+    with pytest.raises(
+        ValueError, match=rf"{method}.* of Own must return shape \(N,\) = \(4,\).*, got \({'4, 1' if shape[0] < 0 else '1, 4'}\)"
+    ):
+        margin_softmax_loss(*tensors, margin=own())
+
+
+def test_a_penalty_that_is_no_tensor():
+    own = type("Own", (margins.CosFace,), {"penalty": lambda self, norm: 1.0})
+    with pytest.raises(TypeError, match="penalty of Own must be a tensor, got float"):
+        margin_softmax_loss(torch.ones(4, 3), torch.eye(3), torch.tensor([0, 1, 2, 2]), margin=own())

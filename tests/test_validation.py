@@ -10,8 +10,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse
+from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse, margin_softmax_loss, margins
+from cosface_kernels.sampling import sample_classes
 
 EMBEDDING_SIZE, NUM_CLASSES, NUM_ROWS = 3, 5, 4
 
@@ -197,3 +199,43 @@ def test_any_real_number_is_accepted(options, arguments):
     plain = {name: int(value) if name in ("ignore_index", "memory_budget") else float(value) for name, value in options.items()}
     plain["memory_budget"] = min(plain.get("memory_budget", 2**40), 2**40)
     assert torch.equal(cosface_loss(**arguments, **options), cosface_loss(**arguments, **plain))
+
+
+def without_storage(tensor):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+NOT_IN_MEMORY = {
+    "meta": (lambda tensor: tensor.to("meta"), TypeError, "{} must have its numbers in memory, got .* meta"),
+    "sparse": (lambda tensor: tensor.to_sparse(), TypeError, r"{} must be a dense tensor of shape .*, got torch\.sparse_coo"),
+    "nested": (lambda tensor: torch.nested.nested_tensor([*tensor]), TypeError, "{} must be a dense .*, got a nested tensor"),
+    "freed": (without_storage, ValueError, "{} must have its numbers in memory, got shape .* over a storage of 0 bytes"),
+    "fake": (lambda tensor: FakeTensorMode().from_tensor(tensor), TypeError, "all tensors must be fake, .* for {} alone"),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_IN_MEMORY)
+@pytest.mark.parametrize("name", ["features", "weight", "labels", "bias", "classes"])
+def test_a_tensor_whose_numbers_are_not_in_memory(name, kind):
+    make, error, message = NOT_IN_MEMORY[kind]
+    tensors = {"features": torch.ones(4, 3), "weight": torch.ones(5, 3), "labels": torch.tensor([0, 4, 2, 2])}
+    tensors |= {"bias": torch.zeros(5), "classes": torch.arange(5)}
+    with pytest.raises(error, match=message.format(name)):
+        margin_softmax_loss(**tensors | {name: make(tensors[name])}, margin=margins.Softmax())
+
+
+@pytest.mark.parametrize("kind", ["meta", "sparse", "nested", "freed"])
+def test_topk_and_sampling_of_no_numbers_in_memory(kind):
+    make, error, message = NOT_IN_MEMORY[kind]
+    with pytest.raises(error, match=message.format("features")):
+        CosFaceLoss(3, 5).topk(make(torch.ones(4, 3)), 2)
+    with pytest.raises(error, match=message.format("labels")):
+        sample_classes(make(torch.tensor([0, 4, 2, 2])), 5, 0.5)
+
+
+def test_fake_tensors_alone_have_a_fake_loss():
+    mode = FakeTensorMode()
+    tensors = torch.ones(4, 3), torch.ones(5, 3), torch.tensor([0, 4, 2, 2])
+    assert cosface_loss(*map(mode.from_tensor, tensors), reduction="none").shape == (4,)
