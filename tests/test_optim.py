@@ -1074,3 +1074,24 @@ def test_state_that_was_replaced_is_refused(name, change, message):
     del state["momentum_buffer_scale"], state["momentum_buffer"]
     optimizer.step()
     assert not torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.999), (0.9, 0.0), (0.0, 0.0)])
+def test_adamw_without_memory(betas, path):
+    """m is the gradient itself, however much smaller than the one before: its rounding may not become a step of lr."""
+    generator = torch.Generator().manual_seed(0)
+    start, gradient = torch.randn(8, SIZE, generator=generator), torch.randn(8, SIZE, generator=generator)
+    theirs = torch.nn.Parameter(start.clone())
+    options = {"lr": 0.1, "betas": betas, "eps": 1e-12, "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW([theirs], **options)
+    ours, first, second = start.clone(), torch.zeros(8, SIZE), torch.zeros(8, SIZE)
+    for count, size in enumerate((1.0, 1e-9, 1e-3), 1):
+        theirs.grad = size * gradient.roll(count, 0)
+        optimizer.step()
+        rule = rules.AdamW(*options.values(), False, torch.tensor(float(count)))
+        rules.Part(ours, [(first, None), (second, None)], rule, 1, 0, None).apply(slice(0, 8), theirs.grad)
+        if betas[0] == 0:
+            assert torch.equal(first, theirs.grad)
+        # The step is lr times a quotient of a few roundings, and is rounded with the table's number.
+        bound = 2**-23 * (8 * 0.1 * count + count * theirs.detach().abs())
+        assert ((ours - theirs.detach()).abs() <= bound).all()

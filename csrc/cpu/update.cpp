@@ -135,7 +135,7 @@ inline void adamw(const Step &h, int64_t size, float *w, const float *grad, floa
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
         const float g = h.sign * grad[d];
-        m[d] += h.first_rate * (g - m[d]);
+        m[d] = h.first_decay * m[d] + h.first_rate * g;  // with β1 = 0 g to the bit
         v[d] = h.second_decay * v[d] + h.second_rate * g * g;
         const float kept = w[d] - h.lr * h.weight_decay * w[d];
         w[d] = kept - h.lr / h.first_correction * (m[d] / (sqrtf(v[d]) / h.second_correction + h.eps));
