@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import threading
 import warnings
 
 import pytest
@@ -1095,3 +1096,21 @@ def test_adamw_without_memory(betas, path):
         # The step is lr times a quotient of a few roundings, and is rounded with the table's number.
         bound = 2**-23 * (8 * 0.1 * count + count * theirs.detach().abs())
         assert ((ours - theirs.detach()).abs() <= bound).all()
+
+
+def test_every_thread_s_backward_is_recorded():
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    every = [head(*batch) for batch in batches(4) for _ in range(40)]
+
+    def backward(losses):
+        for loss in losses:
+            loss.backward()
+
+    threads = [threading.Thread(target=backward, args=(every[start::4],)) for start in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(recording.pending(head.weight).records) == len(every)
+    optimizer.step()

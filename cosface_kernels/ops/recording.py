@@ -4,6 +4,7 @@ dW is fully described by what the operator's backward would be given, (x̃, labe
 its N-vectors. They are additive over batches: those of several backward calls, one below the other, describe the sum.
 """
 
+import threading
 import warnings
 import weakref
 from typing import NamedTuple
@@ -61,21 +62,24 @@ class Pending:
     def __init__(self, optimizer, bias):
         self.optimizer, self.bias = weakref.ref(optimizer), bias
         self.records = []  # in the order of backward
+        self._lock = threading.Lock()  # several threads may call backward
 
     def __reduce__(self):
         return type(None), ()  # a pickled parameter has no optimiser
 
     def add(self, record):
         """Kept exponentials serve a single record: of several, one below the other, they would be another matrix."""
-        if len(self.records) + 1 == MANY_RECORDS:
+        with self._lock:
+            self.records.append(record)
+            if len(self.records) > 1:
+                self.records = [_without_kept(each) for each in self.records]
+            count = len(self.records)
+        if count == MANY_RECORDS:
             warnings.warn(
                 f"{MANY_RECORDS} backward passes have been recorded for a class table since the last step() or zero_grad() of "
                 "the fused optimiser that trains it: unless so many batches make a step, it is never called",
                 stacklevel=2,
             )
-        self.records.append(record)
-        if len(self.records) > 1:
-            self.records = [_without_kept(each) for each in self.records]
 
     def check(self, weight):
         """Raises where the records cannot be turned into a gradient any more; they stay."""
@@ -99,7 +103,8 @@ class Pending:
 
     def take(self):
         """The records, forgotten from now on."""
-        records, self.records = self.records, []
+        with self._lock:
+            records, self.records = self.records, []
         return records
 
 
