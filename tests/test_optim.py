@@ -12,7 +12,7 @@ import torch.utils.checkpoint
 from cases import make
 from margin_rows import every_row
 
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, save_checkpoint
 from cosface_kernels.margins import ArcFace, Softmax
 from cosface_kernels.ops import formats, recording, slabs
 from cosface_kernels.ops.backends import cpu_library
@@ -1114,3 +1114,43 @@ def test_every_thread_s_backward_is_recorded():
         thread.join()
     assert len(recording.pending(head.weight).records) == len(every)
     optimizer.step()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupted_step_is_said_until_the_table_is_another(error, backend, path, device, monkeypatch, tmp_path):
+    head, _ = twins(device, backend=backend)
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+    every_slab = slabs.Plan.slabs
+
+    def interrupted(plan, table):
+        every = every_slab(plan, table)
+        yield next(every)
+        raise error
+
+    def step(head, optimizer):
+        head(*next(batches(1, device))).backward()
+        optimizer.step()
+
+    step(head, optimizer)
+    saved = copy.deepcopy((head.state_dict(), optimizer.state_dict()))
+    head(*next(batches(1, device))).backward()
+    version = head.weight._version
+    with monkeypatch.context() as patch:
+        patch.setattr(slabs.Plan, "slabs", interrupted)
+        with pytest.raises(error):
+            optimizer.step()
+    assert head.weight._version > version  # a graph from before has another table
+    for call in (optimizer.step, optimizer.state_dict, lambda: step(head, optimizer)):
+        with pytest.raises(RuntimeError, match="the class table is between steps"):
+            call()
+    with pytest.raises(RuntimeError, match="interrupted in a step"):
+        save_checkpoint(tmp_path / "saved", head, optimizer)
+    assert not [*tmp_path.iterdir()]
+    optimizer.zero_grad()
+    head.load_state_dict(saved[0]), optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    step(head, optimizer)
+    again, _ = twins(device, backend=backend)
+    other = FusedSGD(again.parameters(), lr=0.5, momentum=0.9)
+    again.load_state_dict(saved[0]), other.load_state_dict(saved[1])
+    step(again, other)
+    assert torch.equal(head.weight, again.weight)

@@ -29,6 +29,10 @@ def flatten(prefix, optimizer, module):
     for parameter, state in optimizer.state.items():
         if parameter not in names:
             raise ValueError(f"{prefix} has state of something that is no parameter of its: {parameter!r}")
+        if "interrupted" in state:
+            raise RuntimeError(
+                f"{prefix} was interrupted in a step, so the table is between two, and is not saved: see its step()"
+            )
         name = names[parameter]
         own = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         for key, value in own.items():

@@ -20,6 +20,7 @@ from ..ops.table import Table
 from . import rules
 
 _COUNTS = ("step", "skipped", "rounding_step")
+_INTERRUPTED = "interrupted"  # in the state of a table while it is between steps; state that is loaded has none
 
 
 class _Fused(torch.optim.Optimizer):
@@ -75,18 +76,22 @@ class _Fused(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: the table has an ordinary gradient too, or was changed between backward and step; `unscale_` of a
-                GradScaler was called for this optimiser.
+                GradScaler was called for this optimiser; the step before was interrupted, by Ctrl-C or an error, so that some
+                rows are a step ahead of others: load table and optimiser from a checkpoint, or make the optimiser again to go on
+                from the table as it is.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._check_together()
-        recorded = [(weight, bias, recording.pending(weight).take()) for weight, bias in self._tables]
-        finite = self._finite([record.factors for *_, records in recorded for record in records])
-        for weight, bias, records in recorded:
+        finite = self._finite([record.factors for weight, _ in self._tables for record in recording.pending(weight).records])
+        for weight, bias in self._tables:
+            records = recording.pending(weight).take()
             if records or not len(dtensors.local(weight)):  # a rank without rows counts and keeps state as the others do
+                self.state[weight][_INTERRUPTED] = True  # until the last slab is written
                 self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
+                del self.state[weight][_INTERRUPTED]
         return loss
 
     def _check_together(self):
@@ -118,6 +123,12 @@ class _Fused(torch.optim.Optimizer):
             raise failure
         if not ready:
             raise RuntimeError("another rank cannot make this step, and says why; no rank has made it")
+
+    def state_dict(self):
+        """As torch.optim's. Raises RuntimeError after a step that was interrupted, see `step`."""
+        for weight, _ in self._tables:
+            _check_whole(self.state.get(weight, {}))
+        return super().state_dict()
 
     def zero_grad(self, set_to_none=True):
         """Forgets what backward has recorded."""
@@ -228,9 +239,9 @@ class _Fused(torch.optim.Optimizer):
             return
         rows = dtensors.local(weight.detach()), None if bias is None else dtensors.local(bias.detach())
         table = Table(*rows, index=recording.rows_of(records))
-        recording.write_gradient(table, records, rules.Update(table, *parts))
         changed = [parameter for parameter in parameters if parameter is not None]
         torch.autograd.graph.increment_version(changed)  # native code does not
+        recording.write_gradient(table, records, rules.Update(table, *parts))
 
     def _part(self, parameter, rounding_step, skip):
         group, state = self._group_of(parameter), self.state[parameter]
@@ -282,6 +293,7 @@ def _check_rows(parameter, group, state):
         raise ValueError(f"a class table to train must be contiguous, got strides {parameter.stride()}")
     if parameter.dtype == torch.float64 and group["state_format"] != "float32":
         raise ValueError(f'a float64 table has state of its own dtype, state_format="float32", got {group["state_format"]!r}')
+    _check_whole(state)
     wide = torch.promote_types(parameter.dtype, torch.float32)
     for name, value in state.items():
         try:
@@ -300,6 +312,15 @@ def _check_rows(parameter, group, state):
         is_wide = value.dim() and value.is_floating_point() and not formats.is_rounded(value.dtype)
         if is_wide and not name.endswith("_scale") and value.dtype != wide:
             raise ValueError(f"{name} is {value.dtype}, but the table is {parameter.dtype} now: make the optimiser again")
+
+
+def _check_whole(state):
+    """State of a table that is not between steps."""
+    if _INTERRUPTED in state:
+        raise RuntimeError(
+            "the class table is between steps: an error or Ctrl-C ended the last step when some of its rows had been updated and "
+            "others not. Load table and optimiser from a checkpoint, or make the optimiser again to go on from the table as it is"
+        )
 
 
 def _check_state(name, value, parameter):
