@@ -1154,3 +1154,17 @@ def test_an_interrupted_step_is_said_until_the_table_is_another(error, backend, 
     again.load_state_dict(saved[0]), other.load_state_dict(saved[1])
     step(again, other)
     assert torch.equal(head.weight, again.weight)
+
+
+@pytest.mark.parametrize("table_format, state_format", [("float32", "float32"), ("bfloat16", "int8")])
+def test_a_step_has_the_same_bits_on_any_number_of_threads(table_format, state_format, path):
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            head, _ = twins(table_format=table_format)
+            train(head, FusedAdamW(head.parameters(), lr=0.1, state_format=state_format), 2)
+        finally:
+            torch.set_num_threads(before)
+        results.append(head.weight.detach())
+    assert all(torch.equal(results[0], other) for other in results[1:])

@@ -7,7 +7,7 @@
 
 Rounding to nearest would lose every update of less than half a unit in the last place, which with bfloat16 is most of them.
 Stochastic rounding is right on average: x becomes the neighbour above with the probability (x - below) / (above - below). The
-random bits are a hash of (seed, step, row, column), so a run can be repeated, resumed, and cut into slabs of any size.
+random bits are a hash of (seed, step, row, column), so a run can be repeated and resumed; slabs of any size take the same.
 """
 
 import torch
