@@ -181,7 +181,8 @@ def test_compile_to_code_with_a_bias(device):
 
 
 @pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
-@pytest.mark.parametrize("transposed", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("transposed", [False, True])
 def test_compile_to_code(device, transposed):
     torch._dynamo.reset()
     compiled = torch.compile(cosface_loss, fullgraph=True)

@@ -392,6 +392,7 @@ def interpreter_uncounted(monkeypatch):
 
 @pytest.mark.usefixtures("interpreter_uncounted")
 @pytest.mark.parametrize("form", ["cosines", "cosines, large", "bias", "3 centres"])
+@slow_when(lambda backend, form: interpreted(backend) and form not in ("bias", "3 centres"))
 def test_rows_are_gathered_slab_by_slab(backend, device, form):
     """Forward holds no M x D numbers and backward the gradient's own alone: slabs are 128 of 500 rows, or 384 of 1500."""
     margin, scale, _, centers = FORMS[form]
@@ -614,7 +615,7 @@ def test_a_refused_call_is_no_step():
     assert head.sample_step == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
 def test_compile(kind, device):
     """Every step in one graph as eager, its gradient too, which is computed when the step has moved on; but in a batch of more
     rows than classes are asked for, whose sample's size is not known beforehand."""
