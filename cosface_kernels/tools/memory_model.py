@@ -146,18 +146,21 @@ def _slab_bytes(training, slab, dtype):
 
 def _native_slab_bytes(training, slab, dtype):
     """cpu_backend's buffers."""
-    from ..ops.backends.cpu_backend import CACHED_CLASSES, SUM_CLASSES, padded
+    from ..ops.backends import cpu_library
 
     batch, dim = training.batch, training.dim
+    kernels = cpu_library.kernels(dtype)
 
     def panels(summed, columns):
-        return -(-summed * dtype.itemsize // 4) * padded(columns) * 4
+        return 4 * kernels.panel_words(summed, columns)
 
-    copied = training.table_format != "float32" or training.sample_rate < 1
-    both = panels(dim, batch) + slab * dim * dtype.itemsize + 4 * -(-slab // SUM_CLASSES) * batch
-    both += 4 * slab * dim if copied else 0
-    forward = panels(slab, batch) + panels(slab, dim) + batch * (8 * padded(dim) + 12 * dim)
-    backward = panels(batch, dim) + slab * batch * dtype.itemsize + 4 * torch.get_num_threads() * CACHED_CLASSES * padded(dim)
+    both = (
+        panels(dim, batch) + slab * dim * kernels.operand.itemsize + 4 * -(-slab // cpu_library.constant("sum_classes")) * batch
+    )
+    both += 4 * torch.get_num_threads() * kernels.scratch_numbers(batch, dim)
+    both += 4 * slab * dim if training.sample_rate < 1 else 0
+    forward = panels(slab, batch) + panels(slab, dim) + batch * (8 * cpu_library.padded(dim) + 12 * dim)
+    backward = panels(batch, dim) + slab * batch * dtype.itemsize
     backward += 4 * slab * dim if training.is_fused else 0
     return both + max(forward, backward)
 

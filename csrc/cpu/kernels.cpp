@@ -7,8 +7,8 @@
 //     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul;
 //                         stored, or used up by an optimiser's step (update.cpp) while it is in the cache
 //
-// Matrix products are sums over words of 32 bits (two bfloat16, or one float32). One operand is read a word at a time and spread
-// over a vector's lanes; the other lies in panels of PANEL columns, one word of each next to each other. With that:
+// Matrix products are sums over words of 32 bits (two bfloat16, or one float32: vector.h's Operand says which). One operand is read a
+// word at a time and spread over a vector's lanes; the other lies in panels of PANEL columns, one word of each next to each other:
 //
 //     cosines (class, n)  words along D:  w̃ as it is,   x in row panels, packed once a call
 //     dw̃ (class, d)       words along N:  Eᵀ as it is,  a x in column panels, packed once a call
@@ -25,13 +25,17 @@
 
 namespace {
 
-constexpr int TILE = LANES == 16 ? 8 : 4;  // rows of a register tile
+constexpr int TILE = LANES == 16 ? 8 : 6;  // rows of a register tile: its sums, and what is multiplied, fill the registers
 constexpr int VECTORS = 2;                 // vectors in each of its rows
 constexpr int PANEL = VECTORS * LANES;
 constexpr int WIDEST_PANEL = 32;           // of any instruction set: callers leave room for it
 constexpr int64_t SUM_WORDS = 128;         // products added one after another in float32
-constexpr int64_t SUM_CLASSES = 64;        // exponentials added in float32 before their sum leaves the kernel
-constexpr int64_t CACHED_CLASSES = 32;     // class rows that a thread makes at a time, to be read again while in its cache
+// Of a panel, read by one tile after another: where the first-level cache has to keep it, because a tile takes as long as its
+// operands take to come from the second level.
+constexpr int64_t PIECE_WORDS = LANES == 16 ? INT64_MAX / 2 : SUM_WORDS;
+constexpr int64_t SUM_CLASSES = 72;        // exponentials added in float32 before their sum leaves the kernel
+constexpr int64_t CACHED_CLASSES = 48;     // class rows that a thread makes at a time, to be read again while in its cache
+constexpr int64_t SUM_ROWS = 48;           // rows of U that a thread makes at a time
 constexpr int32_t NO_TARGET = INT32_MAX;   // no class of a slab is within `centers` of it
 constexpr double TINY_NORM = 1e-12;        // normalize.py: a shorter row has no direction
 
@@ -44,7 +48,7 @@ struct Accumulator {
 
 // sum[i] += word · panel, for the word of each row.
 template <class Number, class Word>
-inline void add_words(Accumulator &sum, const Number *const row[TILE], int64_t offset, const uint32_t *panel) {
+inline void add_words(Accumulator &sum, const Number *const *row, int64_t offset, const uint32_t *panel) {
     Words right[VECTORS];
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; v++) right[v] = load<Words>(panel + v * LANES);
@@ -56,23 +60,37 @@ inline void add_words(Accumulator &sum, const Number *const row[TILE], int64_t o
     }
 }
 
-// Σ_k row[i][k·step] · panel[k][:] over `count` numbers; a last odd bfloat16 is paired with 0. A function of its own, so that the
-// compiler gives it all the registers; summed in blocks, because a long float32 sum loses digits with every term.
+// sum[i] += Σ_k row[i][k·step] · panel[k][:] over words first .. last. A function of its own, so that the compiler gives it all the
+// registers.
 template <class Number>
-__attribute__((noinline)) Accumulator product(const Number *const row[TILE], int64_t step, const uint32_t *panel, int64_t count) {
-    Accumulator sum = {};
-    const int64_t words = count / PER_WORD<Number>;
-    for (int64_t first = 0; first < words; first += SUM_WORDS) {
-        Accumulator part = {};
-        for (int64_t k = first; k < smaller(first + SUM_WORDS, words); k++)
-            add_words<Number, uint32_t>(part, row, k * step, panel + k * PANEL);
+__attribute__((noinline)) void add_tile(Accumulator &sum, const Number *const *row, int64_t step, const uint32_t *panel, int64_t first,
+                                        int64_t last) {
+    Accumulator part = {};
+    for (int64_t k = first; k < last; k++) add_words<Number, uint32_t>(part, row, k * step, panel + k * PANEL);
 #pragma GCC unroll 8
-        for (int i = 0; i < TILE; i++)
+    for (int i = 0; i < TILE; i++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) sum.at[i][v] += part.at[i][v];
+        for (int v = 0; v < VECTORS; v++) sum.at[i][v] += part.at[i][v];
+}
+
+// Σ_k row[i][k·step] · panel[k][:] over `count` numbers, for as many rows as `tiles` have; a last odd bfloat16 is paired with 0.
+// Summed in blocks, because a long float32 sum loses digits with every term. begin(t, first) is called as tile t begins with the words
+// from first on.
+template <class Number, class Begin>
+inline void multiply(Accumulator *sums, int64_t tiles, const Number *const *row, int64_t step, const uint32_t *panel, int64_t count,
+                     Begin begin) {
+    const int64_t words = count / PER_WORD<Number>;
+    for (int64_t t = 0; t < tiles; t++) sums[t] = {};
+    for (int64_t first = 0; first < words; first += PIECE_WORDS) {
+        for (int64_t t = 0; t < tiles; t++) {
+            begin(t, first);
+            const int64_t last = smaller(first + PIECE_WORDS, words);
+            for (int64_t k = first; k < last; k += SUM_WORDS)
+                add_tile(sums[t], row + t * TILE, step, panel, k, smaller(k + SUM_WORDS, last));
+        }
     }
-    if (count % PER_WORD<Number>) add_words<Number, uint16_t>(sum, row, words * step, panel + words * PANEL);
-    return sum;
+    if (count % PER_WORD<Number>)
+        for (int64_t t = 0; t < tiles; t++) add_words<Number, uint16_t>(sums[t], row + t * TILE, words * step, panel + words * PANEL);
 }
 
 // Word `k` of row n, zero past the edges.
@@ -81,7 +99,7 @@ inline uint32_t row_word(const Number *rows, int64_t num_rows, int64_t size, int
     uint32_t word = 0;
     const int64_t first = k * PER_WORD<Number>;
     if (n < num_rows) memcpy(&word, rows + n * size + first, sizeof(Number) * smaller(PER_WORD<Number>, size - first));
-    return word;
+    return IS_WIDENED<Number> ? word << 16 : word;
 }
 
 template <class Number>
@@ -94,14 +112,15 @@ void row_panels(const Number *rows, int64_t num_rows, int64_t size, uint32_t *pa
                 panels[(p * words + k) * PANEL + i] = row_word(rows, num_rows, size, p * PANEL + i, k);
 }
 
-// The word that pairs an element with the one in the next row, or with 0 where there is none. A float32 is alone in its word.
+// The word that pairs an element with the one in the next row, or with 0 where there is none, or has it alone.
 inline uint32_t word(const float *here, const float *) { return load<uint32_t>(here); }
 inline uint32_t word(const bfloat16 *here, const bfloat16 *next) {
-    return here->bits | (next ? (uint32_t)next->bits << 16 : 0);
+    return IS_WIDENED<bfloat16> ? (uint32_t)here->bits << 16 : here->bits | (next ? (uint32_t)next->bits << 16 : 0);
 }
 inline Words words(const float *here, const float *) { return load<Words>(here); }
 inline Words words(const bfloat16 *here, const bfloat16 *next) {
-    return pair(load<Halves>(here), next ? load<Halves>(next) : Halves{});
+    const Halves first = load<Halves>(here);
+    return IS_WIDENED<bfloat16> ? (Words)widened(first) : pair(first, next ? load<Halves>(next) : Halves{});
 }
 
 // Columns p·PANEL .. of rows (num_rows, stride) with `size` columns, as [word along rows][column].
@@ -165,19 +184,44 @@ inline double inverse_norm(const float *row, int64_t size) {
     return norm < TINY_NORM ? 0.0 : isinf(norm) ? NAN : 1.0 / norm;
 }
 
+// Numbers of scratch that each thread has. Its parts: dw̃, rows of the table and of E as floats.
+inline int64_t scratch_of_gradient(int64_t size) { return CACHED_CLASSES * ceil_div(size, PANEL) * PANEL; }
+inline int64_t scratch_of_rows(int64_t size) { return CACHED_CLASSES * ceil_div(size, LANES) * LANES; }
+inline int64_t scratch_numbers(int64_t num_rows, int64_t size) {
+    return scratch_of_gradient(size) + scratch_of_rows(size) + scratch_of_rows(num_rows);
+}
+
+// Rows first .. last of a table as floats: where they lie if it has them, else in room.
+inline const float *table_rows(const void *table, bool is_bfloat16, int64_t size, int64_t first, int64_t last, float *room) {
+    if (!is_bfloat16) return (const float *)table + first * size;
+    widen_row((const bfloat16 *)table + first * size, (last - first) * size, room);
+    return room;
+}
+
+// Numbers in a row one after another as operands: as they lie, or widened into room.
+inline const float *operands(const float *numbers, int64_t, float *) { return numbers; }
+inline const Operand<bfloat16> *operands(const bfloat16 *numbers, int64_t count, float *room) {
+    if (!IS_WIDENED<bfloat16>) return (const Operand<bfloat16> *)numbers;
+    widen_row(numbers, count, room);
+    return (const Operand<bfloat16> *)room;
+}
+
 template <class Number>
-void normalize(const float *weight, int64_t classes, int64_t size, bool normalized, Number *unit, uint32_t *panels, int threads) {
+void normalize(const void *table, bool is_bfloat16, int64_t classes, int64_t size, bool normalized, float *scratch, int64_t scratch_size,
+               Operand<Number> *unit, uint32_t *panels, int threads) {
     const int64_t words = ceil_div(classes, PER_WORD<Number>) * PANEL;
 #pragma omp parallel for num_threads(threads)
     for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
         const int64_t last = smaller(first + CACHED_CLASSES, classes);
+        const float *weight = table_rows(table, is_bfloat16, size, first, last, scratch + omp_get_thread_num() * scratch_size);
         // All norms first: a root and a division that the next row need not wait for.
         Factor factors[CACHED_CLASSES];
-        for (int64_t j = first; j < last; j++) factors[j - first] = Factor(normalized ? inverse_norm(weight + j * size, size) : 1.0);
-        for (int64_t j = first; j < last; j++) {
-            const Factor factor = factors[j - first];
+        for (int64_t j = 0; j < last - first; j++) factors[j] = Factor(normalized ? inverse_norm(weight + j * size, size) : 1.0);
+        for (int64_t j = 0; j < last - first; j++) {
+            const Factor factor = factors[j];
+            Operand<Number> *row = unit + (first + j) * size;
             by_lanes(size, [&](int64_t d, int64_t count) {
-                store(unit + j * size + d, factor * load_lanes(weight + j * size + d, count), count);
+                store_operands<Number>(row + d, factor * load_lanes(weight + j * size + d, count), count);
             });
         }
         for (int64_t q = 0; panels && q < ceil_div(size, PANEL); q++)
@@ -185,20 +229,27 @@ void normalize(const float *weight, int64_t classes, int64_t size, bool normaliz
     }
 }
 
-// Rows first .. of a matrix (count, stride); past its end the last one, whose products are dropped.
+// Rows first .. of a matrix (count, stride), a multiple of TILE; past its end the last one, whose products are dropped.
 template <class Number>
-inline void tile_rows(const Number *row[TILE], const Number *matrix, int64_t stride, int64_t first, int64_t count) {
-    for (int i = 0; i < TILE; i++) row[i] = matrix + smaller(first + i, count - 1) * stride;
+inline int64_t tile_rows(const Number **row, const Number *matrix, int64_t stride, int64_t first, int64_t last, int64_t count) {
+    const int64_t tiles = ceil_div(last - first, TILE);
+    for (int64_t i = 0; i < tiles * TILE; i++) row[i] = matrix + smaller(first + i, count - 1) * stride;
+    return tiles;
 }
 
 template <class Number, bool MAXIMUM>
-void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,
+void exponentials(const uint32_t *x_panels, int64_t num_rows, const Operand<Number> *unit, int64_t classes, int64_t size,
                   const int64_t *targets, int64_t centers, int64_t first_class, const float *shifts, float log2_scale, Number *e,
                   uint32_t *e_panels, float *exponents, float *partial, int threads) {
     const int64_t panel_words = ceil_div(size, PER_WORD<Number>) * PANEL, e_words = ceil_div(classes, PER_WORD<Number>) * PANEL;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < classes; first += SUM_CLASSES) {
         for (int64_t p = 0; p < ceil_div(num_rows, PANEL); p++) {
+            const int64_t last = smaller(first + SUM_CLASSES, classes);
+            const Operand<Number> *row[SUM_CLASSES];
+            Accumulator cosines[SUM_CLASSES / TILE];
+            const int64_t tiles = tile_rows(row, unit, size, first, last, classes);
+            multiply(cosines, tiles, row, PER_WORD<Number>, x_panels + p * panel_words, size, [](int64_t, int64_t) {});
             Vector shift[VECTORS], sum[VECTORS];
             Integers target[VECTORS];
             for (int v = 0; v < VECTORS; v++) {
@@ -209,33 +260,29 @@ void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit
                     shift[v][i] = MAXIMUM ? 0.0f : shifts[n];
                 }
             }
-            for (int64_t tile = first; tile < smaller(first + SUM_CLASSES, classes); tile += TILE) {
-                const Number *row[TILE];
-                tile_rows(row, unit, size, tile, classes);
-                const Accumulator cosines = product(row, PER_WORD<Number>, x_panels + p * panel_words, size);
-                for (int64_t j = tile; j < smaller(tile + TILE, classes); j += PER_WORD<Number>) {
+            for (int64_t j = first; j < last; j += PER_WORD<Number>) {
 #pragma GCC unroll 4
-                    for (int v = 0; v < VECTORS; v++) {
-                        const int64_t n = p * PANEL + v * LANES;
-                        Vector ones[PER_WORD<Number>] = {};  // of the classes that share a word
+                for (int v = 0; v < VECTORS; v++) {
+                    const int64_t n = p * PANEL + v * LANES;
+                    Vector ones[PER_WORD<Number>] = {};  // of the classes that share a word
 #pragma GCC unroll 2
-                        for (int i = 0; i < PER_WORD<Number>; i++) {
-                            if (j + i == classes) break;
-                            // Rounded before the shift is subtracted, as it was when a row's largest became the shift.
-                            const Vector product = rounded(cosines.at[j + i - tile][v] * log2_scale);
-                            if (MAXIMUM) {
-                                const auto is_target = (Words)((int32_t)(j + i) - target[v]) < (uint32_t)centers;
-                                const Vector other = is_target ? splat(-INFINITY) : product;
-                                sum[v] = other > sum[v] ? other : sum[v];
-                                if (exponents && n < num_rows) store(exponents + (j + i) * num_rows + n, other, num_rows - n);
-                                continue;
-                            }
-                            ones[i] = target[v] == (int32_t)(j + i) ? Vector{} : exp2(product - shift[v]);
-                            sum[v] += ones[i];
-                            if (e && n < num_rows) store(e + (j + i) * num_rows + n, ones[i], num_rows - n);
+                    for (int i = 0; i < PER_WORD<Number>; i++) {
+                        if (j + i == classes) break;
+                        const int64_t place = j + i - first;
+                        // Rounded before the shift is subtracted, as it was when a row's largest became the shift.
+                        const Vector exponent = rounded(cosines[place / TILE].at[place % TILE][v] * log2_scale);
+                        if (MAXIMUM) {
+                            const auto is_target = (Words)((int32_t)(j + i) - target[v]) < (uint32_t)centers;
+                            const Vector other = is_target ? splat(-INFINITY) : exponent;
+                            sum[v] = other > sum[v] ? other : sum[v];
+                            if (exponents && n < num_rows) store(exponents + (j + i) * num_rows + n, other, num_rows - n);
+                            continue;
                         }
-                        if (e_panels) put_words<Number>(e_panels + p * e_words + j / PER_WORD<Number> * PANEL + v * LANES, ones);
+                        ones[i] = target[v] == (int32_t)(j + i) ? Vector{} : exp2(exponent - shift[v]);
+                        sum[v] += ones[i];
+                        if (e && n < num_rows) store(e + (j + i) * num_rows + n, ones[i], num_rows - n);
                     }
+                    if (e_panels) put_words<Number>(e_panels + p * e_words + j / PER_WORD<Number> * PANEL + v * LANES, ones);
                 }
             }
             for (int v = 0; v < VECTORS; v++) {
@@ -246,29 +293,42 @@ void exponentials(const uint32_t *x_panels, int64_t num_rows, const Number *unit
     }
 }
 
+// One of `parts` of some memory, into the second-level cache: the first is a product's.
+inline void prefetch(const void *row, int64_t bytes, int64_t part, int64_t parts) {
+    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch((const char *)row + i, 0, 2);
+}
+
 // Both operands in column panels of a slab; pull (N, D rounded up to WIDEST_PANEL).
 template <class Number>
 void accumulate(const uint32_t *e_panels, const uint32_t *unit_panels, int64_t classes, int64_t num_rows, int64_t size,
                 double *pull, int threads) {
     const int64_t words = ceil_div(classes, PER_WORD<Number>) * PANEL, width = ceil_div(size, WIDEST_PANEL) * WIDEST_PANEL;
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-    for (int64_t p = 0; p < ceil_div(num_rows, PANEL); p++) {
+    for (int64_t first = 0; first < num_rows; first += SUM_ROWS) {
         for (int64_t q = 0; q < ceil_div(size, PANEL); q++) {
-            for (int64_t first = p * PANEL; first < smaller((p + 1) * PANEL, num_rows); first += TILE) {
-                const Number *row[TILE];
-                tile_rows(row, (const Number *)(e_panels + p * words), PER_WORD<Number>, first - p * PANEL, PANEL);
-                for (int64_t n = first; n < smaller(first + TILE, num_rows); n++)
-                    for (int i = 0; i < PANEL; i += 8) __builtin_prefetch(pull + n * width + q * PANEL + i, 1);
-                // An odd class is paired with zeros.
-                const int64_t padded = words / PANEL * PER_WORD<Number>;
-                const Accumulator sum = product(row, PANEL * PER_WORD<Number>, unit_panels + q * words, padded);
-                for (int64_t n = first; n < smaller(first + TILE, num_rows); n++) {
-                    const float *from = (const float *)sum.at[n - first];
-                    double *to = pull + n * width + q * PANEL;
-                    for (int i = 0; i < PANEL; i += LANES / 2) {
-                        const Doubles total = load<Doubles>(to + i) + widen(from + i);
-                        memcpy(to + i, &total, sizeof total);
-                    }
+            const int64_t last = smaller(first + SUM_ROWS, num_rows), tiles = ceil_div(last - first, TILE);
+            const Operand<Number> *row[SUM_ROWS];
+            for (int64_t i = 0; i < tiles * TILE; i++) {
+                const int64_t n = smaller(first + i, num_rows - 1);
+                row[i] = (const Operand<Number> *)(e_panels + n / PANEL * words + n % PANEL);
+            }
+            for (int64_t n = first; n < last; n++)
+                for (int i = 0; i < PANEL; i += 8) __builtin_prefetch(pull + n * width + q * PANEL + i, 1);
+            Accumulator sums[SUM_ROWS / TILE];
+            // An odd class is paired with zeros.
+            const int64_t padded = words / PANEL * PER_WORD<Number>;
+            const uint32_t *panel = unit_panels + q * words;
+            multiply(sums, tiles, row, PANEL * PER_WORD<Number>, panel, padded, [&](int64_t tile, int64_t piece) {
+                // The next piece: of a slab, and on its way from the third level.
+                const int64_t next = smaller(PIECE_WORDS, words / PANEL - piece - PIECE_WORDS);
+                if (next > 0) prefetch(panel + (piece + PIECE_WORDS) * PANEL, next * PANEL * sizeof(uint32_t), tile, tiles);
+            });
+            for (int64_t n = first; n < last; n++) {
+                const float *from = (const float *)sums + (n - first) * PANEL;
+                double *to = pull + n * width + q * PANEL;
+                for (int i = 0; i < PANEL; i += LANES / 2) {
+                    const Doubles total = load<Doubles>(to + i) + widen(from + i);
+                    memcpy(to + i, &total, sizeof total);
                 }
             }
         }
@@ -312,69 +372,74 @@ inline int64_t lower_bound(const int64_t *classes, int64_t count, int64_t wanted
 
 constexpr int BYTES[] = {4, 2, 1, 1};  // of a number in each of update.cpp's formats
 
-// One of `parts` of a row, into the second-level cache: the first is a product's.
-inline void prefetch(const void *row, int64_t bytes, int64_t part, int64_t parts) {
-    for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch((const char *)row + i, 0, 2);
-}
-
 template <class Number>
-void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight, int64_t classes, int64_t size,
-                    bool normalized, double unscale, int64_t first_class, int64_t num_targets, const int64_t *target_classes,
-                    const float *target_sums, float *scratch, float *grad, const Step *step, int threads) {
+void table_gradient(const Number *e, int64_t num_rows, const uint32_t *x_panels, const void *table, bool is_bfloat16, int64_t classes,
+                    int64_t size, bool normalized, double unscale, int64_t first_class, int64_t num_targets,
+                    const int64_t *target_classes, const float *target_sums, float *scratch, int64_t scratch_size, void *grad,
+                    bool grad_is_bfloat16, const Step *step, int threads) {
     const int64_t words = ceil_div(num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(size, PANEL) * PANEL;
+    const int64_t row_bytes = size * (is_bfloat16 ? sizeof(bfloat16) : sizeof(float));
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t first = 0; first < classes; first += CACHED_CLASSES) {
-        const int64_t last = smaller(first + CACHED_CLASSES, classes);
-        float *unit_grad = scratch + omp_get_thread_num() * CACHED_CLASSES * width;
+        const int64_t last = smaller(first + CACHED_CLASSES, classes), count = last - first;
+        float *unit_grad = scratch + omp_get_thread_num() * scratch_size, *room = unit_grad + scratch_of_gradient(size);
+        float *widened_e = room + scratch_of_rows(size);
+        const Operand<Number> *row[CACHED_CLASSES];
+        const int64_t tiles = tile_rows(row, operands(e + first * num_rows, count * num_rows, widened_e), num_rows, 0, count, count);
         for (int64_t q = 0; q < width / PANEL; q++) {
-            for (int64_t tile = first; tile < last; tile += TILE) {
-                const Number *row[TILE];
-                tile_rows(row, e, num_rows, tile, classes);
+            Accumulator sums[CACHED_CLASSES / TILE];
+            multiply(sums, tiles, row, PER_WORD<Number>, x_panels + q * words, num_rows, [&](int64_t tile, int64_t piece) {
+                if (piece) return;
                 // What the rest of the block will read; where N is small, nothing else of it is on its way from memory.
-                for (int64_t j = tile; j < smaller(tile + TILE, last); j++) {
-                    prefetch(weight + j * size, size * sizeof(float), q, width / PANEL);
+                for (int64_t j = first + tile * TILE; j < smaller(first + (tile + 1) * TILE, last); j++) {
+                    prefetch((const char *)table + j * row_bytes, row_bytes, q, width / PANEL);
                     for (int k = 0; step && k < Step::STATES; k++)
                         if (step->states[k].data) {
                             const int64_t bytes = size * BYTES[step->states[k].format];
                             prefetch((const char *)step->states[k].data + (first_class + j) * bytes, bytes, q, width / PANEL);
                         }
                 }
-                const Accumulator sum = product(row, PER_WORD<Number>, x_panels + q * words, num_rows);
-                for (int64_t j = tile; j < smaller(tile + TILE, last); j++)
-                    for (int v = 0; v < VECTORS; v++)
-                        store(unit_grad + (j - first) * width + q * PANEL + v * LANES, sum.at[j - tile][v], LANES);
-            }
+            });
+            for (int64_t i = 0; i < count; i++)
+                memcpy(unit_grad + i * width + q * PANEL, sums[i / TILE].at[i % TILE], PANEL * sizeof(float));
         }
+        const float *weight = table_rows(table, is_bfloat16, size, first, last, room);
         // Norms and components are long chains: those of all rows first, so that no row waits for the one before.
         double inverse[CACHED_CLASSES];
         float along[CACHED_CLASSES] = {};
-        for (int64_t j = first; j < last; j++) inverse[j - first] = normalized ? inverse_norm(weight + j * size, size) : 1.0;
-        for (int64_t j = first; normalized && j < last; j++)
-            along[j - first] = component(weight + j * size, unit_grad + (j - first) * width, size, Factor(inverse[j - first]));
-        // With a step the gradient is not kept: its rows take the place of dw̃'s, and are used up.
-        float *out = step ? unit_grad : grad + first * size;
-        const int64_t stride = step ? width : size;
+        for (int64_t i = 0; i < count; i++) inverse[i] = normalized ? inverse_norm(weight + i * size, size) : 1.0;
+        for (int64_t i = 0; normalized && i < count; i++)
+            along[i] = component(weight + i * size, unit_grad + i * width, size, Factor(inverse[i]));
+        // Where the gradient is not kept, or not as floats, its rows take the place of dw̃'s.
+        const bool in_place = step || grad_is_bfloat16;
+        float *out = in_place ? unit_grad : (float *)grad + first * size;
+        const int64_t stride = in_place ? width : size;
         int64_t slot = lower_bound(target_classes, num_targets, first_class + first);
-        for (int64_t j = first; j < last; j++) {
-            while (slot < num_targets && target_classes[slot] < first_class + j) slot++;
-            const bool held = slot < num_targets && target_classes[slot] == first_class + j;
-            project(weight + j * size, unit_grad + (j - first) * width, size, normalized, inverse[j - first], along[j - first],
-                    unscale, held ? target_sums + slot * size : nullptr, out + (j - first) * stride);
+        for (int64_t i = 0; i < count; i++) {
+            const int64_t j = first_class + first + i;
+            while (slot < num_targets && target_classes[slot] < j) slot++;
+            const bool held = slot < num_targets && target_classes[slot] == j;
+            project(weight + i * size, unit_grad + i * width, size, normalized, inverse[i], along[i], unscale,
+                    held ? target_sums + slot * size : nullptr, out + i * stride);
+            if (grad_is_bfloat16 && !step) round_row(out + i * stride, size, (bfloat16 *)grad + (first + i) * size);
         }
         if (step)
-            JOIN(update_rows, INSTRUCTION_SET)(step, out, stride, nullptr, first_class + first, last - first, omp_get_thread_num());
+            JOIN(update_rows, INSTRUCTION_SET)(step, out, stride, nullptr, first_class + first, count, omp_get_thread_num());
     }
 }
 
 }  // namespace
 
 // What callers are written for: cpu_library.py refuses a library of another number. Changes with any signature or layout.
-EXPORT(int, interface)() { return 5; }
+EXPORT(int, interface)() { return 6; }
 
-// How much room callers leave: native.constant reads these.
+// How much room callers leave: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
 EXPORT(int, sum_classes)() { return SUM_CLASSES; }
-EXPORT(int, cached_classes)() { return CACHED_CLASSES; }
+// Numbers of one dtype in a word of panels; scratch of a thread, in floats.
+EXPORT(int, per_word_float)() { return PER_WORD<float>; }
+EXPORT(int, per_word_bfloat16)() { return PER_WORD<bfloat16>; }
+EXPORT(int64_t, scratch_numbers)(int64_t num_rows, int64_t size) { return scratch_numbers(num_rows, size); }
 
 // Whether this processor can run what this file was compiled to.
 EXPORT(int, supported)() {
@@ -400,18 +465,18 @@ EXPORT(int, supported)() {
     EXPORT(void, column_panels_##Number)(const Number *rows, int64_t num_rows, int64_t size, uint32_t *panels, int threads) {      \
         column_panels(rows, num_rows, size, panels, threads);                                                                      \
     }                                                                                                                              \
-    EXPORT(void, normalize_##Number)(const float *weight, int64_t classes, int64_t size, bool normalized, Number *unit,            \
-                                     uint32_t *panels, int threads) {                                                              \
-        normalize(weight, classes, size, normalized, unit, panels, threads);                                                       \
+    EXPORT(void, normalize_##Number)(const void *table, bool is_bfloat16, int64_t classes, int64_t size, bool normalized,          \
+                                     float *scratch, int64_t scratch_size, Operand<Number> *unit, uint32_t *panels, int threads) { \
+        normalize<Number>(table, is_bfloat16, classes, size, normalized, scratch, scratch_size, unit, panels, threads);            \
     }                                                                                                                              \
-    EXPORT(void, exponentials_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,\
-                                        const int64_t *targets, int64_t first_class, const float *shifts, float log2_scale, Number *e,\
-                                        uint32_t *e_panels, float *partial, int threads) {                                         \
+    EXPORT(void, exponentials_##Number)(const uint32_t *x_panels, int64_t num_rows, const Operand<Number> *unit, int64_t classes,  \
+                                        int64_t size, const int64_t *targets, int64_t first_class, const float *shifts,            \
+                                        float log2_scale, Number *e, uint32_t *e_panels, float *partial, int threads) {            \
         exponentials<Number, false>(x_panels, num_rows, unit, classes, size, targets, 1, first_class, shifts, log2_scale, e, e_panels,\
                                     nullptr, partial, threads);                                                                    \
     }                                                                                                                              \
-    EXPORT(void, maxima_##Number)(const uint32_t *x_panels, int64_t num_rows, const Number *unit, int64_t classes, int64_t size,   \
-                                  const int64_t *targets, int64_t centers, int64_t first_class, float log2_scale, float *exponents,\
+    EXPORT(void, maxima_##Number)(const uint32_t *x_panels, int64_t num_rows, const Operand<Number> *unit, int64_t classes,        \
+                                  int64_t size, const int64_t *targets, int64_t centers, int64_t first_class, float log2_scale, float *exponents,\
                                   float *partial, int threads) {                                                                   \
         exponentials<Number, true>(x_panels, num_rows, unit, classes, size, targets, centers, first_class, nullptr, log2_scale,    \
                                    nullptr, nullptr, exponents, partial, threads);                                                 \
@@ -420,12 +485,13 @@ EXPORT(int, supported)() {
                                int64_t size, double *pull, int threads) {                                                          \
         accumulate<Number>(e_panels, unit_panels, classes, num_rows, size, pull, threads);                                         \
     }                                                                                                                              \
-    EXPORT(void, table_gradient_##Number)(const Number *e, int64_t num_rows, const uint32_t *x_panels, const float *weight,        \
-                                          int64_t classes, int64_t size, bool normalized, double unscale, int64_t first_class,     \
-                                          int64_t num_targets, const int64_t *target_classes, const float *target_sums,            \
-                                          float *scratch, float *grad, const Step *step, int threads) {                            \
-        table_gradient(e, num_rows, x_panels, weight, classes, size, normalized, unscale, first_class, num_targets, target_classes,\
-                       target_sums, scratch, grad, step, threads);                                                                 \
+    EXPORT(void, table_gradient_##Number)(const Number *e, int64_t num_rows, const uint32_t *x_panels, const void *table,          \
+                                          bool is_bfloat16, int64_t classes, int64_t size, bool normalized, double unscale,        \
+                                          int64_t first_class, int64_t num_targets, const int64_t *target_classes,                 \
+                                          const float *target_sums, float *scratch, int64_t scratch_size, void *grad,              \
+                                          bool grad_is_bfloat16, const Step *step, int threads) {                                  \
+        table_gradient<Number>(e, num_rows, x_panels, table, is_bfloat16, classes, size, normalized, unscale, first_class,         \
+                               num_targets, target_classes, target_sums, scratch, scratch_size, grad, grad_is_bfloat16, step, threads);\
     }
 
 EXPORT_ALL(bfloat16)

@@ -32,8 +32,20 @@ struct bfloat16 {
     uint16_t bits;
 };
 
-// Matrix products read words of 32 bits: one float32, or two bfloat16 that are neighbours along the summed dimension.
-template <class Number> constexpr int PER_WORD = 4 / sizeof(Number);
+// Matrix products read words of 32 bits: one float32, or two bfloat16 that are neighbours along the summed dimension where the
+// processor multiplies such pairs. Elsewhere bfloat16 is widened once, before the product: in its inner loop that would take half
+// of the time.
+template <class Number> struct OperandOf {
+    typedef float type;
+};
+#ifdef __AVX512BF16__
+template <> struct OperandOf<bfloat16> {
+    typedef bfloat16 type;
+};
+#endif
+template <class Number> using Operand = typename OperandOf<Number>::type;
+template <class Number> constexpr int PER_WORD = 4 / sizeof(Operand<Number>);
+template <class Number> constexpr bool IS_WIDENED = sizeof(Operand<Number>) > sizeof(Number);
 
 template <class To, class From> inline To load(const From *from) {
     To to;
@@ -64,27 +76,29 @@ inline Vector rounded(Vector x) {
 }
 
 // sum + a·b, a word at a time.
-template <class Number> inline Vector add_product(Vector sum, Words a, Words b);
+template <class Number> inline Vector add_product(Vector sum, Words a, Words b) { return sum + (Vector)a * (Vector)b; }
 
-template <> inline Vector add_product<float>(Vector sum, Words a, Words b) { return sum + (Vector)a * (Vector)b; }
-
-template <> inline Vector add_product<bfloat16>(Vector sum, Words a, Words b) {
 #ifdef __AVX512BF16__
+template <> inline Vector add_product<bfloat16>(Vector sum, Words a, Words b) {
     return (Vector)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
-#else
-    sum += (Vector)(a << 16) * (Vector)(b << 16);
-    return sum + (Vector)(a & 0xffff0000u) * (Vector)(b & 0xffff0000u);
-#endif
 }
+#endif
 
-// Rounded to nearest even; NaN stays NaN.
+inline Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Words) << 16); }
+
+// Rounded to bfloat16, to nearest even, and still a float; NaN stays NaN.
+inline Vector nearest_bfloat16(Vector x) {
+    const Words bits = (Words)x;
+    return (Vector)((x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) & 0xffff0000u);
+}
+template <class Number> inline Vector nearest(Vector x) { return x; }
+template <> inline Vector nearest<bfloat16>(Vector x) { return nearest_bfloat16(x); }
+
 inline Halves to_bfloat16(Vector x) {
 #ifdef __AVX512BF16__
     return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
-    Words bits = (Words)x;
-    Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector(x == x ? rounded : (bits >> 16) | 0x40, Halves);
+    return __builtin_convertvector((Words)nearest_bfloat16(x) >> 16, Halves);
 #endif
 }
 
@@ -112,25 +126,43 @@ template <class Lanes, class Number> inline void store_lanes(Number *to, Lanes l
 inline void store(float *to, Vector x, int64_t count) { store_lanes(to, x, count); }
 inline void store(bfloat16 *to, Vector x, int64_t count) { store_lanes(to, to_bfloat16(x), count); }
 
+inline void round_row(const float *from, int64_t count, bfloat16 *to) {
+    by_lanes(count, [&](int64_t i, int64_t lanes) { store(to + i, load_lanes(from + i, lanes), lanes); });
+}
+
+// Rounded to Number, as operands.
+template <class Number> inline void store_operands(Operand<Number> *to, Vector x, int64_t count) {
+    store(to, IS_WIDENED<Number> ? nearest<Number>(x) : x, count);
+}
+
+// `count` bfloat16 as floats.
+inline void widen_row(const bfloat16 *from, int64_t count, float *to) {
+    by_lanes(count, [&](int64_t i, int64_t lanes) {
+        Halves halves = {};
+        if (lanes == LANES) halves = load<Halves>(from + i);
+        else memcpy(&halves, from + i, lanes * sizeof(bfloat16));
+        store(to + i, widened(halves), lanes);
+    });
+}
+
 inline Words pair(Halves low, Halves high) {
     return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
 }
 
-// A word of each lane: one float, or two rounded to bfloat16, the first in the low half.
-template <class Number> inline void put_words(uint32_t *to, const Vector *numbers);
+// A word of each lane: one operand, or two of bfloat16, the first in the low half.
+template <class Number> inline void put_words(uint32_t *to, const Vector *numbers) {
+    const Vector word = nearest<Number>(numbers[0]);
+    memcpy(to, &word, sizeof word);
+}
 
-template <> inline void put_words<float>(uint32_t *to, const Vector *numbers) { memcpy(to, numbers, sizeof(Vector)); }
-
-template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *numbers) {
 #ifdef __AVX512BF16__
+template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *numbers) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]));
-#else
-    const Words words = pair(to_bfloat16(numbers[0]), to_bfloat16(numbers[1]));
-#endif
     memcpy(to, &words, sizeof words);
 }
+#endif
 
 // 2^x within 2 ulp, subnormal results included; 0 for -inf, inf above 128, NaN for NaN.
 inline Vector exp2(Vector x) {

@@ -12,7 +12,7 @@ from ..slabs import aligned, ceil_div
 from . import Sums, centers, cpu_library
 
 row_functions = batch_rows
-SUM_CLASSES, CACHED_CLASSES = cpu_library.constant("sum_classes"), cpu_library.constant("cached_classes")
+SUM_CLASSES = cpu_library.constant("sum_classes")
 
 
 def forward(x, table, targets, plan, *, need_pull):
@@ -43,18 +43,19 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
     slab = _Slab(x, table, targets, plan)
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
-    scratch = slab.empty(torch.get_num_threads(), CACHED_CLASSES * cpu_library.padded(size))
     step = gradient.step()
+    # A bias may be in another dtype than the weight.
+    out_dtype = None if table.bias is None and table.weight.dtype in cpu_library.TABLE_DTYPES else torch.float32
     for index, start, stop in plan.slabs(table):
         e = _kept(plan, kept, index, start, stop, num_rows)
         if e is None:
-            e = slab.scratch()
+            e = slab.e()
             slab.normalize(start, stop, None)
             slab.exponentials(start, stop, shift, e, None)
-        out = None if step else gradient.place(start, stop, torch.float32)
+        out = None if step else gradient.place(start, stop, out_dtype)
         slab.kernels.table_gradient(
             *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
-            *(float(unscale), start, len(target_rows), target_rows, target_sums, scratch, out, step),
+            *(float(unscale), start, len(target_rows), target_rows, target_sums, slab.scratch, out, step),
         )
         if not step:
             gradient.put(start, stop, out)
@@ -69,28 +70,32 @@ class _Slab:
         self.num_rows, self.size = x.shape
         self.x_panels = self.panels(self.size, self.num_rows)
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
-        self.unit = self.empty(plan.slab, self.size, dtype=plan.dtype)
+        self.unit = self.empty(plan.slab, self.size, dtype=self.kernels.operand)
+        self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
         self.partial = self.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
         self._e = self._exponents = None
 
     def panels(self, summed, columns):
         """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
-        return self.empty(cpu_library.panel_words(summed, columns, self.plan.dtype), dtype=torch.int32)
+        return self.empty(self.kernels.panel_words(summed, columns), dtype=torch.int32)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="cpu")
 
-    def scratch(self):
+    def e(self):
         """Room for the exponentials of a slab that is not kept."""
         if self._e is None:
             self._e = self.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
         return self._e
 
     def rows(self, start, stop):
-        return self.table.rows(start, stop).to(torch.float32).contiguous()
+        rows = self.table.rows(start, stop)
+        return (rows if rows.dtype in cpu_library.TABLE_DTYPES else rows.to(torch.float32)).contiguous()
 
     def normalize(self, start, stop, panels):
-        self.kernels.normalize(self.rows(start, stop), stop - start, self.size, self.table.normalize, self.unit, panels)
+        self.kernels.normalize(
+            *(self.rows(start, stop), stop - start, self.size, self.table.normalize, self.scratch, self.unit, panels)
+        )
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""

@@ -17,7 +17,9 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 5
+INTERFACE = 6
+# Of rows of the table, as they lie.
+TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
@@ -103,7 +105,7 @@ def update(step, grad, index):
 _ARGUMENTS = {
     "row_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
     "column_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
-    "normalize": [_POINTER, _SIZE, _SIZE, ctypes.c_bool, _POINTER, _POINTER],
+    "normalize": [_POINTER, ctypes.c_bool, _SIZE, _SIZE, ctypes.c_bool, _POINTER, _SIZE, _POINTER, _POINTER],
     "exponentials": [
         *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE],
         *[_POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER],
@@ -111,8 +113,8 @@ _ARGUMENTS = {
     "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER],
     "accumulate": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
     "table_gradient": [
-        *[_POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_bool, ctypes.c_double, _SIZE],
-        *[_SIZE, _POINTER, _POINTER, _POINTER, _POINTER, ctypes.POINTER(Step)],
+        *[_POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_bool, _SIZE, _SIZE, ctypes.c_bool, ctypes.c_double, _SIZE],
+        *[_SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, ctypes.c_bool, ctypes.POINTER(Step)],
     ],
 }
 
@@ -129,6 +131,18 @@ class Kernels:
             function = getattr(library, f"cosface_{step}_{_NUMBERS[dtype]}_{instruction_set}")
             function.argtypes, function.restype = [*types, ctypes.c_int], None
             self._functions[step] = function
+        per_word = getattr(library, f"cosface_per_word_{_NUMBERS[dtype]}_{instruction_set}")()
+        self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # the dtype in which products read numbers of `dtype`
+        self._scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
+        self._scratch_numbers.argtypes, self._scratch_numbers.restype = [_SIZE, _SIZE], _SIZE
+
+    def panel_words(self, summed, columns):
+        """How many int32 hold a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+        return ceil_div(summed, 4 // self.operand.itemsize) * padded(columns)
+
+    def scratch_numbers(self, num_rows, size):
+        """How many floats `normalize` and `table_gradient` need for each thread."""
+        return self._scratch_numbers(num_rows, size)
 
     def row_panels(self, rows, num_rows, size, panels):
         self._call(
@@ -139,13 +153,18 @@ class Kernels:
         panels = self._panels(panels, num_rows, size)
         self._call("column_panels", self._numbers("rows", rows, num_rows, size), num_rows, size, panels)
 
-    def normalize(self, weight, classes, size, normalized, unit, panels):
-        unit, panels = self._numbers("unit rows", unit, classes, size), self._panels(panels, classes, size)
-        self._call("normalize", _floats("weight", weight, classes, size), classes, size, normalized, unit, panels)
+    def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
+        """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
+        unit, panels = self._operands("unit rows", unit, classes, size), self._panels(panels, classes, size)
+        self._call(
+            *("normalize", *_table("weight", weight, classes, size), classes, size, normalized),
+            *(_floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)), scratch.shape[1], unit, panels),
+            threads=len(scratch),
+        )
 
     def exponentials(self, x_panels, num_rows, unit, classes, size, targets, first, shift, log2_scale, e, e_panels, partial):
         self._call(
-            *("exponentials", self._panels(x_panels, size, num_rows), num_rows, self._numbers("unit rows", unit, classes, size)),
+            *("exponentials", self._panels(x_panels, size, num_rows), num_rows, self._operands("unit rows", unit, classes, size)),
             *(classes, size, _integers("targets", targets, num_rows), first, _floats("shift", shift, num_rows), log2_scale),
             *(self._numbers("exponentials", e, classes, num_rows), self._panels(e_panels, classes, num_rows)),
             _floats("partial sums", partial, ceil_div(classes, constant("sum_classes")), num_rows),
@@ -153,7 +172,7 @@ class Kernels:
 
     def maxima(self, x_panels, num_rows, unit, classes, size, targets, centers, first, log2_scale, exponents, partial):
         self._call(
-            *("maxima", self._panels(x_panels, size, num_rows), num_rows, self._numbers("unit rows", unit, classes, size)),
+            *("maxima", self._panels(x_panels, size, num_rows), num_rows, self._operands("unit rows", unit, classes, size)),
             *(classes, size, _integers("targets", targets, num_rows), centers, first, log2_scale),
             _floats("exponents", exponents, classes, num_rows),
             _floats("partial maxima", partial, ceil_div(classes, constant("sum_classes")), num_rows),
@@ -181,26 +200,32 @@ class Kernels:
         grad,
         step,
     ):
-        """scratch (threads, cached_classes * padded(size)); with a step, which uses the gradient up, grad is None."""
+        """weight, grad: float32 or bfloat16; scratch (threads, scratch_numbers); with a step, which uses the gradient up, grad is
+        None.
+        """
         threads = len(scratch)
         if step is not None:
             step.check(first, classes, size)
             threads = min(threads, step.threads)
         self._call(
             *("table_gradient", self._numbers("exponentials", e, classes, num_rows), num_rows),
-            *(self._panels(x_panels, num_rows, size), _floats("weight", weight, classes, size), classes, size, normalized),
+            *(self._panels(x_panels, num_rows, size), *_table("weight", weight, classes, size), classes, size, normalized),
             *(unscale, first, num_targets, _integers("target rows", rows, num_targets)),
             _floats("target sums", sums, num_targets, size),
-            _floats("scratch", scratch, threads, constant("cached_classes"), padded(size)),
-            *(None if step else _floats("the gradient", grad, classes, size), step),
+            *(_floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)), scratch.shape[1]),
+            *((None, False) if step else _table("the gradient", grad, classes, size)),
+            step,
             threads=threads,
         )
 
     def _numbers(self, name, tensor, *shape):
         return name, tensor, self.dtype, math.prod(shape)
 
+    def _operands(self, name, tensor, *shape):
+        return name, tensor, self.operand, math.prod(shape)
+
     def _panels(self, panels, summed, columns):
-        return "panels", panels, torch.int32, panel_words(summed, columns, self.dtype)
+        return "panels", panels, torch.int32, self.panel_words(summed, columns)
 
     def _call(self, step, *arguments, threads=None):
         addresses = (pointer(*a) if isinstance(a, tuple) else a for a in arguments)
@@ -211,6 +236,12 @@ def _floats(name, tensor, *shape):
     return name, tensor, torch.float32, math.prod(shape)
 
 
+def _table(name, tensor, *shape):
+    """Rows in either of TABLE_DTYPES, and whether it is bfloat16."""
+    is_bfloat16 = tensor.dtype == torch.bfloat16
+    return (name, tensor, torch.bfloat16 if is_bfloat16 else torch.float32, math.prod(shape)), is_bfloat16
+
+
 def _integers(name, tensor, count):
     return name, tensor, torch.int64, count
 
@@ -218,11 +249,6 @@ def _integers(name, tensor, count):
 def padded(columns):
     """Rounded up to the widest panel of any instruction set."""
     return ceil_div(columns, constant("widest_panel")) * constant("widest_panel")
-
-
-def panel_words(summed, columns, dtype):
-    """How many int32 hold a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
-    return ceil_div(summed, 4 // dtype.itemsize) * padded(columns)
 
 
 @functools.cache
@@ -251,7 +277,7 @@ def unavailable():
 @functools.cache
 def constant(name):
     """How much room callers leave: widest_panel, the columns of any instruction set's panel; sum_classes, the classes
-    whose exponentials one partial sum adds; cached_classes, the class rows whose gradient a thread holds before it projects them.
+    whose exponentials one partial sum adds.
     """
     library, _ = _load()
     return getattr(library, f"cosface_{name}_portable")()
