@@ -24,19 +24,27 @@ inline uint32_t mixed(uint32_t word) {
     return word ^ word >> 16;
 }
 
-// 16 random bits for each column; streams 0 and 1 share a word, as do 2 and 3.
-inline void random_bits(uint32_t row_key, int64_t size, int stream, uint32_t *bits) {
-#pragma omp simd
+// 32 random bits for each column: of streams 0 and 1, or where `second` of 2 and 3.
+inline void random_words(uint32_t row_key, int64_t size, bool second, uint32_t *words) {
+    uint32_t column = row_key;  // + d · 0x9e3779b9, by addition
+#pragma omp simd linear(column : 0x9e3779b9u)
     for (int64_t d = 0; d < size; d++) {
-        uint32_t word = mixed(row_key + (uint32_t)d * 0x9e3779b9u);
-        if (stream >= 2) word = mixed(word ^ 0x85ebca6bu);
-        bits[d] = stream % 2 ? word & 0xffff : word >> 16;
+        words[d] = mixed(column);
+        column += 0x9e3779b9u;
     }
+    if (!second) return;
+#pragma omp simd
+    for (int64_t d = 0; d < size; d++) words[d] = mixed(words[d] ^ 0x85ebca6bu);
 }
+
+// The 16 of them that a stream has: of two that share a word the first has the upper ones.
+template <int STREAM> inline uint32_t random_bits(uint32_t word) { return STREAM % 2 ? word & 0xffff : word >> 16; }
 
 inline uint32_t row_key(uint64_t key, uint64_t row) {
     return mixed(mixed((uint32_t)row ^ (uint32_t)key) ^ (uint32_t)(row >> 32) ^ (uint32_t)(key >> 32));
 }
+
+inline bool is_rounded(const Buffer &buffer) { return buffer.data && buffer.format != FLOAT32; }
 
 // A row as floats: where it lies if it has them, else in room.
 inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room) {
@@ -65,19 +73,18 @@ inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room)
     return room;
 }
 
-inline void to_bfloat16(const float *row, int64_t size, const uint32_t *bits, uint16_t *halves) {
+template <int STREAM> inline void to_bfloat16(const float *row, int64_t size, const uint32_t *random, uint16_t *halves) {
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
         uint32_t word;
         memcpy(&word, row + d, sizeof word);
-        word = (word & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : word + bits[d];
+        word = (word & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : word + random_bits<STREAM>(random[d]);
         halves[d] = (uint16_t)(word >> 16);
     }
 }
 
 // Returns the scale; NaN, and codes as they were, for a row that is not finite.
-template <bool SQUARES>
-inline float to_codes(float *row, int64_t size, const uint32_t *bits, uint8_t *codes) {
+template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t size, const uint32_t *random, uint8_t *codes) {
     constexpr int32_t LARGEST_CODE = SQUARES ? 255 : 127;
     int32_t largest_bits = 0;
 #pragma omp simd reduction(max : largest_bits)
@@ -96,7 +103,7 @@ inline float to_codes(float *row, int64_t size, const uint32_t *bits, uint8_t *c
     // Between 0 and 1 by more than a rounding of a code: a code that is read and written again stays.
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
-        const float number = row[d] * inverse + ((float)(int32_t)(bits[d] >> 1) + 0.5f) * 0x1p-15f;
+        const float number = row[d] * inverse + ((float)(int32_t)(random_bits<STREAM>(random[d]) >> 1) + 0.5f) * 0x1p-15f;
         int32_t code = (int32_t)number;
         code -= (float)code > number ? 1 : 0;
         code = code > LARGEST_CODE ? LARGEST_CODE : code;
@@ -108,27 +115,26 @@ inline float to_codes(float *row, int64_t size, const uint32_t *bits, uint8_t *c
     return scale;
 }
 
-// Overwrites row with its square roots for UINT8_SQUARE.
-inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *row, uint32_t row_key, int stream, uint32_t *bits) {
-    if (to.format == FLOAT32) return;
-    random_bits(row_key, size, stream, bits);
+// random: the row's words, those of STREAM. Overwrites row with its square roots for UINT8_SQUARE.
+template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *row, const uint32_t *random) {
     uint8_t *codes = (uint8_t *)to.data + row_number * size;
-    if (to.format == BFLOAT16) to_bfloat16(row, size, bits, (uint16_t *)to.data + row_number * size);
-    else if (to.format == INT8) to.scale[row_number] = to_codes<false>(row, size, bits, codes);
-    else to.scale[row_number] = to_codes<true>(row, size, bits, codes);
+    if (to.format == BFLOAT16) to_bfloat16<STREAM>(row, size, random, (uint16_t *)to.data + row_number * size);
+    else if (to.format == INT8) to.scale[row_number] = to_codes<false, STREAM>(row, size, random, codes);
+    else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
 }
 
+// Without momentum m is null. Two loops: in one that asks for m the compiler finds no vectors.
 inline void sgd(const Step &h, int64_t size, float *w, const float *grad, float *m) {
+    const bool nesterov = h.nesterov != 0;
+    const int64_t moved = m ? size : 0;
 #pragma omp simd
-    for (int64_t d = 0; d < size; d++) {
+    for (int64_t d = 0; d < moved; d++) {
         const float g = h.sign * grad[d] + h.weight_decay * w[d];
-        float step = g;
-        if (m) {
-            m[d] = h.first_decay * m[d] + g;
-            step = h.nesterov != 0 ? g + h.first_decay * m[d] : m[d];
-        }
-        w[d] -= h.lr * step;
+        m[d] = h.first_decay * m[d] + g;
+        w[d] -= h.lr * (nesterov ? g + h.first_decay * m[d] : m[d]);
     }
+#pragma omp simd
+    for (int64_t d = moved; d < size; d++) w[d] -= h.lr * (h.sign * grad[d] + h.weight_decay * w[d]);
 }
 
 inline void adamw(const Step &h, int64_t size, float *w, const float *grad, float *m, float *v) {
@@ -148,18 +154,22 @@ void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int
                                         int64_t rows, int thread) {
     const int64_t size = step->size;
     float *room = step->scratch + thread * 4 * size;
-    uint32_t *bits = (uint32_t *)(room + 3 * size);
+    uint32_t *random = (uint32_t *)(room + 3 * size);
+    const Buffer &table = step->table, &first_state = step->states[0], &second_state = step->states[1];
     for (int64_t i = 0; i < rows; i++) {
         const int64_t row = index ? index[first + i] : first + i;
-        const uint32_t random = row_key(step->key, row + step->first_of_shard);
-        float *w = decode(step->table, row, size, room), *state[Step::STATES] = {};
-        for (int k = 0; k < Step::STATES; k++)
-            if (step->states[k].data) state[k] = decode(step->states[k], row, size, room + (k + 1) * size);
-        if (step->rule == SGD) sgd(*step, size, w, grad + i * stride, state[0]);
-        else adamw(*step, size, w, grad + i * stride, state[0], state[1]);
-        encode(step->table, row, size, w, random, 0, bits);
-        for (int k = 0; k < Step::STATES; k++)
-            if (state[k]) encode(step->states[k], row, size, state[k], random, k + 1, bits);
+        float *w = decode(table, row, size, room), *m = nullptr, *v = nullptr;
+        if (first_state.data) m = decode(first_state, row, size, room + size);
+        if (second_state.data) v = decode(second_state, row, size, room + 2 * size);
+        if (step->rule == SGD) sgd(*step, size, w, grad + i * stride, m);
+        else adamw(*step, size, w, grad + i * stride, m, v);
+        const uint32_t key = row_key(step->key, row + step->first_of_shard);
+        if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, false, random);
+        encode<0>(table, row, size, w, random);
+        if (m) encode<1>(first_state, row, size, m, random);
+        if (!v || !is_rounded(second_state)) continue;
+        random_words(key, size, true, random);
+        encode<2>(second_state, row, size, v, random);
     }
 }
 
