@@ -83,7 +83,7 @@ def test_every_stage_has_its_work():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capfd, tmp_path):
-    assert command.main(["--out", str(tmp_path)]) == 1
+    assert command.main(["--out", str(tmp_path), "--patience", "10"]) == 1
     assert "gpu_check: there is no GPU that this torch can use" in capfd.readouterr().err
     assert record(tmp_path)["stages"]["probe"]["status"] == "skipped" and not record(tmp_path)["complete"]
 
