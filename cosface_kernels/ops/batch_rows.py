@@ -109,7 +109,10 @@ def _power_of_two(lse_grad):
     """
     finite = torch.where(lse_grad.isfinite(), lse_grad.abs(), 0.0)
     largest = torch.cat([finite, finite.new_zeros(1)]).amax()
-    return torch.exp2(-torch.frexp(largest).exponent.clamp(-126, 126).to(lse_grad.dtype))
+    # Made of its bits: on a GPU torch.exp2 is compiled at its first call.
+    bits, bias, places = (torch.int64, 1023, 52) if lse_grad.dtype == torch.float64 else (torch.int32, 127, 23)
+    exponent = torch.frexp(largest).exponent.clamp(-126, 126).to(bits)
+    return ((bias - exponent) << places).view(lse_grad.dtype)
 
 
 def _sum_by_row(targets, rows, num_rows):

@@ -64,13 +64,23 @@ def test_a_sample_waits_where_the_batch_is_larger_alone():
     assert counted(lambda: sample_classes(labels, 1000, 0.1, seed=1, step=2))["wait"] == 1
 
 
+@pytest.mark.parametrize("margin", [CosFace(0.35), Softmax(), LSoftmax(4)], ids=repr)
+def test_nothing_is_compiled_but_by_triton(margin):
+    """PyTorch compiles some of its operators at their first call, with a library that need not be there."""
+    (features, labels), weight = batch(), torch.randn(1000, 512, device="cuda", requires_grad=True)
+    RUNTIME.fake_reset()
+    margin_softmax_loss(features, weight, labels, margin=margin, classes=torch.arange(0, 1000, 2, device="cuda")).backward()
+    assert b"compilation" not in RUNTIME.fake_counts()
+
+
 def test_launches_of_a_million_classes():
-    """As benchmarks/prediction.py has them, for one slab of the chip's after another."""
-    from benchmarks import prediction
+    """As benchmarks/host_time.py has them, for one slab of the chip's after another."""
+    from benchmarks import host_time
 
     (features, labels), weight = batch(), torch.empty(10**6, 512, device="cuda", requires_grad=True)
+    features = features.detach().bfloat16().requires_grad_()
     found = counted(lambda: cosface_loss(features, weight, labels).backward())
-    slabs = -(-(10**6) // prediction.slab_rows(256, 10**6, 512, prediction.slabs.Chip(132, 79 * 2**30)))
+    slabs = -(-(10**6) // host_time.slab_rows(256, 10**6, 512, host_time.slabs.Chip(132, 79 * 2**30)))
     kernels = {what.removeprefix("kernel "): number for what, number in found.items() if what.startswith("kernel ")}
     assert kernels["exponentials"] == kernels["normalize_rows"] == kernels["add_pull"] == kernels["project_rows"] == slabs
     assert sum(kernels.values()) == 4 * slabs + 6
