@@ -25,14 +25,14 @@ test-slow: $(READY)
 test-all: $(READY)
 	$(PYTEST)
 
-# The native kernels' own tests, and a grid of the backend's, with the library compiled for AddressSanitizer and
+# The native kernels' own tests, a grid of the backend's, and every default dtype, with the library compiled for AddressSanitizer and
 # UndefinedBehaviorSanitizer. Python's own leaks at exit are none of its business; without libstdc++ beside it, libasan finds no
 # __cxa_throw for PyTorch's exceptions.
 test-sanitize: $(READY)
 	COSFACE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
 	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/ops/backends/libcosface_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" $(BIN)/python -m pytest -n 2 \
-		tests/test_native.py tests/test_backends.py tests/test_forms.py -k "native or cpu-cpu"
+		tests/test_native.py tests/test_backends.py tests/test_forms.py tests/test_defaults.py -k "native or cpu-cpu"
 
 # What only the CUDA builds of PyTorch and Triton show, in the versions of the GPU machine: 700 MB to download once, no GPU.
 GPU := build/gpu
