@@ -24,7 +24,14 @@ from triton.runtime.jit import JITFunction
 
 from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, margins
 from cosface_kernels.ops import backends, formats, slabs
-from cosface_kernels.ops.backends import triton_backend, triton_kernels, triton_rows, triton_update
+from cosface_kernels.ops.backends import (
+    triton_attend,
+    triton_backend,
+    triton_forms,
+    triton_kernels,
+    triton_rows,
+    triton_update,
+)
 from cosface_kernels.optim import fused, rules
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
@@ -56,7 +63,7 @@ class Chip:
 
 def launches(chip, calls):
     """A Launch of everything that calls [function, ...] launch, each once."""
-    found, run, tiles = {}, JITFunction.run, triton_backend.tiles
+    found, run = {}, JITFunction.run
 
     def compile_only(kernel, *arguments, grid, warmup, **keywords):
         compiled = run(kernel, *arguments, grid=grid, warmup=True, **keywords)
@@ -70,7 +77,7 @@ def launches(chip, calls):
         for owner, name, value in (
             (JITFunction, "run", compile_only),
             (backends, "unusable", lambda *arguments: None),
-            (triton_backend, "tiles", lambda rows, size, dtype, _, centers: tiles(rows, size, dtype, divmod(chip, 10), centers)),
+            (triton_kernels, "capability", lambda device: divmod(chip, 10)),
             (slabs, "SLAB_CLASSES_MIN", SLAB),
             (slabs, "SLAB_CLASSES_MAX", SLAB),
             (fused._Fused, "_part", _decided_there),
@@ -93,8 +100,9 @@ def _described(value, constant):
     return ("" if abs(value) < 2**31 else "long ") + ("16n" if value % 16 == 0 else "n")
 
 
-def calls():
+def calls(chip):
     """Functions that take every choice of the launching code at least once."""
+    yield from _forms(chip)
     # The table of tiles, and what its kernels are compiled for: whether E is stored, row maxima, whole and cut tiles, N and B
     # divisible by 16 or not, sub-centres.
     precisions = (BFLOAT16, "ieee"), (FLOAT32, "ieee"), (FLOAT32, "tf32")
@@ -149,6 +157,34 @@ def calls():
     assert sorted(shapes) == list(range(1, triton_backend.PULL_PARTS_MAX + 1))
     for num_rows, num_classes in shapes.values():
         yield Call(num_rows=num_rows, num_classes=num_classes)
+
+
+def _forms(chip):
+    """The kernels that triton_forms.json asks for on the chip, and those that it may: where both attend, whole and cut blocks."""
+    cases = [(BFLOAT16, "ieee", {}), (FLOAT32, "ieee", {}), (FLOAT32, "tf32", {})]
+    if chip >= 90:
+        cases.append((BFLOAT16, "ieee", {"DESCRIPTORS": True}))
+    for size, (dtype, precision, options) in itertools.product((64, 128, 256, 512), cases):
+        for num_classes in (2 * SLAB, 2 * SLAB + 80):
+            call = Call(num_classes=num_classes, size=size, dtypes=(dtype, dtype), precision=precision)
+            yield _asking(call, attend_features=options, attend_table=options)
+    for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
+        yield _asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
+    yield _asking(Step(512, "bfloat16", memory_budget=0), attend_features={}, attend_table={})
+    for row in triton_forms.rows():
+        if tuple(row["chip"]) == divmod(chip, 10):
+            dtype, (num_rows, _) = getattr(torch, row["dtype"]), row["num_rows"]
+            for size in {size for size in (64, 128, 256, 512) if row["size"][0] <= size <= row["size"][1]}:
+                call = Call(num_rows=num_rows, num_classes=2 * SLAB + 80, size=size, dtypes=(dtype, dtype))
+                yield _asking(call, **{row["kernel"]: row["options"]})
+
+
+def _asking(call, **forms):
+    def asked():
+        with triton_forms.using(**forms):
+            call()
+
+    return asked
 
 
 class Call(NamedTuple):
@@ -221,7 +257,8 @@ def _every_other(tensor):
 
 def kernels():
     """Every kernel of the package: its other functions take no pointers."""
-    functions = {**vars(triton_kernels), **vars(triton_rows), **vars(triton_update)}.values()
+    modules = triton_attend, triton_kernels, triton_rows, triton_update
+    functions = [function for module in modules for function in vars(module).values()]
     found = [function for function in functions if isinstance(function, JITFunction)]
     return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}
 
@@ -238,7 +275,7 @@ def main():
     for chip in [int(argument) for argument in sys.argv[1:]] or sorted(compiled_facts.TENSOR_CORE):
         left = kernels() | configurations(chip)
         with compiled_facts.remembered(f"sm_{chip}"):
-            for launch in launches(chip, calls()):
+            for launch in launches(chip, calls(chip)):
                 left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
                 found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **launch.compiled.facts}
                 print(json.dumps(found | {"fuses": launch.numbers["enable_fp_fusion"]}), flush=True)

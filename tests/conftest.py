@@ -4,6 +4,7 @@ Without a GPU the Triton kernels run in Triton's interpreter on CPU tensors, so 
 triton; with one they are compiled.
 """
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -59,11 +60,21 @@ def device(request):
 
 
 @pytest.fixture(params=backends.NAMES)
-def backend(request, device):
-    why = backends.unusable(request.param, device)
+def backend(request, device, monkeypatch):
+    """A backend's name. "attend", for the tests that ask for it with selection.attend_too, is triton with the attention-shaped
+    kernels, which serve where nothing is kept.
+    """
+    name = "triton" if request.param == "attend" else request.param
+    why = backends.unusable(name, device)
     if why:
         pytest.skip(why)
-    return request.param
+    with contextlib.ExitStack() as stack:
+        if request.param == "attend":
+            from cosface_kernels.ops.backends import triton_forms
+
+            monkeypatch.setattr("cosface_kernels.ops.slabs.kept_size", lambda *arguments: (0, 0))
+            stack.enter_context(triton_forms.using(attend_features={}, attend_table={}))
+        yield name
 
 
 @pytest.fixture

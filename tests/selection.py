@@ -13,6 +13,8 @@ not slow.
 import pytest
 import torch
 
+from cosface_kernels.ops.backends import NAMES
+
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -20,6 +22,11 @@ def slow_when(condition):
     return pytest.mark.slow_when.with_args(condition)
 
 
+def attend_too(test):
+    """Its fixture `backend` is each backend, and "attend": see conftest.backend."""
+    return pytest.mark.parametrize("backend", [*NAMES, "attend"], indirect=True)(test)
+
+
 def interpreted(backend):
     """Triton's interpreter takes some 100 times as long as a compiled kernel."""
-    return backend == "triton" and not HAS_GPU
+    return backend in ("triton", "attend") and not HAS_GPU

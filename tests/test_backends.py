@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from cases import check_accuracy, draws, evaluate
-from selection import interpreted, slow_when
+from selection import attend_too, interpreted, slow_when
 
 from benchmarks import measure, peers
 from cosface_kernels import cosface_loss, cosine_lse, reference
@@ -50,6 +50,7 @@ SCALES = [("float32", "hard", 1000.0), ("autocast", "hard", 1e-3)]
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @slow_when(lambda backend, precision, kind, shape: interpreted(backend) and (precision, kind, shape) not in REPRESENTATIVES)
+@attend_too
 def test_error_at_most_the_references(backend, device, precision, kind, shape):
     *dtypes, autocast = PRECISIONS[precision]
     if kind == "adversarial" and torch.float16 in dtypes:
@@ -61,6 +62,7 @@ def test_error_at_most_the_references(backend, device, precision, kind, shape):
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 @pytest.mark.parametrize("scale", [1e-3, 30.0, 1000.0])
 @slow_when(lambda backend, precision, kind, scale: interpreted(backend) and (precision, kind, scale) not in SCALES)
+@attend_too
 def test_any_scale(backend, device, scale, precision, kind):
     """1000 is past the range of a constant shift: every row's maximum is found first."""
     *dtypes, autocast = PRECISIONS[precision]
@@ -77,6 +79,7 @@ def test_any_budget(backend, device, precision, memory_budget):
 
 
 @slow_when(interpreted)
+@attend_too
 def test_twice_as_accurate_as_autocast_on_hard_inputs(backend, device):
     """Three negatives at the cosine of the target, 0.8, where plain PyTorch's cosines are rounded to bfloat16."""
     check = measure.Check(peers.inputs(64, 2000, 128, device))
@@ -97,6 +100,7 @@ def test_float64(device, kind):
 
 
 @pytest.mark.parametrize("transpose", [False, True])
+@attend_too
 def test_strided_table(backend, device, transpose):
     """A table that is a view: read in place, whatever its strides."""
     inputs = draws("hard", (7, 257, 70), torch.float32, torch.float32, backend=backend)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
-from selection import interpreted, slow_when
+from selection import attend_too, interpreted, slow_when
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
@@ -251,6 +251,7 @@ def check_form(backend, device, form, precision, memory_budget):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS)
 @slow_when(lambda backend, form, precision: interpreted(backend) and precision != "float32" and form != "bias")
+@attend_too
 def test_error_at_most_the_references(backend, device, form, precision):
     """By default all slabs of so small a table but the last are kept, or all."""
     check_form(backend, device, form, precision, "auto")

@@ -1,4 +1,5 @@
-"""The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products.
+"""The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products, or where triton_forms.py says so those of
+triton_attend.py.
 
 Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
 backward the first two again where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab
@@ -10,7 +11,7 @@ import functools
 import torch
 
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, triton_kernels, triton_rows, triton_update
+from . import Sums, centers, triton_attend, triton_forms, triton_kernels, triton_rows, triton_update
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -46,19 +47,25 @@ def pull_parts(num_rows, size, width):
 
 def forward(x, table, targets, plan, *, need_pull):
     num_rows, size = x.shape
-    slab = _Slab(_padded(x, plan.dtype), table, targets, plan)
+    attend = triton_attend.constants("attend_features", x, table, plan, _precision()) if need_pull else None
+    slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan)
+    features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
     shift = _shift(slab, plan, num_rows)
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
-    partial = slab.partial()
+    partial = None if features else slab.partial()
     lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     pull_sum, pull_grid = None, (ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
-        e = plan.kept_view(kept, index, num_rows, unit.shape[0])
-        if e is None and need_pull:
-            e = slab.scratch(unit.shape[0])
-        slab.exponentials(unit, start, stop, shift, partial, store=e)
+        if features:
+            parts = features.parts(unit, start, stop)
+            partial = features.partial
+        else:
+            e = plan.kept_view(kept, index, num_rows, unit.shape[0])
+            if e is None and need_pull:
+                e = slab.scratch(unit.shape[0])
+            slab.exponentials(unit, start, stop, shift, partial, store=e)
         first, last = start == 0, stop == table.num_rows
         if last and num_rows:
             triton_kernels.finish_sums[(ceil_div(num_rows, FINISH_BLOCKS["BLOCK_N"]),)](
@@ -67,7 +74,9 @@ def forward(x, table, targets, plan, *, need_pull):
         if need_pull and num_rows:
             if first and not last:
                 pull_sum = torch.empty(pull.shape, dtype=torch.float64, device=x.device)
-            parts = in_parts(e, unit if size == unit.shape[1] else unit[:, :size], pull_parts(num_rows, size, unit.shape[0]))
+            if not features:
+                columns = unit if size == unit.shape[1] else unit[:, :size]
+                parts = in_parts(e, columns, pull_parts(num_rows, size, unit.shape[0]))
             triton_kernels.add_pull[pull_grid](
                 parts,
                 pull_sum,
@@ -85,7 +94,12 @@ def forward(x, table, targets, plan, *, need_pull):
 
 def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
     num_rows, size = x.shape
-    scaled = _padded(x, plan.dtype, row_scale)
+    attend = triton_attend.constants("attend_table", x, table, plan, _precision())
+    if attend:
+        low, factors = _padded(x, plan.dtype, attend), (row_scale, unscale, target_rows, target_sums)
+        triton_attend.backward(low, size, table, targets, *factors, plan, gradient, attend)
+        return
+    scaled = _padded(x, plan.dtype, row_scale=row_scale)
     slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled, table, targets, plan)
     partial = slab.partial()
     num_targets, blocks = target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
@@ -130,8 +144,11 @@ class _Slab:
 
     def __init__(self, low, table, targets, plan):
         self.low, self.table, self.targets, self.plan = low, table, targets, plan
-        capability = torch.cuda.get_device_capability(low.device) if low.is_cuda else (9, 0)
+        capability = triton_kernels.capability(low.device)
         self.config = tiles(*low.shape, plan.dtype, capability, table.centers)
+        if table.centers == 1:
+            size = table.weight.shape[1]
+            self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
         self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
         self._constants = {
             "CENTERS": table.centers,
@@ -214,9 +231,9 @@ def _shift(slab, plan, num_rows):
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 
-def _padded(rows, dtype, row_scale=None):
-    """rows, times row_scale, in dtype, with zero columns up to a multiple of D_ALIGNMENT."""
-    padding = -rows.shape[1] % D_ALIGNMENT
+def _padded(rows, dtype, attend=None, row_scale=None):
+    """rows, times row_scale, in dtype, with zero columns up to a multiple of D_ALIGNMENT, or as many as attend needs."""
+    padding = attend["SIZE"] - rows.shape[1] if attend else -rows.shape[1] % D_ALIGNMENT
     padded = (torch.zeros if padding else torch.empty)(rows.shape[0], rows.shape[1] + padding, dtype=dtype, device=rows.device)
     inside = padded[:, : rows.shape[1]]
     if row_scale is None:

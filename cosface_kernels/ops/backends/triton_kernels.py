@@ -15,6 +15,7 @@ No atomics: a tile has its own partial sums, and their reduction is a plain sum.
 import functools
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -36,6 +37,11 @@ def row_blocks(size, elements=ROW_BLOCK_ELEMENTS):
     """Launch configuration of the row kernels for (padded) embedding size `size`."""
     block_d = 1 << (size - 1).bit_length()  # triton.next_power_of_2 takes the host longer
     return {"BLOCK_R": max(1, elements // block_d), "BLOCK_D": block_d, "num_warps": 4 if block_d <= 4096 else 8, **FUSE}
+
+
+def capability(device):
+    """A GPU's compute capability; off a GPU, in the interpreter, Hopper's."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 @triton.jit

@@ -1,0 +1,273 @@
+"""Attention-shaped kernels: two products and the exponential between them in one launch, E in registers alone.
+
+    attend(Q, KV) = (2^{k Q KVᵀ - h}, targets left out) KV
+
+    attend_features     Q = x̂, KV = ŵ of a slab: row sums of E, and E ŵ. Classes are split over programs, each of which writes its
+                        part; finish_sums and add_pull of triton_kernels.py add the parts in their order
+    attend_table        Q = ŵ, KV = x̂ with E's columns times row_scale: a program makes whole rows of dŵ, and after them of
+                        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, from the raw rows and back to the gradient's
+
+Nothing N x B is stored, and nothing is transposed in registers: the second takes ŵ x̂ᵀ as it needs it. No atomics.
+
+They serve cosines with a constant shift and one row to a class, where nothing is kept, and only where triton_forms.py asks for
+them. Rows are padded to a power of two up to 512, the most of a row of dŵ that registers hold beside 63 others.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..slabs import ceil_div
+from . import triton_forms, triton_kernels, triton_update
+from .triton_kernels import FUSE, project, targets_share, unit_and_inverse
+
+SIZE_MIN, SIZE_MAX = 64, 512
+# So many programs fill a GPU, in at most so many parts of the classes.
+PROGRAMS, PARTS_MAX = 128, 16
+# Numbers of the table's rows that a program holds at a time, before and after its products.
+ROW_ELEMENTS = 4096
+# By padded size: rows of Q, rows of KV, warps, stages. None spills, compiled for that chip, nor has a wgmma wait for the one
+# before: with more rows of x̂ attend_table does either.
+HOPPER = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2), 512: (64, 64, 8, 2)}
+HOPPER_TABLE = {**HOPPER, 256: (64, 32, 4, 2), 512: (64, 32, 8, 2)}
+BLACKWELL = {size: HOPPER[size] for size in (64, 128, 256)}  # 64 rows of 512 spill there, and 128 rows of 256 of the table's
+BLACKWELL_TABLE = {size: HOPPER[size] for size in (64, 128)}
+OLDER = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)}  # 99 KB of shared memory
+FLOAT32 = {64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)}
+BLOCKS = {"attend_features": ("BLOCK_N", "BLOCK_C"), "attend_table": ("BLOCK_R", "BLOCK_N")}  # of Q, of KV
+
+
+def width(size):
+    """What rows of `size` are padded to."""
+    return max(SIZE_MIN, 1 << (size - 1).bit_length())
+
+
+def constants(kernel, x, table, plan, precision):
+    """A kernel's launch options and constants where it is to serve the call; None where the slab loop is."""
+    num_rows, size = x.shape
+    can = num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs and table.centers == 1
+    capability = triton_kernels.capability(x.device)
+    asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability) if can else None
+    shapes = _shapes(kernel, plan.dtype, capability)
+    if asked is None or width(size) not in shapes:
+        return None
+    if plan.dtype == torch.float32:
+        asked = {**asked, "DESCRIPTORS": False}  # spills
+    names = *BLOCKS[kernel], "num_warps", "num_stages"
+    return {
+        **dict(zip(names, shapes[width(size)], strict=True)),
+        **{"SIZE": width(size), "DESCRIPTORS": False, "PRECISION": precision, "UPCAST": triton_kernels.INTERPRETED},
+        **FUSE,
+        **asked,
+    }
+
+
+def _shapes(kernel, dtype, capability):
+    if dtype == torch.float32:
+        return FLOAT32
+    if kernel == "attend_table":
+        return {9: HOPPER_TABLE, 10: BLACKWELL_TABLE}.get(capability[0], OLDER)
+    return {9: HOPPER, 10: BLACKWELL}.get(capability[0], OLDER)
+
+
+class Features:
+    """E ŵ and the row sums of E, slab by slab."""
+
+    def __init__(self, low, size, targets, plan, constants):
+        """low (N, width(size)): x̂ in plan.dtype."""
+        self.low, self.size, self.targets, self.plan, self.constants = low, size, targets, plan, constants
+        self.partial = self._parts = None
+
+    def parts(self, unit, start, stop):
+        """(parts, N, D) float32 whose sum is E ŵ of the slab; its row sums are added to `partial` (as many parts, N)."""
+        num_rows, classes, constants = self.low.shape[0], stop - start, self.constants
+        row_tiles, class_tiles = ceil_div(num_rows, constants["BLOCK_N"]), ceil_div(classes, constants["BLOCK_C"])
+        parts = max(1, min(PARTS_MAX, PROGRAMS // row_tiles, class_tiles))
+        if self._parts is None:  # no other slab has more
+            self._parts = torch.empty(parts, num_rows, self.size, dtype=torch.float32, device=self.low.device)
+            self.partial = torch.empty(parts, num_rows, dtype=torch.float64, device=self.low.device)
+        attend_features[(row_tiles * parts,)](
+            *(self.low, _source(unit[:classes], constants, "BLOCK_C"), self.targets, self.partial, self._parts),
+            *(num_rows, classes, self.size, start, ceil_div(class_tiles, parts), self.plan.log2_scale, self.plan.shift),
+            RAGGED=classes % constants["BLOCK_C"] != 0,
+            **constants,
+        )
+        return self._parts[:parts]
+
+
+def backward(low, size, table, targets, row_scale, unscale, target_rows, target_sums, plan, gradient, constants):
+    """See backends.backward; low (N, width(size)): x̂ in plan.dtype."""
+    num_rows, slab, num_targets = low.shape[0], min(plan.slab, table.num_rows), target_rows.shape[0]
+    unit, room = low.new_empty(slab, low.shape[1]), None
+    source = _source(low, constants, "BLOCK_N")
+    few = min(constants["BLOCK_R"], ROW_ELEMENTS // low.shape[1])
+    # No mask in the kernel's loop: it would cost the registers that the product needs.
+    padding = 0, -num_rows % constants["BLOCK_N"]
+    targets, row_scale = F.pad(targets, padding, value=-1), F.pad(row_scale, padding)
+    parts, projection = gradient.device_update(), {"normalize": True, "targets": (target_rows, target_sums)}
+    for _, start, stop in plan.slabs(table):
+        rows, out = table.rows(start, stop), gradient.place(start, stop)
+        if out.dtype != torch.float32 and room is None:
+            room = torch.empty(slab, size, dtype=torch.float32, device=low.device)
+        attend_table[(ceil_div(stop - start, constants["BLOCK_R"]),)](
+            *(rows, source, targets, row_scale, unscale, target_rows, target_sums, unit, out if room is None else room, out),
+            *(stop - start, num_rows, size, num_targets, start, plan.log2_scale, plan.shift, *rows.stride()),
+            SEARCH_STEPS=num_targets.bit_length(),
+            FEW=few,
+            PROJECT=parts is None,
+            **constants,
+        )
+        if parts is None:
+            gradient.put(start, stop, out)
+            continue
+        place = slice(start, stop) if table.index is None else table.index[start:stop]
+        for part, column in parts:  # dŵ is in `out`, which is float32 where an update takes it
+            triton_update.update(part, place, out, column=column, start=start, unscale=unscale, **projection)
+
+
+def _source(matrix, constants, block):
+    """What a kernel loads blocks of rows from: the matrix, or its descriptor."""
+    if not constants["DESCRIPTORS"]:
+        return matrix
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [constants[block], matrix.shape[1]])
+
+
+@triton.jit
+def load_rows(source, first, count, SIZE: tl.constexpr, BLOCK: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr):
+    """BLOCK rows from `first` on; in place of those past `count` the last one, or of a descriptor zeros."""
+    if DESCRIPTORS:
+        rows = source.load([first, 0])
+    else:
+        row = tl.minimum(first + tl.arange(0, BLOCK), count - 1).to(tl.int64)
+        rows = tl.load(source + row[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
+    return rows.to(tl.float32) if UPCAST else rows
+
+
+@triton.jit
+def attend_features(
+    x_ptr,  # (N, SIZE) x̂
+    unit,  # (B, SIZE) ŵ of the slab, or its descriptor
+    target_ptr,  # (N,) int64 class, -1 for none
+    partial_ptr,  # (PARTS, N) float64 row sums of E over all slabs so far
+    part_ptr,  # (PARTS, N, D) float32 E ŵ of this slab
+    N,
+    B,
+    D,
+    first_class,
+    blocks_each,  # blocks of classes to a part
+    log2_scale,
+    shift,
+    RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
+    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
+    UPCAST: tl.constexpr,  # interpreter only, whose bfloat16 products are not numbers
+    DESCRIPTORS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # Row tiles run fastest: neighbouring programs read the same class rows while those are in L2.
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    row = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(0) // row_tiles
+    column = tl.arange(0, SIZE)
+    live = row < N
+    target = tl.load(target_ptr + row, mask=live, other=-1) - first_class
+    target = tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
+    x = tl.load(x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * SIZE + column[None, :])
+    if UPCAST:
+        x = x.to(tl.float32)
+    start = part * blocks_each * BLOCK_C
+    total = tl.zeros((BLOCK_N,), tl.float64)  # in float32 a sum over 10^5 blocks would lose digits
+    pull = tl.zeros((BLOCK_N, SIZE), tl.float32)
+    for first in tl.range(start, tl.minimum(start + blocks_each * BLOCK_C, B), BLOCK_C):
+        rows = load_rows(unit, first, B, SIZE, BLOCK_C, DESCRIPTORS, UPCAST)
+        classes = first + tl.arange(0, BLOCK_C)
+        exponent = tl.dot(x, rows.T, input_precision=PRECISION) * log2_scale
+        # 2^-inf past the last class: an operand of the subtraction, where a mask would be one more instruction for each element.
+        exponent -= tl.where(classes < B, shift, float("inf"))[None, :] if RAGGED else shift
+        e = tl.where(target[:, None] == classes[None, :], 0.0, tl.exp2(exponent))
+        total += tl.sum(e, 1)
+        e = e.to(x_ptr.dtype.element_ty)
+        pull = tl.dot(e.to(tl.float32) if UPCAST else e, rows, pull, input_precision=PRECISION)
+    place = part.to(tl.int64) * N + row
+    before = tl.load(partial_ptr + place, mask=live & (first_class > 0), other=0.0)
+    tl.store(partial_ptr + place, before + total, mask=live)
+    tl.store(part_ptr + place[:, None] * D + column[None, :], pull, mask=live[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def attend_table(
+    rows_ptr,  # (R, D) raw rows of the table, any float dtype
+    x,  # (N, SIZE) x̂, or its descriptor
+    target_ptr,  # (N rounded up to BLOCK_N,) int64 class, -1 for none
+    row_scale_ptr,  # (the same,) float32, 0 past N, where x̂ is the last row or zero
+    unscale_ptr,  # 0-dim float32
+    target_row_ptr,  # (T,) int64 ascending
+    target_sum_ptr,  # (T, D) float32, a row's sum in the first slot that it has
+    unit_ptr,  # (R, SIZE) room for ŵ, in x̂'s dtype
+    grad_ptr,  # (R, D) float32 room for dŵ; may be out_ptr
+    out_ptr,  # (R, D) contiguous rows of the weight's gradient
+    R,
+    N,
+    D,
+    T,
+    first_row,
+    log2_scale,
+    shift,
+    stride_row,
+    stride_column,
+    SEARCH_STEPS: tl.constexpr,  # 2^SEARCH_STEPS > T
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FEW: tl.constexpr,  # rows held beside others, a divisor of BLOCK_R
+    PROJECT: tl.constexpr,  # otherwise dŵ is all that is wanted
+):
+    # A tile of raw rows beside one of the gradient would spill: those rows come a few at a time, and what is made of them goes
+    # through memory, where it stays in L2. A barrier makes it visible to the program's other threads.
+    first_of_tile = tl.program_id(0).to(tl.int64) * BLOCK_R
+    for few in tl.range(0, BLOCK_R, FEW):
+        some = first_of_tile + few + tl.arange(0, FEW)
+        exact, _ = unit_and_inverse(load_raw(rows_ptr, some, R, D, stride_row, stride_column, SIZE))
+        place = unit_ptr + some[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+        tl.store(place, exact.to(unit_ptr.dtype.element_ty), mask=(some < R)[:, None])
+    tl.debug_barrier()
+    row = first_of_tile + tl.arange(0, BLOCK_R)
+    column = tl.arange(0, SIZE)
+    unit = tl.load(unit_ptr + tl.minimum(row, R - 1)[:, None] * SIZE + column[None, :])
+    if UPCAST:
+        unit = unit.to(tl.float32)
+    grad = tl.zeros((BLOCK_R, SIZE), tl.float32)
+    for first in tl.range(0, N, BLOCK_N):
+        rows = load_rows(x, first, N, SIZE, BLOCK_N, DESCRIPTORS, UPCAST)
+        sample = first + tl.arange(0, BLOCK_N)
+        scale = tl.load(row_scale_ptr + sample, cache_modifier=".ca")
+        target = tl.load(target_ptr + sample, cache_modifier=".ca") - first_row
+        target = tl.where((target >= 0) & (target < R), target, -1).to(tl.int32)
+        e = tl.exp2(tl.dot(unit, rows.T, input_precision=PRECISION) * log2_scale - shift) * scale[None, :]
+        e = tl.where(target[None, :] == row.to(tl.int32)[:, None], 0.0, e).to(unit_ptr.dtype.element_ty)
+        grad = tl.dot(e.to(tl.float32) if UPCAST else e, rows, grad, input_precision=PRECISION)
+    tl.store(grad_ptr + row[:, None] * D + column[None, :], grad, mask=(row < R)[:, None] & (column < D)[None, :])
+    if PROJECT:
+        tl.debug_barrier()
+    for few in tl.range(0, BLOCK_R if PROJECT else 0, FEW):
+        some = first_of_tile + few + tl.arange(0, FEW)
+        inside = (some < R)[:, None] & (column < D)[None, :]
+        place = some[:, None] * D + column[None, :]
+        exact, inverse = unit_and_inverse(load_raw(rows_ptr, some, R, D, stride_row, stride_column, SIZE))
+        out = project(exact, inverse, tl.load(grad_ptr + place, mask=inside, other=0.0)) * tl.load(unscale_ptr)
+        out += targets_share(target_row_ptr, target_sum_ptr, some + first_row, inside, column, T, D, SEARCH_STEPS)
+        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_raw(rows_ptr, row, R, D, stride_row, stride_column, SIZE: tl.constexpr):
+    """(rows, SIZE) float32, zeros outside the table."""
+    column = tl.arange(0, SIZE).to(tl.int64)
+    place = row[:, None] * stride_row + column[None, :] * stride_column
+    return tl.load(rows_ptr + place, mask=(row < R)[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
