@@ -72,6 +72,7 @@ def backend(request, device, monkeypatch):
         if request.param == "attend":
             from cosface_kernels.ops.backends import triton_forms
 
+            monkeypatch.setattr("cases.EXPONENT_ROUNDINGS", 2)
             monkeypatch.setattr("cosface_kernels.ops.slabs.kept_size", lambda *arguments: (0, 0))
             stack.enter_context(triton_forms.using(attend_features={}, attend_table={}))
         yield name
