@@ -15,7 +15,9 @@ import torch
 
 from cosface_kernels import cosface_loss
 from cosface_kernels.ops import backends, page_pool
+from cosface_kernels.ops.batch_rows import SlabFactors
 from cosface_kernels.ops.normalize import unit_rows
+from cosface_kernels.ops.operands import Options
 from cosface_kernels.ops.slabs import make_plan
 from cosface_kernels.ops.table import Table, TableGradient
 from cosface_kernels.tools.cli import positive
@@ -73,7 +75,7 @@ def reused(features, weight, labels):
     weight = weight.detach()
     unit = unit_rows(features.detach())[0]
     table = Table(weight)
-    plan = make_plan(features, table, scale=SCALE, dtype=torch.bfloat16, memory_budget=0, keep=True, cosines=True)
+    plan = make_plan(features, table, Options(SCALE, -100, True, True, 1, torch.bfloat16, 0, "auto", None), keep=True)
     backend = backends.choose("auto", features.device, torch.bfloat16)
     gradient = TableGradient(torch.zeros_like(weight), None)
     classes, sums = labels.sort().values, torch.zeros_like(unit)
@@ -81,8 +83,8 @@ def reused(features, weight, labels):
 
     def step():
         found = backend.forward(unit, table, labels, plan, need_pull=True)
-        row_scale = 1.0 / found.total
-        backend.backward(unit, table, labels, row_scale, unscale, found.shift, classes, sums, found.kept, plan, gradient)
+        factors = SlabFactors(labels, 1.0 / found.total, unscale, classes, sums)
+        backend.backward(unit, table, factors, found.shift, found.kept, plan, gradient)
 
     return step
 

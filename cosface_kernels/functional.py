@@ -1,15 +1,10 @@
-"""The public losses: validation, precision, the margin on N-vectors, reduction. What is N x C happens in ops/."""
-
-import math
+"""The public losses, flat and explicit. What they do is in loss.py; what is N x C happens in ops/."""
 
 import torch
-from torch.autograd import forward_ad
 
-from . import margins, validation
-from .ops import recording
-from .ops.batch_rows import reduced
-from .ops.normalize import direction
-from .ops.operators import Options, margin_losses, negative_lse, snapshot
+from . import validation
+from .loss import Inputs, LossOptions, loss_of_table, negatives
+from .margins import CosFace, NormSoftmax
 
 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
@@ -46,10 +41,9 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    lse, cosine, *_, counted = _negatives_and_target(
-        features, weight, labels, scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend
-    )
-    return torch.where(counted, lse, 0.0), cosine
+    options = LossOptions(NormSoftmax(), scale, True, 1, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
+    found = negatives(Inputs(features, weight, labels), options)
+    return torch.where(found.counted, found.lse, 0.0), found.product
 
 
 def cosface_loss(
@@ -93,7 +87,7 @@ def cosface_loss(
         features,
         weight,
         labels,
-        margin=margins.CosFace(margin),
+        margin=CosFace(margin),
         scale=scale,
         reduction=reduction,
         ignore_index=ignore_index,
@@ -156,216 +150,8 @@ def margin_softmax_loss(
     Source: CosFace, arXiv 1801.09414, section 3; the margins' own papers; sub-centres: J. Deng et al., ECCV 2020; sampled
     classes: Partial FC, X. An et al., arXiv 2010.05222.
     """
-    return stateful_loss(
-        features,
-        weight,
-        labels,
-        margin=margin,
-        scale=scale,
-        bias=bias,
-        normalize_features=normalize_features,
-        centers_per_class=centers_per_class,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        memory_budget=memory_budget,
-        backend=backend,
-        classes=classes,
-        sample_correction=sample_correction,
+    options = LossOptions(
+        *(margin, scale, normalize_features, centers_per_class, reduction, sample_correction),
+        *(ignore_index, memory_budget, backend),
     )
-
-
-def stateful_loss(
-    features,
-    weight,
-    labels,
-    *,
-    margin,
-    scale,
-    bias,
-    normalize_features,
-    centers_per_class,
-    reduction,
-    backend,
-    classes=None,
-    sample_correction=False,
-    state=None,
-    training=False,
-    batch=None,
-    **options,
-):
-    """`margin_softmax_loss` with the running statistics of a module in `state`, brought up to date first when training.
-
-    batch: a sharded.Batch, where the table is one of several shards and features are those of all ranks.
-    """
-    margins.check(margin, bias is not None, normalize_features)
-    validation.check_reduction(reduction)
-    validation.check_flag("sample_correction", sample_correction)
-    if normalize_features is None:
-        normalize_features = margin.normalize_features
-    scale = default_scale(margin, normalize_features) if scale is None else scale
-    lse, product, target_length, feature_length, unit, counted = _negatives_and_target(
-        features,
-        weight,
-        labels,
-        scale=scale,
-        bias=bias,
-        normalize_features=normalize_features,
-        normalize_weight=margin.normalize_weight,
-        centers_per_class=centers_per_class,
-        classes=classes,
-        backend=backend,
-        **options,
-    )
-    if sample_correction and classes is not None:
-        numbers = weight.shape[0] // centers_per_class, classes.shape[0]
-        lse = lse + _log_of_inverse_rate(*(numbers if batch is None else batch.of_all_shards(*numbers, weight.device)))
-    norm = None
-    if margin.needs_norm:
-        # ‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class.
-        norm = (torch.where(counted[:, None], features, 0.0).to(unit.dtype) * direction(unit)).sum(1)
-    if batch is not None:
-        largest = float(scale) if normalize_features and margin.normalize_weight else math.inf
-        lse, product, target_length = batch.combine(largest, lse, product, target_length)
-        feature_length, norm = batch.own(feature_length), batch.own(norm)
-    lengths = [length for length in (feature_length, target_length) if length is not None]
-    length = math.prod(lengths) if lengths else None
-    state = state or {}
-    if training:
-        with torch.no_grad():
-            margin.update(norm, counted, state)
-    state = {name: snapshot(value) for name, value in state.items()}
-    terms = margin.terms(norm, counted, state)
-    if not isinstance(terms, tuple):
-        raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
-    for position, term in enumerate(terms):
-        _check_rows(f"terms[{position}]", margin, term, lse.shape, torch.Size([]))
-    logit = margin.target_logit(product, length, *terms)
-    _check_rows("psi", margin, logit, lse.shape)
-    logit = logit.to(lse.dtype)
-    _refuse_transforms(logit)
-    losses, _ = margin_losses(lse, logit, counted, float(scale), reduction, backend)
-    penalty = margin.penalty(norm)
-    if penalty is not None:
-        _check_rows("penalty", margin, penalty, lse.shape)
-        losses = losses + reduced(torch.where(counted, penalty, 0.0), counted, reduction)
-    return batch.own_rows(losses) if batch is not None and reduction == "none" else losses
-
-
-def _check_rows(name, margin, value, *shapes):
-    """What a margin returned: (N, 1) would be broadcast to N x N numbers."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} of {type(margin).__name__} must be a tensor, got {type(value).__name__}")
-    if value.shape not in shapes:
-        wanted = f"(N,) = {tuple(shapes[0])}" + (" or ()" if len(shapes) > 1 else "")
-        raise ValueError(f"{name} of {type(margin).__name__} must return shape {wanted}, got {tuple(value.shape)}")
-
-
-def _log_of_inverse_rate(num_classes, num_sampled):
-    """log of how many negatives there are over how many were summed; 0 where none was, of which nothing can be estimated."""
-    return math.log((num_classes - 1) / (num_sampled - 1)) if num_sampled > 1 else 0.0
-
-
-def default_scale(margin, normalize_features):
-    """The scale where none is given."""
-    return 64.0 if normalize_features and margin.normalize_weight else 1.0
-
-
-def _negatives_and_target(
-    features,
-    weight,
-    labels,
-    *,
-    scale,
-    bias=None,
-    normalize_features=True,
-    normalize_weight=True,
-    centers_per_class=1,
-    classes=None,
-    ignore_index,
-    memory_budget,
-    backend,
-    foreign_index=None,
-    parameters=None,
-):
-    """(negative lse (N,), x̃·w̃_y (N,), ‖w̃_y‖ and ‖x̃‖ (N,) or None where they are 1, x̃ (N, D) without gradient, which rows are not
-    ignored).
-
-    w̃_y is the nearest centre. The lse of an ignored row is that of all classes. parameters: whose rows weight and bias are, where
-    they are not theirs.
-    """
-    validation.check_tensors(features, weight, labels, bias, centers_per_class, classes)
-    validation.check_options(scale=scale, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
-    _refuse_transforms(features, weight, *([] if bias is None else [bias]))
-    labels, ignore_index = class_indices(labels), int(ignore_index)
-    parameters = (weight, bias) if parameters is None else parameters
-    trained = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
-    recorded = trained and recording.pending(parameters[0]) is not None
-    options = Options(
-        *(float(scale), ignore_index, bool(normalize_features), normalize_weight, int(centers_per_class)),
-        *(product_dtype(features, weight), _bytes_to_keep(memory_budget, weight, recorded), backend),
-    )
-    index = None if classes is None else _rows_of(class_indices(classes), centers_per_class, weight.shape[0])
-    lse, product, target_length, feature_length, unit, _, _, _, shift, total, kept = negative_lse(
-        features,
-        weight.detach() if recorded else weight,
-        bias.detach() if recorded and bias is not None else bias,
-        labels,
-        index,
-        *options,
-        False,  # what needs a gradient is seen by the operator, but for a table that is detached
-        recorded,
-        foreign_index,
-    )
-    if recorded:
-        lse, product, target_length = recording.record(
-            parameters, (lse, product, target_length), (unit, labels, shift, total, kept), index, options
-        )
-    vectors = [product, None if normalize_weight else target_length]
-    if centers_per_class > 1:  # the gradient goes to the nearest centre alone
-        nearest = product.argmax(1, keepdim=True)
-        vectors = [None if vector is None else vector.gather(1, nearest) for vector in vectors]
-    product, target_length = (None if vector is None else vector.squeeze(1) for vector in vectors)
-    return lse, product, target_length, None if normalize_features else feature_length, unit, labels != ignore_index
-
-
-def _bytes_to_keep(memory_budget, weight, recorded):
-    """What an operator takes for memory_budget: 64 bits, or None for its own "auto". Where a fused optimiser makes no gradient of
-    the table's size, "auto" is a tenth of the table.
-    """
-    if memory_budget == "auto":
-        return weight.nbytes // 10 if recorded else None
-    return min(int(memory_budget), 2**62)
-
-
-def _rows_of(classes, centers, num_rows):
-    """(M K,) the rows of the table that make up the classes; a number that is no class stays none, however large."""
-    if centers > 1:
-        rows = classes.clamp(-1, num_rows // centers)[:, None] * centers + torch.arange(
-            centers, dtype=torch.int64, device=classes.device
-        )
-        return rows.flatten()
-    return classes.contiguous()
-
-
-def _refuse_transforms(*tensors):
-    """The operators would silently drop the tangents; torch.func's gradients they do not have."""
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
-        raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
-    validation.check_transforms(*tensors)
-
-
-def class_indices(labels):
-    """labels as int64. A uint64 past its range becomes the largest int64, which is no class either, not a negative number."""
-    if labels.dtype != torch.uint64:
-        return labels.long()
-    wrapped = labels.view(torch.int64)
-    return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
-
-
-def product_dtype(features, weight):
-    """What the matrix products read: see `cosine_lse`."""
-    device_type = features.device.type
-    if torch.float64 in (features.dtype, weight.dtype):
-        return torch.float64
-    wanted = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
-    return torch.float32 if wanted == torch.float32 else torch.bfloat16
+    return loss_of_table(Inputs(features, weight, labels, bias, classes), options)

@@ -3,7 +3,7 @@
 import torch
 
 from . import validation
-from .functional import class_indices
+from .loss import class_indices
 from .ops import operators
 
 

@@ -41,7 +41,7 @@ from cosface_kernels import (
 )
 from cosface_kernels.compat import insightface
 from cosface_kernels.distributed import dtensors
-from cosface_kernels.ops import slabs
+from cosface_kernels.ops import recording, slabs
 
 CHECKS = {}  # name: (numbers of ranks, seconds until a collective gives up, function)
 # Rows of each rank, 12 in all.
@@ -570,8 +570,8 @@ def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labe
         labels = tables.pop(1) % num_labels
         options = {"sample_rate": 0.2, "sample_seed": 3, "sample_correction": correction}
         head, _ = heads(world, row, tables, dtype=torch.float64, **options)
-        drawn, sample = [], head._sample
-        head._sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
+        drawn, sample = [], head._classes
+        head._classes = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
         optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
         tables, momenta = [table.requires_grad_() for table in tables], [torch.zeros_like(table) for table in tables]
         for _ in range(2):
@@ -581,7 +581,7 @@ def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labe
             loss.backward()
             optimizer.step()
             parts, held = [None] * world.size, world.shard(torch.arange(num_classes))
-            dist.all_gather_object(parts, held[drawn[-1]["classes"]] if len(held) else held)
+            dist.all_gather_object(parts, held[drawn[-1]] if len(held) else held)
             wanted = world.shard(labels.bincount(minlength=num_classes)).count_nonzero(), round(0.2 * len(held))
             assert len(parts[world.rank]) == min(max(*wanted, 1), len(held))
             classes = torch.cat(parts)
@@ -876,7 +876,7 @@ def _(world):
     features, weight, labels = draw()
     head, began = sharded(world, weight), time.monotonic()
     if world.rank == 1:
-        functional.negative_lse = out_of_memory
+        recording.negative_lse = out_of_memory
         with raises(MemoryError, "none left"):
             head(world.mine(features), world.mine(labels))
         dist.destroy_process_group()
@@ -948,7 +948,7 @@ def _(world):
     features, weight, labels = draw()
     head, began = sharded(world, weight), time.monotonic()
     if world.rank == 1:
-        functional.negative_lse = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        recording.negative_lse = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
     with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed"):
         head(world.mine(features), world.mine(labels))
     assert time.monotonic() - began < 15
@@ -965,12 +965,12 @@ def main(rank, size, folder):
                 continue
             store = dist.FileStore(str(folder / f"store.{number}"), size)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-            lse, outcome = functional.negative_lse, None
+            lse, outcome = recording.negative_lse, None
             try:
                 function(World(rank, size, folder / f"done{number}"))
             except Exception:
                 outcome = traceback.format_exc()
-            functional.negative_lse = lse
+            recording.negative_lse = lse
             print(json.dumps([name, outcome]), file=outcomes)
             if dist.is_initialized():
                 dist.destroy_process_group()

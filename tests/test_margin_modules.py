@@ -283,12 +283,15 @@ OPTIONS = {"scale": 16.0, "reduction": "sum", "ignore_index": 2, "memory_budget"
 def test_every_option_reaches_the_loss(device, monkeypatch):
     head = MarginSoftmaxLoss(3, 5, margin=margins.AdaFace(), normalize_features=False, device=device, **OPTIONS)
     received = {}
-    monkeypatch.setattr("cosface_kernels.heads.plain.stateful_loss", lambda *tensors, **options: received.update(options))
+
+    def record(inputs, options, **statistics):
+        received.update(options._asdict(), **statistics)
+
+    monkeypatch.setattr("cosface_kernels.heads.plain.loss_of_table", record)
     head.eval()(torch.ones(4, 3), torch.arange(4))
-    state = {"batch_mean": head.batch_mean, "batch_std": head.batch_std}
-    carried = {"state": state, "training": False, "parameters": None}
-    own = {"margin": head.margin, "bias": None, "normalize_features": False, **carried}
-    assert received == {**OPTIONS, **own}
+    own = {"margin": head.margin, "normalize_features": False, "training": False}
+    assert {name: received[name] for name in (*OPTIONS, *own)} == {**OPTIONS, **own}
+    assert received["state"]["batch_mean"] is head.batch_mean
 
 
 def test_defaults_are_the_functions():

@@ -52,10 +52,11 @@ OPTIONS = {"scale": 16.0, "margin": 0.1, "reduction": "sum", "ignore_index": 2, 
 def test_every_option_reaches_the_loss(device, monkeypatch):
     head, features, labels = head_and_batch(device, **OPTIONS)
     received = {}
-    monkeypatch.setattr("cosface_kernels.heads.plain.stateful_loss", lambda *tensors, **options: received.update(options))
+    monkeypatch.setattr(
+        "cosface_kernels.heads.plain.loss_of_table", lambda inputs, options, **_: received.update(options._asdict())
+    )
     head(features, labels)
-    own = {"bias": None, "normalize_features": True, "centers_per_class": 1, "parameters": None}
-    assert received == {**OPTIONS, **own, "margin": CosFace(OPTIONS["margin"])}
+    assert {name: received[name] for name in OPTIONS} == {**OPTIONS, "margin": CosFace(OPTIONS["margin"])}
 
 
 def test_reset_parameters(device):

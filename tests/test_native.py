@@ -68,7 +68,7 @@ def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
         scale = torch.zeros(8) if state == torch.int8 else None
         states = [(torch.zeros(8, 37, dtype=state), scale)]
         part = rules.Part(torch.ones(8, 37, dtype=table), states, rule, 1, 0, None)
-        cpu_library.update(part.step(), torch.ones(8, 37), slice(0, 8))
+        cpu_library.update(part.native_update(), torch.ones(8, 37), slice(0, 8))
         assert torch.remainder(torch.tensor([5.0, 4.0]), 3).tolist() == [2, 1]
 
 
@@ -99,7 +99,7 @@ def test_a_tensor_that_is_not_what_a_kernel_takes_is_refused(unfit):
         with pytest.raises(RuntimeError, match="native code wants"):
             kernels.normalize(unfit, 8, 37, True, scratch, room, None)
         with pytest.raises(RuntimeError, match="native code"):
-            rules.Part(room, [(unfit, None)], rule, 1, 0, None).step()
+            rules.Part(room, [(unfit, None)], rule, 1, 0, None).native_update()
     assert (room == 7).all()
 
 
@@ -112,7 +112,7 @@ def test_an_update_of_rows_that_the_table_has_not_is_refused(index, columns):
     part = rules.Part(table, [(state, None)], rules.SGD(0.1, 0.9, 0.01, False, False), 1, 0, None)
     rows = len(index) if isinstance(index, torch.Tensor) else index.stop - index.start
     with pytest.raises(RuntimeError, match=r"is none of a table of shape \(8, 37\)"):
-        cpu_library.update(part.step(), torch.ones(rows, columns), index)
+        cpu_library.update(part.native_update(), torch.ones(rows, columns), index)
     assert (table == 1).all() and (state == 0).all()
 
 

@@ -62,7 +62,7 @@ def op_arguments(case, device):
     bias = weight[:, 0].detach().clone().requires_grad_(need_weight_grad) if "bias" in case else None
     labels = torch.where(labels < 0, labels, labels // form[2])
     index = sampled_rows(labels, form[2]) if "sampled" in case else None
-    constants = 8.0, -100, *form, dtype, memory_budget, "auto", need_x_grad, need_weight_grad, None
+    constants = 8.0, -100, *form, dtype, memory_budget, "auto", None, need_x_grad, need_weight_grad
     return features, weight, bias, labels, index, *constants
 
 
@@ -75,10 +75,10 @@ def test_opcheck_forward(case, device):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
-        x, weight, bias, labels, index, *constants, foreign_index = op_arguments(case, device)
+        x, weight, bias, labels, index, *constants = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
         inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index
-        output = negative_lse(*inputs, *constants, foreign_index)
+        output = negative_lse(*inputs, *constants)
         vectors, saved = output[:4], output[4:]
         gradients = [torch.ones_like(vector) for vector in vectors]
         library.opcheck(negative_lse_backward, (*gradients, *inputs, *saved, *constants))

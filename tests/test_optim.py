@@ -989,7 +989,7 @@ def test_rows_are_updated_as_they_are_made(kind, table_format, state_format, mon
     with monkeypatch.context() as patch:
         patch.setattr(rules.Update, "put", None)
         found = trained()
-    monkeypatch.setattr(rules.Update, "step", lambda update: None)
+    monkeypatch.setattr(rules.Update, "native_update", lambda update: None)
     assert all(torch.equal(one, other) for one, other in zip(found, trained(), strict=True))
 
 

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from cosface_kernels.ops import backends, batch_rows
+from cosface_kernels.ops.operands import Options, Saved, TableFactors, Vectors
 from cosface_kernels.ops.table import Table
 
 NUM_CLASSES, SIZE, IGNORED = 40, 70, 7
+OPTIONS = Options(64.0, IGNORED, True, True, 1, torch.float32, None, "auto", None)
 
 
 @pytest.fixture
@@ -37,31 +39,31 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     x, weight, labels = draw(device, 67)
     x[3], x[14] = torch.nan, torch.inf  # ignored rows, which come out as zero
     x, weight = x.T.contiguous().T.to(dtype), weight.to(dtype)
-    ours, plain = (module.enter(x, Table(weight), labels, IGNORED, torch.float32) for module in (kernels, batch_rows))
+    ours, plain = (module.enter(x, Table(weight), labels, OPTIONS, torch.float32) for module in (kernels, batch_rows))
     assert_close(ours, plain)
-    _, unit, inverse_norm, target_unit, product = plain
+    unit, none = plain.unit, plain.unit.new_empty(0)
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
-    gradients = inverse_norm.cos(), product.cos(), unit.new_empty(0)
-    arguments = *gradients, unit, target_unit, inverse_norm, unit.roll(1, 0), 64.0, x.shape, dtype
+    gradients = Vectors(plain.inverse_norm.cos(), plain.product.cos(), none, none)
+    saved = Saved(unit, plain.target_unit, plain.inverse_norm, unit.roll(1, 0), none, none, none)
+    arguments = gradients, saved, 64.0, x.shape, dtype
     assert_close([kernels.x_gradient(*arguments)], [batch_rows.x_gradient(*arguments)])
 
 
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("num_rows", [1, pytest.param(613, marks=pytest.mark.slow)])
-def test_weight_factors(device, kernels, num_rows, size):
+def test_slab_factors(device, kernels, num_rows, size):
     """613: past the rows that `order_targets` compares at once."""
     unit, weight, labels = draw(device, num_rows)
     lse_grad, product_grad, total = size * unit[:, 0], unit[:, 2:3].clone(), unit[:, 1].exp()
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
-    ours, plain = (
-        module.weight_factors(lse_grad, product_grad, None, unit, total, Table(weight), labels, IGNORED, 64.0)
-        for module in (kernels, batch_rows)
-    )
+    factors = TableFactors(unit, labels, None, total, lse_grad, product_grad, None, None)
+    ours, plain = (module.slab_factors(factors, Table(weight), OPTIONS) for module in (kernels, batch_rows))
     assert_close(ours[:3], plain[:3])
-    for targets, _, _, classes, _ in (ours, plain):
-        assert torch.equal(classes, classes.sort().values)
-        assert set(classes.tolist()) - {NUM_CLASSES} == set(targets.tolist()) - {-1}
-    assert_close(*([dense(*factors[3:])] for factors in (ours, plain)))
+    for found in (ours, plain):
+        rows = found.target_rows
+        assert torch.equal(rows, rows.sort().values)
+        assert set(rows.tolist()) - {NUM_CLASSES} == set(found.targets.tolist()) - {-1}
+    assert_close(*([dense(found.target_rows, found.target_sums)] for found in (ours, plain)))
 
 
 def dense(classes, sums):

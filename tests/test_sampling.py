@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, reference, sample_classes
-from cosface_kernels.functional import stateful_loss
+from cosface_kernels.loss import Inputs, loss_of_table
 from cosface_kernels.margins import AdaFace, CosFace, NormSoftmax, Softmax
 from cosface_kernels.ops import operators, sampled_classes
+from cosface_kernels.ops.operands import Needs, Options, Problem
 from cosface_kernels.ops.sampled_classes import one_of_each
 
 EPS = torch.finfo(torch.float64).eps
@@ -403,16 +404,17 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
     index = (classes[:, None] * centers + torch.arange(centers, device=device)).flatten()
     bias = weight[:, 0].contiguous() if form == "bias" else None
     raw = margin.normalize_features, margin.normalize_weight, centers
-    constants = scale, -100, *raw, torch.float32, 0, backend, True, True
-    inputs = features, weight, bias, labels, index
+    problem = Problem(features, weight, bias, labels, index)
+    constants = *Options(scale, -100, *raw, torch.float32, 0, backend, None), *Needs(True, True)
+    flat = torch.ops.cosface_kernels
     with torch.no_grad(), Sizes() as forward:
-        output = operators.negative_lse.implementation(*inputs, *constants, None)
+        output = flat.negative_lse.default.implementation(*problem, *constants)
     slab = 384 if centers == 3 else 128
     # A bias is one more column, and columns are padded to 64, or 128.
     assert max(forward.sizes) <= slab * 128 < len(index) * 64
     with torch.no_grad(), Sizes() as backward:
         gradients = [torch.ones_like(vector) for vector in output[:4]]
-        operators.negative_lse_backward.implementation(*gradients, *inputs, *output[4:], *constants)
+        flat.negative_lse_backward.default.implementation(*gradients, *problem, *output[4:], *constants)
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
 
 
@@ -437,9 +439,10 @@ def test_auto_budget_is_at_most_the_sampled_gradient(device):
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 30, 512, 16))
     weight.requires_grad_()
     classes = torch.arange(0, 512, 2, device=device)
-    constants = 64.0, -100, True, True, 1, torch.float32, None, "auto", True, True, None
-    *_, kept = operators.negative_lse(features, weight, None, labels // 2 * 2, classes, *constants)
-    assert kept.numel() == 30 * 128
+    problem = Problem(features, weight, None, labels // 2 * 2, classes)
+    options = Options(64.0, -100, True, True, 1, torch.float32, None, "auto", None)
+    _, saved = operators.negative_lse(problem, options, Needs(True, True))
+    assert saved.kept.numel() == 30 * 128
 
 
 # --- gradients and optimisers
@@ -546,7 +549,8 @@ def test_head_samples_in_training_alone(kind, device):
         classes = sample_classes(labels[3:], 300, 0.2, seed=5, step=step)
         assert head.sample_step == step
         loss = head(features, labels)
-        exact = stateful_loss(features, whole.weight, labels, bias=whole.bias, classes=classes, **whole._loss_options())
+        inputs = Inputs(features, whole.weight, labels, whole.bias, classes)
+        exact = loss_of_table(inputs, whole._loss_options(), state=whole._statistics(), training=True)
         assert torch.equal(loss, exact)
         (grad,) = torch.autograd.grad(loss, head.weight)
         assert torch.equal(grad.indices(), classes[None])

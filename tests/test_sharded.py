@@ -24,9 +24,9 @@ from torch import library
 
 from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
 from cosface_kernels.compat import insightface
-from cosface_kernels.functional import _negatives_and_target
 from cosface_kernels.heads.sharded import FOREIGN, IGNORED, INVALID, _labels_here
-from cosface_kernels.ops.operators import negative_lse
+from cosface_kernels.loss import Inputs, LossOptions, negatives
+from cosface_kernels.margins import NormSoftmax
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
@@ -174,6 +174,9 @@ def test_labels_of_a_shard():
     assert _labels_here(labels, 12, 40, 10, 10).tolist() == wanted
 
 
+negative_lse = torch.ops.cosface_kernels.negative_lse.default
+
+
 @pytest.mark.parametrize("centers", [1, 3])
 def test_a_class_held_elsewhere_is_no_target(centers, backend, device, small_slabs):
     """Rows labelled foreign_index: features as they are, every class a negative; ignored ones and no classes as ever."""
@@ -182,9 +185,9 @@ def test_a_class_held_elsewhere_is_no_target(centers, backend, device, small_sla
     labels[3] = IGNORED
 
     def ours(x, w, labels):
-        options = {"scale": 16.0, "memory_budget": "auto", "backend": backend, "centers_per_class": centers}
-        lse, product, *_ = _negatives_and_target(x, w, labels, ignore_index=IGNORED, foreign_index=FOREIGN, **options)
-        return torch.where(labels == IGNORED, 0.0, lse + product)
+        options = LossOptions(NormSoftmax(), 16.0, True, centers, ignore_index=IGNORED, backend=backend)
+        found = negatives(Inputs(x, w, labels), options, FOREIGN)
+        return torch.where(labels == IGNORED, 0.0, found.lse + found.product)
 
     def plain(x, w, labels):
         logits = reference.logits(x, w, scale=16.0, centers_per_class=centers)
@@ -203,7 +206,7 @@ def test_foreign_rows_of_no_class_are_nan(backend, device, monkeypatch):
     monkeypatch.setattr("cosface_kernels.ops.operators.check_labels", lambda *arguments: None)
     features, weight, _ = draw(device, torch.float32)
     labels = torch.tensor([FOREIGN, INVALID, IGNORED, 0, 1, 2, 3], device=device)
-    arguments = 16.0, IGNORED, True, True, 1, torch.float32, 0, backend, True, True, FOREIGN
+    arguments = 16.0, IGNORED, True, True, 1, torch.float32, 0, backend, FOREIGN, True, True
     lse = negative_lse(features, weight, None, labels, None, *arguments)[0]
     assert lse.isnan().tolist() == [False, True, False, False, False, False, False]
 
@@ -211,5 +214,5 @@ def test_foreign_rows_of_no_class_are_nan(backend, device, monkeypatch):
 def test_opcheck(device, small_slabs):
     features, weight, labels = draw(device, torch.float32)
     labels[:3] = FOREIGN
-    arguments = 8.0, IGNORED, True, True, 1, torch.float32, 0, "auto", True, True, FOREIGN
+    arguments = 8.0, IGNORED, True, True, 1, torch.float32, 0, "auto", FOREIGN, True, True
     library.opcheck(negative_lse, (features.requires_grad_(), weight.requires_grad_(), None, labels, None, *arguments))

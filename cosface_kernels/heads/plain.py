@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from .. import margins, theory, validation
-from ..functional import default_scale, stateful_loss
+from ..loss import Inputs, LossOptions, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..ops.normalize import unit_rows
 from ..ops.slabs import slab_rows, wide_dtype
@@ -114,29 +114,45 @@ class _Head(nn.Module):
     def forward(self, features, labels):
         """The loss of features (N, D) with labels (N,)."""
         weight, bias, parameters = self._trained_table()
-        options = self._loss_options() | {"parameters": parameters}
-        sampled = self.sample_rate < 1 and self.training
-        if sampled:
-            validation.check_tensors(features, weight, labels, bias, self.centers_per_class)
-            options |= self._sample(labels, self.ignore_index, self.num_classes, self.sample_seed)
-        loss = stateful_loss(features, weight, labels, bias=bias, **options)
-        if sampled:
-            self.sample_step += 1
+        inputs = Inputs(features, weight, labels, bias, parameters=parameters)
+        if not self._samples():
+            return loss_of_table(inputs, self._loss_options(), state=self._statistics(), training=self.training)
+        validation.check_tensors(features, weight, labels, bias, self.centers_per_class)
+        classes = self._classes(labels, self.ignore_index, self.num_classes, self.sample_seed)
+        inputs = inputs._replace(classes=classes)
+        loss = loss_of_table(inputs, self._loss_options(), state=self._statistics(), training=self.training)
+        self.sample_step += 1
         return loss
 
-    def _sample(self, labels, ignore_index, num_classes, seed):
-        """What `stateful_loss` is told of the classes of this step."""
-        classes = classes_of_step(labels, ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
-        return {"classes": classes, "sample_correction": self.sample_correction}
+    def _samples(self):
+        """Whether this step takes some of the classes."""
+        return self.sample_rate < 1 and self.training
+
+    def _classes(self, labels, ignore_index, num_classes, seed):
+        """Those of this step."""
+        return classes_of_step(labels, ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
 
     def _loss_options(self):
-        """What `stateful_loss` takes beside its tensors."""
-        raise NotImplementedError
+        """LossOptions as the head is now."""
+        return LossOptions(
+            margin=self._margin(),
+            scale=self.scale,
+            normalize_features=self.normalize_features,
+            centers_per_class=self.centers_per_class,
+            reduction=self.reduction,
+            sample_correction=self.sample_correction,
+            ignore_index=self.ignore_index,
+            memory_budget=self.memory_budget,
+            backend=self.backend,
+        )
 
-    def _options(self):
-        """What both losses take by the same name, as it is now."""
-        names = ("scale", "reduction", "ignore_index", "memory_budget", "backend")
-        return {name: getattr(self, name) for name in names}
+    def _margin(self):
+        """As an object."""
+        return self.margin
+
+    def _statistics(self):
+        """Running statistics of the margin, by name."""
+        return {name: getattr(self, name) for name in self._margin().state}
 
     def logits(self, features):
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
@@ -261,8 +277,8 @@ class CosFaceLoss(_Head):
         self.margin = margin
         self.reset_parameters()
 
-    def _loss_options(self):
-        return {"margin": margins.CosFace(self.margin), "normalize_features": True, "centers_per_class": 1, **self._options()}
+    def _margin(self):
+        return margins.CosFace(self.margin)
 
 
 class MarginSoftmaxLoss(_Head):
@@ -365,13 +381,3 @@ class MarginSoftmaxLoss(_Head):
             ("centers_per_class", self.centers_per_class, 1),
         )
         return ", ".join([super().extra_repr(), *(f"{name}={value}" for name, value, usual in options if value != usual)])
-
-    def _loss_options(self):
-        return {
-            "margin": self.margin,
-            "normalize_features": self.normalize_features,
-            "centers_per_class": self.centers_per_class,
-            **self._options(),
-            "state": {name: getattr(self, name) for name in self.margin.state},
-            "training": self.training,
-        }

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, DTensor, Shard, init_device_mesh
 
-from .. import margins, validation
+from .. import validation
 from ..distributed import dtensors
 from ..distributed.ranks import Ranks
-from ..functional import class_indices, product_dtype, stateful_loss
+from ..loss import Inputs, class_indices, loss_of_table, product_dtype
 from ..ops import backends, operators, recording
 from .plain import CosFaceLoss, MarginSoftmaxLoss, _Head
 
@@ -30,13 +30,15 @@ LARGEST_EXPONENT = 600.0
 
 
 class Batch:
-    """The rows of all ranks in one step, and what functional.stateful_loss does with them where the table is sharded."""
+    """The rows of all ranks in one step, and what loss.loss_of_table does with them where the table is sharded."""
+
+    foreign_index = FOREIGN
 
     def __init__(self, ranks, counts, holds_classes):
         self.ranks, self.counts, self.holds_classes = ranks, counts, holds_classes
 
-    def combine(self, largest, lse, product, target_length):
-        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table from those of this shard. largest: a bound of |logits|."""
+    def combine(self, bound, lse, product, target_length):
+        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table from those of this shard. bound: of |logits|."""
         if self.ranks.group is None:
             return lse, product, target_length
         dtype = lse.dtype
@@ -44,7 +46,7 @@ class Batch:
         if not self.holds_classes:
             lse = lse.masked_fill(lse.new_ones((), dtype=torch.bool), -torch.inf)
         shift = torch.zeros_like(lse)
-        if largest > LARGEST_EXPONENT:
+        if bound > LARGEST_EXPONENT:
             shift = self.ranks.maximum(lse.detach())
             shift = torch.where(shift.isinf(), 0.0, shift)
         columns = [(lse - shift).exp(), product, *([] if target_length is None else [target_length])]
@@ -136,7 +138,7 @@ class _ShardedHead(_Head):
                 parameters = None
 
         def numbers():
-            self._check(features, weight, labels, bias, **options)
+            self._check(features, weight, labels, bias, options)
             return self._numbers(features)
 
         counts, needs_gradient = _agreed(ranks.together(numbers, 5, weight.device))
@@ -146,27 +148,27 @@ class _ShardedHead(_Head):
         features = ranks.gather(features, counts, ranks.size if self.ddp_average else 1)
         labels = ranks.gather(class_indices(labels), counts)
         labels = _labels_here(labels, self.ignore_index, self.num_classes, self._first_class(), num_classes_here)
-        options |= {"ignore_index": IGNORED, "foreign_index": FOREIGN, "batch": batch, "parameters": parameters}
-        sampled = self.sample_rate < 1 and self.training
-        if sampled:
+        options = options._replace(ignore_index=IGNORED)
+        classes = None
+        if self._samples():
             seed = (self.sample_seed * ranks.size + ranks.rank) % 2**63
-            options |= self._sample(labels, IGNORED, max(num_classes_here, 1), seed)
-        loss = stateful_loss(features, weight, labels, bias=bias, **options)
-        if sampled:
+            classes = self._classes(labels, IGNORED, max(num_classes_here, 1), seed)
+        inputs = Inputs(features, weight, labels, bias, classes, parameters)
+        loss = loss_of_table(inputs, options, shards=batch, state=self._statistics(), training=self.training)
+        if self._samples():
             self.sample_step += 1
         return loss
 
-    def _check(self, features, weight, labels, bias, *, margin, normalize_features, centers_per_class, **_):
+    def _check(self, features, weight, labels, bias, options):
         """All that can be wrong on one rank alone, before ranks wait for each other."""
-        wants_sparse = self.sample_rate < 1 and self.training and torch.is_grad_enabled() and self.weight.requires_grad
+        wants_sparse = self._samples() and torch.is_grad_enabled() and self.weight.requires_grad
         if dtensors.is_sharded(self.weight) and wants_sparse and recording.pending(self.weight) is None:
             raise RuntimeError(
                 "a sharded table with sample_rate < 1 trains with FusedSGD or FusedAdamW alone, made before the forward pass: a "
                 "DTensor has no sparse gradient"
             )
-        margins.check(margin, bias is not None, normalize_features)
-        validation.check_options(**self._options())
-        validation.check_tensors(features, weight, labels, bias, centers_per_class)
+        options.checked(bias is not None).check_values()
+        validation.check_tensors(features, weight, labels, bias, self.centers_per_class)
         backends.choose(self.backend, weight.device, product_dtype(features, weight))
         operators.check_labels(class_indices(labels), self.num_classes, self.ignore_index)
 

@@ -4,7 +4,7 @@
                       with a bias
     losses            softplus(lse - s logit), reduced
     x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + what came back for ‖x̃‖ times x̂
-    weight_factors    what the slabs of dW are made of: row_scale = g / total, and p x̃_n + what came back for ‖w̃_y‖ times ŵ_{y_n},
+    slab_factors      what the slabs of dW are made of: row_scale = g / total, and p x̃_n + what came back for ‖w̃_y‖ times ŵ_{y_n},
                       row by row
 
 g and p are the gradients of a row's lse and of x̃_n·w̃_{y_n}.
@@ -13,30 +13,50 @@ These functions are a backend's `row_functions`; one for which some hundred smal
 which only `losses` has to do for anything but cosines.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from .normalize import direction, project, unit_rows
 
 
-def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
-    """(targets (N,), x̃ (N, D), 1 / ‖x‖ (N,) or (0,), w̃_{y_n} (N, K, D), x̃_n·w̃_{y_n} (N, K)), all but the targets in the wide
-    dtype; D + 1 with a bias.
+class Entered(NamedTuple):
+    """A batch as the slab loop takes it, all but the targets in the dtype of sums; D + 1 columns with a bias."""
 
-    A target is the position of the first of the class's K rows. A row labelled ignore_index has target -1 and is zero, whatever x
-    holds there; so is the target row of a row without a target. One labelled foreign_index, None for none, has target -1 and
-    counts: its class is held elsewhere. A row with any other label that is no class, or one that takes no part, is NaN, and makes
-    NaN of all that it reaches.
+    targets: torch.Tensor  # (N,) the position of the first of the class's K rows; -1 for none
+    unit: torch.Tensor  # x̃ (N, D)
+    inverse_norm: torch.Tensor  # 1 / ‖x‖ (N,), or (0,) where features are not normalised
+    target_unit: torch.Tensor  # w̃_{y_n} (N, K, D)
+    product: torch.Tensor  # x̃_n·w̃_{y_n} (N, K)
+
+
+class SlabFactors(NamedTuple):
+    """What every slab of dW is made of, beside E."""
+
+    targets: torch.Tensor  # (N,)
+    row_scale: torch.Tensor  # (N,)
+    unscale: torch.Tensor  # (0-dim)
+    target_rows: torch.Tensor  # (N K,) ascending, R for none; of equal ones the first one's sum counts, the others' are zero
+    target_sums: torch.Tensor  # (N K, D)
+
+
+def enter(x, table, labels, options, wide):
+    """Entered of raw features x (N, D) and a Table.
+
+    A row labelled ignore_index has no target and is zero, whatever x holds there; so is the target row of a row without a target.
+    One labelled foreign_index has no target and counts: its class is held elsewhere. A row with any other label that is no class,
+    or one that takes no part, is NaN, and makes NaN of all that it reaches.
     """
-    targets = _targets(labels, table, ignore_index)
-    rows = torch.where((labels == ignore_index)[:, None], 0.0, x).to(wide).contiguous()
-    unit, inverse_norm = unit_rows(rows) if normalize_features else (rows, rows.new_empty(0, 1))
+    targets = _targets(labels, table, options.ignore_index)
+    rows = torch.where((labels == options.ignore_index)[:, None], 0.0, x).to(wide).contiguous()
+    unit, inverse_norm = unit_rows(rows) if options.normalize_features else (rows, rows.new_empty(0, 1))
     if table.bias is not None:
         unit = torch.cat([unit, unit.new_ones(len(unit), 1)], 1)
-    lost = (targets < 0) & needs_target(labels, ignore_index, foreign_index)
+    lost = (targets < 0) & needs_target(labels, options.ignore_index, options.foreign_index)
     unit = torch.where(lost[:, None], torch.nan, unit)
     target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
     target_unit = torch.where((targets < 0)[:, None, None], 0.0, target_unit.unflatten(0, (-1, table.centers)))
-    return targets, unit, inverse_norm[:, 0], target_unit, (unit[:, None] * target_unit).sum(2)
+    return Entered(targets, unit, inverse_norm[:, 0], target_unit, (unit[:, None] * target_unit).sum(2))
 
 
 def needs_target(labels, ignore_index, foreign_index):
@@ -45,34 +65,32 @@ def needs_target(labels, ignore_index, foreign_index):
     return needed if foreign_index is None else needed & (labels != foreign_index)
 
 
-def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
-    """dx (N, D), its shape, in dtype from the gradients of lse (N,), of the products (N, K) and of ‖x̃‖ (N,), or (0,)."""
-    grad = (scale * lse_grad)[:, None] * pull + (product_grad[:, :, None] * target_unit).sum(1)
-    if len(length_grad):
-        grad = grad + length_grad[:, None] * direction(unit)
+def x_gradient(grads, saved, scale, shape, dtype):
+    """dx (N, D), its shape, in dtype from the gradients of operands.Vectors."""
+    unit, inverse_norm = saved.unit, saved.inverse_norm
+    grad = (scale * grads.lse)[:, None] * saved.pull + (grads.product[:, :, None] * saved.target_unit).sum(1)
+    if len(grads.feature_length):
+        grad = grad + grads.feature_length[:, None] * direction(unit)
     grad = grad[:, : shape[1]]
     unit = unit[:, : shape[1]]
     grad = project(unit, inverse_norm[:, None] if len(inverse_norm) == len(grad) else None, grad)
     return grad.to(dtype).contiguous()  # with a bias a slice
 
 
-def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale):
-    """(targets (N,), row_scale (N,), unscale (0-dim), target_rows (N K,), target_sums (N K, D)) of backends.backward.
-
-    From the gradients of lse (N,), of the products (N, K) and of the target rows' lengths (N, K), or (0, K) where those are 1.
-    What goes to a row of the table is summed, then projected once.
-    """
-    targets = _targets(labels, table, ignore_index)
-    power = _power_of_two(lse_grad)
-    row_scale = torch.where(total == 0, 0.0, lse_grad * power / total)
+def slab_factors(factors, table, options):
+    """SlabFactors of operands.TableFactors. What a row of the table gets from its targets is summed, then projected once."""
+    unit, total = factors.unit, factors.total
+    targets = _targets(factors.labels, table, options.ignore_index)
+    power = _power_of_two(factors.lse_grad)
+    row_scale = torch.where(total == 0, 0.0, factors.lse_grad * power / total)
     rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
-    unit_grad = product_grad[:, :, None] * unit[:, None]
+    unit_grad = factors.product_grad[:, :, None] * unit[:, None]
     if not table.normalize:
         target_rows = table.gathered(rows.clamp(min=0), unit.dtype).view(unit_grad.shape)
-        unit_grad = unit_grad + length_grad[:, :, None] * direction(target_rows)
+        unit_grad = unit_grad + factors.length_grad[:, :, None] * direction(target_rows)
     rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)
     sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
-    return targets, row_scale, scale / power, rows, sums
+    return SlabFactors(targets, row_scale, options.scale / power, rows, sums)
 
 
 def losses(lse, logit, counted, scale, reduction):

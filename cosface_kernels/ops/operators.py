@@ -11,212 +11,144 @@ comes back for t_n and the lengths is projected, for w̃_{y_n} with the rows of 
 """
 
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, library
 
 from . import backends, batch_rows, sampled_classes
+from .operands import Gradients, Needs, Options, Problem, Saved, TableFactors, Vectors, schema, split
 from .slabs import kept_size, make_plan, wide_dtype
 from .table import Table, TableGradient
 
 LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
 
 
-class Options(NamedTuple):
-    """What the operators are told beside their tensors, in this order."""
-
-    scale: float
-    ignore_index: int
-    normalize_features: bool
-    normalize_weight: bool
-    centers: int
-    dtype: torch.dtype
-    memory_budget: int | None  # bytes of exponentials that may be kept from forward for backward; None: as plan.kept_size says
-    backend: str
-
-
-class Factors(NamedTuple):
-    """What dW is made of, beside the table."""
-
-    unit: torch.Tensor  # x̃ (N, D), D + 1 with a bias
-    labels: torch.Tensor  # (N,)
-    shift: torch.Tensor  # (N,)
-    total: torch.Tensor  # (N,)
-    lse_grad: torch.Tensor  # (N,)
-    product_grad: torch.Tensor  # (N, K)
-    length_grad: torch.Tensor  # (N, K), or (0, K) where the table is normalised
-    kept: torch.Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
-
-
-def _registered(function):
-    """torch.ops.cosface_kernels.<name of the function>. As library.custom_op, whose register_autograd looks up each argument's
-    default in each call, and these have many. What it runs is the operator's `implementation`.
-    As there, where torch.compile gives up on what calls it, it does not go on in here.
+def _register(name, signature, implementation):
+    """torch.ops.cosface_kernels.<name>. As library.custom_op, whose register_autograd looks up each argument's default in each
+    call, and these have many. As there, where torch.compile gives up on what calls it, it does not go on in here.
     """
-    name = function.__name__
-    LIBRARY.define(name + library.infer_schema(function, mutates_args=()), tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, torch._disable_dynamo(function), "CompositeExplicitAutograd")
+    LIBRARY.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
     operator = getattr(torch.ops.cosface_kernels, name).default
-    operator.implementation = function
+    operator.implementation = implementation
     return operator
 
 
-@_registered
-def negative_lse(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    index: Tensor | None,
-    scale: float,
-    ignore_index: int,
-    normalize_features: bool,
-    normalize_weight: bool,
-    centers: int,
-    dtype: torch.dtype,
-    memory_budget: int | None,
-    backend: str,
-    need_x_grad: bool,
-    need_table_grad: bool,
-    foreign_index: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(lse (N,), x̃_n·w̃_{y_n} (N, K), ‖w̃_{y_n}‖ (N, K), ‖x̃‖ (N,)), and what else backward reuses: x̃ (N, D), w̃_{y_n} (N, K, D),
-    1 / ‖x‖ (N,), pull (N, D), shift (N,), total (N,), kept (1-D). D + 1 columns with a bias. Lengths that are 1 are not there,
-    (0, K) and (0,); nor is 1 / ‖x‖ where features are not normalised.
+def _register_named(name, implementation, takes, gives):
+    """The same, of an implementation whose arguments are objects of the classes `takes`, and whose results are of `gives`."""
 
-    x (N, D) any float dtype and norms; weight (C K, D); bias (C K,) or None; labels (N,) int64; index (M,) int64, the rows of the
-    table that take part, ascending and all of a class, or None for all. A row labelled ignore_index counts as zero, whatever it
-    holds, and has no target: every class is a negative and w̃_{y_n} is zero. dtype: what the products read. memory_budget:
-    bytes of kept exponentials. foreign_index: the label of rows whose class another shard of the table holds: as they are, and
-    without a target.
-    """
-    table = Table(weight, bias, normalize_weight, centers, index)
+    def flat(*arguments):
+        return tuple(each for fields in implementation(*split(arguments, takes)) for each in fields)
+
+    return _register(name, schema(takes, gives), flat)
+
+
+def negative_lse(problem, options, needs):
+    """(Vectors, Saved) of a Problem. The first differentiable; needs: gradients wanted though no tensor here requires any."""
+    return split(_NEGATIVE_LSE(*problem, *options, *needs), _FORWARD_GIVES)
+
+
+def _negative_lse(problem, options, needs):
+    table = _table(problem, options)
     _check_index(table)
-    check_labels(labels, table.num_classes, ignore_index, foreign_index)
-    _check_sampled(labels, table, ignore_index, foreign_index)
-    cosines = normalize_features and normalize_weight
-    plan = make_plan(x, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=need_table_grad, cosines=cosines)
-    chosen = backends.choose(backend, x.device, dtype)
-    functions = _row_functions(chosen, table, normalize_features)
+    check_labels(problem.labels, table.num_classes, options.ignore_index, options.foreign_index)
+    _check_sampled(problem.labels, table, options)
+    x = problem.x
+    plan = make_plan(x, table, options, keep=needs.need_table_grad)
+    backend = backends.choose(options.backend, x.device, options.dtype)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
-        targets, unit, inverse_norm, target_unit, product = functions.enter(
-            x, table, labels, ignore_index, plan.wide, normalize_features, foreign_index
-        )
-        sums = chosen.forward(unit, table, targets, plan, need_pull=need_x_grad)
-        target_length = product.new_empty(0, centers) if normalize_weight else target_unit.norm(dim=2)
-        feature_length = product.new_empty(0) if normalize_features else unit.norm(dim=1)
-    vectors = sums.lse, product, target_length, feature_length
-    return *vectors, unit, target_unit, inverse_norm, sums.pull, sums.shift, sums.total, sums.kept
+        entered = _row_functions(backend, table, options).enter(x, table, problem.labels, options, plan.wide)
+        sums = backend.forward(entered.unit, table, entered.targets, plan, need_pull=needs.need_x_grad)
+        product = entered.product
+        target_length = product.new_empty(0, options.centers) if options.normalize_weight else entered.target_unit.norm(dim=2)
+        feature_length = product.new_empty(0) if options.normalize_features else entered.unit.norm(dim=1)
+    saved = Saved(entered.unit, entered.target_unit, entered.inverse_norm, sums.pull, sums.shift, sums.total, sums.kept)
+    return Vectors(sums.lse, product, target_length, feature_length), saved
 
 
-def _row_functions(backend, table, normalize_features):
+def _table(problem, options):
+    return Table(problem.weight, problem.bias, options.normalize_weight, options.centers, problem.index)
+
+
+def _row_functions(backend, table, options):
     """A backend's own are for cosines over all of a table with one row to a class."""
-    plain = normalize_features and table.normalize and table.centers == 1 and table.index is None
+    plain = options.cosines and table.centers == 1 and table.index is None
     return backend.row_functions if plain else batch_rows
 
 
+_FORWARD_TAKES, _FORWARD_GIVES = (Problem, Options, Needs), (Vectors, Saved)
+_NEGATIVE_LSE = _register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _FORWARD_GIVES)
+
+
 @library.register_fake("cosface_kernels::negative_lse", lib=LIBRARY)
-def _(x, weight, bias, labels, index, scale, ignore_index, *options):
-    normalize_features, normalize_weight, centers, dtype, memory_budget, _, need_x_grad, need_table_grad, *_ = options
-    num_rows, size = x.shape[0], x.shape[1] + int(bias is not None)  # sympy adds no bool
-    wide = wide_dtype(dtype)
-    table = Table(weight, bias, normalize_weight, centers, index)
-    _, elements = kept_size(x, table, dtype, memory_budget) if need_table_grad else (0, 0)
-    row = x.new_empty(num_rows, dtype=wide)
-    return (
-        row,
-        x.new_empty(num_rows, centers, dtype=wide),
-        x.new_empty(0 if normalize_weight else num_rows, centers, dtype=wide),
-        x.new_empty(0 if normalize_features else num_rows, dtype=wide),
-        x.new_empty(num_rows, size, dtype=wide),
-        x.new_empty(num_rows, centers, size, dtype=wide),
-        x.new_empty(num_rows if normalize_features else 0, dtype=wide),
-        x.new_empty(num_rows if need_x_grad else 0, size, dtype=wide),
-        torch.empty_like(row),
-        torch.empty_like(row),
-        x.new_empty(elements, dtype=dtype),
+def _(*flat):
+    problem, options, needs = split(flat, _FORWARD_TAKES)
+    x, centers, wide = problem.x, options.centers, wide_dtype(options.dtype)
+    num_rows, size = x.shape[0], x.shape[1] + int(problem.bias is not None)  # sympy adds no bool
+    elements = 0
+    if needs.need_table_grad:
+        _, elements = kept_size(x, _table(problem, options), options.dtype, options.memory_budget)
+    vectors = Vectors(
+        lse=x.new_empty(num_rows, dtype=wide),
+        product=x.new_empty(num_rows, centers, dtype=wide),
+        target_length=x.new_empty(0 if options.normalize_weight else num_rows, centers, dtype=wide),
+        feature_length=x.new_empty(0 if options.normalize_features else num_rows, dtype=wide),
     )
+    saved = Saved(
+        unit=x.new_empty(num_rows, size, dtype=wide),
+        target_unit=x.new_empty(num_rows, centers, size, dtype=wide),
+        inverse_norm=x.new_empty(num_rows if options.normalize_features else 0, dtype=wide),
+        pull=x.new_empty(num_rows if needs.need_x_grad else 0, size, dtype=wide),
+        shift=x.new_empty(num_rows, dtype=wide),
+        total=x.new_empty(num_rows, dtype=wide),
+        kept=x.new_empty(elements, dtype=options.dtype),
+    )
+    return *vectors, *saved
 
 
-@_registered
-def negative_lse_backward(
-    lse_grad: Tensor,
-    product_grad: Tensor,
-    length_grad: Tensor,
-    feature_length_grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    index: Tensor | None,
-    unit: Tensor,
-    target_unit: Tensor,
-    inverse_norm: Tensor,
-    pull: Tensor,
-    shift: Tensor,
-    total: Tensor,
-    kept: Tensor,
-    scale: float,
-    ignore_index: int,
-    normalize_features: bool,
-    normalize_weight: bool,
-    centers: int,
-    dtype: torch.dtype,
-    memory_budget: int | None,
-    backend: str,
-    need_x_grad: bool,
-    need_table_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dX (N, D), dW (C K, D), db (C K,), each in its tensor's dtype) from the gradients of negative_lse's vectors.
-
-    With an index dW (M, D) and db (M,) are those of its rows. What is not needed comes back empty. All are one op, of x, weight
-    and bias, so that no second derivative can miss one of them.
+def _negative_lse_backward(grads, problem, saved, options, needs):
+    """Gradients from the gradients of negative_lse's vectors: all are one op, of x, weight and bias, so that no second derivative
+    can miss one of them.
     """
-    table = Table(weight, bias, normalize_weight, centers, index)
-    x_grad, weight_grad, bias_grad = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    x, table = problem.x, _table(problem, options)
+    x_grad, weight_grad, bias_grad = x.new_empty(0), problem.weight.new_empty(0), problem.weight.new_empty(0)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
-        if need_x_grad:
-            functions = _row_functions(backends.choose(backend, x.device, dtype), table, normalize_features)
-            x_grad = functions.x_gradient(
-                *(lse_grad, product_grad, feature_length_grad, unit, target_unit, inverse_norm, pull, scale, x.shape, x.dtype)
-            )
-            if not normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
-                x_grad = torch.where((labels == ignore_index)[:, None], 0.0, x_grad)
-        if need_table_grad:
+        if needs.need_x_grad:
+            functions = _row_functions(backends.choose(options.backend, x.device, options.dtype), table, options)
+            x_grad = functions.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
+            if not options.normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
+                x_grad = torch.where((problem.labels == options.ignore_index)[:, None], 0.0, x_grad)
+        if needs.need_table_grad:
             gradient = TableGradient.of(table)
-            factors = Factors(unit, labels, shift, total, lse_grad, product_grad, length_grad, kept)
-            options = Options(scale, ignore_index, normalize_features, normalize_weight, centers, dtype, memory_budget, backend)
-            write_table_gradient(gradient, table, factors, options)
+            write_table_gradient(gradient, table, TableFactors.of(problem.labels, saved, grads), options)
             weight_grad, bias_grad = gradient.weight, bias_grad if gradient.bias is None else gradient.bias
-    return x_grad, weight_grad, bias_grad
+    return (Gradients(x_grad, weight_grad, bias_grad),)
 
 
-def write_table_gradient(gradient, table, factors, options):
-    """dW and db slab by slab into a TableGradient, or what has its methods."""
-    unit, labels, shift, total, lse_grad, product_grad, length_grad, kept = factors
-    scale, ignore_index, normalize_features, normalize_weight, _, dtype, memory_budget, backend = options
-    chosen = backends.choose(backend, unit.device, dtype)
-    cosines = normalize_features and normalize_weight
-    plan = make_plan(unit, table, scale=scale, dtype=dtype, memory_budget=memory_budget, keep=True, cosines=cosines)
-    functions = _row_functions(chosen, table, normalize_features)
-    targets, row_scale, unscale, target_rows, target_sums = functions.weight_factors(
-        lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale
-    )
+def write_table_gradient(sink, table, factors, options):
+    """dW and db slab by slab into a table.Sink."""
+    unit = factors.unit
+    backend = backends.choose(options.backend, unit.device, options.dtype)
+    plan = make_plan(unit, table, options, keep=True)
     with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
-        chosen.backward(unit, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient)
+        slab_factors = _row_functions(backend, table, options).slab_factors(factors, table, options)
+        backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink)
+
+
+_BACKWARD_TAKES = Vectors, Problem, Saved, Options, Needs
+_NEGATIVE_LSE_BACKWARD = _register_named("negative_lse_backward", _negative_lse_backward, _BACKWARD_TAKES, (Gradients,))
 
 
 @library.register_fake("cosface_kernels::negative_lse_backward", lib=LIBRARY)
-def _(lse_grad, product_grad, length_grad, feature_length_grad, x, weight, bias, labels, index, *rest):
-    *_, need_x_grad, need_table_grad = rest
-    x_grad = x.new_empty(x.shape if need_x_grad else 0)
-    if not need_table_grad:
+def _(*flat):
+    _, problem, _, options, needs = split(flat, _BACKWARD_TAKES)
+    x_grad = problem.x.new_empty(problem.x.shape if needs.need_x_grad else 0)
+    weight, bias = problem.weight, problem.bias
+    if not needs.need_table_grad:
         return x_grad, weight.new_empty(0), weight.new_empty(0)
-    rows = Table(weight, bias, index=index).num_rows
-    weight_grad = weight.new_empty(
-        rows, weight.shape[1]
-    )  # no TableGradient.of: page_pool.py lends memory, which a shape has none of
+    rows = _table(problem, options).num_rows
+    # No TableGradient.of: page_pool.py lends memory, which a shape has none of.
+    weight_grad = weight.new_empty(rows, weight.shape[1])
     return x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)
 
 
@@ -238,35 +170,40 @@ def _differentiable(operator, function):
 
 class _NegativeLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        *inputs, need_x_grad, need_table_grad, foreign_index = inputs
+    def forward(ctx, *flat):
+        problem, options, needs = split(flat, _FORWARD_TAKES)
         # Here it is known what vmap and torch.export hide from the caller.
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
-        needs = need_x_grad or for_x, need_table_grad or for_weight or for_bias
+        needs = Needs(needs.need_x_grad or for_x, needs.need_table_grad or for_weight or for_bias)
         with torch._C._AutoDispatchBelowAutograd():
-            output = negative_lse(*inputs, *needs, foreign_index)
-        x, weight, bias, labels, index, *constants = inputs
-        ctx.mark_non_differentiable(*output[4:])
+            flat = _NEGATIVE_LSE(*problem, *options, *needs)
+        vectors, saved = split(flat, _FORWARD_GIVES)
+        ctx.mark_non_differentiable(*saved)
         # Else autograd would hand backward a zero tensor as large as `kept`.
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, labels, index, *output[4:])
-        ctx.constants, ctx.shapes = constants, [vector.shape for vector in output[:4]]
-        ctx.no_grads = [None] * len(inputs)
-        return output
+        ctx.save_for_backward(*problem, *saved)
+        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors]
+        return flat
 
     @staticmethod
     def backward(ctx, *came_back):
-        saved = ctx.saved_tensors  # once: each access unpacks them all, and activation checkpointing allows one
-        _, weight, bias, _, index, *_, total, _ = saved
-        vector_grads = zeros_for_none(came_back[:4], ctx.shapes, total)
-        need = ctx.needs_input_grad[:3]
-        grads = negative_lse_backward(*vector_grads, *saved, *ctx.constants, need[0], need[1] or need[2])
-        if index is not None:
-            grads = grads[0], *(_in_rows(index, grad, of) for grad, of in zip(grads[1:], (weight, bias), strict=True))
-        return *(grad if needed else None for grad, needed in zip(grads, need, strict=True)), *ctx.no_grads
+        # saved_tensors once: each access unpacks them all, and activation checkpointing allows one.
+        problem, saved = split(ctx.saved_tensors, (Problem, Saved))
+        vector_grads, _ = split(came_back, _FORWARD_GIVES)
+        vector_grads = zeros_for_none(vector_grads, ctx.shapes, saved.total)
+        wanted = Gradients(*ctx.needs_input_grad[: len(Gradients._fields)])
+        needs = Needs(wanted.x, wanted.weight or wanted.bias)
+        grads = Gradients(*_NEGATIVE_LSE_BACKWARD(*vector_grads, *problem, *saved, *ctx.options, *needs))
+        if problem.index is not None:
+            grads = grads._replace(
+                weight=_in_rows(problem.index, grads.weight, problem.weight),
+                bias=_in_rows(problem.index, grads.bias, problem.bias),
+            )
+        grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
+        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
 
 
-_differentiable(negative_lse, _NegativeLse)
+_differentiable(_NEGATIVE_LSE, _NegativeLse)
 
 
 def _in_rows(index, grad, of):
@@ -287,8 +224,7 @@ def _no_second_derivative(ctx, *grads):
 library.register_autograd("cosface_kernels::negative_lse_backward", _no_second_derivative, lib=LIBRARY)
 
 
-@_registered
-def margin_losses(
+def _margin_losses(
     lse: Tensor, logit: Tensor, counted: Tensor, scale: float, reduction: str, backend: str
 ) -> tuple[Tensor, Tensor]:
     """(softplus(lse_n - s logit_n) of the counted rows and 0 of others, reduced; its derivative by each row's lse (N,)).
@@ -297,6 +233,9 @@ def margin_losses(
     """
     with torch.cuda.device_of(lse):
         return backends.choose(backend, lse.device, lse.dtype).row_functions.losses(lse, logit, counted, scale, reduction)
+
+
+margin_losses = _register("margin_losses", library.infer_schema(_margin_losses, mutates_args=()), _margin_losses)
 
 
 @library.register_fake("cosface_kernels::margin_losses", lib=LIBRARY)
@@ -390,11 +329,11 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
         )
 
 
-def _check_sampled(labels, table, ignore_index, foreign_index):
+def _check_sampled(labels, table, options):
     """Where values are checked, a label whose class takes no part raises."""
     if table.index is None or not _checks_values(labels):
         return
-    missing = (table.positions(labels) < 0) & batch_rows.needs_target(labels, ignore_index, foreign_index)
+    missing = (table.positions(labels) < 0) & batch_rows.needs_target(labels, options.ignore_index, options.foreign_index)
     if missing.any():
         row = int(missing.nonzero()[0])
         label = int(labels[row])

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 
 from ..distributed import dtensors
-from .operators import Factors, Options, write_table_gradient, zeros_for_none
+from . import operators
+from .operands import Needs, Options, TableFactors, Vectors
+from .operators import write_table_gradient, zeros_for_none
 from .table import Table
 
 PUT_ROWS = 2**16  # of a sum, at once
@@ -51,7 +53,7 @@ class Record(NamedTuple):
 
     options: Options  # those of two records must be equal for them to be one
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
-    factors: Factors
+    factors: TableFactors
     seen: list  # Seen of weight, bias and index then
     trained: tuple  # whether weight and bias needed a gradient
 
@@ -151,9 +153,31 @@ def pending(weight):
     return getattr(weight, "_pending", None)
 
 
+def negative_lse(problem, options, parameters):
+    """operators.negative_lse's Vectors and x̃ (N, D). Where a fused optimiser trains the table, its gradient is recorded instead.
+
+    parameters: (weight, bias), whose rows the problem's are.
+    """
+    needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
+    if not needed or pending(parameters[0]) is None:
+        vectors, saved = operators.negative_lse(problem, options, Needs(False, False))  # it sees what needs a gradient
+        return vectors, saved.unit
+    bias = None if problem.bias is None else problem.bias.detach()
+    problem = problem._replace(weight=problem.weight.detach(), bias=bias)
+    if options.memory_budget is None:
+        options = options._replace(memory_budget=automatic_budget(problem.weight))
+    vectors, saved = operators.negative_lse(problem, options, Needs(False, True))
+    return _recorded(parameters, vectors, saved, problem, options), saved.unit
+
+
+def automatic_budget(weight):
+    """Bytes of exponentials kept by memory_budget "auto" beside a table whose gradient never exists: a tenth of the table."""
+    return weight.nbytes // 10
+
+
 @torch._disable_dynamo
-def record(parameters, vectors, factors, index, options):
-    """The operator's lse, products and lengths as they are; their gradients are recorded when backward asks for the table's.
+def _recorded(parameters, vectors, saved, problem, options):
+    """The operator's Vectors as they are; their gradients are recorded when backward asks for the table's.
 
     They come from an operator that saw no gradient of the table. Zeros are added to them, because the path to the features
     must not lead through here: torch.autograd.grad(loss, features) records nothing.
@@ -163,33 +187,35 @@ def record(parameters, vectors, factors, index, options):
             "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
             "heads that share a weight cannot have a bias each"
         )
-    parts = _Record.apply(*parameters, *(vector.detach() for vector in vectors), *factors, index, options)
-    return [vector + part for vector, part in zip(vectors, parts, strict=True)]
+    detached = Vectors(*(vector.detach() for vector in vectors))
+    parts = _Record.apply(*parameters, detached, saved, problem, options)
+    lse, product, target_length = (vector + part for vector, part in zip(vectors[:3], parts, strict=True))
+    return Vectors(lse, product, target_length, vectors.feature_length)
 
 
 class _Record(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight, bias, lse, product, length, unit, labels, shift, total, kept, index, options):
+    def forward(ctx, weight, bias, vectors, saved, problem, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
-        ctx.save_for_backward(unit, labels, shift, total, kept, index)
-        ctx.options, ctx.shapes = options, [vector.shape for vector in (lse, product, length)]
+        ctx.save_for_backward(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept)
+        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors[:3]]
         ctx.set_materialize_grads(False)
-        return torch.zeros_like(lse), torch.zeros_like(product), torch.zeros_like(length)
+        return tuple(torch.zeros_like(vector) for vector in vectors[:3])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        unit, labels, shift, total, kept, index = ctx.saved_tensors
+        labels, index, unit, shift, total, kept = ctx.saved_tensors
         if change := _change(ctx.seen, *ctx.parameters):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
-        factors = Factors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
+        factors = TableFactors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
         found.add(Record(ctx.options, index, factors, [*ctx.seen, *Seen.all(index)], ctx.needs_input_grad[:2]))
-        return (None,) * 12
+        return (None,) * 6
 
 
 def refused(weight):
@@ -219,35 +245,35 @@ def rows_of(records):
     return samples[0] if len(samples) == 1 else torch.cat(samples).unique()
 
 
-def write_gradient(table, records, gradient):
-    """The sum of what all records describe, slab by slab into a TableGradient, or what has its methods.
+def write_gradient(table, records, sink):
+    """The sum of what all records describe, slab by slab into a Sink.
 
     table: whose index is the `rows_of` the records.
     """
     with torch.cuda.device_of(table.weight):  # kernels go to the current device
-        _write_groups(table, records, gradient)
+        _write_groups(table, records, sink)
 
 
-def _write_groups(table, records, gradient):
+def _write_groups(table, records, sink):
     alike = {}
     for record in records:
         alike.setdefault((record.options, id(record.index)), []).append(record)
     if len(alike) == 1:
-        _write(table, records, gradient)
+        _write(table, records, sink)
         return
     # Batches with other classes or another scale have exponentials of their own: only gradients can be added, so this once they
     # exist, of the rows that any of them has.
-    total = _Sum(table, gradient.place(0, 1).dtype)
+    total = _Sum(table, sink.room(0, 1).dtype)
     for group in alike.values():
         total.into(group[0].index)
         _write(table, group, total)
     for start in range(0, len(total.rows), PUT_ROWS):
         stop = min(start + PUT_ROWS, len(total.rows))
-        gradient.put(start, stop, total.rows[start:stop])
+        sink.put(start, stop, total.rows[start:stop])
 
 
 class _Sum:
-    """What stands where a TableGradient is expected, and adds to what is there."""
+    """A Sink that adds to what is there."""
 
     def __init__(self, table, dtype):
         size = table.weight.shape[1] + (table.bias is not None)
@@ -258,25 +284,25 @@ class _Sum:
         """What comes is of these rows of the table."""
         self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
 
-    def step(self):
+    def native_update(self):
         return None
 
-    device_update = step
+    device_update = native_update
 
-    def place(self, start, stop, dtype=None):
+    def room(self, start, stop, dtype=None):
         return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
 
     def put(self, start, stop, rows):
         self.rows[slice(start, stop) if self.positions is None else self.positions[start:stop]] += rows
 
 
-def _write(table, records, gradient):
+def _write(table, records, sink):
     """Of records that have their options and rows in common."""
     options = records[0].options
     table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
     columns = zip(*(record.factors for record in records), strict=True)
     # A single record's as they are: `kept` may be large.
-    factors = Factors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+    factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
     if not len(factors.kept):
         options = options._replace(memory_budget=0)
-    write_table_gradient(gradient, table, factors, options)
+    write_table_gradient(sink, table, factors, options)

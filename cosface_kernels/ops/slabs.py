@@ -79,12 +79,12 @@ class Plan(NamedTuple):
         return kept[start : start + num_rows * width].view(num_rows, width)
 
 
-def make_plan(features, table, *, scale, dtype, memory_budget, keep, cosines):
-    """The plan for features (N, D) and a Table. keep: whether backward will want exponentials; cosines: both have unit rows."""
-    log2_scale = scale * math.log2(math.e)
+def make_plan(features, table, options, *, keep):
+    """The plan for features (N, D), a Table and operands.Options. keep: whether backward will want exponentials."""
+    log2_scale, dtype = options.scale * math.log2(math.e), options.dtype
     half = math.log2(table.num_rows) / 2
-    bounded = cosines and log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
-    kept_slabs, kept_elements = kept_size(features, table, dtype, memory_budget) if keep else (0, 0)
+    bounded = options.cosines and log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
+    kept_slabs, kept_elements = kept_size(features, table, dtype, options.memory_budget) if keep else (0, 0)
     return Plan(
         log2_scale=log2_scale,
         shift=float(round(half)) if bounded else None,

@@ -3,7 +3,7 @@
 The row of class j is w_j, or with a bias (w_j, b_j): (x, 1)·(w_j, b_j) = x·w_j + b_j, so that no kernel knows of one.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -61,7 +61,26 @@ class Table(NamedTuple):
         return project(*self.unit(rows), unit_grad)
 
 
+class Sink(Protocol):
+    """Where backward hands the rows of dW, slab by slab: kept (TableGradient), added up, or used up by an optimiser."""
+
+    def room(self, start, stop, dtype=None):
+        """Where a slab's rows (B, D) may be written in dtype (None: the sink's own) before they are `put`; D + 1 with a bias."""
+
+    def put(self, start, stop, rows):
+        """Takes the rows start .. stop of those that take part."""
+
+    def native_update(self):
+        """The C struct of an optimiser's step that native code is to apply to each row as soon as it is made, instead of room and
+        put; None where there is none."""
+
+    def device_update(self):
+        """The same on a GPU: [(a Part of the optimiser, first column of its gradient)] for triton_update.py; or None."""
+
+
 class TableGradient(NamedTuple):
+    """A Sink that keeps dW and db."""
+
     weight: torch.Tensor  # (R, D), of the rows that take part
     bias: torch.Tensor | None  # (R,)
 
@@ -72,18 +91,14 @@ class TableGradient(NamedTuple):
         weight = page_pool.empty(shape, table.weight.dtype, table.weight.device)
         return cls(weight, None if bias is None else torch.empty(shape[0], dtype=bias.dtype, device=bias.device))
 
-    def step(self):
-        """The native.Step that is to use up each row as soon as it is made, where one can, instead of place and put; or None."""
+    def native_update(self):
         return None
 
     def device_update(self):
-        """The same on a GPU: [(updates.Part, first column of its gradient)] that triton_update.py is to update; or None."""
         return None
 
-    def place(self, start, stop, dtype=None):
-        """Where a slab's rows may be written in dtype (None: the gradient's) before they are `put`: the gradient itself if it can
-        hold them.
-        """
+    def room(self, start, stop, dtype=None):
+        """The gradient itself where it can hold the rows."""
         rows = self.weight[start:stop]
         dtype = dtype or rows.dtype
         if self.bias is None and rows.dtype == dtype:

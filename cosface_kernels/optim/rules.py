@@ -1,7 +1,7 @@
 """One optimiser step for some rows of a parameter and their state, given their gradient.
 
     Part      a class table or its bias, its state and the rule: what `apply` changes row by row
-    Update    both as the slab loop's gradient: where table.TableGradient keeps a slab, this updates with it and drops it
+    Update    both as the slab loop's Sink: where table.TableGradient keeps a slab, this updates with it and drops it
 
 The rules are torch.optim's own kernels on decoded rows. On a CPU with vector instructions csrc/cpu/update.cpp does the same to a
 row while it is in the cache.
@@ -98,7 +98,7 @@ class Part(NamedTuple):
     def apply(self, index, grad):
         """index: which rows, a slice or int64 positions; grad: theirs, in the dtype to compute in."""
         if self.is_native():
-            cpu_library.update(self.step(), grad.float(), index)
+            cpu_library.update(self.native_update(), grad.float(), index)
             return
         if self.has_kernel() and self.rows.is_cuda and not backends.unusable("triton", self.rows.device):
             from ..ops.backends import triton_update
@@ -113,7 +113,7 @@ class Part(NamedTuple):
         for stream, ((buffer, scale), changed) in enumerate(zip(self.states, states, strict=True), 1):
             self._write(index, stream, buffer, scale, changed)
 
-    def step(self):
+    def native_update(self):
         """As native code is told."""
         return cpu_library.Step.of(*self.rule.numbers(), self.rows, self.states, self.first_row, self.key)
 
@@ -134,14 +134,14 @@ class Part(NamedTuple):
 
 
 class Update:
-    """What stands where a TableGradient is expected, and updates instead."""
+    """A table.Sink that updates."""
 
     def __init__(self, table, weight, bias):
         """table: whose index says which rows have a gradient; weight, bias: a Part each, None for what stays as it is."""
         self.table, self.weight, self.bias = table, weight, bias
         self._room = None
 
-    def place(self, start, stop, dtype=None):
+    def room(self, start, stop, dtype=None):
         """Where a slab's rows may be written before they are `put`: the same place for every slab."""
         weight = self.table.weight
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
@@ -158,13 +158,12 @@ class Update:
         if self.bias is not None:
             self.bias.apply(index, rows[:, size:])
 
-    def step(self):
-        """See TableGradient.step."""
+    def native_update(self):
         whole = self.table.index is None and self.bias is None and self.table.bias is None
-        return self.weight.step() if whole and self.weight is not None and self.weight.is_native() else None
+        return self.weight.native_update() if whole and self.weight is not None and self.weight.is_native() else None
 
     def device_update(self):
-        """See TableGradient.device_update."""
+        """See table.Sink."""
         parts = (self.weight, 0), (self.bias, self.table.weight.shape[1])
         parts = [(part, column) for part, column in parts if part is not None]
         return parts if all(part.has_kernel() for part, _ in parts) else None

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..functional import _bytes_to_keep
 from ..heads.plain import MarginSoftmaxLoss
 from ..margins import NormSoftmax
-from ..ops import backends, formats, page_pool
+from ..ops import backends, formats, page_pool, recording
 from ..ops.slabs import Chip, kept_size, slab_rows
 from ..ops.table import Table
 from ..optim.fused import FusedSGD
@@ -89,7 +88,7 @@ def plan(training, memory, process):
     weight = torch.empty(held, training.dim, dtype=formats.TABLE_FORMATS[training.table_format], device="meta")
     features, table = _features(training), Table(weight[:rows])
     # The second is kept_size's own rule, of a device that need not be here.
-    budget = _bytes_to_keep("auto", weight, recorded=True) if training.is_fused else min(weight.nbytes, memory // 8)
+    budget = recording.automatic_budget(weight) if training.is_fused else min(weight.nbytes, memory // 8)
     chip = Chip(GPU_PROCESSORS, memory)
     slab, (kept_slabs, elements) = slab_rows(features, table, dtype, chip), kept_size(features, table, dtype, budget, chip)
     kept = elements * dtype.itemsize

@@ -1,10 +1,11 @@
 """Backends: the slab loop, forward and backward. One interface, chosen in one function.
 
     forward(x, table, targets, plan, *, need_pull) -> Sums
-    backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient) -> None
+    backward(x, table, factors, shift, kept, plan, sink) -> None
 
 x (N, D): what is multiplied with the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
 targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none.
+factors: a batch_rows.SlabFactors.
 E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the largest of each other class's rows:
 
     forward    total_n = Σ_j E_nj        lse_n = log total_n + shift_n log 2
@@ -12,8 +13,7 @@ E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the 
     backward   dw̃ = Eᵀ diag(row_scale) x · unscale
                dw_j = (dw̃_j - ŵ_j (ŵ_j·dw̃_j)) / ‖w_j‖, or dw̃_j as it is, plus target_sums[i] where target_rows[i] = j
 
-target_rows ascend and end in some R for none; of equal ones the first one's sum counts, and the others' are zero. gradient
-(table.TableGradient) takes the rows of every slab.
+sink (table.Sink) takes the rows of every slab.
 
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and the gradient itself. It is
 deterministic: no atomics, every sum in a fixed order. `row_functions` is batch_rows.py, or its four functions in a form of its

@@ -38,12 +38,12 @@ def forward(x, table, targets, plan, *, need_pull):
     return Sums.of(shift, total.float(), pull.float(), kept)
 
 
-def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
+def backward(x, table, factors, shift, kept, plan, sink):
     num_rows, size = x.shape
-    slab = _Slab(x, table, targets, plan)
+    slab = _Slab(x, table, factors.targets, plan)
     scaled = slab.panels(num_rows, size)
-    slab.kernels.column_panels((x * row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
-    step = gradient.step()
+    slab.kernels.column_panels((x * factors.row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
+    update = sink.native_update()
     # A bias may be in another dtype than the weight.
     out_dtype = None if table.bias is None and table.weight.dtype in cpu_library.TABLE_DTYPES else torch.float32
     for index, start, stop in plan.slabs(table):
@@ -52,13 +52,14 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
             e = slab.e()
             slab.normalize(start, stop, None)
             slab.exponentials(start, stop, shift, e, None)
-        out = None if step else gradient.place(start, stop, out_dtype)
+        out = None if update else sink.room(start, stop, out_dtype)
         slab.kernels.table_gradient(
             *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
-            *(float(unscale), start, len(target_rows), target_rows, target_sums, slab.scratch, out, step),
+            *(float(factors.unscale), start, len(factors.target_rows), factors.target_rows, factors.target_sums),
+            *(slab.scratch, out, update),
         )
-        if not step:
-            gradient.put(start, stop, out)
+        if not update:
+            sink.put(start, stop, out)
 
 
 class _Slab:

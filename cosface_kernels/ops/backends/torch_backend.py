@@ -40,16 +40,16 @@ def forward(x, table, targets, plan, *, need_pull):
     return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept)
 
 
-def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
+def backward(x, table, factors, shift, kept, plan, sink):
     low = x.to(plan.dtype)
-    scaled = (x * row_scale[:, None]).to(plan.dtype)
+    scaled = (x * factors.row_scale[:, None]).to(plan.dtype)
     for index, start, stop in plan.slabs(table):
         unit, inverse_norm = _unit(table, start, stop, plan)
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
-            e = _exponentials(low, unit.to(plan.dtype), shift, targets - start, table, plan).to(plan.dtype)
-        grad = project(unit, inverse_norm, accumulated(e[:, : stop - start].T, scaled)) * unscale
-        gradient.put(start, stop, _add_rows(grad, target_rows - start, target_sums))
+            e = _exponentials(low, unit.to(plan.dtype), shift, factors.targets - start, table, plan).to(plan.dtype)
+        grad = project(unit, inverse_norm, accumulated(e[:, : stop - start].T, scaled)) * factors.unscale
+        sink.put(start, stop, _add_rows(grad, factors.target_rows - start, factors.target_sums))
 
 
 def _unit(table, start, stop, plan):

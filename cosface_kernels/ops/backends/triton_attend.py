@@ -97,22 +97,23 @@ class Features:
         return self._parts[:parts]
 
 
-def backward(low, size, table, targets, row_scale, unscale, target_rows, target_sums, plan, gradient, constants):
+def backward(low, size, table, factors, plan, sink, constants):
     """See backends.backward; low (N, width(size)): x̂ in plan.dtype."""
-    num_rows, slab, num_targets = low.shape[0], min(plan.slab, table.num_rows), target_rows.shape[0]
+    num_rows, slab, num_targets = low.shape[0], min(plan.slab, table.num_rows), factors.target_rows.shape[0]
     unit, room = low.new_empty(slab, low.shape[1]), None
     source = _source(low, constants, "BLOCK_N")
     few = min(constants["BLOCK_R"], ROW_ELEMENTS // low.shape[1])
     # No mask in the kernel's loop: it would cost the registers that the product needs.
     padding = 0, -num_rows % constants["BLOCK_N"]
-    targets, row_scale = F.pad(targets, padding, value=-1), F.pad(row_scale, padding)
-    parts, projection = gradient.device_update(), {"normalize": True, "targets": (target_rows, target_sums)}
+    targets, row_scale = F.pad(factors.targets, padding, value=-1), F.pad(factors.row_scale, padding)
+    sums = factors.target_rows, factors.target_sums
+    parts, projection = sink.device_update(), {"normalize": True, "targets": sums, "unscale": factors.unscale}
     for _, start, stop in plan.slabs(table):
-        rows, out = table.rows(start, stop), gradient.place(start, stop)
+        rows, out = table.rows(start, stop), sink.room(start, stop)
         if out.dtype != torch.float32 and room is None:
             room = torch.empty(slab, size, dtype=torch.float32, device=low.device)
         attend_table[(ceil_div(stop - start, constants["BLOCK_R"]),)](
-            *(rows, source, targets, row_scale, unscale, target_rows, target_sums, unit, out if room is None else room, out),
+            *(rows, source, targets, row_scale, factors.unscale, *sums, unit, out if room is None else room, out),
             *(stop - start, num_rows, size, num_targets, start, plan.log2_scale, plan.shift, *rows.stride()),
             SEARCH_STEPS=num_targets.bit_length(),
             FEW=few,
@@ -120,11 +121,11 @@ def backward(low, size, table, targets, row_scale, unscale, target_rows, target_
             **constants,
         )
         if parts is None:
-            gradient.put(start, stop, out)
+            sink.put(start, stop, out)
             continue
         place = slice(start, stop) if table.index is None else table.index[start:stop]
         for part, column in parts:  # dŵ is in `out`, which is float32 where an update takes it
-            triton_update.update(part, place, out, column=column, start=start, unscale=unscale, **projection)
+            triton_update.update(part, place, out, column=column, start=start, **projection)
 
 
 def _source(matrix, constants, block):

@@ -92,41 +92,42 @@ def forward(x, table, targets, plan, *, need_pull):
     return Sums(lse, shift, total, pull, kept)
 
 
-def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_sums, kept, plan, gradient):
+def backward(x, table, factors, shift, kept, plan, sink):
     num_rows, size = x.shape
     attend = triton_attend.constants("attend_table", x, table, plan, _precision())
     if attend:
-        low, factors = _padded(x, plan.dtype, attend), (row_scale, unscale, target_rows, target_sums)
-        triton_attend.backward(low, size, table, targets, *factors, plan, gradient, attend)
+        triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
         return
-    scaled = _padded(x, plan.dtype, row_scale=row_scale)
-    slab = _Slab(_padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled, table, targets, plan)
+    scaled = _padded(x, plan.dtype, row_scale=factors.row_scale)
+    low = _padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled
+    slab = _Slab(low, table, factors.targets, plan)
     partial = slab.partial()
-    num_targets, blocks = target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
+    num_targets, blocks = factors.target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
-    parts, projection = gradient.device_update(), {"normalize": table.normalize, "targets": (target_rows, target_sums)}
+    parts, targets = sink.device_update(), (factors.target_rows, factors.target_sums)
+    projection = {"normalize": table.normalize, "targets": targets, "unscale": factors.unscale}
     for index, start, stop in plan.slabs(table):
         width = aligned(stop - start)
         e = plan.kept_view(kept, index, num_rows, width)
         if e is None:
             e = slab.scratch(width)
             slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
-        out = gradient.place(start, stop)
+        out = sink.room(start, stop)
         # dŵ where dW comes, if that can hold it: project_rows reads a row before it writes it.
         fits = out.dtype == torch.float32 and scaled.shape[1] == size and out.is_contiguous()
         grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, out if fits else None)
         if parts is not None:
             place = slice(start, stop) if table.index is None else table.index[start:stop]
             for part, column in parts:
-                triton_update.update(part, place, grad, column=column, start=start, unscale=unscale, **projection)
+                triton_update.update(part, place, grad, column=column, start=start, **projection)
             continue
         rows = table.rows(start, stop)
         triton_kernels.project_rows[(ceil_div(stop - start, blocks["BLOCK_R"]),)](
             rows,
             grad,
-            unscale,
-            target_rows,
-            target_sums,
+            factors.unscale,
+            factors.target_rows,
+            factors.target_sums,
             out,
             stop - start,
             size,
@@ -136,7 +137,7 @@ def backward(x, table, targets, row_scale, unscale, shift, target_rows, target_s
             grad.shape[1],
             **constants,
         )
-        gradient.put(start, stop, out)
+        sink.put(start, stop, out)
 
 
 class _Slab:

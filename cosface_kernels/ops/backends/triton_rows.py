@@ -1,5 +1,5 @@
 """The functions of batch_rows.py, all but `losses` for cosines with one row to a class, in five launches, one kernel each but for
-weight_factors' two: at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long
+slab_factors' two: at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long
 as the slabs.
 
     enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n}, x̂_n·ŵ_{y_n} and the target from raw features, table and labels
@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..batch_rows import Entered, SlabFactors
 from ..slabs import ceil_div
 from .triton_kernels import FUSE, project, row_blocks, unit_and_inverse
 
@@ -26,28 +27,28 @@ ORDER_BLOCKS = {"BLOCK_R": 8, "BLOCK_M": 512, **FUSE}
 LOSS_BLOCK = {"BLOCK": 1024, **FUSE}
 
 
-def enter(x, table, labels, ignore_index, wide, normalize_features=True, foreign_index=None):
-    """See rows.enter."""
-    assert normalize_features and table.normalize and table.centers == 1
+def enter(x, table, labels, options, wide):
+    """See batch_rows.enter."""
+    assert options.cosines and table.centers == 1
     (num_rows, size), weight = x.shape, table.weight
     targets = torch.empty(num_rows, dtype=torch.int64, device=x.device)
     inverse_norm = torch.empty(num_rows, dtype=wide, device=x.device)
     product = torch.empty(num_rows, 1, dtype=wide, device=x.device)
     unit = torch.empty(num_rows, size, dtype=wide, device=x.device)
     target_unit = torch.empty(num_rows, 1, size, dtype=wide, device=x.device)
-    foreign_index = ignore_index if foreign_index is None else foreign_index
+    foreign_index = options.ignore_index if options.foreign_index is None else options.foreign_index
     _launch(
         enter_rows,
         num_rows,
         size,
         (x, weight, labels, targets, inverse_norm, product, unit, target_unit),
-        (weight.shape[0], ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
+        (weight.shape[0], options.ignore_index, foreign_index, *x.stride(), *weight.stride(), labels.stride(0)),
     )
-    return targets, unit, inverse_norm, target_unit, product
+    return Entered(targets, unit, inverse_norm, target_unit, product)
 
 
 def losses(lse, logit, counted, scale, reduction):
-    """See rows.losses. One program goes over all rows: N numbers, of which it makes one."""
+    """See batch_rows.losses. One program goes over all rows: N numbers, of which it makes one."""
     num_rows, is_reduced = lse.shape[0], reduction != "none"
     loss, slope = lse.new_empty(() if is_reduced else num_rows), torch.empty_like(lse)
     reduce_losses[(1,)](
@@ -59,25 +60,31 @@ def losses(lse, logit, counted, scale, reduction):
     return loss, slope
 
 
-def x_gradient(lse_grad, product_grad, length_grad, unit, target_unit, inverse_norm, pull, scale, shape, dtype):
-    """See rows.x_gradient."""
-    assert not length_grad.shape[0] or not unit.shape[0]
-    x_grad = torch.empty(shape, dtype=dtype, device=unit.device)
-    tensors = lse_grad.contiguous(), product_grad.contiguous(), unit, target_unit, inverse_norm, pull, x_grad
-    _launch(x_gradient_rows, *unit.shape, tensors, (scale,))
+def x_gradient(grads, saved, scale, shape, dtype):
+    """See batch_rows.x_gradient."""
+    assert not len(grads.feature_length) or not len(saved.unit)
+    x_grad = torch.empty(shape, dtype=dtype, device=saved.unit.device)
+    vectors = grads.lse.contiguous(), grads.product.contiguous()
+    _launch(
+        x_gradient_rows,
+        *saved.unit.shape,
+        (*vectors, saved.unit, saved.target_unit, saved.inverse_norm, saved.pull, x_grad),
+        (scale,),
+    )
     return x_grad
 
 
-def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labels, ignore_index, scale):
-    """See rows.weight_factors."""
-    (num_rows, size), weight = unit.shape, table.weight
+def slab_factors(factors, table, options):
+    """See batch_rows.slab_factors."""
+    labels, unit, total, weight = factors.labels, factors.unit, factors.total, table.weight
+    num_rows, size = unit.shape
     targets, classes, order, repeats = torch.empty(4, num_rows, dtype=torch.int64, device=labels.device)
     row_scale, sums = torch.empty_like(total), torch.empty_like(unit)
     unscale = total.new_empty(()) if num_rows else total.new_ones(())
     if num_rows:
         order_targets[(ceil_div(num_rows, ORDER_BLOCKS["BLOCK_R"]),)](
             labels,
-            lse_grad.contiguous(),
+            factors.lse_grad.contiguous(),
             total,
             targets,
             classes,
@@ -87,16 +94,16 @@ def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labe
             unscale,
             num_rows,
             weight.shape[0],
-            ignore_index,
+            options.ignore_index,
             labels.stride(0),
-            scale,
+            options.scale,
             **ORDER_BLOCKS,
         )
         sum_targets[(num_rows,)](
             classes,
             order,
             repeats,
-            product_grad.contiguous(),
+            factors.product_grad.contiguous(),
             unit,
             weight,
             sums,
@@ -105,7 +112,7 @@ def weight_factors(lse_grad, product_grad, length_grad, unit, total, table, labe
             BLOCK_D=row_blocks(size)["BLOCK_D"],
             **FUSE,
         )
-    return targets, row_scale, unscale, classes, sums
+    return SlabFactors(targets, row_scale, unscale, classes, sums)
 
 
 def _launch(kernel, num_rows, size, tensors, numbers):

@@ -5,7 +5,7 @@
     adamw       g = ±dw          m = β1 m + (1 - β1) g, v = β2 v + (1 - β2) g²   w -= η λ w + η / c1 · m / (√v / c2 + ε)
 
 Rows and state are decoded before and encoded after, with stochastic rounding, all in registers: neither a slab of dw nor one of
-decoded rows exists. formats.py and updates.py say the same in PyTorch, and the random bits are theirs.
+decoded rows exists. formats.py and optim/rules.py say the same in PyTorch, and the random bits are theirs.
 """
 
 import math
@@ -29,7 +29,7 @@ def blocks(size):
 
 
 def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=None, targets=(None, None)):
-    """One step of an updates.Part, for the rows at index: a slice, or int64 positions (R,).
+    """One step of a rules.Part, for the rows at index: a slice, or int64 positions (R,).
 
     grad (R, >= column + D) float32: theirs, from `column` on. Given unscale it is dw̃, and all else as backends.backward has it,
     with `start` the position of the slab's first row.

@@ -1,0 +1,237 @@
+"""One loss of a class table: validation, precision, the margin on N-vectors, reduction.
+
+features, table  ->  A_n, t_n, lengths          ops: N x C, slab by slab, no margin
+                 ->  t'_n = l_n ψ(t_n / l_n)    margins: N-vectors, plain autograd
+                 ->  softplus(A_n - s t'_n)     reduced
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch.autograd import forward_ad
+
+from . import margins, validation
+from .margins import Margin
+from .ops import recording
+from .ops.batch_rows import reduced
+from .ops.normalize import direction
+from .ops.operands import Options, Problem
+from .ops.operators import margin_losses, snapshot
+
+
+class Inputs(NamedTuple):
+    """The tensors of a loss, as `margin_softmax_loss` says."""
+
+    features: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    bias: torch.Tensor | None = None
+    classes: torch.Tensor | None = None
+    parameters: tuple | None = None  # (weight, bias) whose rows those above are; None: themselves
+
+
+class LossOptions(NamedTuple):
+    """All else that a loss takes, as `margin_softmax_loss` says."""
+
+    margin: Margin
+    scale: float | None
+    normalize_features: bool | None
+    centers_per_class: int
+    reduction: str = "mean"
+    sample_correction: bool = False
+    ignore_index: int = -100
+    memory_budget: int | str = "auto"
+    backend: str = "auto"
+
+    def checked(self, has_bias):
+        """With what the margin decides filled in."""
+        margins.check(self.margin, has_bias, self.normalize_features)
+        validation.check_reduction(self.reduction)
+        validation.check_flag("sample_correction", self.sample_correction)
+        normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
+        scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
+        return self._replace(scale=scale, normalize_features=normalize_features)
+
+    def check_values(self):
+        names = ("scale", "ignore_index", "memory_budget", "backend")
+        validation.check_options(**{name: getattr(self, name) for name in names})
+
+    @property
+    def bound(self):
+        """What no |logit| exceeds."""
+        return float(self.scale) if self.normalize_features and self.margin.normalize_weight else math.inf
+
+
+class Negatives(NamedTuple):
+    """What is known of a batch before the margin. w̃_y is the nearest centre."""
+
+    lse: torch.Tensor  # log Σ_{j≠y} e^{s x̃·w̃_j} (N,), of an ignored row over all classes
+    product: torch.Tensor  # x̃·w̃_y (N,)
+    target_length: torch.Tensor | None  # ‖w̃_y‖ (N,); None where they are 1
+    feature_length: torch.Tensor | None  # ‖x̃‖ (N,); None where they are 1
+    unit: torch.Tensor  # x̃ (N, D) without gradient
+    counted: torch.Tensor  # which rows are not ignored (N,)
+
+
+class WholeTable:
+    """This process has all rows and all classes. heads.sharded.Batch has the same methods where the table lies in shards."""
+
+    foreign_index = None
+
+    def combine(self, bound, lse, product, target_length):
+        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table. bound: of |logits|."""
+        return lse, product, target_length
+
+    def of_all_shards(self, num_classes, num_sampled, device):
+        """How many classes the whole table has, and how many of them take part."""
+        return num_classes, num_sampled
+
+    def own(self, vector):
+        """A vector (N,) or None of the features, whose gradient is this process's."""
+        return vector
+
+    def own_rows(self, losses):
+        return losses
+
+
+def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=False):  # noqa: B008 (it has no state)
+    """`margin_softmax_loss`. state: a module's running statistics, brought up to date first when training."""
+    options = options.checked(inputs.bias is not None)
+    margin = options.margin
+    found = negatives(inputs, options, shards.foreign_index)
+    lse = _corrected_for_sampling(found.lse, inputs, options, shards)
+    norm = _feature_norm(inputs.features, found) if margin.needs_norm else None
+    lse, product, target_length = shards.combine(options.bound, lse, found.product, found.target_length)
+    feature_length, norm = shards.own(found.feature_length), shards.own(norm)
+    lengths = [length for length in (feature_length, target_length) if length is not None]
+    state = state or {}
+    if training:
+        with torch.no_grad():
+            margin.update(norm, found.counted, state)
+    state = {name: snapshot(value) for name, value in state.items()}
+    logit = _target_logit(margin, product, math.prod(lengths) if lengths else None, margin.terms(norm, found.counted, state))
+    losses, _ = margin_losses(lse, logit, found.counted, float(options.scale), options.reduction, options.backend)
+    penalty = margin.penalty(norm)
+    if penalty is not None:
+        _check_rows("penalty", margin, penalty, lse.shape)
+        losses = losses + reduced(torch.where(found.counted, penalty, 0.0), found.counted, options.reduction)
+    return shards.own_rows(losses) if options.reduction == "none" else losses
+
+
+def negatives(inputs, options, foreign_index=None):
+    """The Negatives of a batch."""
+    features, weight, labels, bias, classes, parameters = inputs
+    centers, margin = options.centers_per_class, options.margin
+    validation.check_tensors(features, weight, labels, bias, centers, classes)
+    options.check_values()
+    _refuse_transforms(features, weight, *([] if bias is None else [bias]))
+    labels, ignore_index = class_indices(labels), int(options.ignore_index)
+    vectors, unit = recording.negative_lse(
+        Problem(features, weight, bias, labels, _rows_of(classes, centers, len(weight))),
+        Options(
+            scale=float(options.scale),
+            ignore_index=ignore_index,
+            normalize_features=bool(options.normalize_features),
+            normalize_weight=margin.normalize_weight,
+            centers=int(centers),
+            dtype=product_dtype(features, weight),
+            memory_budget=None if options.memory_budget == "auto" else min(int(options.memory_budget), 2**62),
+            backend=options.backend,
+            foreign_index=foreign_index,
+        ),
+        (weight, bias) if parameters is None else parameters,
+    )
+    product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
+    if centers > 1:  # the gradient goes to the nearest centre alone
+        nearest = product.argmax(1, keepdim=True)
+        product = product.gather(1, nearest)
+        target_length = None if target_length is None else target_length.gather(1, nearest)
+    return Negatives(
+        lse=vectors.lse,
+        product=product.squeeze(1),
+        target_length=None if target_length is None else target_length.squeeze(1),
+        feature_length=None if options.normalize_features else vectors.feature_length,
+        unit=unit,
+        counted=labels != ignore_index,
+    )
+
+
+def _corrected_for_sampling(lse, inputs, options, shards):
+    """lse plus the log of how many negatives there are over how many were summed; plus 0 where none was, of which nothing can be
+    estimated.
+    """
+    if not options.sample_correction or inputs.classes is None:
+        return lse
+    weight, classes = inputs.weight, inputs.classes
+    num_classes = weight.shape[0] // options.centers_per_class
+    num_classes, num_sampled = shards.of_all_shards(num_classes, classes.shape[0], weight.device)
+    return lse + (math.log((num_classes - 1) / (num_sampled - 1)) if num_sampled > 1 else 0.0)
+
+
+def _feature_norm(features, found):
+    """‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class."""
+    return (torch.where(found.counted[:, None], features, 0.0).to(found.unit.dtype) * direction(found.unit)).sum(1)
+
+
+def _target_logit(margin, product, length, terms):
+    """l ψ(product / l) (N,)."""
+    if not isinstance(terms, tuple):
+        raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
+    for position, term in enumerate(terms):
+        _check_rows(f"terms[{position}]", margin, term, product.shape, torch.Size([]))
+    logit = margin.target_logit(product, length, *terms)
+    _check_rows("psi", margin, logit, product.shape)
+    logit = logit.to(product.dtype)
+    _refuse_transforms(logit)
+    return logit
+
+
+def _check_rows(name, margin, value, *shapes):
+    """What a margin returned: (N, 1) would be broadcast to N x N numbers."""
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} of {type(margin).__name__} must be a tensor, got {type(value).__name__}")
+    if value.shape not in shapes:
+        wanted = f"(N,) = {tuple(shapes[0])}" + (" or ()" if len(shapes) > 1 else "")
+        raise ValueError(f"{name} of {type(margin).__name__} must return shape {wanted}, got {tuple(value.shape)}")
+
+
+def default_scale(margin, normalize_features):
+    """The scale where none is given."""
+    return 64.0 if normalize_features and margin.normalize_weight else 1.0
+
+
+def _rows_of(classes, centers, num_rows):
+    """(M K,) the rows of the table that make up the classes; a number that is no class stays none, however large. None: all."""
+    if classes is None:
+        return None
+    classes = class_indices(classes)
+    if centers > 1:
+        offsets = torch.arange(centers, dtype=torch.int64, device=classes.device)
+        rows = classes.clamp(-1, num_rows // centers)[:, None] * centers + offsets
+        return rows.flatten()
+    return classes.contiguous()
+
+
+def _refuse_transforms(*tensors):
+    """The operators would silently drop the tangents; torch.func's gradients they do not have."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
+    validation.check_transforms(*tensors)
+
+
+def class_indices(labels):
+    """labels as int64. A uint64 past its range becomes the largest int64, which is no class either, not a negative number."""
+    if labels.dtype != torch.uint64:
+        return labels.long()
+    wrapped = labels.view(torch.int64)
+    return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
+
+
+def product_dtype(features, weight):
+    """What the matrix products read: see `cosine_lse`."""
+    device_type = features.device.type
+    if torch.float64 in (features.dtype, weight.dtype):
+        return torch.float64
+    wanted = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else features.dtype
+    return torch.float32 if wanted == torch.float32 else torch.bfloat16

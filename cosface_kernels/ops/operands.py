@@ -1,0 +1,120 @@
+"""What the operators take and give, by name. An operator's schema is made of these fields, in their order."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Problem(NamedTuple):
+    """A batch, and the class table that it is compared with."""
+
+    x: Tensor  # (N, D), any float dtype and norms
+    weight: Tensor  # (C K, D)
+    bias: Tensor | None  # (C K,)
+    labels: Tensor  # (N,) int64
+    index: Tensor | None  # (M,) int64, the rows of the table that take part, ascending and all of a class; None: all
+
+
+class Options(NamedTuple):
+    """Numbers and switches of a call."""
+
+    scale: float
+    ignore_index: int  # a row with this label counts as zero, whatever it holds, and has no target: every class is a negative
+    normalize_features: bool
+    normalize_weight: bool
+    centers: int
+    dtype: torch.dtype  # of what the products read
+    memory_budget: int | None  # bytes of exponentials that may be kept from forward for backward; None: as slabs.kept_size says
+    backend: str
+    foreign_index: int | None  # label of rows whose class another shard of the table holds: as they are, and without a target
+
+    @property
+    def cosines(self):
+        """Whether logits are s cos θ, and so bounded."""
+        return self.normalize_features and self.normalize_weight
+
+
+class Needs(NamedTuple):
+    """Which gradients will be asked for, or are."""
+
+    need_x_grad: bool
+    need_table_grad: bool
+
+
+class Vectors(NamedTuple):
+    """The N-vectors that margins are about, or the gradients that came back for them."""
+
+    lse: Tensor  # A_n (N,)
+    product: Tensor  # x̃_n·w̃_{y_n} (N, K)
+    target_length: Tensor  # ‖w̃_{y_n}‖ (N, K); (0, K) where they are 1
+    feature_length: Tensor  # ‖x̃‖ (N,); (0,) where they are 1
+
+
+class Saved(NamedTuple):
+    """What backward reuses of forward; D + 1 columns with a bias."""
+
+    unit: Tensor  # x̃ (N, D)
+    target_unit: Tensor  # w̃_{y_n} (N, K, D)
+    inverse_norm: Tensor  # 1 / ‖x‖ (N,); (0,) where features are not normalised
+    pull: Tensor  # Σ_j p_nj w̃_j (N, D), or (0, D) where no gradient of x is needed
+    shift: Tensor  # (N,)
+    total: Tensor  # (N,)
+    kept: Tensor  # (any number,) exponentials, see slabs.SlabPlan.kept_view
+
+
+class Gradients(NamedTuple):
+    """Of x (N, D), weight (C K, D) and bias (C K,), each in its tensor's dtype; (0,) for what is not needed.
+
+    With an index those of weight (M, D) and bias (M,) are of its rows.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class TableFactors(NamedTuple):
+    """All that dW is made of, beside the table: O(N D) numbers."""
+
+    unit: Tensor  # x̃ (N, D), D + 1 with a bias
+    labels: Tensor  # (N,)
+    shift: Tensor  # (N,)
+    total: Tensor  # (N,)
+    lse_grad: Tensor  # (N,)
+    product_grad: Tensor  # (N, K)
+    length_grad: Tensor  # (N, K), or (0, K) where the table is normalised
+    kept: Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
+
+    @classmethod
+    def of(cls, labels, saved, grads):
+        return cls(saved.unit, labels, saved.shift, saved.total, grads.lse, grads.product, grads.target_length, saved.kept)
+
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    float: "float",
+    int: "int",
+    int | None: "int?",
+    bool: "bool",
+    str: "str",
+    torch.dtype: "ScalarType",
+}
+
+
+def schema(takes, gives):
+    """The text of an operator's schema, whose arguments and results are the fields of these classes one after another."""
+    arguments = [f"{_SCHEMA_TYPES[kind]} {name}" for fields in takes for name, kind in fields.__annotations__.items()]
+    results = [_SCHEMA_TYPES[kind] for fields in gives for kind in fields.__annotations__.values()]
+    return f"({', '.join(arguments)}) -> ({', '.join(results)})"
+
+
+def split(flat, classes):
+    """The fields of these classes, one after another, as the classes."""
+    found, start = [], 0
+    for fields in classes:
+        stop = start + len(fields._fields)
+        found.append(fields(*flat[start:stop]))
+        start = stop
+    return found
