@@ -106,7 +106,6 @@ WRONG_CALLS = {
     "bias float64": ({"margin": margins.Softmax(), "bias": torch.zeros(5).double()}, TypeError, "dtype of weight, .*float64"),
     "bias too short": ({"margin": margins.Softmax(), "bias": torch.zeros(4)}, ValueError, r"shape \(5,\), got \(4,\)"),
     "bias a column": ({"margin": margins.Softmax(), "bias": torch.zeros(5, 1)}, ValueError, r"shape \(5,\), got \(5, 1\)"),
-    "bias elsewhere": ({"margin": margins.Softmax(), "bias": torch.zeros(5, device="meta")}, ValueError, "got meta"),
     "normalize_features 1": ({"normalize_features": 1}, TypeError, "normalize_features must be True, False or None, got 1"),
     "two centres of five rows": ({"centers_per_class": 2}, ValueError, r"centers_per_class = 2 .* got 5 rows"),
     "no centre": ({"centers_per_class": 0}, ValueError, "centers_per_class must be 1 or more, got 0"),

@@ -35,8 +35,6 @@ WRONG_TENSORS = {
     "labels too short": ("labels", lambda t: t[1:], ValueError, r"shape \(N,\) = \(4,\), .* got \(3,\)"),
     "labels a column": ("labels", lambda t: t[:, None], ValueError, r"shape \(N,\) = \(4,\), .* got \(4, 1\)"),
     "labels 0-D": ("labels", lambda t: t[0], ValueError, r"shape \(N,\) = \(4,\), .* got \(\)"),
-    "weight elsewhere": ("weight", lambda t: t.to("meta"), ValueError, r"device of features \((cpu|cuda:0)\), got meta"),
-    "labels elsewhere": ("labels", lambda t: t.to("meta"), ValueError, r"device of features \((cpu|cuda:0)\), got meta"),
 }
 
 # All three callables take these.
