@@ -342,8 +342,23 @@ def test_shared_part_that_is_absurd(folder, case):
     assert_refused(folder, r"shared\.pt is no save_checkpoint's: it lacks a part")
 
 
-@pytest.mark.parametrize("own", [None, {}, {"random": {}}, {"extra": None}, {"random": {"torch": torch.zeros(3)}, "extra": None}])
-def test_own_part_that_is_absurd(folder, own):
-    torch.save(own, folder / "new")
+def random_with(**changes):
+    return lambda found: found | {"random": found["random"] | changes}
+
+
+OWN = {
+    "nothing": lambda found: None,
+    "no random": without("random"),
+    "no extra": without("extra"),
+    "no generators": lambda found: found | {"random": {}},
+    "torch": random_with(torch=torch.zeros(3)),
+    "python": random_with(python=(3, (-1,) * 625, None)),
+    "numpy": random_with(numpy=("MT19937", [-1] * 624, 0, 0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_own_part_that_is_absurd(folder, case):
+    torch.save(OWN[case](torch.load(folder / "rank_0.pt")), folder / "new")
     put(folder, "rank_0.pt", (folder / "new").read_bytes())
     assert_refused(folder, r"rank_0\.pt is no save_checkpoint's: it lacks a part")

@@ -227,6 +227,12 @@ def _is_own(found):
         state = found["random"]
         torch.Generator().set_state(state["torch"])
         random.Random().setstate(state["python"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.Generator("cuda").set_state(state["cuda"])
+        if "numpy" in state:
+            import numpy
+
+            numpy.random.RandomState().set_state(state["numpy"])
         return "extra" in found
     except Exception:  # each generator has errors of its own
         return False

@@ -1,0 +1,253 @@
+"""Losses and both gradients against float64, by the rule of tests/cases.py."""
+
+import contextlib
+import math
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from cases import assert_as_accurate, evaluate, make
+from margin_rows import ROWS, batch, steepness, written_out
+from rounding import SIZE, tolerance
+
+from cosface_kernels import cosface_loss, margin_softmax_loss, reference
+from cosface_kernels.ops import slabs
+
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64", "float16")}
+INTEGERS = ("int64", "int32", "int16", "uint8", "int8", "uint16", "uint64")
+SPACE = {
+    "margin": ["cosface_loss", *ROWS],  # the first with inputs of every kind, and the reference as oracle
+    "backend": ["torch", "cpu", "auto", "cpu", "auto", "triton"],
+    "rows": [1, 2, 3, 5, 8, 17, 33],
+    "classes": [2, 1, 3, 7, 64, 130, 300, 1000],
+    "size": [2, 1, 3, 8, 17, 31, 64, 100],
+    "features": [*DTYPES],
+    "weight": [*DTYPES],
+    "autocast": [False, False, True],
+    "default": ["float32", "float32", "float32", "float64", "bfloat16", "float16"],
+    "strides": ["contiguous", "transposed", "sliced", "offset"],
+    "weight_strides": ["contiguous", "transposed", "sliced", "offset"],
+    "labels": [*INTEGERS],
+    "ignored": [0, 0, 1, 2],  # every so-manieth row
+    "inputs": ["uniform", "peaked", "hard", "adversarial", "tiny", "large", "nan", "inf"],
+    "upstream": [0, -40, 40],  # a power of two
+    "scale": [None, 1.0, 16.0, 100.0, 1000.0, 1e-3],
+    "m": [0.35, 0.0, -0.5, 1.0],
+    "reduction": ["none", "mean", "sum"],
+    "memory_budget": ["auto", 0, 1000, 10**9],
+    "sampled": [False, False, True],
+    "small_slabs": [False, True],
+    "threads": [1, 1, 2],
+    "seed": [*range(1000)],
+}
+
+
+def settle(case):
+    case = dict(case)
+    if case["margin"] != "cosface_loss":  # what is divided by a norm needs one, and ψ of an angle is steep at its ends
+        case |= {"inputs": "uniform", "scale": None, "m": 0.35, "size": SIZE, "sampled": False}
+        case["classes"] = max(case["classes"], 2)
+        if ROWS[case["margin"]].raw or ROWS[case["margin"]].penalty(torch.ones(1)).any():
+            case["upstream"] = 0
+    if "float16" in (case["features"], case["weight"]) and case["inputs"] not in ("uniform", "nan", "inf"):
+        case["inputs"] = "uniform"  # 1e15 is none, and a gradient of 1e-9 is no float16
+    if "float16" in (case["features"], case["weight"]):
+        case["upstream"] = 0
+    if "float64" in (case["features"], case["weight"]):
+        case["autocast"] = False
+        case["backend"] = "torch" if case["backend"] == "torch" else "auto"  # the others have no float64
+    if case["backend"] == "triton":  # interpreted
+        case |= {"rows": min(case["rows"], 8), "classes": min(case["classes"], 64), "size": min(case["size"], 17)}
+    if case["inputs"] in ("nan", "inf"):
+        case |= {"reduction": "none", "scale": 1.0, "sampled": False}
+    if case["classes"] > 127 and case["labels"] in ("int8",):
+        case["labels"] = "int16"
+    if case["classes"] > 255 and case["labels"] == "uint8":
+        case["labels"] = "int16"
+    return case
+
+
+def check(case):
+    if case["backend"] == "triton":
+        import interpreter
+
+        interpreter.install()
+    torch.set_num_threads(case["threads"])
+    with _defaults(case):
+        count = max(3, min(8, 2000 // (case["rows"] * case["classes"])))
+        results = [_one(case, 1000 * case["seed"] + number) for number in range(count if case["backend"] != "triton" else 3)]
+    scale = _largest_exponent(case, *_tensors(case, 1000 * case["seed"])[:2])
+    for name, triples in zip(("loss", "dX", "dW"), zip(*results, strict=True), strict=True):
+        _assert_right(case, scale, name, *(torch.cat(tensors) for tensors in zip(*triples, strict=True)))
+
+
+@contextlib.contextmanager
+def _defaults(case):
+    """The default dtype, and the size of slabs."""
+    before = slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX
+    if case["small_slabs"]:
+        slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX = 1, 128
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX = before
+
+
+def _one(case, seed):
+    """((ours, exact, bound) of the loss, of dX, of dW)."""
+    features, weight, labels, *bias = _tensors(case, seed)
+    row = ROWS.get(case["margin"])
+    low = is_low(case)
+    ours, plain = _functions(case, row, bias, labels)
+    upstream = torch.randn(len(labels), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    upstream = upstream * 2.0 ** case["upstream"]
+
+    def run(function, enabled, *tensors):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return evaluate(function, *tensors)
+
+    laid_out = _laid_out(features, case["strides"]), _laid_out(weight, case["weight_strides"])
+    torch.set_default_dtype(DTYPES[case["default"]])
+    got = run(ours, case["autocast"], *laid_out, labels.to(getattr(torch, case["labels"])), upstream)
+    torch.set_default_dtype(torch.float32)
+    exact = run(plain, False, features.double(), weight.double(), labels, upstream)
+    bound = run(plain, low, features.float(), weight.float(), labels, upstream)
+    got = [tensor.to_dense() for tensor in got]
+    # Where numbers cancel, as in a loss near 0 and a gradient along its row, the exact ones are what rounding leaves of them.
+    least = 64 * torch.finfo(torch.float64).eps * _largest_exponent(case, features, weight)
+    lengths = (rows.double().nan_to_num().norm(dim=1, keepdim=True).clamp(min=1e-12) for rows in (features, weight))
+    floors = least, *(least * 2.0 ** case["upstream"] / length for length in lengths)
+    got = [_no_nearer(*each) for each in zip(got, exact, floors, strict=True)]
+    return [*zip(got, exact, bound, strict=True)]
+
+
+def _no_nearer(ours, exact, floor):
+    """Ours, and the exact number where the two differ by less than what the exact one is off by."""
+    return torch.where((ours - exact).abs() < floor, exact, ours.double()).to(ours.dtype)
+
+
+def is_low(case):
+    """Whether products are of 16 bits."""
+    is_wide = "float64" in (case["features"], case["weight"])
+    return not is_wide and (case["autocast"] or case["features"] in ("bfloat16", "float16"))
+
+
+def _tensors(case, seed):
+    """(features, weight, labels[, bias]) of the dtypes to test."""
+    dtypes = DTYPES[case["features"]], DTYPES[case["weight"]]
+    if case["margin"] == "cosface_loss":
+        kind = case["inputs"] if case["inputs"] in ("peaked", "hard", "adversarial") else "uniform"
+        features, weight, labels = make(kind, case["rows"], case["classes"], case["size"], seed=seed)
+        factor = {"tiny": 1e-9, "large": 1e15}.get(case["inputs"], 1.0)
+        features, weight = features * factor, weight * factor
+        if case["inputs"] in ("nan", "inf"):
+            (features if seed % 2 else weight)[0, -1] = float(case["inputs"])
+        bias = ()
+    else:
+        row = ROWS[case["margin"]]
+        features, weight, labels, *bias = batch(row, num_rows=case["rows"], num_classes=case["classes"], seed=seed)
+        far = _far_from_jumps(case, features.to(dtypes[0]), weight.to(dtypes[1]), labels)
+        features, labels = features[far], labels[far]
+    if case["ignored"]:
+        labels[:: case["ignored"] + 1] = -100 if case["labels"].startswith("int") else case["classes"]
+    return features.to(dtypes[0]), weight.to(dtypes[1]), labels, *(each.to(dtypes[1]) for each in bias)
+
+
+def _laid_out(tensor, strides):
+    """The same numbers in another place."""
+    rows, size = tensor.shape
+    if strides == "transposed":
+        return tensor.T.contiguous().T
+    if strides == "sliced":
+        return torch.cat([tensor, tensor.new_full((rows, 3), torch.nan)], 1)[:, :size]
+    if strides == "offset":
+        return torch.cat([tensor.new_full((1,), torch.nan), tensor.flatten()])[1:].view(rows, size)
+    return tensor
+
+
+def _functions(case, row, bias, labels):
+    """(ours, plain), each (features, weight, labels) -> (N,)."""
+    ignored = -100 if case["labels"].startswith("int") else case["classes"]
+    options = {"reduction": case["reduction"], "ignore_index": ignored}
+    own = options | {"memory_budget": case["memory_budget"], "backend": case["backend"]}
+    if row is None:
+        shared = {"scale": case["scale"] or 64.0, "margin": case["m"]}
+        plain = partial(reference.cosface_loss, **shared, **options)
+        classes = None
+        if case["sampled"]:
+            classes = torch.unique(torch.cat([labels[labels != ignored], torch.arange(0, case["classes"], 2)]))
+            plain = _of_classes(plain, classes, ignored)
+        ours = partial(cosface_loss, **shared, **own, classes=classes)
+    else:
+        given = {"bias": bias[0]} if bias else {}
+        ours = partial(margin_softmax_loss, margin=row.margin, **row.options, **given, **own)
+
+        def plain(features, weight, labels):
+            given = [each.to(features.dtype) for each in bias]
+            kept = torch.where(labels == ignored, -100, labels)
+            if (kept == -100).all():
+                return (features.sum() + weight.sum()) * 0 * (torch.ones(len(labels)) if options["reduction"] == "none" else 1)
+            return written_out(row, features, weight, kept, *given, reduction=options["reduction"])
+
+    return _of_rows(ours), _of_rows(plain)
+
+
+def _of_rows(function):
+    """A mean or a sum as the first of N numbers."""
+
+    def call(features, weight, labels):
+        losses = function(features, weight, labels)
+        return losses if losses.dim() else torch.cat([losses[None], losses.new_zeros(max(len(labels) - 1, 0))])[: len(labels)]
+
+    return call
+
+
+def _of_classes(plain, classes, ignored):
+    """Of those rows of the table alone."""
+
+    def call(features, weight, labels):
+        places = torch.searchsorted(classes, labels.clamp(max=int(classes[-1])))
+        return plain(features, weight[classes], torch.where(labels == ignored, ignored, places))
+
+    return call
+
+
+def _far_from_jumps(case, features, weight, labels):
+    """(N,) which rows have no angle so near a jump of ψ that rounding says on which side it is."""
+    row, distance = ROWS[case["margin"]], 0.1 if is_low(case) else 1e-3
+    x, w = F.normalize(features.double()), F.normalize(weight.double())
+    angles = (x[:, None] * w.unflatten(0, (-1, row.centers))[labels]).sum(2).clamp(-1, 1).acos()
+    jumps = [[*row.jumps(norm)] or [torch.inf] for norm in features.double().norm(dim=1).tolist()]
+    return (angles[:, :, None] - torch.tensor(jumps, dtype=torch.float64)[:, None]).abs().amin((1, 2)) > distance
+
+
+def _largest_exponent(case, features, weight):
+    """As the rule of tests/cases.py wants it."""
+    if case["margin"] == "cosface_loss" or not len(features):
+        return case["scale"] or 64.0
+    return steepness(ROWS[case["margin"]], features.double(), weight.double())
+
+
+def _assert_right(case, scale, name, ours, exact, bound):
+    low, output = is_low(case), ours.dtype
+    if case["inputs"] in ("nan", "inf"):
+        assert torch.equal(ours.isfinite(), exact.isfinite()), f"{name}: what is no number is elsewhere"
+        ours, exact, bound = (torch.where(exact.isfinite(), tensor, 0.0) for tensor in (ours, exact, bound))
+        bound = torch.where(bound.isfinite(), bound, exact.to(bound.dtype))
+    wide = "float64" in (case["features"], case["weight"])
+    products = torch.float64 if wide else torch.float32
+    rounded = 0.0 if low else scale * torch.finfo(products).eps / (1 if wide else 2)
+    if case["margin"] != "cosface_loss" and not low:  # ψ is of an angle, steep at its ends: as tests/test_margins.py allows
+        rounded = tolerance(products, scale)
+    if (
+        low
+    ):  # two unit rows of D numbers, each rounded to 16 bits, and an exponent of s times their product: what few draws differ by
+        rounded = scale * torch.finfo(torch.bfloat16).eps / 2 / math.sqrt(case["size"])
+        if name == "loss":
+            rounded *= math.sqrt(len(exact)) / (float(exact.norm()) or 1.0)
+    if wide:  # of the same condition, with the digits of float64, for ours and for what it is compared with
+        bound = exact + (bound.double() - exact) * 2.0**-28
+    if output == torch.float16 and exact.any():  # which has no number below 2^-24
+        rounded += 2.0**-25 * math.sqrt(exact.numel()) / float(exact.norm())
+    assert_as_accurate(name, ours, exact, bound.to(exact.dtype), luck=True, rounded=rounded)

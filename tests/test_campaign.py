@@ -1,0 +1,82 @@
+"""Do a few random cases of every kind, other ones for each commit, hold; and does the campaign notice what is wrong?"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from campaign import engine, losses
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, folder):
+    command = [sys.executable, "-m", "tests.campaign", *arguments, "--json", str(folder / "tried.json")]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    return process, json.loads((folder / "tried.json").read_text())
+
+
+def test_a_round_of_this_commits_cases(tmp_path):
+    """One round, in a process of its own, which may crash."""
+    process, tried = run("--cases", str(sum(engine.ROUND.values())), folder=tmp_path)
+    assert process.returncode == 0 and not tried["failures"], process.stdout + process.stderr
+    assert set(tried["cases"]) == set(engine.ROUND)
+
+
+@pytest.mark.slow
+def test_a_minute_of_this_commits_cases(tmp_path):
+    process, tried = run("--minutes", "1", folder=tmp_path)
+    assert process.returncode == 0 and not tried["failures"], process.stdout + process.stderr
+
+
+def test_same_seed_same_cases():
+    for kind in engine.ROUND:
+        first, again, other = ([engine.draw(kind, seed, number) for number in range(20)] for seed in ("a", "a", "b"))
+        assert first == again != other
+
+
+class Answers:
+    """A run that fails where told, and counts."""
+
+    def __init__(self, fails):
+        self.fails, self.cases = fails, []
+
+    def __call__(self, kind, case):
+        self.cases.append(case)
+        return "wrong: it fails" if self.fails(case) else None
+
+
+def test_a_failure_is_made_smaller():
+    """To the simplest value of all but what it needs."""
+
+    def fails(case):
+        return case["classes"] >= 64 and case["reduction"] == "sum"
+
+    case = next(case for number in range(1000) if fails(case := engine.draw("losses", "a", number)))
+    case = losses.settle({**case, "margin": "cosface_loss", "inputs": "uniform"})
+    found, failure = engine.smaller("losses", case, "wrong: it fails", Answers(fails))
+    simplest = losses.settle({name: values[0] for name, values in losses.SPACE.items()} | {"classes": 64, "reduction": "sum"})
+    assert failure == "wrong: it fails" and sum(found[name] != value for name, value in simplest.items()) <= 3, found
+    assert compile(engine.script("losses", found, failure), "script", "exec")
+
+
+def test_wrong_results_and_crashes_are_noticed():
+    """In a process as the campaign's own: a loss that is off by 10^-4, and a call that ends it."""
+    script = """
+import os
+from tests.campaign import engine, losses
+from cosface_kernels import cosface_loss
+run = engine.Runner()
+simplest = losses.settle({name: values[0] for name, values in losses.SPACE.items()})
+assert run("losses", simplest) is None, run("losses", simplest)
+losses.cosface_loss = lambda *a, **k: cosface_loss(*a, **k) * 1.0001
+run.close()
+assert "wrong: " in run("losses", simplest) and "loss: error" in run("losses", simplest)
+losses.cosface_loss = lambda *a, **k: os._exit(7)
+run.close()
+assert run("losses", simplest) == "died: exit code 7"
+run.close()
+"""
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
