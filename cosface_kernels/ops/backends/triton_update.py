@@ -17,7 +17,7 @@ from ..slabs import ceil_div
 from .triton_kernels import project, targets_share, unit_and_inverse
 
 # Elements that one program holds, and how many a warp: of the gradient, the row and each state it holds one at a time.
-BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 16)
+BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 32)
 GOLDEN, OTHER = tl.constexpr(0x9E3779B9), tl.constexpr(0x85EBCA6B)
 
 
@@ -99,7 +99,7 @@ def update_rows(
     BLOCK_D: tl.constexpr,
 ):
     slot = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    column = tl.arange(0, BLOCK_D)
     live = slot < R
     if skip_ptr is not None:
         live = live & (tl.load(skip_ptr).to(tl.int32) == 0)
@@ -107,9 +107,9 @@ def update_rows(
     row = first_row + slot
     if index_ptr is not None:
         row = tl.load(index_ptr + slot, mask=live, other=0)
-    place = row[:, None] * D + column[None, :]
+    place = row[:, None] * D  # its columns are 32-bit numbers, which take fewer registers
 
-    table = load(table_ptr, None, row, place, live, inside)
+    table = load(table_ptr + place + column[None, :], None, row, live, inside)
     grad = tl.load(grad_ptr + slot[:, None] * stride_grad + column[None, :], mask=inside, other=0.0)
     if NORMALIZE:
         unit, inverse = unit_and_inverse(table)
@@ -122,8 +122,8 @@ def update_rows(
     words = random_words((row + first_of_shard)[:, None], column[None, :], key_low, key_high)
     if step_ptr is not None:
         step = tl.load(step_ptr)
-        first = load(first_ptr, first_scale_ptr, row, place, live, inside)
-        second = load(second_ptr, second_scale_ptr, row, place, live, inside)
+        first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside)
+        second = load(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside)
         # As torch.lerp: exact where a β is 0.
         first = tl.where(first_rate < 0.5, first + first_rate * (grad - first), grad - first_decay * (grad - first))
         second = second_decay * second + second_rate * grad * grad
@@ -131,17 +131,17 @@ def update_rows(
         length = tl.sqrt(second) / tl.sqrt(one_minus_power(log_second, step)) + eps
         table = table - lr * weight_decay * table
         table -= size * (first / length)
-        store(first_ptr, first_scale_ptr, row, place, live, inside, first, words, 1)
-        store(second_ptr, second_scale_ptr, row, place, live, inside, second, words, 2)
+        store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, 1)
+        store(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside, second, words, 2)
     else:
         grad += weight_decay * table
         if first_ptr is not None:
-            first = load(first_ptr, first_scale_ptr, row, place, live, inside)
+            first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside)
             first = first_decay * first + grad
-            store(first_ptr, first_scale_ptr, row, place, live, inside, first, words, 1)
+            store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, 1)
             grad = tl.where(nesterov != 0, grad + first_decay * first, first)
         table -= lr * grad
-    store(table_ptr, None, row, place, live, inside, table, words, 0)
+    store(table_ptr + place + column[None, :], None, row, live, inside, table, words, 0)
 
 
 @triton.jit
@@ -156,9 +156,9 @@ def one_minus_power(log_base, exponent):
 
 
 @triton.jit
-def load(pointer, scale, row, place, live, inside):
+def load(pointer, scale, row, live, inside):
     """See formats.read."""
-    rows = tl.load(pointer + place, mask=inside, other=0).to(tl.float32)
+    rows = tl.load(pointer, mask=inside, other=0).to(tl.float32)
     if scale is not None:
         rows *= tl.load(scale + row, mask=live, other=0.0)[:, None]
         if pointer.dtype.element_ty == tl.uint8:
@@ -167,16 +167,16 @@ def load(pointer, scale, row, place, live, inside):
 
 
 @triton.jit
-def store(pointer, scale, row, place, live, inside, rows, words, STREAM: tl.constexpr):
+def store(pointer, scale, row, live, inside, rows, words, STREAM: tl.constexpr):
     """See formats.write."""
     if scale is not None:
         codes, scales = to_codes(rows, random_bits(words, STREAM), pointer.dtype.element_ty == tl.uint8)
         tl.store(scale + row, scales, mask=live)
-        tl.store(pointer + place, codes.to(pointer.dtype.element_ty), mask=inside)
+        tl.store(pointer, codes.to(pointer.dtype.element_ty), mask=inside)
     elif pointer.dtype.element_ty == tl.bfloat16:
-        tl.store(pointer + place, to_bfloat16(rows, random_bits(words, STREAM)), mask=inside)
+        tl.store(pointer, to_bfloat16(rows, random_bits(words, STREAM)), mask=inside)
     else:
-        tl.store(pointer + place, rows, mask=inside)
+        tl.store(pointer, rows, mask=inside)
 
 
 @triton.jit
