@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .validation import check_flag, check_number
+from .validation import check_flag, check_number, shown
 
 
 @dataclass(frozen=True)
@@ -314,9 +314,9 @@ class LSoftmax(SphereFace):
 def check(margin, has_bias, normalize_features):
     """A Margin, and what goes with it."""
     if not isinstance(margin, Margin):
-        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {margin!r}")
+        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {shown(margin)}")
     if not (normalize_features is None or isinstance(normalize_features, bool)):
-        raise TypeError(f"normalize_features must be True, False or None, got {normalize_features!r}")
+        raise TypeError(f"normalize_features must be True, False or None, got {shown(normalize_features)}")
     if has_bias and not isinstance(margin, Softmax):
         raise ValueError(f"a bias goes with margins.Softmax() alone, got margin = {margin}")
 

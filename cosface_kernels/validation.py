@@ -161,7 +161,7 @@ def check_memory_budget(memory_budget):
     if memory_budget == "auto":
         return
     if not isinstance(memory_budget, numbers.Integral) or isinstance(memory_budget, bool):
-        raise TypeError(f'memory_budget must be "auto" or a number of bytes (an int), got {memory_budget!r}')
+        raise TypeError(f'memory_budget must be "auto" or a number of bytes (an int), got {shown(memory_budget)}')
     if memory_budget < 0:
         raise ValueError(f"memory_budget must be 0 bytes or more, got {memory_budget}")
 
@@ -190,7 +190,8 @@ def check_ids(ids, num_classes):
     try:
         found = ids if isinstance(ids, torch.Tensor) else torch.as_tensor([*ids], device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"ids must be class ids, a sequence or tensor of ints, got {ids!r}") from error
+        raise TypeError(f"ids must be class ids, a sequence or tensor of ints, got {shown(ids)}") from error
+    _check_dense("ids", "(M,)", found)
     if not found.numel():
         return found.flatten().long()
     if found.dtype not in INTEGER_DTYPES:
@@ -234,12 +235,12 @@ def check_rate(name, rate):
 
 def check_flag(name, value):
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_choice(name, value, choices):
     if value not in choices:
-        raise ValueError(f"{name} must be one of {tuple(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {tuple(choices)}, got {shown(value)}")
 
 
 def check_at_least_zero(name, value):
@@ -250,9 +251,16 @@ def check_at_least_zero(name, value):
 
 def check_number(name, value):
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, got {value!r}")
+        raise TypeError(f"{name} must be a real number, got {shown(value)}")
     if not _is_finite(value):
         raise ValueError(f"{name} must be finite, got {value}")
+
+
+def shown(value):
+    """A value in a message; of a tensor what it is, since PyTorch's repr of one without memory ends the process."""
+    if isinstance(value, torch.Tensor):
+        return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
+    return repr(value)
 
 
 def _is_finite(value):
@@ -264,4 +272,4 @@ def _is_finite(value):
 
 def check_integer(name, value):
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
+        raise TypeError(f"{name} must be an int, got {shown(value)}")

@@ -89,7 +89,8 @@ def test_wrong_tensor(function, case, arguments):
 @pytest.mark.parametrize("function", [cosface_loss, cosine_lse])
 @pytest.mark.parametrize("name, value, error", WRONG_OPTIONS, ids=name_of_case)
 def test_wrong_option(function, name, value, error, arguments):
-    message = rf"^{name} must .*got {re.escape(repr(value))}"
+    shown = f"a tensor of shape (), {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+    message = rf"^{name} must .*got {re.escape(shown)}"
     assert_refused(error, message, arguments, lambda: function(**arguments, **{name: value}))
 
 
@@ -231,9 +232,33 @@ def test_topk_and_sampling_of_no_numbers_in_memory(kind):
         CosFaceLoss(3, 5).topk(make(torch.ones(4, 3)), 2)
     with pytest.raises(error, match=message.format("labels")):
         sample_classes(make(torch.tensor([0, 4, 2, 2])), 5, 0.5)
+    with pytest.raises(error, match=message.format("ids")):
+        CosFaceLoss(3, 5).remove(make(torch.tensor([0, 4])))
 
 
 def test_fake_tensors_alone_have_a_fake_loss():
     mode = FakeTensorMode()
     tensors = torch.ones(4, 3), torch.ones(5, 3), torch.tensor([0, 4, 2, 2])
     assert cosface_loss(*map(mode.from_tensor, tensors), reduction="none").shape == (4,)
+
+
+NUMBERS = {
+    cosface_loss: ("scale", "margin", "reduction", "ignore_index", "memory_budget", "backend", "sample_correction"),
+    margin_softmax_loss: ("scale", "margin", "normalize_features", "centers_per_class"),
+    CosFaceLoss: ("embedding_size", "num_classes", "scale", "table_format", "sample_rate", "sample_seed"),
+    sample_classes: ("num_classes", "rate", "seed"),
+}
+
+
+@pytest.mark.parametrize(("call", "name"), [(call, name) for call, names in NUMBERS.items() for name in names])
+def test_a_tensor_without_memory_in_a_numbers_place(call, name):
+    """Its message cannot show it: PyTorch's own repr of such a tensor ends the process."""
+    usual = {
+        cosface_loss: {"features": torch.ones(2, 4), "weight": torch.ones(3, 4), "labels": torch.zeros(2, dtype=torch.long)},
+        margin_softmax_loss: {"margin": margins.CosFace()},
+        CosFaceLoss: {"embedding_size": 4, "num_classes": 3},
+        sample_classes: {"labels": torch.zeros(2, dtype=torch.long), "num_classes": 3, "rate": 0.5},
+    }
+    usual[margin_softmax_loss] |= usual[cosface_loss]
+    with pytest.raises((TypeError, ValueError), match=rf"{name} must .*got a tensor of shape \(3, 4\), torch.float32"):
+        call(**usual[call] | {name: without_storage(torch.ones(3, 4))})

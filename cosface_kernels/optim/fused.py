@@ -437,7 +437,7 @@ class FusedAdamW(_Fused):
         validation.check_at_least_zero("eps", _number(options["eps"]))
         betas = options["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas!r}")
+            raise ValueError(f"betas must be two numbers, got {validation.shown(betas)}")
         for index, beta in enumerate(map(_number, betas)):
             validation.check_number(f"betas[{index}]", beta)
             if not 0 <= beta < 1:

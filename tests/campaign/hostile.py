@@ -19,8 +19,14 @@ from cosface_kernels import (
 ERRORS = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 
 
-# Made when they are used: {name: what is put in an argument's place, of what was there}. A tensor whose storage was freed is not
-# among them: adding 1 to it ends a process of plain PyTorch.
+def _freed(tensor):
+    """Without memory: adding 1 to it ends a process of plain PyTorch."""
+    tensor = tensor.detach().clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+# Made when they are used: {name: what is put in an argument's place, of what was there}.
 VALUES = {
     "as it is": lambda value: value,
     "None": lambda value: None,
@@ -45,6 +51,7 @@ VALUES = {
             "no rows": lambda t: t[:0],
             "no columns": lambda t: t[..., :0],
             "one row more": lambda t: torch.cat([t, t[:1]]),
+            "without memory": _freed,
             "expanded": lambda t: t[:1].expand(len(t), *t.shape[1:]),
             "negative": lambda t: -t,
             "huge": lambda t: t * 2**62,
@@ -93,7 +100,8 @@ SPACE = {
 
 def settle(case):
     count = len(CALLS[case["call"]])
-    return case | {"argument": case["argument"] % count, "other_argument": case["other_argument"] % count}
+    case = case | {"argument": case["argument"] % count, "other_argument": case["other_argument"] % count}
+    return case | {"other_value": "as it is"} if case["argument"] == case["other_argument"] else case  # one change to each
 
 
 def check(case):
