@@ -419,7 +419,7 @@ MISTAKES = {
     "wrong D": (lambda x, y: (x[:, :5], y), ValueError, r"D = 16, got shape \(\d, 5\)"),
     "no tensor": (lambda x, y: (None, y), TypeError, "features must be a tensor"),
     "too few labels": (lambda x, y: (x, y[1:]), ValueError, "one class index for each row"),
-    "on another device": (lambda x, y: (x.to("meta"), y), ValueError, "must be on the device of features"),
+    "on another device": (lambda x, y: (x.to("meta"), y), TypeError, "must have its numbers in memory"),
     "a label past the last class": (lambda x, y: (x, torch.full_like(y, 300)), IndexError, r"labels\[0\] is 300.* \[0, 300\)"),
     "a negative label": (lambda x, y: (x, torch.full_like(y, -7)), IndexError, r"labels\[0\] is -7"),
 }

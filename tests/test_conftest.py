@@ -30,7 +30,7 @@ def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
     run = subprocess.run(
         [*command, "test_it.py"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
         timeout=120,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from margin_rows import ROWS, batch
+from selection import interpreted, slow_when
 
 import cosface_kernels
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss
@@ -50,6 +51,7 @@ def tensors(state):
 
 
 @every_default
+@slow_when(lambda backend: interpreted(backend))
 def test_every_margin(default, backend, device):
     """Of raw features and centres too, with exponentials kept and not, and where each row's maximum comes first."""
     for name, row in ROWS.items():
@@ -72,6 +74,7 @@ def test_every_margin(default, backend, device):
 @every_default
 @pytest.mark.parametrize("state_format", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("path", ["native", "torch"])
+@slow_when(lambda backend, state_format: interpreted(backend) and state_format != "int8")
 def test_fused_steps(default, state_format, path, backend, device, monkeypatch):
     if path == "torch" or not cpu_library.available():
         monkeypatch.setattr(rules.Part, "is_native", lambda part: False)

@@ -673,7 +673,7 @@ WRONG_CLASSES = {
     "float32": (lambda c: c.float(), TypeError, r"integer dtype, got torch\.float32"),
     "a column": (lambda c: c[:, None], ValueError, r"shape \(M,\).*got \(4, 1\)"),
     "none": (lambda c: c[:0], ValueError, r"at least one class, got \(0,\)"),
-    "elsewhere": (lambda c: c.to("meta"), ValueError, r"device of features .*got meta"),
+    "elsewhere": (lambda c: c.to("meta"), TypeError, "have its numbers in memory, got .* meta"),
     "descending": (lambda c: c.flip(0), ValueError, "ascend, each number once, got 8 before 5 at 0"),
     "repeated": (lambda c: c.repeat_interleave(2), ValueError, "ascend, each number once, got 0 before 0 at 0"),
     "negative": (lambda c: c - 1, IndexError, r"in \[0, 9\), got -1"),
