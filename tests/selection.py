@@ -23,8 +23,9 @@ def slow_when(condition):
 
 
 def attend_too(test):
-    """Its fixture `backend` is each backend, and "attend": see conftest.backend."""
-    return pytest.mark.parametrize("backend", [*NAMES, "attend"], indirect=True)(test)
+    """Its fixture `backend` is each backend, and "attend": see conftest.backend. test_attend.py is the fast part of that."""
+    backends = [*NAMES, pytest.param("attend", marks=pytest.mark.slow)]
+    return pytest.mark.parametrize("backend", backends, indirect=True)(test)
 
 
 def interpreted(backend):

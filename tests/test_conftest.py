@@ -10,7 +10,7 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
     """One that answers nothing after the first failure, as after an illegal access."""
     (tmp_path / "conftest.py").write_text(

@@ -74,7 +74,7 @@ def test_every_margin(default, backend, device):
 @every_default
 @pytest.mark.parametrize("state_format", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("path", ["native", "torch"])
-@slow_when(lambda backend, state_format: interpreted(backend) and state_format != "int8")
+@slow_when(lambda backend: interpreted(backend))
 def test_fused_steps(default, state_format, path, backend, device, monkeypatch):
     if path == "torch" or not cpu_library.available():
         monkeypatch.setattr(rules.Part, "is_native", lambda part: False)
