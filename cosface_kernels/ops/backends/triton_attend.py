@@ -36,6 +36,7 @@ BLACKWELL = {size: HOPPER[size] for size in (64, 128, 256)}  # 64 rows of 512 sp
 BLACKWELL_TABLE = {size: HOPPER[size] for size in (64, 128)}
 OLDER = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)}  # 99 KB of shared memory
 FLOAT32 = {64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)}
+FLOAT32_TABLE = {**FLOAT32, 128: (16, 16, 8, 1)}
 BLOCKS = {"attend_features": ("BLOCK_N", "BLOCK_C"), "attend_table": ("BLOCK_R", "BLOCK_N")}  # of Q, of KV
 
 
@@ -51,7 +52,9 @@ def constants(kernel, x, table, plan, precision):
     capability = triton_kernels.capability(x.device)
     asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability) if can else None
     shapes = _shapes(kernel, plan.dtype, capability)
-    if asked is None or width(size) not in shapes:
+    # At other D ptxas has each wgmma of so wide a tile wait for the one before.
+    waits = kernel == "attend_table" and capability[0] == 9 and width(size) == 512 and size % 16 and plan.dtype != torch.float32
+    if asked is None or width(size) not in shapes or waits:
         return None
     if plan.dtype == torch.float32:
         asked = {**asked, "DESCRIPTORS": False}  # spills
@@ -66,7 +69,7 @@ def constants(kernel, x, table, plan, precision):
 
 def _shapes(kernel, dtype, capability):
     if dtype == torch.float32:
-        return FLOAT32
+        return FLOAT32_TABLE if kernel == "attend_table" else FLOAT32
     if kernel == "attend_table":
         return {9: HOPPER_TABLE, 10: BLACKWELL_TABLE}.get(capability[0], OLDER)
     return {9: HOPPER, 10: BLACKWELL}.get(capability[0], OLDER)
@@ -267,8 +270,8 @@ def attend_table(
 
 
 @triton.jit
-def load_raw(rows_ptr, row, R, D, stride_row, stride_column, SIZE: tl.constexpr):
+def load_raw(table, row, R, D, stride_row, stride_column, SIZE: tl.constexpr):
     """(rows, SIZE) float32, zeros outside the table."""
     column = tl.arange(0, SIZE).to(tl.int64)
     place = row[:, None] * stride_row + column[None, :] * stride_column
-    return tl.load(rows_ptr + place, mask=(row < R)[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
+    return tl.load(table + place, mask=(row < R)[:, None] & (column < D)[None, :], other=0.0).to(tl.float32)
