@@ -108,3 +108,8 @@ def test_version():
 
 def test_is_typed():
     assert resources.files(cosface_kernels).joinpath("py.typed").is_file()
+
+
+def test_the_command_is_where_the_metadata_says():
+    (command,) = metadata.entry_points(group="console_scripts", name="cosface")
+    assert callable(command.load())
