@@ -40,7 +40,7 @@ def fill(folder, chip):
     from triton.runtime.cache import triton_key
 
     count = 0
-    for launch in aot.launches(chip, itertools.chain(aot.calls(), [tiles])):
+    for launch in aot.launches(chip, itertools.chain(aot.calls(chip), [tiles])):
         count += 1
         print(f"{count:>4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
     for path in folder.rglob("*"):
