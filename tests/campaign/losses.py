@@ -116,8 +116,11 @@ def _one(case, seed):
     got = [tensor.to_dense() for tensor in got]
     # Where numbers cancel, as in a loss near 0 and a gradient along its row, the exact ones are what rounding leaves of them.
     least = 64 * torch.finfo(torch.float64).eps * _largest_exponent(case, features, weight)
+    slope = least * 2.0 ** case["upstream"]
+    if case["size"] == 1:  # a row has one direction, along which it has no gradient: ours are the rounding of the products alone
+        slope = _largest_exponent(case, features, weight) * torch.finfo(_products(case)).eps * float(upstream.abs().sum())
     lengths = (rows.double().nan_to_num().norm(dim=1, keepdim=True).clamp(min=1e-12) for rows in (features, weight))
-    floors = least, *(least * 2.0 ** case["upstream"] / length for length in lengths)
+    floors = least, *(slope / length for length in lengths)
     got = [_no_nearer(*each) for each in zip(got, exact, floors, strict=True)]
     return [*zip(got, exact, bound, strict=True)]
 
@@ -131,6 +134,11 @@ def is_low(case):
     """Whether products are of 16 bits."""
     is_wide = "float64" in (case["features"], case["weight"])
     return not is_wide and (case["autocast"] or case["features"] in ("bfloat16", "float16"))
+
+
+def _products(case):
+    """The dtype in which what is no product of 16 bits is multiplied and added."""
+    return torch.float64 if "float64" in (case["features"], case["weight"]) else torch.float32
 
 
 def _tensors(case, seed):
@@ -236,13 +244,11 @@ def _assert_right(case, scale, name, ours, exact, bound):
         ours, exact, bound = (torch.where(exact.isfinite(), tensor, 0.0) for tensor in (ours, exact, bound))
         bound = torch.where(bound.isfinite(), bound, exact.to(bound.dtype))
     wide = "float64" in (case["features"], case["weight"])
-    products = torch.float64 if wide else torch.float32
+    products = _products(case)
     rounded = 0.0 if low else scale * torch.finfo(products).eps / (1 if wide else 2)
     if case["margin"] != "cosface_loss" and not low:  # ψ is of an angle, steep at its ends: as tests/test_margins.py allows
         rounded = tolerance(products, scale)
-    if (
-        low
-    ):  # two unit rows of D numbers, each rounded to 16 bits, and an exponent of s times their product: what few draws differ by
+    if low:  # an exponent of s times the product of two unit rows, each of D numbers rounded to 16 bits: what few draws differ by
         rounded = scale * torch.finfo(torch.bfloat16).eps / 2 / math.sqrt(case["size"])
         if name == "loss":
             rounded *= math.sqrt(len(exact)) / (float(exact.norm()) or 1.0)
