@@ -18,6 +18,7 @@ from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, 
 DOCS = Path(__file__).parents[1] / "docs"
 # Of each, all python blocks are run one after another, with the names of those before.
 DOCUMENTS = ["margins.md", "sampling.md"]
+ALL = [*sorted(DOCS.rglob("*.md")), *(DOCS.parent / name for name in ("README.md", "CONTRIBUTING.md"))]
 MARGINS = {
     name: kind
     for name, kind in inspect.getmembers(margins, inspect.isclass)
@@ -56,10 +57,23 @@ def test_examples_run(document):
     assert run(document)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+def headings(document):
+    """The anchors of a Markdown file, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)", document.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("document", ALL, ids=[str(path.relative_to(DOCS.parent)) for path in ALL])
 def test_links_lead_somewhere(document):
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)", text(document)):
-        assert (DOCS / path).exists(), path
+    for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", document.read_text()):
+        target = document.parent / path if path else document
+        assert target.exists(), path
+        assert not anchor or anchor in headings(target), f"{path}#{anchor}"
+
+
+def test_index_names_every_document():
+    linked = set(re.findall(r"\]\(([^)#]+)\)", text("README.md")))
+    assert {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"README.md"} <= linked
 
 
 def test_margins_first_example():
@@ -146,14 +160,14 @@ def test_margins_theory():
     assert theory.suggest(1_000_000, 512)[:2] == (64, 0.35)
 
 
-def test_tables_of_training_are_what_was_measured():
-    """In README.md and docs/training.md, as `python -m benchmarks.tables` prints them."""
-    results = DOCS.parent / "benchmarks" / "results"
-    for name, document in (("cpu_epyc_zen5_training", DOCS.parent / "README.md"), ("formats", DOCS / "training.md")):
-        found = json.loads((results / f"{name}.json").read_text())
-        printed = tables.text(found)
-        _, *table = printed.split("\n\n", 1) if name == "formats" else ("", printed)
-        assert table[0].strip() in document.read_text(), f"python -m benchmarks.tables {name}.json prints another table"
+@pytest.mark.parametrize(
+    "name, document",
+    [("cpu_epyc_zen5", "performance.md"), ("cpu_epyc_zen5_training", "performance.md"), ("formats", "training.md")],
+)
+def test_tables_are_what_was_measured(name, document):
+    """As `python -m benchmarks.tables` prints them."""
+    printed = tables.text(json.loads((DOCS.parent / "benchmarks" / "results" / f"{name}.json").read_text()))
+    assert printed.strip() in text(document), f"python -m benchmarks.tables {name}.json prints another table"
 
 
 def test_performance_is_what_was_measured():

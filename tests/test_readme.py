@@ -2,12 +2,12 @@
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks import tables
 from cosface_kernels import cosface_loss, reference
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -58,7 +58,29 @@ def test_another_margin():
     torch.testing.assert_close(names["loss"], expected)
 
 
-def test_table_is_what_was_measured():
-    path = Path(__file__).parents[1] / "benchmarks" / "results" / "cpu_epyc_zen5.json"
-    (report,) = tables.reports_in(json.loads(path.read_text()))
-    assert tables.markdown(report) in README, f"python -m benchmarks.tables {path.name} prints another table"
+def results(name):
+    return json.loads((Path(__file__).parents[1] / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def test_figures_are_what_was_measured():
+    sentences = " ".join(README.split())
+    rows = {(row["name"], row["precision"]): row for row in results("cpu_epyc_zen5")["rows"]}
+    ours = {budget: rows[f"cosface_loss, cpu{budget}", "bfloat16"] for budget in ("", ", memory_budget=0")}
+
+    def faster(name, precision, budget=""):
+        return statistics.median(rows[name, precision]["seconds"]) / statistics.median(ours[budget]["seconds"])
+
+    plain, compiled = "plain PyTorch", "torch.compile of plain PyTorch"
+    assert f"{faster(plain, 'float32'):.1f} times as fast as plain PyTorch in float32" in sentences
+    assert f"{faster(plain, 'bfloat16'):.1f} times as fast as plain PyTorch under the same autocast" in sentences
+    assert f"{faster(compiled, 'bfloat16'):.1f} times as fast as `torch.compile` of it" in sentences
+    peak, recomputing, theirs = (f"{row['peak_bytes'] / 1e6:.0f}" for row in (*ours.values(), rows["plain PyTorch", "bfloat16"]))
+    assert f"takes {peak} MB, where plain PyTorch under autocast takes {theirs}" in sentences
+    slower = faster(plain, "float32", ", memory_budget=0")
+    assert f"it takes {recomputing} MB, and is {slower:.1f} times as fast instead" in sentences
+    (table,) = [
+        table
+        for table in results("cpu_epyc_zen5_training")["tables"]
+        if (table["identities"], table["size"], table["table_format"], table.get("sample_rate", 1)) == (10**7, 256, "bfloat16", 1)
+    ]
+    assert f"Ten million identities, D = 256, train in {table['peak_bytes'] / 2**30:.1f} GiB" in sentences
