@@ -1,17 +1,18 @@
 """The `cosface` command. Exit status: 0 done, 1 it cannot be done here (one line says why), 2 wrong usage."""
 
 import argparse
+import math
+import re
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
-from ..ops.formats import STATE_FORMATS, TABLE_FORMATS
-from ..ops.memory import available_bytes
 from ..version import __version__
-from . import memory_model, memory_report
+from . import plan
 
+COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
+SIZES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
 DEMO_EXTRAS = {"matplotlib", "sklearn", "tqdm"}
 
 
@@ -56,7 +57,7 @@ def _parser():
         ("--size", 512, "D, embedding size"),
         ("--repeats", 5, "turns that each peer gets, fewer for a slow one"),
     ):
-        kind = positive if flag == "--repeats" else memory_report.count
+        kind = positive if flag == "--repeats" else count
         bench.add_argument(flag, type=kind, default=default, metavar="N", help=f"{what} (default: {default})")
     bench.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
@@ -107,41 +108,59 @@ def _add_convert(commands):
 
 
 def _add_plan(commands):
-    plan = commands.add_parser(
+    plans = commands.add_parser(
         "plan",
-        help="memory and time of a training step by format, optimiser, sample rate and number of devices, and which to take",
+        help="memory of a training step by format, optimiser, sample rate and number of devices, and which to take",
         description="What a training step over a class table takes, before any of it is allocated: bytes of each part, whether "
-        "they fit, flops, bytes moved and sent, and predicted seconds. Options that are not given are varied. For example: "
+        "they fit, and which way to train to take. Options that are not given are varied. For example: "
         "cosface plan --identities 10e6 --dim 512 --batch 1024 --memory 24GiB.",
     )
     for flag, what in (("--identities", "C: 10e6, 10M, 10_000_000"), ("--dim", "D"), ("--batch", "N, of all devices together")):
-        plan.add_argument(flag, type=memory_report.count, required=True, metavar="N", help=what)
-    for flag, choices in (
-        ("--optimizer", tuple(memory_model.STATES)),
-        ("--table-format", TABLE_FORMATS),
-        ("--state-format", STATE_FORMATS),
-    ):
-        plan.add_argument(flag, nargs="+", choices=tuple(choices), metavar="NAME", help=f"of {', '.join(choices)}")
-    plan.add_argument(
-        "--sample-rate", nargs="+", type=memory_report.rate, metavar="RATE", help="classes in a step (varied: 1, 0.1)"
-    )
-    plan.add_argument(
-        "--devices",
-        nargs="+",
-        type=memory_report.count,
-        metavar="N",
-        help="that share the table (varied: this machine's, or with --memory 1, 2, 4, 8)",
-    )
-    plan.add_argument(
-        "--memory", type=memory_report.size, metavar="SIZE", help="of each device: 141GB, 24GiB (default: this machine's)"
-    )
-    plan.add_argument(
-        "--precision", choices=memory_model.PRECISIONS, default="bfloat16", help="of the products (default: bfloat16)"
-    )
-    plan.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    plan.add_argument("--tflops", type=memory_report.speed, metavar="X", help="10^12 flops a second that the device reaches")
-    plan.add_argument("--gbps", type=memory_report.speed, metavar="Y", help="10^9 bytes a second that it reads and writes")
-    plan.set_defaults(wrong_usage=plan.error)
+        plans.add_argument(flag, type=count, required=True, metavar="N", help=what)
+    for flag, choices in (("--optimizer", plan.OPTIMIZERS), ("--table-format", plan.TABLES), ("--state-format", plan.STATES)):
+        plans.add_argument(flag, nargs="+", choices=tuple(choices), metavar="NAME", help=f"of {', '.join(choices)}")
+    plans.add_argument("--sample-rate", nargs="+", type=rate, metavar="RATE", help="classes in a step (varied: 1, 0.1)")
+    devices = "that share the table (varied: this machine's, or with --memory 1, 2, 4, 8)"
+    plans.add_argument("--devices", nargs="+", type=count, metavar="N", help=devices)
+    plans.add_argument("--memory", type=size, metavar="SIZE", help="of each device: 141GB, 24GiB (default: this machine's)")
+    plans.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
+    plans.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
+    plans.set_defaults(wrong_usage=plans.error)
+
+
+def count(text):
+    """A number of things: 10e6, 10M, 10_000_000 or 10,000,000."""
+    if re.fullmatch(r"\d{1,3}(,\d{3})+", text.strip()):
+        text = text.replace(",", "")
+    return _whole(text, COUNTS, "a number such as 10e6, 10M or 10,000,000")
+
+
+def size(text):
+    """Bytes: 141GB, 24GiB, 3G."""
+    return _whole(text, SIZES, "a size with its unit such as 141GB or 24GiB")
+
+
+def _whole(text, units, what):
+    found = re.fullmatch(r"\s*([\d_.]+(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", text)
+    if found and found[2].upper() in units:
+        value = _number(found[1], math.isfinite, what) * units[found[2].upper()]
+        if value >= 1 and (value == int(value) or units is SIZES) and value < 2**62:
+            return int(value)
+    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+
+
+def rate(text):
+    return _number(text, lambda value: 0 < value <= 1, "a rate above 0 and up to 1")
+
+
+def _number(text, is_right, what):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not is_right(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    return value
 
 
 def positive(text):
@@ -216,41 +235,10 @@ def _convert(arguments):
 
 
 def _plan(arguments):
-    if (arguments.tflops is None) != (arguments.gbps is None):
-        arguments.wrong_usage("--tflops and --gbps go together")
-    has_gpu = torch.cuda.is_available()
-    device = torch.device(arguments.device or ("cuda" if has_gpu else "cpu"))
-    if device.type == "cuda" and not has_gpu and not (arguments.memory and arguments.tflops):
-        arguments.wrong_usage("there is no GPU here to measure: --device cuda needs --memory, --tflops and --gbps")
-    here = max(torch.cuda.device_count(), 1) if device.type == "cuda" else 1
-    found = memory_report.trainings(
-        optimizers=arguments.optimizer or ("sgd", "adamw", "torch-sgd"),
-        table_formats=arguments.table_format or tuple(TABLE_FORMATS),
-        state_formats=arguments.state_format or tuple(STATE_FORMATS),
-        sample_rates=arguments.sample_rate or (1.0, 0.1),
-        devices=arguments.devices or [n for n in (1, 2, 4, 8) if n <= (arguments.identities if arguments.memory else here)],
-        identities=arguments.identities,
-        dim=arguments.dim,
-        batch=arguments.batch,
-        precision=arguments.precision,
-        device_type=device.type,
-    )
-    if not found:
-        arguments.wrong_usage("torch.optim's optimizers go with float32 for table and state and a sample rate of 1")
-    if (
-        arguments.identities * arguments.dim > memory_model.MOST_NUMBERS
-        or arguments.batch * arguments.dim > memory_model.MOST_NUMBERS
-    ):
-        arguments.wrong_usage(f"a table or a batch of more than {memory_model.MOST_NUMBERS:,} numbers is beyond any plan")
-    if max(training.devices for training in found) > arguments.identities:
-        arguments.wrong_usage(f"{arguments.identities} identities cannot be shared by more devices than that")
-    process = memory_model.measure_process(device.type)
-    if arguments.tflops:
-        ceilings, origin = memory_model.Ceilings(arguments.tflops * 1e12, arguments.gbps * 1e9), "as given"
-    else:
-        ceilings, origin = memory_model.measure_ceilings(found[0]), "measured here now"
-    memory = arguments.memory or available_bytes(device) + process
-    print("\n".join(memory_report.report(found, memory=memory, process=process, ceilings=ceilings, origin=origin)))
+    try:
+        print(plan.report(arguments))
+    except ValueError as error:
+        arguments.wrong_usage(str(error))
     return 0
 
 

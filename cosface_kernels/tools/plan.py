@@ -1,0 +1,256 @@
+"""What a training step will hold in memory, before any of it is allocated, and which way to train to take.  `cosface plan`
+
+    table + state + gradient + kept exponentials + rest        bytes on each device
+
+Slab size and kept exponentials are those of slabs.py. The rest is estimated: a slab's buffers, the batch, and what a process
+holds that has made a step.
+"""
+
+import bisect
+import itertools
+import re
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+
+from ..heads.plain import MarginSoftmaxLoss
+from ..margins import NormSoftmax
+from ..ops import formats, page_pool, recording
+from ..ops.memory import available_bytes
+from ..ops.slabs import Chip, kept_size, slab_rows
+from ..ops.table import Table
+from ..optim.fused import FusedSGD
+
+
+class Optimizer(NamedTuple):
+    """A line of code, and buffers of the table's shape: `states` from step to step, `temporaries` within one."""
+
+    code: str
+    states: int
+    temporaries: int = 0  # of torch.optim's default steps: g + λ w; √v and √v / √(1 - β2^t)
+
+
+OPTIMIZERS = {
+    "sgd": Optimizer('FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format="{}")', 1),
+    "adamw": Optimizer('FusedAdamW(head.parameters(), lr=1e-3, state_format="{}")', 2),
+    "plain-sgd": Optimizer("FusedSGD(head.parameters(), lr=0.1, weight_decay=5e-4)", 0),
+    "torch-sgd": Optimizer("torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)", 1, 1),
+    "torch-adamw": Optimizer("torch.optim.AdamW(head.parameters(), lr=1e-3)", 2, 2),
+}
+TABLES, STATES = list(formats.TABLE_FORMATS), list(formats.STATE_FORMATS)
+USABLE = 0.9  # of the memory; the rest is to spare
+MOST_DEVICES = 2**16
+MOST_NUMBERS = 2**56  # whose bytes, several times over, are a 64-bit integer
+BATCH_MATRICES = 10  # N x D numbers in float32 that are alive at once, from features to their gradient
+# A CUDA context, cuBLAS' workspace, and what the allocator rounds up: an estimate, where the process cannot be measured.
+GPU_PROCESS_BYTES = 10**9
+GPU_PROCESSORS = 132  # of a GPU that is not here: an H100's
+COLUMNS = 100
+
+
+class Training(NamedTuple):
+    """What is to be trained, and how."""
+
+    identities: int
+    dim: int
+    batch: int  # N, the rows of all devices together
+    optimizer: str = "sgd"
+    table_format: str = "float32"
+    state_format: str = "float32"
+    sample_rate: float = 1.0
+    devices: int = 1
+    precision: str = "bfloat16"
+    device_type: str = "cpu"
+
+    @property
+    def is_fused(self):
+        return not self.optimizer.startswith("torch-")
+
+    @property
+    def rank(self):
+        """The smaller, the better: exactness of the table, then of the state, then no sampling, then few devices."""
+        exactness = TABLES.index(self.table_format), STATES.index(self.state_format)
+        return *exactness, -self.sample_rate, self.devices, list(OPTIMIZERS).index(self.optimizer)
+
+    def __str__(self):
+        """In words, but for the devices."""
+        sampled = "all classes" if self.sample_rate == 1 else f"{self.sample_rate:.3g} of the classes in a step"
+        state = f", {self.state_format} state" if OPTIMIZERS[self.optimizer].states else ""
+        return f"{self.optimizer} with a {self.table_format} table{state} and {sampled}"
+
+    def code(self):
+        """The three lines that make the head, its optimiser, and a step."""
+        arguments = f"{self.dim}, {self.identities:_}"
+        if self.table_format != "float32":
+            arguments += f', table_format="{self.table_format}"'
+        if self.sample_rate < 1:
+            arguments += f", sample_rate={self.sample_rate:g}"
+        return [
+            f"head = {'Sharded' * (self.devices > 1)}CosFaceLoss({arguments})",
+            f"optimizer = {OPTIMIZERS[self.optimizer].code.format(self.state_format)}",
+            "head(features, labels).backward(); optimizer.step(); optimizer.zero_grad()",
+        ]
+
+
+class Device(NamedTuple):
+    memory: int  # bytes
+    process: int  # of them, taken before the table is made
+
+
+def plan(training, device):
+    """Bytes by name, all alive at a step's peak on each of the devices that share the table."""
+    batch, dim, optimizer = training.batch, training.dim, OPTIMIZERS[training.optimizer]
+    held = -(-training.identities // training.devices)
+    rows = max(round(training.sample_rate * held), min(batch, held))
+    dtype, state = getattr(torch, training.precision), formats.STATE_FORMATS[training.state_format]
+    weight = torch.empty(held, dim, dtype=formats.TABLE_FORMATS[training.table_format], device="meta")
+    # What slabs.py asks of features, without the device that they would be on.
+    features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
+    table, chip = Table(weight[:rows]), Chip(GPU_PROCESSORS, device.memory)
+    # The second is kept_size's own rule, of a device that need not be here.
+    budget = recording.automatic_budget(weight) if training.is_fused else min(weight.nbytes, device.memory // 8)
+    kept = kept_size(features, table, dtype, budget, chip)[1] * dtype.itemsize
+    # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms.
+    buffers = 8 * slab_rows(features, table, dtype, chip) * (batch + 2 * dim)
+    lent = training.device_type == "cpu" and page_pool.LARGE <= kept <= device.memory // page_pool.SPARE_SHARE
+    left, temporary = kept if lent else 0, optimizer.temporaries * weight.nbytes
+    if left + temporary > kept + buffers:  # in torch.optim's step those of backward are free, but for what page_pool.py holds
+        kept, buffers = left, temporary
+    return {
+        "table": weight.nbytes,
+        "state": held * optimizer.states * (dim * state.itemsize + 4 * (state in formats.LARGEST_CODE)),
+        "gradient": 0 if training.is_fused else weight.nbytes,
+        "kept": kept,
+        "rest": buffers + 4 * BATCH_MATRICES * batch * dim + device.process,
+    }
+
+
+def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices, **common):
+    """Every combination that there is: torch.optim's optimisers take float32 and all classes."""
+    found = {}
+    for number, rate, optimizer, table, state in itertools.product(
+        devices, sample_rates, optimizers, table_formats, state_formats
+    ):
+        state = state if OPTIMIZERS[optimizer].states else "float32"
+        training = Training(
+            optimizer=optimizer, table_format=table, state_format=state, sample_rate=rate, devices=number, **common
+        )
+        if training.is_fused or (table, state, rate) == ("float32", "float32", 1.0):
+            found[training] = None
+    return list(found)
+
+
+def recommended(totals, device):
+    """The Training of {Training: bytes} to take, or None."""
+    fitting = [training for training, total in totals.items() if total <= USABLE * device.memory]
+    return min(fitting, key=lambda training: training.rank, default=None)
+
+
+def devices_needed(training, device):
+    """On how many devices it would fit with room to spare; None: on no number of them."""
+
+    def fits(number):
+        return sum(plan(training._replace(devices=number), device).values()) <= USABLE * device.memory
+
+    most = min(MOST_DEVICES, training.identities)
+    number = bisect.bisect_left(range(1, most + 1), True, key=fits) + 1
+    return number if number <= most else None
+
+
+def process_bytes(device_type):
+    """What this process holds once a step over a small table has loaded all that a step needs; on a GPU, and where the system
+    does not tell, an estimate.
+    """
+    status = Path("/proc/self/status")
+    if device_type != "cpu" or not status.exists():
+        return GPU_PROCESS_BYTES
+    head = MarginSoftmaxLoss(64, 1000, margin=NormSoftmax(), device="cpu", dtype=torch.float32)
+    optimizer = FusedSGD(head.parameters(), momentum=0.9)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = head(torch.randn(16, 64, requires_grad=True), torch.arange(16))
+    loss.backward()
+    optimizer.step()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) * 1024
+
+
+def report(arguments):
+    """What `cosface plan` prints: a row for every way to train that the command's arguments leave open, what fits first, and the
+    one to take. ValueError: they leave none.
+    """
+    has_gpu = torch.cuda.is_available()
+    device_type = arguments.device or ("cuda" if has_gpu else "cpu")
+    if device_type == "cuda" and not (has_gpu or arguments.memory):
+        raise ValueError("there is no GPU here to measure: --device cuda needs --memory")
+    most = arguments.identities if arguments.memory else torch.cuda.device_count() if device_type == "cuda" else 1
+    found = trainings(
+        optimizers=arguments.optimizer or ("sgd", "adamw", "torch-sgd"),
+        table_formats=arguments.table_format or TABLES,
+        state_formats=arguments.state_format or STATES,
+        sample_rates=arguments.sample_rate or (1.0, 0.1),
+        devices=arguments.devices or [number for number in (1, 2, 4, 8) if number <= most],
+        identities=arguments.identities,
+        dim=arguments.dim,
+        batch=arguments.batch,
+        precision=arguments.precision,
+        device_type=device_type,
+    )
+    if not found:
+        raise ValueError("torch.optim's optimizers go with float32 for table and state and a sample rate of 1")
+    if max(arguments.identities, arguments.batch) * arguments.dim > MOST_NUMBERS:
+        raise ValueError(f"a table or a batch of more than {MOST_NUMBERS:,} numbers is beyond any plan")
+    if max(training.devices for training in found) > arguments.identities:
+        raise ValueError(f"{arguments.identities} identities cannot be shared by more devices than that")
+    process = process_bytes(device_type)
+    device = Device(arguments.memory or available_bytes(torch.device(device_type)) + process, process)
+    plans = {training: plan(training, device) for training in found}
+    totals = {training: sum(parts.values()) for training, parts in plans.items()}
+    paragraphs = [
+        f"{arguments.identities:,} identities, D = {arguments.dim}, N = {arguments.batch}, products in {arguments.precision}, on "
+        f"{device_type} devices of {_gigabytes(device.memory)} GB. All sizes are GB, 10^9 bytes, on each device.",
+        *_recommendation(totals, device),
+    ]
+    first, *advice = [textwrap.fill(paragraph, COLUMNS) for paragraph in paragraphs]
+    training = recommended(totals, device)
+    code = ["", *(f"    {line}" for line in training.code())] if training else []
+    return "\n".join([first, "", *_table(plans, totals, device), "", *advice, *code])
+
+
+def _gigabytes(size):
+    return f"{size / 1e9:.2f}"
+
+
+def _table(plans, totals, device):
+    """A line for each Training, what fits first, its columns aligned."""
+    lines = []
+    for training in sorted(plans, key=lambda training: (totals[training] > device.memory, training.rank)):
+        total = totals[training]
+        fits = "no" if total > device.memory else "barely" if total > USABLE * device.memory else "yes"
+        names = training.optimizer, f"{training.table_format} {training.state_format}"
+        sizes = map(_gigabytes, (*plans[training].values(), total))
+        lines.append([*names, f"{training.sample_rate:g}", str(training.devices), *sizes, fits])
+    head = ["optimizer", "table, state", "rate", "devices", "table", "state", "dW", "kept", "rest", "total", "fits"]
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
+    return ["  ".join(map(str.rjust, line, widths)) for line in (head, *lines)]
+
+
+def _recommendation(totals, device):
+    """What to take and why; or what would be needed."""
+    training, best = recommended(totals, device), min(totals, key=lambda training: training.rank)
+    if training is None:
+        smallest = min(totals, key=totals.get)
+        needed = devices_needed(smallest, device)
+        if needed is None:
+            return [f"Nothing fits on any number of devices: each needs {_gigabytes(totals[smallest])} GB or close to it."]
+        return [f"Nothing fits with {1 - USABLE:.0%} to spare. {smallest} would, on {needed} devices."]
+    why = f"It is the most exact that fits with {1 - USABLE:.0%} to spare, then without sampling, then on the fewest devices."
+    if training != best:
+        why += f" Before it comes {best} on {_devices(best.devices)}, which needs {_gigabytes(totals[best])} GB."
+    sizes = f"{_gigabytes(totals[training])} GB of {_gigabytes(device.memory)} on each"
+    return [f"Recommended: {training} on {_devices(training.devices)}: {sizes}.", why]
+
+
+def _devices(number):
+    return f"{number} device{'s' * (number > 1)}"
