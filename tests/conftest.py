@@ -5,6 +5,7 @@ triton; with one they are compiled.
 """
 
 import contextlib
+import gc
 import importlib.util
 import inspect
 import os
@@ -52,6 +53,12 @@ def pytest_collection_modifyitems(config, items):
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+
+
+def pytest_collection_finish():
+    """Tests that collect garbage need not walk over every module and every other test."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=DEVICES)

@@ -70,6 +70,7 @@ def test_a_failure_is_made_smaller():
     assert compile(engine.script("losses", found, failure), "script", "exec")
 
 
+@pytest.mark.slow
 def test_wrong_results_and_crashes_are_noticed():
     """In a process as the campaign's own: a loss that is off by 10^-4, and a call that ends it."""
     script = """

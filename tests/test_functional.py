@@ -47,7 +47,7 @@ def test_reductions(reduction, ignore_index, dtype, device):
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("ignore_index", [-100, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@slow_when(lambda backend, reduction, poison: interpreted(backend) and (reduction == "sum" or poison == 1e30))
+@slow_when(lambda backend, reduction, poison: interpreted(backend) and (reduction != "none" or poison is not torch.nan))
 @attend_too
 def test_ignored_rows_reach_nothing(reduction, ignore_index, poison, device, backend):
     """Whatever they hold, a batch with ignored rows is the batch without them."""

@@ -127,7 +127,7 @@ def test_launches(count, launches, monkeypatch, small_slabs):
 
 
 @pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
-@pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
+@pytest.mark.parametrize("kind", [FusedSGD, pytest.param(FusedAdamW, marks=pytest.mark.slow)])
 def test_launches_of_a_fused_step(kind, launches, small_slabs):
     """As many for each format, and of each further slab one product, which the interpreter converts, and three kernels."""
     counts = Counter()

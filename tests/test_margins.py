@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_as_accurate
-from margin_rows import ROWS, Row, batch, every_row, slow_but_three, steepness, written_out
+from margin_rows import ROWS, Row, batch, every_row, steepness, written_out
 from rounding import SIZE, assert_close, tolerance
 from selection import attend_too, interpreted, slow_when
 
@@ -187,7 +187,7 @@ def test_precision(name, autocast, backend, device):
 
 
 @every_row
-@slow_but_three
+@pytest.mark.slow
 def test_compile(row, device):
     """Column-major features through torch.compile, row-major ones without."""
     torch._dynamo.reset()

@@ -39,7 +39,7 @@ print(json.dumps(step(512, num_classes, size, budget)))
     ("num_classes", "size", "kept", "limit"),
     [pytest.param(1_000_000, 128, 0, 0.02, marks=pytest.mark.slow), (200_000, 64, 0.25, 0.05)],
 )
-@pytest.mark.parametrize("autocast", [0, 1])
+@pytest.mark.parametrize("autocast", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_peak_is_few_percent_of_the_logits_beyond_what_is_kept(autocast, num_classes, size, kept, limit):
     """Of one float32 matrix of them: N=512, forward and backward, in a fresh process after a warm-up at C = 1,000."""
     logits = 512 * num_classes * 4

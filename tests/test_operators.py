@@ -71,7 +71,7 @@ def test_opcheck_forward(case, device):
     library.opcheck(negative_lse, op_arguments(case, device))
 
 
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
@@ -144,7 +144,7 @@ def batches(device):
         yield features, weight, labels
 
 
-@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("autocast", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compile(autocast, device):
     torch._dynamo.reset()
     # aot_eager is all of torch.compile but the generated code, which needs a compiler.

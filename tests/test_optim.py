@@ -1120,6 +1120,7 @@ def test_every_thread_s_backward_is_recorded():
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@slow_when(lambda backend, error: interpreted(backend) and error is MemoryError)
 def test_an_interrupted_step_is_said_until_the_table_is_another(error, backend, path, device, monkeypatch, tmp_path):
     head, _ = twins(device, backend=backend)
     optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)

@@ -106,7 +106,8 @@ optimizer.step()
 """
 
 
-@pytest.mark.parametrize("has_group", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("has_group", [True, False])
 def test_torchrun(has_group, tmp_path):
     """The examples of the document; and a head that makes the process group itself."""
     document = (HERE.parent / "docs" / "distributed.md").read_text()

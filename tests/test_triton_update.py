@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from cases import make
-from conftest import HAS_GPU
+from selection import HAS_GPU, interpreted, slow_when
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss
 from cosface_kernels.margins import CosFace, Softmax
@@ -207,6 +207,7 @@ def trained(form, size=20, steps=2, num_classes=150, kind=FusedAdamW, table_form
 
 
 @pytest.mark.parametrize("form, kind", [("cosines", FusedSGD), *((form, FusedAdamW) for form in FORMS)])
+@slow_when(lambda form, kind: interpreted("triton") and (form, kind) not in (("cosines", FusedSGD), ("bias", FusedAdamW)))
 def test_rows_are_projected_and_updated_at_once(form, kind, small_slabs, monkeypatch):
     """With the bits of a gradient that is made first."""
     with monkeypatch.context() as patch:
