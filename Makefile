@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-all test-sanitize test-fake-gpu test-gpu-versions lint bench gpu-cache clean
+.PHONY: help demo test test-slow test-all test-sanitize test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-all | test-sanitize | test-fake-gpu | test-gpu-versions | lint | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-all | test-sanitize | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -56,6 +56,14 @@ $(GPU)/.ready: requirements-gpu.txt $(wildcard tests/fake_gpu/*.cpp) tests/fake_
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The API's pages, of docstrings: build/api/index.html.
+docs: .venv/.docs-ready
+	$(BIN)/python docs/build_api.py build/api
+
+.venv/.docs-ready: $(READY) requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
 
 # Compiles for a GPU machine what a visit launches there: DIR is taken along. GPU_PYTHON has that machine's Triton.
 GPU_PYTHON ?= $(BIN)/python

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import cosface_kernels
 from benchmarks import margins as benchmark
 from benchmarks import tables
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, theory
@@ -74,6 +75,11 @@ def test_links_lead_somewhere(document):
 def test_index_names_every_document():
     linked = set(re.findall(r"\]\(([^)#]+)\)", text("README.md")))
     assert {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"README.md"} <= linked
+
+
+def test_index_names_every_public_name():
+    table = text("README.md").split("## API")[1].split("## Words")[0]
+    assert {*cosface_kernels.__all__} - {"__version__"} <= set(re.findall(r"`(\w+)`", table))
 
 
 def test_margins_first_example():
