@@ -28,11 +28,11 @@ class Inputs(NamedTuple):
     labels: torch.Tensor
     bias: torch.Tensor | None = None
     classes: torch.Tensor | None = None
-    parameters: tuple | None = None  # (weight, bias) whose rows those above are; None: themselves
+    parameters: tuple | None = None  # the nn.Parameters (weight, bias) that own these rows; None: the two above
 
 
 class LossOptions(NamedTuple):
-    """All else that a loss takes, as `margin_softmax_loss` says."""
+    """The options of a loss, as in `margin_softmax_loss`."""
 
     margin: Margin
     scale: float | None
@@ -45,7 +45,7 @@ class LossOptions(NamedTuple):
     backend: str = "auto"
 
     def checked(self, has_bias):
-        """With what the margin decides filled in."""
+        """These options, validated, with the margin's defaults in place of None."""
         margins.check(self.margin, has_bias, self.normalize_features)
         validation.check_reduction(self.reduction)
         validation.check_flag("sample_correction", self.sample_correction)
@@ -59,12 +59,12 @@ class LossOptions(NamedTuple):
 
     @property
     def bound(self):
-        """What no |logit| exceeds."""
+        """Upper bound of |logit|."""
         return float(self.scale) if self.normalize_features and self.margin.normalize_weight else math.inf
 
 
 class Negatives(NamedTuple):
-    """What is known of a batch before the margin. w̃_y is the nearest centre."""
+    """N-vectors of a batch before the margin is applied. w̃_y is the nearest of the class's centres."""
 
     lse: torch.Tensor  # log Σ_{j≠y} e^{s x̃·w̃_j} (N,), of an ignored row over all classes
     product: torch.Tensor  # x̃·w̃_y (N,)
@@ -75,7 +75,7 @@ class Negatives(NamedTuple):
 
 
 class WholeTable:
-    """This process has all rows and all classes. heads.sharded.Batch has the same methods where the table lies in shards."""
+    """The table of a process that holds all rows and classes. heads.sharded.Batch has the same methods for a sharded one."""
 
     foreign_index = None
 
@@ -84,11 +84,11 @@ class WholeTable:
         return lse, product, target_length
 
     def of_all_shards(self, num_classes, num_sampled, device):
-        """How many classes the whole table has, and how many of them take part."""
+        """(number of classes in the whole table, number of them that take part)."""
         return num_classes, num_sampled
 
     def own(self, vector):
-        """A vector (N,) or None of the features, whose gradient is this process's."""
+        """A vector (N,) that depends on the features alone, or None: only the process of the row computes its gradient."""
         return vector
 
     def own_rows(self, losses):
@@ -158,9 +158,7 @@ def negatives(inputs, options, foreign_index=None):
 
 
 def _corrected_for_sampling(lse, inputs, options, shards):
-    """lse plus the log of how many negatives there are over how many were summed; plus 0 where none was, of which nothing can be
-    estimated.
-    """
+    """lse (N,) plus log((C - 1) / (M - 1)), negatives over summed negatives; unchanged where none was summed."""
     if not options.sample_correction or inputs.classes is None:
         return lse
     weight, classes = inputs.weight, inputs.classes
@@ -170,7 +168,7 @@ def _corrected_for_sampling(lse, inputs, options, shards):
 
 
 def _feature_norm(features, found):
-    """‖x‖ as x·x̂, its derivative being x̂: NaN where a GPU made x̂ NaN for a label that is no class."""
+    """‖x‖ (N,), computed as x·x̂ so that its derivative is x̂. NaN where a GPU made x̂ NaN for a label outside [0, C)."""
     return (torch.where(found.counted[:, None], features, 0.0).to(found.unit.dtype) * direction(found.unit)).sum(1)
 
 
@@ -188,7 +186,7 @@ def _target_logit(margin, product, length, terms):
 
 
 def _check_rows(name, margin, value, *shapes):
-    """What a margin returned: (N, 1) would be broadcast to N x N numbers."""
+    """Check the shape of a margin's result: (N, 1) would be broadcast to N x N numbers."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} of {type(margin).__name__} must be a tensor, got {type(value).__name__}")
     if value.shape not in shapes:
@@ -202,7 +200,7 @@ def default_scale(margin, normalize_features):
 
 
 def _rows_of(classes, centers, num_rows):
-    """(M K,) the rows of the table that make up the classes; a number that is no class stays none, however large. None: all."""
+    """(M K,) the rows of the table of classes (M,), None for all. A number outside [0, C) gives rows outside the table."""
     if classes is None:
         return None
     classes = class_indices(classes)
@@ -214,14 +212,14 @@ def _rows_of(classes, centers, num_rows):
 
 
 def _refuse_transforms(*tensors):
-    """The operators would silently drop the tangents; torch.func's gradients they do not have."""
+    """Raise under forward-mode autograd, whose tangents the operators would drop, and under torch.func's gradients."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
     validation.check_transforms(*tensors)
 
 
 def class_indices(labels):
-    """labels as int64. A uint64 past its range becomes the largest int64, which is no class either, not a negative number."""
+    """labels (N,) as int64. A uint64 beyond that range becomes the largest int64: it must not wrap to a class or ignore_index."""
     if labels.dtype != torch.uint64:
         return labels.long()
     wrapped = labels.view(torch.int64)
@@ -229,7 +227,7 @@ def class_indices(labels):
 
 
 def product_dtype(features, weight):
-    """What the matrix products read: see `cosine_lse`."""
+    """The dtype of the matrix products' operands: see `cosine_lse`."""
     device_type = features.device.type
     if torch.float64 in (features.dtype, weight.dtype):
         return torch.float64

@@ -1,10 +1,10 @@
-"""Every margin: what a loss makes of the cosine with a row's own class. Everything here is about vectors of N numbers.
+"""Every margin ψ: the function that replaces the cosine of a row with its own class. Everything here works on N-vectors.
 
     loss_n = -log( e^{s l_n ψ(cos θ_n)} / ( e^{s l_n ψ(cos θ_n)} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    cos θ_n of x_n and w_{y_n}
 
 x̃ and w̃ are unit rows, or the rows as they are; l_n is the product of the lengths of x̃_n and w̃_{y_n}: 1 for unit rows. The
-negatives know no margin, so a new one is a frozen dataclass with `psi`. Its derivative is autograd's; a ψ of the angle holds the
-cosine just `inside` ±1, where an arc cosine's is infinite (there the gradient of a cosine is zero anyway).
+negatives do not depend on the margin, so a new one is a frozen dataclass with `psi`. Autograd differentiates it; a ψ of the angle
+first moves the cosine just `inside` ±1, where an arc cosine's derivative is infinite (and the cosine's own gradient is zero).
 
 A margin that reweights the negatives, such as CurricularFace's, is not of this form.
 """
@@ -20,12 +20,12 @@ from .validation import check_flag, check_number, shown
 
 @dataclass(frozen=True)
 class Margin:
-    """The base of all. A subclass overrides psi, and what else it needs."""
+    """Base class of margins. A subclass overrides psi, and any other method that it needs."""
 
-    normalize_features: ClassVar[bool] = True  # whether its loss divides features by their norms unless told otherwise
-    normalize_weight: ClassVar[bool] = True  # whether its loss divides the class rows by their norms
-    needs_norm: ClassVar[bool] = False  # whether `terms` and `penalty` want ‖x‖
-    state: ClassVar[dict] = {}  # running statistics, by name, and their first values; the module keeps them as buffers
+    normalize_features: ClassVar[bool] = True  # default: divide features by their norms
+    normalize_weight: ClassVar[bool] = True  # divide the rows of the table by their norms
+    needs_norm: ClassVar[bool] = False  # `terms` and `penalty` are given ‖x‖
+    state: ClassVar[dict] = {}  # initial values of running statistics by name; the module keeps them as buffers
 
     def psi(self, cosine, *terms):
         """ψ(cos θ) (N,); terms: what `terms` returned."""
@@ -38,23 +38,23 @@ class Margin:
         return length * self.psi(product / torch.where(length == 0, 1.0, length), *terms)
 
     def terms(self, norm, counted, state):
-        """What differs from row to row or step to step, a tuple of tensors (N,) or 0-dim.
+        """Arguments of `psi` that differ from row to row or step to step: a tuple of tensors (N,) or 0-dim.
 
-        norm: ‖x‖ (N,), None without needs_norm; counted: the rows that are not ignored; state: the running statistics, {} where
-        there is no module to keep them.
+        norm: ‖x‖ (N,), None without needs_norm; counted: bool (N,), False for ignored rows; state: the running statistics, {}
+        without a module to keep them.
         """
         return ()
 
     def update(self, norm, counted, state):
-        """Brings the running statistics up to date, in place, before `terms` in each training step."""
+        """Update the running statistics in place. Called before `terms` in each training step."""
 
     def penalty(self, norm):
-        """What is added to the loss of each row (N,), or None."""
+        """A term (N,) that is added to the loss of each row, or None."""
         return None
 
 
 def _check(margin, **ranges):
-    """Every field named is a finite number within its closed range."""
+    """Check that each named field is a finite number within its closed range."""
     for name, (low, high) in ranges.items():
         value = getattr(margin, name)
         check_number(name, value)
@@ -76,7 +76,7 @@ class CosFace(Margin):
         return cosine - float(self.m)
 
     def target_logit(self, product, length):
-        """Of raw rows too without a division, so that a row of zeros keeps the gradient that it has."""
+        """l cos θ - l m without dividing by l, so that a row of zeros keeps its gradient."""
         return product - (float(self.m) if length is None else float(self.m) * length)
 
 

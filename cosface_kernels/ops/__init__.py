@@ -1,1 +1,1 @@
-"""The operators and all below: slabs of the class table, formats, kernels. Nothing here knows a margin or an optimiser."""
+"""The operators and all below them: slabs of the class table, formats, kernels. No module here knows a margin or an optimiser."""

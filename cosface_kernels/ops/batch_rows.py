@@ -1,16 +1,15 @@
-"""What the operators do before and after the slab loop, N x D work, in plain PyTorch: any device, any float dtype.
+"""The N x D work before and after the slab loop, in plain PyTorch: any device, any float dtype.
 
     enter             x̃,  w̃_{y_n},  x̃_n·w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b)
                       with a bias
     losses            softplus(lse - s logit), reduced
-    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + what came back for ‖x̃‖ times x̂
-    slab_factors      what the slabs of dW are made of: row_scale = g / total, and p x̃_n + what came back for ‖w̃_y‖ times ŵ_{y_n},
-                      row by row
+    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + ∂‖x̃‖ x̂
+    slab_factors      the factors of every slab of dW: row_scale = g / total, and for each row p x̃_n + ∂‖w̃_y‖ ŵ_{y_n}
 
-g and p are the gradients of a row's lse and of x̃_n·w̃_{y_n}.
+g, p, ∂‖x̃‖ and ∂‖w̃_y‖ are the gradients of a row's lse, of x̃_n·w̃_{y_n} and of the two lengths.
 
-These functions are a backend's `row_functions`; one for which some hundred small operators would cost too much brings its own, of
-which only `losses` has to do for anything but cosines.
+These functions are a backend's `row_functions`. A backend for which a hundred small operators cost too much has its own, for
+cosines with one row to a class; its `losses` must cover everything.
 """
 
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from .normalize import direction, project, unit_rows
 
 
 class Entered(NamedTuple):
-    """A batch as the slab loop takes it, all but the targets in the dtype of sums; D + 1 columns with a bias."""
+    """A batch as the slab loop reads it. All but the targets have the dtype of sums, and D + 1 columns with a bias."""
 
     targets: torch.Tensor  # (N,) the position of the first of the class's K rows; -1 for none
     unit: torch.Tensor  # x̃ (N, D)
@@ -31,7 +30,7 @@ class Entered(NamedTuple):
 
 
 class SlabFactors(NamedTuple):
-    """What every slab of dW is made of, beside E."""
+    """The factors of every slab of dW, beside E."""
 
     targets: torch.Tensor  # (N,)
     row_scale: torch.Tensor  # (N,)
@@ -43,9 +42,9 @@ class SlabFactors(NamedTuple):
 def enter(x, table, labels, options, wide):
     """Entered of raw features x (N, D) and a Table.
 
-    A row labelled ignore_index has no target and is zero, whatever x holds there; so is the target row of a row without a target.
-    One labelled foreign_index has no target and counts: its class is held elsewhere. A row with any other label that is no class,
-    or one that takes no part, is NaN, and makes NaN of all that it reaches.
+    A row labelled ignore_index has no target and is set to zero, whatever x holds there. A row labelled foreign_index has no
+    target and counts: another rank holds its class. The target row of either is zero. A row with any other label outside [0, C),
+    or whose class takes no part, is set to NaN, which shows in all that depends on it.
     """
     targets = _targets(labels, table, options.ignore_index)
     rows = torch.where((labels == options.ignore_index)[:, None], 0.0, x).to(wide).contiguous()
@@ -60,7 +59,7 @@ def enter(x, table, labels, options, wide):
 
 
 def needs_target(labels, ignore_index, foreign_index):
-    """Which rows (N,) must have a target here: all that are not ignored, and whose class is not held elsewhere."""
+    """Bool (N,): True for rows that must have a target here, neither ignored nor of a class that another rank holds."""
     needed = labels != ignore_index
     return needed if foreign_index is None else needed & (labels != foreign_index)
 
@@ -78,7 +77,7 @@ def x_gradient(grads, saved, scale, shape, dtype):
 
 
 def slab_factors(factors, table, options):
-    """SlabFactors of operands.TableFactors. What a row of the table gets from its targets is summed, then projected once."""
+    """SlabFactors of operands.TableFactors. The targets' shares of a row of the table are summed, then projected once."""
     unit, total = factors.unit, factors.total
     targets = _targets(factors.labels, table, options.ignore_index)
     power = _power_of_two(factors.lse_grad)
@@ -104,14 +103,14 @@ def losses(lse, logit, counted, scale, reduction):
 
 
 def reduced(values, counted, reduction):
-    """One number for each row, 0 where it is not counted (N,), as reduction says."""
+    """The mean over counted rows, the sum, or the vector itself, of numbers (N,) that are 0 where a row is not counted."""
     if reduction == "none":
         return values
     return values.sum() / counted.sum().clamp(min=1) if reduction == "mean" else values.sum()
 
 
 def _targets(labels, table, ignore_index):
-    """The position of the class's first row, or -1 for a label that is no class or takes no part."""
+    """(N,) the position of the class's first row; -1 for a label outside [0, C), or of a class that takes no part."""
     return torch.where(labels == ignore_index, -1, table.positions(labels))
 
 
@@ -127,14 +126,14 @@ def _power_of_two(lse_grad):
     """
     finite = torch.where(lse_grad.isfinite(), lse_grad.abs(), 0.0)
     largest = torch.cat([finite, finite.new_zeros(1)]).amax()
-    # Made of its bits: on a GPU torch.exp2 is compiled at its first call.
+    # Built from its bits: on a GPU torch.exp2 is compiled at its first call.
     bits, bias, places = (torch.int64, 1023, 52) if lse_grad.dtype == torch.float64 else (torch.int32, 127, 23)
     exponent = torch.frexp(largest).exponent.clamp(-126, 126).to(bits)
     return ((bias - exponent) << places).view(lse_grad.dtype)
 
 
 def _sum_by_row(targets, rows, num_rows):
-    """What goes to each row of the table added up in order: (its rows (N,) ascending, padded with num_rows; sums (N, D))."""
+    """Sums of vectors by row of the table, added in order: (rows (N,) ascending, padded with num_rows; sums (N, D))."""
     keys, order = torch.where(targets < 0, num_rows, targets).sort(stable=True)
     slot = (keys.diff(prepend=keys.new_full((1,), -1)) != 0).cumsum(0) - 1
     targets = torch.full_like(keys, num_rows).scatter_(0, slot, keys)

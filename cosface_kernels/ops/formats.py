@@ -1,4 +1,4 @@
-"""How rows of the class table and of an optimiser's state are stored: the dtype of the buffer is the format.
+"""Storage formats of rows of the class table and of an optimiser's state. The dtype of the buffer is the format.
 
     float32, float64    as they are
     bfloat16            2 bytes, rounded stochastically
@@ -23,12 +23,12 @@ _OTHER = 0x85EBCA6B  # turns one word of random bits into another
 
 
 def is_rounded(dtype):
-    """Whether a format rounds what it is given."""
+    """True if storing float32 rows in this dtype rounds them."""
     return dtype.itemsize < 4
 
 
 def read(buffer, scale, index):
-    """The rows at index (a slice or a tensor) as numbers to compute with: of a slice a view, where they are stored so."""
+    """Decode the rows at index (a slice or a tensor). For a slice of a float format that is a view of the buffer."""
     rows = buffer[index]
     if buffer.dtype in LARGEST_CODE:
         rows = rows.float() * scale[index][:, None]
@@ -37,8 +37,8 @@ def read(buffer, scale, index):
 
 
 def write(buffer, scale, index, rows, bits, skip=None):
-    """The rows back to where `read` took them from. bits: random, 16 of them, as `random_bits` returns; skip: where true (0-dim),
-    the buffer stays as it is."""
+    """Encode rows into the places that `read` took them from. bits: 16 random bits, as `random_bits` returns; skip: 0-dim bool,
+    True leaves the buffer as it is."""
     if buffer.dtype in LARGEST_CODE:
         codes, scales = _codes(rows, bits, buffer.dtype)
         _put(scale, index, scales, skip)
@@ -55,21 +55,21 @@ def _put(buffer, index, rows, skip):
 
 
 def round_bfloat16(rows, bits):
-    """float32 rows as bfloat16, up with the probability that is their distance from below."""
+    """float32 rows rounded stochastically to bfloat16: up with the probability (x - below) / (above - below)."""
     word = rows.view(torch.int32).long() & _WORD
     word = torch.where(rows.isnan(), 0x7FC00000, word + bits)
     return ((word >> 16) & 0xFFFF).to(torch.uint16).view(torch.bfloat16)
 
 
 def _codes(rows, bits, dtype):
-    """(codes, scale (R,)): the largest of a row becomes the largest code."""
+    """(codes, scale (R,)), with each row's largest number at the largest code."""
     squares = dtype == torch.uint8
     rows = rows.sqrt() if squares else rows
     scale = rows.abs().amax(1) / LARGEST_CODE[dtype]
     scale = torch.where(scale.isfinite(), scale, torch.nan)  # decoded, such a row is NaN
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     scale, inverse = (torch.where(inverse.isinf(), 0.0, number) for number in (scale, inverse))
-    # 0 and 1 excluded by more than a rounding of a code: a code that is read and written again stays.
+    # The random numbers keep more than a rounding of a code away from 0 and 1: a code that is read and written again stays.
     codes = (rows * inverse[:, None] + ((bits >> 1).float() + 0.5) / 2**15).floor()
     # A square that became 0 would make AdamW's step as large as 1 / eps.
     codes = torch.where(rows > 0, codes.clamp(min=1), codes) if squares else codes

@@ -1,4 +1,4 @@
-"""How much memory there is, and how much of it can be had."""
+"""Total and available memory of a device."""
 
 import functools
 import os
@@ -9,7 +9,7 @@ import torch
 
 @functools.cache
 def total_memory(device):
-    """Bytes of the device's memory; for a device that does not tell, the host's, and 8 GiB where that does not tell either."""
+    """Bytes of the device's memory; the host's for a device that has no such number, and 8 GiB if the host has none either."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):
@@ -18,7 +18,7 @@ def total_memory(device):
 
 
 def available_bytes(device):
-    """What can be allocated without harm: on Linux what the system and the container's limit leave, else half of the memory."""
+    """Bytes that can be allocated without harm: on Linux as many as system and container leave, else half of the memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

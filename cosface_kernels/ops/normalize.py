@@ -1,4 +1,4 @@
-"""Unit rows at any magnitude, in plain differentiable PyTorch, and the gradient written out for where autograd is not."""
+"""Unit rows at any magnitude, in plain differentiable PyTorch, and their gradient as a function for code outside of autograd."""
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,9 @@ def direction(rows):
 
 
 def project(unit, inverse_norm, unit_grad):
-    """The gradient of rows from that of their unit rows: what is orthogonal to the row, over its norm; 0 where that is 0.
+    """The gradient of rows from that of their unit rows: its part orthogonal to the row, over the norm; 0 for a row of norm 0.
 
-    inverse_norm None: the rows were taken as they are.
+    inverse_norm None: the rows were not normalised, so the gradient is returned unchanged.
     """
     if inverse_norm is None:
         return unit_grad

@@ -1,4 +1,4 @@
-"""What the operators take and give, by name. An operator's schema is made of these fields, in their order."""
+"""Arguments and results of the operators, by name. An operator's schema is generated from these fields, in their order."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Problem(NamedTuple):
-    """A batch, and the class table that it is compared with."""
+    """A batch and the class table."""
 
     x: Tensor  # (N, D), any float dtype and norms
     weight: Tensor  # (C K, D)
@@ -17,33 +17,33 @@ class Problem(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Numbers and switches of a call."""
+    """Scalar options of a call."""
 
     scale: float
-    ignore_index: int  # a row with this label counts as zero, whatever it holds, and has no target: every class is a negative
+    ignore_index: int  # label of ignored rows: taken as zero, whatever they hold, and without a target
     normalize_features: bool
     normalize_weight: bool
     centers: int
-    dtype: torch.dtype  # of what the products read
+    dtype: torch.dtype  # of the matrix products' operands
     memory_budget: int | None  # bytes of exponentials that may be kept from forward for backward; None: as slabs.kept_size says
     backend: str
-    foreign_index: int | None  # label of rows whose class another shard of the table holds: as they are, and without a target
+    foreign_index: int | None  # label of rows whose class another rank holds: they count, and have no target here
 
     @property
     def cosines(self):
-        """Whether logits are s cos θ, and so bounded."""
+        """True if logits are s cos θ, and so bounded."""
         return self.normalize_features and self.normalize_weight
 
 
 class Needs(NamedTuple):
-    """Which gradients will be asked for, or are."""
+    """Which gradients are needed."""
 
     need_x_grad: bool
     need_table_grad: bool
 
 
 class Vectors(NamedTuple):
-    """The N-vectors that margins are about, or the gradients that came back for them."""
+    """The N-vectors that margins are applied to, or their gradients."""
 
     lse: Tensor  # A_n (N,)
     product: Tensor  # x̃_n·w̃_{y_n} (N, K)
@@ -52,7 +52,7 @@ class Vectors(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward reuses of forward; D + 1 columns with a bias."""
+    """Tensors that forward saves for backward; D + 1 columns with a bias."""
 
     unit: Tensor  # x̃ (N, D)
     target_unit: Tensor  # w̃_{y_n} (N, K, D)
@@ -64,9 +64,9 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of x (N, D), weight (C K, D) and bias (C K,), each in its tensor's dtype; (0,) for what is not needed.
+    """Gradients of x (N, D), weight (C K, D) and bias (C K,), each in its tensor's dtype; (0,) for one that is not needed.
 
-    With an index those of weight (M, D) and bias (M,) are of its rows.
+    With an index, those of weight (M, D) and bias (M,) have its rows.
     """
 
     x: Tensor
@@ -75,7 +75,7 @@ class Gradients(NamedTuple):
 
 
 class TableFactors(NamedTuple):
-    """All that dW is made of, beside the table: O(N D) numbers."""
+    """The factors of dW, beside the table: O(N D) numbers."""
 
     unit: Tensor  # x̃ (N, D), D + 1 with a bias
     labels: Tensor  # (N,)
@@ -84,7 +84,7 @@ class TableFactors(NamedTuple):
     lse_grad: Tensor  # (N,)
     product_grad: Tensor  # (N, K)
     length_grad: Tensor  # (N, K), or (0, K) where the table is normalised
-    kept: Tensor  # exponentials from forward, as the operator keeps them; empty where they are computed again
+    kept: Tensor  # exponentials kept by forward; empty if backward computes them again
 
     @classmethod
     def of(cls, labels, saved, grads):
@@ -104,14 +104,14 @@ _SCHEMA_TYPES = {
 
 
 def schema(takes, gives):
-    """The text of an operator's schema, whose arguments and results are the fields of these classes one after another."""
+    """The text of an operator's schema: its arguments and results are the fields of these classes, one after another."""
     arguments = [f"{_SCHEMA_TYPES[kind]} {name}" for fields in takes for name, kind in fields.__annotations__.items()]
     results = [_SCHEMA_TYPES[kind] for fields in gives for kind in fields.__annotations__.values()]
     return f"({', '.join(arguments)}) -> ({', '.join(results)})"
 
 
 def split(flat, classes):
-    """The fields of these classes, one after another, as the classes."""
+    """Objects of these classes from a flat sequence of their fields."""
     found, start = [], 0
     for fields in classes:
         stop = start + len(fields._fields)
