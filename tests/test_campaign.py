@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import engine, losses
+from campaign import engine, losses, optimisers
+
+from cosface_kernels.optim import rules
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +45,26 @@ def simplest(**changes):
 def test_rounding_of_a_gradient_that_cancels_is_no_error():
     """Rows of one number have none, and the exact one, the rounding of float64, is no measure of float32's."""
     losses.check(simplest(backend="cpu", classes=1000, size=1, weight="bfloat16", ignored=1, scale=100.0, seed=62))
+
+
+@pytest.mark.parametrize(
+    "changes, wrong",
+    [({"table": "float64"}, {"lr": 1.0001}), ({"table": "float32", "momentum": 0.9, "state": "int8"}, {"momentum": 0.95})],
+)
+def test_wrong_steps_are_noticed(changes, wrong, monkeypatch):
+    """A rule whose numbers are multiplied by these: a step off by 10^-4, and momentum by more than its codes can explain."""
+    apply = rules.SGD.apply
+    case = {name: values[0] for name, values in optimisers.SPACE.items()} | {"step_0": "step", "step_1": "step"} | changes
+    case = optimisers.settle(case)
+    monkeypatch.setattr(rules.Part, "is_native", lambda part: False)
+    optimisers.check(case)
+
+    def apply_changed(rule, *arguments):
+        return apply(rule._replace(**{name: getattr(rule, name) * factor for name, factor in wrong.items()}), *arguments)
+
+    monkeypatch.setattr(rules.SGD, "apply", apply_changed)
+    with pytest.raises(AssertionError, match="times what is allowed"):
+        optimisers.check(case)
 
 
 class Answers:

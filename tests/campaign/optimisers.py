@@ -1,14 +1,18 @@
-"""Programs of backward and step: a fused optimiser and torch.optim's, each with a head of its own that began the same."""
+"""Programs of backward and step: each step of a fused optimiser against torch.optim's from the same table and state."""
 
 import copy
+from typing import NamedTuple
 
 import torch
-from margin_rows import ROWS, batch
+from margin_rows import ROWS, batch, steepness
 from rounding import SIZE
 
 from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss
+from cosface_kernels.ops import formats
 
 RULES = {"SGD": (FusedSGD, torch.optim.SGD), "AdamW": (FusedAdamW, torch.optim.AdamW)}
+FORMATS = ("float32", "float32", "bfloat16", "int8")  # of state
+GRADIENT_ROUNDINGS = 2  # of an exponent: by how much two ways of one gradient may differ
 STEPS = ("step", "step", "two batches", "forgotten", "not finite", "smaller lr", "saved and loaded", "nothing")
 SPACE = {
     "margin": [*ROWS],
@@ -22,7 +26,9 @@ SPACE = {
     "eps": [1e-8, 1e-4],
     "weight_decay": [0.0, 0.01, 0.5],
     "maximize": [False, True],
-    "dtype": ["float64", "float64", "float32"],
+    "table": ["float64", "float64", "float32", "bfloat16"],
+    "state": [*FORMATS],
+    "sample_rate": [1.0, 1.0, 0.4],
     "backend": ["torch", "cpu", "auto"],
     **{f"step_{number}": ["nothing", *STEPS] for number in range(5)},
     "seed": [*range(1000)],
@@ -31,35 +37,51 @@ SPACE = {
 
 def settle(case):
     case = case | {"nesterov": case["nesterov"] and case["momentum"] > 0}
-    if case["dtype"] == "float64":
-        return case | {"backend": "auto" if case["backend"] == "cpu" else case["backend"]}
-    return case | {"rule": "SGD", "margin": "CosFace"}  # AdamW divides by what may be rounding alone
+    if case["table"] == "float64":
+        return case | {"backend": "auto" if case["backend"] == "cpu" else case["backend"], "state": "float32"}
+    # In float32 rounding says on which side of a jump of ψ an angle is.
+    return case | ({"margin": "CosFace"} if ROWS[case["margin"]].jumps(1.0) else {})
 
 
 def check(case):
-    """Step by step the two tables part and so do their gradients: by s = 64 roundings of each batch of each step."""
-    row, dtype = ROWS[case["margin"]], getattr(torch, case["dtype"])
-    allowed = 10 * 64 * 1e2 ** (dtype == torch.float64) * torch.finfo(dtype).eps
+    torch.set_num_threads(1)
     torch.manual_seed(case["seed"])
-    ours = MarginSoftmaxLoss(
-        *(SIZE, case["classes"]),
-        **{"margin": row.margin, "bias": row.bias, "dtype": dtype, "backend": case["backend"], **row.options},
-    )
-    with torch.no_grad():
-        ours.weight.normal_()
-    theirs = copy.deepcopy(ours)
-    optimizers = [
-        make(head.parameters(), **_options(case)) for make, head in zip(RULES[case["rule"]], (ours, theirs), strict=True)
-    ]
+    row = ROWS[case["margin"]]
+    wide = torch.float64 if case["table"] == "float64" else torch.float32
+    kept = {"table_format": "bfloat16"} if case["table"] == "bfloat16" else {"dtype": wide}
+    ours, theirs = (_head(case, row, **options) for options in (kept, {"dtype": wide}))
+    optimizer = RULES[case["rule"]][0](ours.parameters(), **_options(case), state_format=case["state"])
     for number in range(5):
-        for which, head in enumerate((ours, theirs)):
-            optimizers[which] = _do(case, number, head, optimizers[which], row)
-    for name, value in theirs.state_dict().items():
-        _assert_close(name, ours.state_dict()[name], value, allowed)
-    for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        for name, value in optimizers[1].state[other].items():
-            if name != "step" and value is not None and name in optimizers[0].state[parameter]:
-                _assert_close(f"state {name}", optimizers[0].state[parameter][name], value, allowed)
+        what, before = case[f"step_{number}"], []
+        if what == "nothing":
+            continue
+        if what == "smaller lr":
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+        if what == "saved and loaded":
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = type(optimizer)(ours.parameters(), lr=1.0, state_format=case["state"])
+            optimizer.load_state_dict(saved)
+        theirs.load_state_dict(ours.state_dict())
+        before = [_read(parameter, optimizer) for parameter in ours.parameters()]
+        steepest = _backward(case, number, row, ours, theirs)
+        if what != "forgotten":
+            optimizer.step()
+        changes = what not in ("forgotten", "not finite")  # what is not finite, ours leaves out
+        optimizer.zero_grad()
+        for parameter, other, old in zip(ours.parameters(), theirs.parameters(), before, strict=True):
+            expected = _stepped(case, optimizer, old, other.grad, steepest) if changes else _Expected(old, None, {})
+            _assert_close(_read(parameter, optimizer), parameter, optimizer, expected)
+            other.grad = None
+
+
+def _head(case, row, **options):
+    sampled = {"sample_rate": case["sample_rate"], "sample_seed": case["seed"]}
+    options = {"margin": row.margin, "bias": row.bias, "backend": case["backend"], **row.options, **sampled, **options}
+    head = MarginSoftmaxLoss(SIZE, case["classes"], **options)
+    with torch.no_grad():
+        head.weight.normal_()
+    return head
 
 
 def _options(case):
@@ -69,31 +91,117 @@ def _options(case):
     return common | {"betas": case["betas"], "eps": case["eps"]}
 
 
-def _do(case, number, head, optimizer, row):
-    what = case[f"step_{number}"]
-    if what == "nothing":
-        return optimizer
-    if what == "smaller lr":
-        for group in optimizer.param_groups:
-            group["lr"] *= 0.5
-    if what == "saved and loaded":
-        saved = copy.deepcopy(optimizer.state_dict())
-        optimizer = type(optimizer)(head.parameters(), **_options(case))
-        optimizer.load_state_dict(saved)
-    for part in range(2 if what == "two batches" else 1):
-        features, _, labels, *_ = batch(
-            row, dtype=head.weight.dtype, num_rows=case["rows"], num_classes=case["classes"], seed=10 * number + part
-        )
-        loss = head(features * (torch.nan if what == "not finite" else 1), labels)
-        loss.backward()
-    is_plain = type(optimizer).__module__.startswith("torch.optim")
-    if what != "forgotten" and not (what == "not finite" and is_plain):  # which ours leaves out, and theirs would not
-        optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
+def _backward(case, number, row, *heads):
+    """Of the same batches for each head; the steepest logit, as `rounding.tolerance` wants it."""
+    steepest = 0.0
+    for part in range(2 if case[f"step_{number}"] == "two batches" else 1):
+        features, _, labels, *_ = batch(row, num_rows=case["rows"], num_classes=case["classes"], seed=10 * number + part)
+        steepest = max(steepest, steepness(row, features, heads[-1].weight.detach().double()))
+        for head in heads:
+            own = features.to(heads[-1].weight.dtype) * (torch.nan if case[f"step_{number}"] == "not finite" else 1)
+            head(own, labels).backward()
+    return steepest
 
 
-def _assert_close(name, ours, theirs, allowed):
-    assert ours.shape == theirs.shape and torch.isfinite(ours).all(), name
-    error, size = (ours.double() - theirs.double()).abs().max(), theirs.double().abs().max()
-    assert error <= allowed * max(size, 1e-30), f"{name}: differs by {error:.3e}, size {size:.3e}"
+def _read(parameter, optimizer):
+    """{name: numbers in float64} of a parameter, "table", and of its state."""
+    state = optimizer.state.get(parameter, {})
+    found = {"table": parameter.detach().double().clone()}
+    for name, value in state.items():
+        if name == "step":
+            found[name] = value.clone()
+        elif name in optimizer._STATE:
+            rows = formats.read(value, state.get(f"{name}_scale"), slice(None))
+            found[name] = rows.double().clone()
+    return found
+
+
+class _Expected(NamedTuple):
+    numbers: dict  # as `_read` has them
+    rows: torch.Tensor | None  # that were stepped; None: all stay as they are, to the bit
+    errors: dict  # what rounding may make of them before they are stored, where rows say
+
+
+def _stepped(case, optimizer, before, gradient, steepest):
+    """What torch.optim makes of these numbers, of the rows that have a gradient, and by how much rounding may part from it."""
+    if gradient.is_sparse:
+        gradient = gradient.coalesce()
+        rows, gradient = gradient.indices()[0], gradient.values()
+    else:
+        rows = torch.arange(len(gradient))
+    options = _options(case) | {"lr": optimizer.param_groups[0]["lr"]}
+    small = torch.nn.Parameter(before["table"][rows])
+    small.grad = gradient.double()
+    plain = RULES[case["rule"]][1]([small], **options)
+    if len(before) > 1:
+        plain.state[small] = {
+            name: value[rows] if value.dim() else value.clone() for name, value in before.items() if name != "table"
+        }
+    plain.step()
+    after = {"table": small.detach(), **{n: v for n, v in plain.state[small].items() if isinstance(v, torch.Tensor)}}
+    numbers = {
+        name: value if not value.dim() else _put(before.get(name), rows, value, before["table"]) for name, value in after.items()
+    }
+    eps = torch.finfo(gradient.dtype).eps
+    off = GRADIENT_ROUNDINGS * steepest * eps * (small.grad.abs().max() if small.grad.numel() else 0.0)
+    return _Expected(numbers, rows, _errors(case, options, after, off, before["table"][rows], 8 * eps))
+
+
+def _put(old, rows, values, like):
+    return (torch.zeros_like(like) if old is None else old.clone()).index_copy_(0, rows, values)
+
+
+def _errors(case, options, after, off, table, rounding):
+    """By the rules of FusedSGD and FusedAdamW, for a gradient that is off by so much; and some roundings of each number."""
+    moved = (after["table"] - table).abs()
+    if case["rule"] == "SGD":
+        momentum = after.get("momentum_buffer", torch.zeros(()))
+        return {
+            "table": 2 * options["lr"] * off + rounding * (moved + table.abs()),
+            "momentum_buffer": off + rounding * momentum.abs(),
+        }
+    (first, second), step = options["betas"], float(after["step"])
+    root = (after["exp_avg_sq"] / (1 - second**step)).sqrt()
+    ratio = after["exp_avg"].abs() / (1 - first**step) / (root + options["eps"])
+    # A square root of a mean of squares is off by no more than its terms are.
+    least = (root - off).clamp(min=0) + options["eps"]
+    return {
+        "table": options["lr"] * (1 + ratio) * off / least + rounding * (moved + table.abs()),
+        "exp_avg": (1 - first) * off + rounding * after["exp_avg"].abs(),
+        "exp_avg_sq": (1 - second) ** 0.5 * off + rounding * after["exp_avg_sq"].sqrt(),  # of the root
+    }
+
+
+def _assert_close(ours, parameter, optimizer, expected):
+    """Rows that were stepped are as near as rounding and their format allow; all others have their bits."""
+    state = optimizer.state.get(parameter, {})
+    for name, wanted in expected.numbers.items():
+        if name not in ours and not wanted.any():  # a state of zeros need not be there
+            continue
+        found = ours[name]
+        assert found.shape == wanted.shape and torch.isfinite(found).all(), name
+        if not found.dim():
+            assert found == wanted, f"{name}: {found}, not {wanted}"
+            continue
+        stored = parameter if name == "table" else state[name]
+        changed = torch.zeros(len(found), dtype=torch.bool)
+        if expected.rows is not None:
+            changed[expected.rows] = True
+            one, other = found[changed], wanted[changed]
+            if name == "exp_avg_sq":
+                one, other = one.sqrt(), other.sqrt()
+            allowed = expected.errors[name] + _grid(stored.dtype, one, other)
+            error = (one - other).abs()
+            assert (error <= allowed).all(), (
+                f"{name}: off by {(error / allowed).max():.3g} times what is allowed, by {error.max():.3e} at most, "
+                f"size {other.abs().max():.3e}"
+            )
+        assert torch.equal(found[~changed], wanted[~changed]), f"{name}: rows changed that had no gradient"
+
+
+def _grid(dtype, one, other):
+    """What a number may be off by as it is stored: by less than a step of its format, for it is rounded stochastically."""
+    largest = torch.maximum(one.abs(), other.abs())
+    if dtype in formats.LARGEST_CODE:
+        return 1.01 * largest.amax(1, keepdim=True) / formats.LARGEST_CODE[dtype]
+    return largest * torch.finfo(dtype).eps
