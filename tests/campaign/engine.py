@@ -11,7 +11,7 @@ from importlib import import_module
 
 # How many cases of each kind in a round: by how many there are to think of, and how long one takes.
 ROUND = {"losses": 8, "optimisers": 2, "saves": 2, "files": 3, "hostile": 6}
-SECONDS = 120  # after which a case, on a machine that others use too, counts as hung
+SECONDS = 600  # after which a case, on a machine that others use too, counts as hung
 TRIALS = 30  # of making a failure smaller
 
 _fork = multiprocessing.get_context("fork")  # this process runs nothing of torch's, so that its threads cannot be missed
