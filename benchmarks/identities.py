@@ -20,7 +20,7 @@ from cosface_kernels.ops.normalize import unit_rows
 from cosface_kernels.ops.operands import Options
 from cosface_kernels.ops.slabs import make_plan
 from cosface_kernels.ops.table import Table, TableGradient
-from cosface_kernels.tools.cli import positive
+from cosface_kernels.tools.cli import count
 
 from . import measure
 from .bench import write_json
@@ -34,8 +34,8 @@ TURN_CLASSES = 400_000
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, default=512)
-    parser.add_argument("--size", type=positive, default=128)
+    parser.add_argument("--rows", type=count, default=512)
+    parser.add_argument("--size", type=count, default=128)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

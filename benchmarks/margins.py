@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from cosface_kernels import cosface_loss, margin_softmax_loss, margins, reference
-from cosface_kernels.tools.cli import positive
+from cosface_kernels.tools.cli import count
 
 from . import measure
 from .bench import write_json
@@ -172,10 +172,10 @@ def main(argv=None):
 
 def _arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=positive, default=512)
-    parser.add_argument("--classes", type=positive, default=100_000)
-    parser.add_argument("--size", type=positive, default=512)
-    parser.add_argument("--repeats", type=positive, default=9, help="pairs of steps that each margin gets")
+    parser.add_argument("--rows", type=count, default=512)
+    parser.add_argument("--classes", type=count, default=100_000)
+    parser.add_argument("--size", type=count, default=512)
+    parser.add_argument("--repeats", type=count, default=9, help="pairs of steps that each margin gets")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)

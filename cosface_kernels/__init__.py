@@ -1,11 +1,18 @@
 """Large Margin Cosine Loss (CosFace, arXiv 1801.09414) and its relatives over millions of classes, without an N x C matrix."""
 
-from . import margins, reference, theory
-from .functional import cosface_loss, cosine_lse, margin_softmax_loss
-from .heads import CosFaceLoss, MarginSoftmaxLoss
-from .optim import FusedAdamW, FusedSGD
-from .sampling import sample_classes
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from .version import __version__
+
+if TYPE_CHECKING:
+    from . import margins, reference, theory
+    from .checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
+    from .functional import cosface_loss, cosine_lse, margin_softmax_loss
+    from .heads import CosFaceLoss, MarginSoftmaxLoss
+    from .heads.sharded import ShardedCosFaceLoss, ShardedMarginSoftmaxLoss
+    from .optim import FusedAdamW, FusedSGD
+    from .sampling import sample_classes
 
 __all__ = [
     "CorruptCheckpointError",
@@ -27,16 +34,26 @@ __all__ = [
     "save_checkpoint",
     "theory",
 ]
+_HOMES = {
+    "checkpoint": ("CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"),
+    "functional": ("cosface_loss", "cosine_lse", "margin_softmax_loss"),
+    "heads": ("CosFaceLoss", "MarginSoftmaxLoss"),
+    "heads.sharded": ("ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"),
+    "optim": ("FusedAdamW", "FusedSGD"),
+    "sampling": ("sample_classes",),
+}
 
 
 def __getattr__(name):
-    """On first use what is made of torch.distributed, which takes half as long to import as torch itself."""
-    if name in ("CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"):
-        from . import checkpoint
-
-        return getattr(checkpoint, name)
-    if name in ("ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"):
-        from .heads import sharded
-
-        return getattr(sharded, name)
+    """On first use: the command answers without torch, and torch.distributed takes half as long to import as torch itself."""
+    if name in ("margins", "reference", "theory"):
+        return import_module(f".{name}", __name__)
+    for home, names in _HOMES.items():
+        if name in names:
+            globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
+            return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

@@ -7,6 +7,8 @@ import sys
 from importlib import metadata, resources
 from pathlib import Path
 
+import pytest
+
 import cosface_kernels
 
 ROOT = Path(__file__).parents[1]
@@ -24,7 +26,7 @@ def test_import_brings_no_triton_and_no_compiler():
     assert run("""
 import sys, torch
 before = set(sys.modules)
-import cosface_kernels
+from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss, margins, reference, sample_classes, theory
 new = {name.partition(".")[0] for name in set(sys.modules) - before}
 new |= {name for name in set(sys.modules) - before if name.startswith(("torch._dynamo", "torch._inductor"))}
 print(*sorted(name for name in new - set(sys.stdlib_module_names) if name != "torch"))
@@ -35,9 +37,23 @@ def test_import_brings_no_checkpoints():
     """Half a second on top of torch's own."""
     assert not run("""
 import sys, torch
-import cosface_kernels
+from cosface_kernels import CosFaceLoss, FusedSGD
 print(*(name for name in sys.modules if name.startswith("torch.distributed.checkpoint")))
 """)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["plan", "--help"], ["bench", "--rows", "ten"], ["convert", "in.pt"]])
+def test_the_command_answers_without_torch(arguments):
+    assert run(f"""
+import contextlib, io, sys
+from cosface_kernels.tools import cli
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    try:
+        status = cli.main({arguments})
+    except SystemExit as stop:
+        status = stop.code
+print(status, "torch" in sys.modules)
+""") == ["0" if "--help" in arguments else "2", "False"]
 
 
 def test_import_touches_no_gpu():
@@ -53,6 +69,7 @@ def record(name):
 for name in ("_lazy_init", "is_available", "device_count", "current_device", "get_device_properties"):
     record(name)
 import cosface_kernels
+from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss, margins, reference, sample_classes, theory
 print(torch.cuda.is_initialized())
 """) == ["False"]
 

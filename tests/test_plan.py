@@ -14,7 +14,7 @@ import torch
 import cosface_kernels
 from cosface_kernels.tools import cli
 from cosface_kernels.tools.cli import count, size
-from cosface_kernels.tools.plan import Device, Training, devices_needed, plan, recommended, trainings
+from cosface_kernels.tools.plan import OPTIMIZERS, STATES, TABLES, Device, Training, devices_needed, plan, recommended, trainings
 
 GB, GIB = 10**9, 2**30
 PROCESS = 4 * 10**8
@@ -172,6 +172,10 @@ def totals(memory, *, devices=(1,), rates=(1.0, 0.1), optimizers=("sgd", "adamw"
     return {training: total(training, memory) for training in found}
 
 
+def test_the_command_knows_every_name():
+    assert (tuple(OPTIMIZERS), tuple(TABLES), tuple(STATES)) == (cli.OPTIMIZERS, cli.TABLES, cli.STATES)
+
+
 def test_every_combination_is_a_row():
     found = totals(24 * GIB, identities=10**6, dim=64, batch=8, devices=(1, 2))
     assert len(found) == 2 * (2 * 2 * 6 + 1)  # devices x (rates x fused optimisers x formats, torch-sgd)
@@ -245,7 +249,8 @@ def test_what_fits_nowhere(capsys):
 def test_recommended_code_runs(capsys):
     text = run(capsys, "--identities", "2000", "--memory", "2GB", "--table-format", "bfloat16", "--devices", "1")
     head, optimizer, step = (line.strip() for line in text.splitlines()[-3:])
-    names = {**vars(cosface_kernels), "features": torch.randn(4, 512, requires_grad=True), "labels": torch.arange(4)}
+    names = {name: getattr(cosface_kernels, name) for name in cosface_kernels.__all__}
+    names |= {"features": torch.randn(4, 512, requires_grad=True), "labels": torch.arange(4)}
     exec("\n".join([head, optimizer, step]), names)
     assert names["head"].weight.dtype == torch.bfloat16 and names["head"].weight.shape == (2000, 512)
     sampled = Training(10**7, 256, 64, "adamw", "float32", "int8", sample_rate=0.1, devices=4)

@@ -1,4 +1,7 @@
-"""The `cosface` command. Exit status: 0 done, 1 it cannot be done here (one line says why), 2 wrong usage."""
+"""The `cosface` command. Exit status: 0 done, 1 it cannot be done here (one line says why), 2 wrong usage.
+
+Nothing that imports torch is imported before the arguments are known to be right.
+"""
 
 import argparse
 import math
@@ -8,80 +11,88 @@ import tempfile
 from pathlib import Path
 
 from ..version import __version__
-from . import plan
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
 SIZES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
 DEMO_EXTRAS = {"matplotlib", "sklearn", "tqdm"}
+DEVICE = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"}
+# The names that plan.py knows.
+OPTIMIZERS = "sgd", "adamw", "plain-sgd", "torch-sgd", "torch-adamw"
+TABLES, STATES = ("float32", "bfloat16"), ("float32", "bfloat16", "int8")
 
 
 def main(argv=None):
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.command is None:
-        parser.print_help()
-        return 2
-    return {"demo": _demo, "bench": _bench, "convert": _convert, "info": _info, "plan": _plan}[arguments.command](arguments)
-
-
-def _parser():
     parser = argparse.ArgumentParser(
         prog="cosface", description="Large Margin Cosine Loss (CosFace) over millions of identities, without an N x C matrix."
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    demo = commands.add_parser(
+    for add in (_add_demo, _add_bench, _add_convert, _add_plan, _add_info):
+        add(commands)
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    return arguments.run(arguments)
+
+
+def _add(commands, run, name, **texts):
+    command = commands.add_parser(name, **texts)
+    command.set_defaults(run=run, wrong_usage=command.error)
+    return command.add_argument
+
+
+def _add_demo(commands):
+    option = _add(
+        commands,
+        _demo,
         "demo",
         help="the paper's toy experiment, then real training steps over one million identities (under three minutes)",
         description="Two experiments, with figures: the paper's toy experiment (what the margin does to the angles between "
         "identities, on handwritten digits), and real training steps over one million identities beside what plain PyTorch "
         "needs for them. Uses a GPU if there is one.",
     )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        default=Path("demo-output"),
-        metavar="DIR",
-        help="where toy_features.png, million_loss.png and summary.json go (default: ./demo-output)",
-    )
-    bench = commands.add_parser(
+    where = "where toy_features.png, million_loss.png and summary.json go (default: ./demo-output)"
+    option("--out", type=Path, default=Path("demo-output"), metavar="DIR", help=where)
+
+
+def _add_bench(commands):
+    option = _add(
+        commands,
+        _bench,
         "bench",
         help="time, memory and error of one forward and backward, beside the alternatives (four to eight minutes on two cores)",
         description="Time, memory and error of one forward and backward of LMCL: each backend of this package, plain PyTorch, "
         "and whatever else of its kind is installed. Prints a Markdown table. Needs a source checkout.",
     )
+    add_problem(option, classes=100_000, repeats=5)
+    option("--device", **DEVICE)
+    option("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
+    plot = "measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR"
+    option("--plot", type=Path, metavar="DIR", help=plot)
+    option("--without", action="append", default=[], help=argparse.SUPPRESS)
+
+
+def add_problem(option, *, classes=None, repeats=None, size=512):
+    """The options that benchmarks share. option: a parser's add_argument; what has no default is no option."""
     for flag, default, what in (
         ("--rows", 512, "N, rows of a batch"),
-        ("--classes", 100_000, "C, classes"),
-        ("--size", 512, "D, embedding size"),
-        ("--repeats", 5, "turns that each peer gets, fewer for a slow one"),
+        ("--classes", classes, "C, classes"),
+        ("--size", size, "D, embedding size"),
+        ("--repeats", repeats, "turns that each case gets, fewer for a slow one"),
     ):
-        kind = positive if flag == "--repeats" else count
-        bench.add_argument(flag, type=kind, default=default, metavar="N", help=f"{what} (default: {default})")
-    bench.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
-    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    bench.add_argument("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write all that was measured to FILE, as it comes")
-    bench.add_argument(
-        "--plot",
-        type=Path,
-        metavar="DIR",
-        help="measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR",
-    )
-    bench.add_argument("--without", action="append", default=[], help=argparse.SUPPRESS)
-    _add_convert(commands)
-    _add_plan(commands)
-    commands.add_parser(
-        "info",
-        help="versions, devices, and which backends can be used here",
-        description="Print versions, devices, and which backends can be used here: what a bug report should contain.",
-    )
-    return parser
+        if default:
+            option(flag, type=count, default=default, metavar="N", help=f"{what} (default: {default})")
+    if repeats:
+        option("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
+    option("--json", type=Path, metavar="FILE", help="write all that was measured to FILE, as it comes")
 
 
 def _add_convert(commands):
-    convert = commands.add_parser(
+    option = _add(
+        commands,
+        _convert,
         "convert",
         help="a class table trained in another system to a state dict of CosFaceLoss, or back",
         usage="cosface convert IN... OUT (--from SYSTEM | --key NAME [--transpose]) [--to SYSTEM [--ranks W]] [--force]\n"
@@ -93,22 +104,21 @@ def _add_convert(commands):
         "cosface convert adaface.pt head.pt --key kernel --transpose; "
         "cosface convert head.pt 'rank_{rank}.pt' --to insightface --ranks 8.",
     )
-    convert.add_argument(
-        "inputs", nargs="+", metavar="IN", help="files written by torch.save, all shards of one table; ordered by rank"
-    )
-    convert.add_argument("out", metavar="OUT", help="the file to write; with --ranks its text {rank} becomes 0, 1, ...")
-    origin = convert.add_mutually_exclusive_group()
-    origin.add_argument("--from", dest="system", choices=("insightface", "pml"), help="the system that wrote IN")
-    origin.add_argument("--key", metavar="NAME", help="for any other system, the table's key in IN: state_dict.head.kernel")
-    convert.add_argument("--transpose", action="store_true", help="the table at --key is (D, C), not (C, D)")
-    convert.add_argument("--to", choices=("insightface", "pml"), help="the system to write for (default: CosFaceLoss)")
-    convert.add_argument("--ranks", type=positive, metavar="W", help="with --to insightface, write a shard for each of W ranks")
-    convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    convert.set_defaults(wrong_usage=convert.error)
+    systems = {"choices": ("insightface", "pml")}
+    option("inputs", nargs="+", metavar="IN", help="files written by torch.save, all shards of one table; ordered by rank")
+    option("out", metavar="OUT", help="the file to write; with --ranks its text {rank} becomes 0, 1, ...")
+    option("--from", dest="system", **systems, help="the system that wrote IN")
+    option("--key", metavar="NAME", help="for any other system, the table's key in IN: state_dict.head.kernel")
+    option("--transpose", action="store_true", help="the table at --key is (D, C), not (C, D)")
+    option("--to", **systems, help="the system to write for (default: CosFaceLoss)")
+    option("--ranks", type=count, metavar="W", help="with --to insightface, write a shard for each of W ranks")
+    option("--force", action="store_true", help="replace OUT if it exists")
 
 
 def _add_plan(commands):
-    plans = commands.add_parser(
+    option = _add(
+        commands,
+        _plan,
         "plan",
         help="memory of a training step by format, optimiser, sample rate and number of devices, and which to take",
         description="What a training step over a class table takes, before any of it is allocated: bytes of each part, whether "
@@ -116,57 +126,53 @@ def _add_plan(commands):
         "cosface plan --identities 10e6 --dim 512 --batch 1024 --memory 24GiB.",
     )
     for flag, what in (("--identities", "C: 10e6, 10M, 10_000_000"), ("--dim", "D"), ("--batch", "N, of all devices together")):
-        plans.add_argument(flag, type=count, required=True, metavar="N", help=what)
-    for flag, choices in (("--optimizer", plan.OPTIMIZERS), ("--table-format", plan.TABLES), ("--state-format", plan.STATES)):
-        plans.add_argument(flag, nargs="+", choices=tuple(choices), metavar="NAME", help=f"of {', '.join(choices)}")
-    plans.add_argument("--sample-rate", nargs="+", type=rate, metavar="RATE", help="classes in a step (varied: 1, 0.1)")
+        option(flag, type=count, required=True, metavar="N", help=what)
+    for flag, choices in (("--optimizer", OPTIMIZERS), ("--table-format", TABLES), ("--state-format", STATES)):
+        option(flag, nargs="+", choices=choices, metavar="NAME", help=f"of {', '.join(choices)}")
+    option("--sample-rate", nargs="+", type=rate, metavar="RATE", help="classes in a step (varied: 1, 0.1)")
     devices = "that share the table (varied: this machine's, or with --memory 1, 2, 4, 8)"
-    plans.add_argument("--devices", nargs="+", type=count, metavar="N", help=devices)
-    plans.add_argument("--memory", type=size, metavar="SIZE", help="of each device: 141GB, 24GiB (default: this machine's)")
-    plans.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the products")
-    plans.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU")
-    plans.set_defaults(wrong_usage=plans.error)
+    option("--devices", nargs="+", type=count, metavar="N", help=devices)
+    option("--memory", type=size, metavar="SIZE", help="of each device: 141GB, 24GiB (default: this machine's)")
+    option("--precision", choices=("bfloat16", "float32"), default="bfloat16", help="of the products (default: bfloat16)")
+    option("--device", **DEVICE)
+
+
+def _add_info(commands):
+    text = "versions, devices, and which backends can be used here"
+    _add(commands, _info, "info", help=text, description=f"Print {text}: what a bug report should contain.")
 
 
 def count(text):
     """A number of things: 10e6, 10M, 10_000_000 or 10,000,000."""
-    if re.fullmatch(r"\d{1,3}(,\d{3})+", text.strip()):
-        text = text.replace(",", "")
-    return _whole(text, COUNTS, "a number such as 10e6, 10M or 10,000,000")
+    plain = text.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", text.strip()) else text
+    value = _number(plain, COUNTS)
+    return int(_right(text, value >= 1 and value == value // 1 and value, "a number such as 10e6, 10M or 10,000,000"))
 
 
 def size(text):
     """Bytes: 141GB, 24GiB, 3G."""
-    return _whole(text, SIZES, "a size with its unit such as 141GB or 24GiB")
-
-
-def _whole(text, units, what):
-    found = re.fullmatch(r"\s*([\d_.]+(?:[eE]\+?\d+)?)\s*([A-Za-z]*)\s*", text)
-    if found and found[2].upper() in units:
-        value = _number(found[1], math.isfinite, what) * units[found[2].upper()]
-        if value >= 1 and (value == int(value) or units is SIZES) and value < 2**62:
-            return int(value)
-    raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
+    value = _number(text, SIZES)
+    return int(_right(text, value >= 1 and value, "a size with its unit such as 141GB or 24GiB"))
 
 
 def rate(text):
-    return _number(text, lambda value: 0 < value <= 1, "a rate above 0 and up to 1")
+    value = _number(text, {"": 1})
+    return _right(text, 0 < value <= 1 and value, "a rate above 0 and up to 1")
 
 
-def _number(text, is_right, what):
+def _number(text, units):
+    """With its unit; NaN where it is none, or more than fits 62 bits."""
+    found = re.fullmatch(r"\s*((?:\d(?:_?\d)*)?\.?\d*(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)\s*", text)
     try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not is_right(value):
+        value = float(found[1]) * units[found[2].upper()]
+    except (TypeError, ValueError, KeyError):
+        return math.nan
+    return value if value < 2**62 else math.nan
+
+
+def _right(text, value, what):
+    if not value:
         raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return value
-
-
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
     return value
 
 
@@ -187,7 +193,7 @@ def _demo(arguments):
     try:
         demo.run(out)
     except MemoryError as error:
-        return _fail(str(error))
+        return _fail(error)
     return 0
 
 
@@ -206,37 +212,31 @@ def _bench(arguments):
 
 def _convert(arguments):
     system, key, to, ranks = arguments.system, arguments.key, arguments.to, arguments.ranks
-    if not (system or key or to):
-        arguments.wrong_usage("--from or --key says what IN is, or --to what OUT shall be")
-    if arguments.transpose and not key:
-        arguments.wrong_usage("--transpose needs --key")
-    if (ranks is not None) != ("{rank}" in arguments.out) or (ranks and to != "insightface"):
-        arguments.wrong_usage("--ranks goes with {rank} in OUT and --to insightface")
-    if len(arguments.inputs) > 1 and not (key or system == "insightface"):
-        arguments.wrong_usage("several IN need --from insightface or --key")
+    for is_wrong, message in (
+        (system and key is not None, "--from and --key exclude each other"),
+        (not (system or key or to), "--from or --key says what IN is, or --to what OUT shall be"),
+        (arguments.transpose and not key, "--transpose needs --key"),
+        ((ranks is not None) != ("{rank}" in arguments.out), "--ranks goes with {rank} in OUT and --to insightface"),
+        (ranks and to != "insightface", "--ranks goes with {rank} in OUT and --to insightface"),
+        (len(arguments.inputs) > 1 and not (key or system == "insightface"), "several IN need --from insightface or --key"),
+    ):
+        if is_wrong:
+            arguments.wrong_usage(message)
     from .convert import convert
 
+    names = "inputs", "out", "system", "key", "transpose", "to", "force"
     try:
-        print(
-            convert(
-                arguments.inputs,
-                arguments.out,
-                system=system,
-                key=key,
-                transpose=arguments.transpose,
-                to=to,
-                ranks=ranks or 1,
-                force=arguments.force,
-            )
-        )
+        print(convert(**{name: getattr(arguments, name) for name in names}, ranks=ranks or 1))
     except (OSError, ValueError) as error:
-        return _fail(str(error))
+        return _fail(error)
     return 0
 
 
 def _plan(arguments):
+    from .plan import report
+
     try:
-        print(plan.report(arguments))
+        print(report(arguments))
     except ValueError as error:
         arguments.wrong_usage(str(error))
     return 0
