@@ -24,7 +24,7 @@ from torch import library
 
 from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
 from cosface_kernels.compat import insightface
-from cosface_kernels.heads.sharded import FOREIGN, IGNORED, INVALID, _labels_here
+from cosface_kernels.heads.over_ranks import FOREIGN, IGNORED, INVALID, _labels_here
 from cosface_kernels.loss import Inputs, LossOptions, negatives
 from cosface_kernels.margins import NormSoftmax
 

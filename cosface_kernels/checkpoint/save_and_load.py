@@ -110,11 +110,8 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
 def _contents(module, optimizer, extra):
     """({key: tensor}, {file name: bytes}) of all that this rank has."""
     for each in module.modules():
-        if getattr(each, "holds_plain_shard", False):
-            raise ValueError(
-                f"{type(each).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would "
-                "be saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
-            )
+        if hasattr(each, "check_checkpoint"):  # raises where what it has cannot be saved
+            each.check_checkpoint()
     state = module.state_dict()
     tensors = {f"module/{name}": value for name, value in state.items() if _is_in_place(name, value)}
     shared = {

@@ -7,12 +7,34 @@ import torch.distributed as dist
 
 from .. import validation
 from ..distributed.ranks import Ranks
+from ..heads.over_ranks import OverRanks
 from ..heads.plain import MarginSoftmaxLoss
-from ..heads.sharded import _ShardedHead
 from .insightface_margins import translate
 
 
-class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
+class PlainShards(OverRanks):
+    """A plain tensor with this rank's rows, C // W + (r < C % W), which does not say so as a DTensor does."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def empty(self, rows, *size, centers, device, dtype):
+        return torch.empty(rows // self.size + (self.rank < rows % self.size), *size, device=device, dtype=dtype)
+
+    def ranks(self, weight):
+        return Ranks(dist.group.WORLD if self.size > 1 else None)
+
+    def first_class(self, head):
+        return head.num_classes // self.size * self.rank + min(self.rank, head.num_classes % self.size)
+
+    def check_resizable(self, head, instead):
+        if self.size > 1:
+            raise NotImplementedError(
+                f"the rows of a {type(head).__name__} on several ranks cannot be changed in place: use ShardedCosFaceLoss"
+            )
+
+
+class PartialFC_V2(MarginSoftmaxLoss):
     """The class table over the ranks of the default process group, or in this process alone where there is none.
 
         module_partial_fc = PartialFC_V2(margin_loss, embedding_size=512, num_classes=10_000_000)
@@ -43,36 +65,31 @@ class PartialFC_V2(MarginSoftmaxLoss, _ShardedHead):
             raise RuntimeError("PartialFC_V2 on several ranks needs torch.distributed.init_process_group() before it")
         validation.check_flag("fp16", fp16)
         margin, scale = translate(margin_loss)
-        self.rank, self.world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        self.ddp_average, self.fp16, self.embedding_size = True, fp16, embedding_size
-        super().__init__(embedding_size, num_classes, margin=margin, scale=scale, ignore_index=-1, sample_rate=sample_rate)
+        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        options = {"ignore_index": -1, "sample_rate": sample_rate, "placement": PlainShards(rank, size)}
+        super().__init__(embedding_size, num_classes, margin=margin, scale=scale, **options)
+        self.rank, self.world_size, self.ddp_average, self.fp16 = rank, size, True, fp16
+        self.embedding_size, self.num_local, self.class_start = embedding_size, len(self.weight), self.placement.first_class(self)
         if sample_rate < 1:
             self.register_buffer("sample_step", self.sample_step, persistent=False)
             self.weight.register_post_accumulate_grad_hook(_make_dense)
 
-    def _empty(self, rows, size, *, device, dtype):
-        self.num_local = rows // self.world_size + (self.rank < rows % self.world_size)
-        self.class_start = self._first_class()
-        return torch.empty(self.num_local, size, device=device, dtype=dtype)
-
-    @property
-    def holds_plain_shard(self):
-        return self.world_size > 1
-
-    def _ranks(self):
-        return Ranks(dist.group.WORLD if self.world_size > 1 else None)
-
-    def _first_class(self):
-        return self.num_classes // self.world_size * self.rank + min(self.rank, self.num_classes % self.world_size)
+    def check_checkpoint(self):
+        """`save_checkpoint` asks, which would save rank 0's rows alone of what is plain."""
+        if self.world_size > 1:
+            raise ValueError(
+                f"{type(self).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would "
+                "be saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
+            )
 
     def forward(self, local_embeddings, local_labels):
         """The loss of the global batch, of which this rank has embeddings (N_r, D) with labels (N_r,) or (N_r, 1)."""
         if isinstance(local_labels, torch.Tensor) and local_labels.shape[1:] == (1,):
             local_labels = local_labels[:, 0]
         if not self.fp16:
-            return _ShardedHead.forward(self, local_embeddings, local_labels)
+            return super().forward(local_embeddings, local_labels)
         with torch.autocast(self.weight.device.type, torch.bfloat16):
-            return _ShardedHead.forward(self, local_embeddings, local_labels)
+            return super().forward(local_embeddings, local_labels)
 
 
 def _make_dense(weight):

@@ -4,6 +4,8 @@ import sys
 
 import torch
 
+from .ranks import Ranks
+
 
 def is_sharded(tensor):
     module = sys.modules.get("torch.distributed.tensor")
@@ -13,6 +15,11 @@ def is_sharded(tensor):
 def local(tensor):
     """This rank's rows."""
     return tensor.to_local() if is_sharded(tensor) else tensor
+
+
+def ranks(tensor):
+    """The Ranks that its rows lie on."""
+    return Ranks(tensor.device_mesh.get_group() if is_sharded(tensor) else None)
 
 
 def bounds(num_rows, mesh):

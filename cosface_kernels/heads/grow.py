@@ -3,15 +3,14 @@
 import torch
 
 from .. import validation
-from ..distributed import dtensors
 from ..ops import recording
 
 
 @torch.no_grad()
 def grow(head, count, optimizer=None):
-    """`_Head.grow`."""
+    """`MarginSoftmaxLoss.grow`."""
     validation.check_size("count", count)
-    _check_plain(head, "a larger sharded head load_checkpoint(..., grow=('weight',))")
+    head.placement.check_resizable(head, "a larger sharded head load_checkpoint(..., grow=('weight',))")
     rows, new_rows = len(head.weight), count * head.centers_per_class
 
     def with_new_rows(tensor):
@@ -30,11 +29,13 @@ def grow(head, count, optimizer=None):
 
 @torch.no_grad()
 def remove(head, ids, optimizer=None):
-    """`_Head.remove`."""
+    """`MarginSoftmaxLoss.remove`."""
     centers = head.centers_per_class
     classes = len(head.weight) // centers
     ids = validation.check_ids(ids, classes)
-    _check_plain(head, "a plain head in one process load_checkpoint; remove and save_checkpoint; load that into a sharded head")
+    head.placement.check_resizable(
+        head, "a plain head in one process load_checkpoint; remove and save_checkpoint; load that into a sharded head"
+    )
     kept = torch.ones(classes, dtype=torch.bool, device="cpu")
     kept[ids] = False
     new_ids = torch.where(kept, kept.cumsum(0) - 1, -1)
@@ -76,12 +77,3 @@ def _change(head, changes, optimizer, change):
         torch.autograd.graph.increment_version(parameter)  # a backward pass of the old rows then raises
     if recorded is not None:
         recorded.records.clear()
-
-
-def _check_plain(head, instead):
-    if head.holds_plain_shard:
-        raise NotImplementedError(
-            f"the rows of a {type(head).__name__} on several ranks cannot be changed in place: use ShardedCosFaceLoss"
-        )
-    if dtensors.is_sharded(head.weight):
-        raise NotImplementedError(f"the rows of a sharded table cannot be changed in place: save_checkpoint, and into {instead}")

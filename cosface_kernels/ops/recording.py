@@ -125,13 +125,9 @@ def head_of(parameter):
 
 
 def ranks_of(weight):
-    """The Ranks that a table's rows lie on, or None where this process has them all."""
-    if dtensors.is_sharded(weight):
-        from ..distributed.ranks import Ranks  # of torch.distributed, which one process does without
-
-        return Ranks(weight.device_mesh.get_group())
+    """The Ranks that a table's rows lie on."""
     head = head_of(weight)
-    return head._ranks() if head is not None and head.holds_plain_shard else None
+    return dtensors.ranks(weight) if head is None else head.placement.ranks(weight)
 
 
 def attach(weight, bias, optimizer):

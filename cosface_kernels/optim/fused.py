@@ -207,7 +207,7 @@ class _Fused(torch.optim.Optimizer):
     def _on_all_ranks(self, flag):
         """Whether a flag (0-dim bool) is set on every rank that has rows of these tables."""
         found = [(recording.ranks_of(weight), weight.device) for weight, _ in self._tables]
-        for ranks, device in {ranks.group: (ranks, device) for ranks, device in found if ranks is not None}.values():
+        for ranks, device in {ranks.group: (ranks, device) for ranks, device in found}.values():
             flag = ranks.all(flag, device)
         return flag
 

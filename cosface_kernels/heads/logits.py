@@ -1,0 +1,49 @@
+"""The logits of a head without its margin, s x̃_n·w̃_j: all of them for small C, and the largest of each row for any C.
+
+Outside autocast: rounded to 16 bits, many of a million cosines would be equal.
+"""
+
+import torch
+
+from ..ops.normalize import unit_rows
+from ..ops.slabs import slab_rows, wide_dtype
+from ..ops.table import Table
+
+
+def of_all(head, features):
+    """(N, C), differentiable."""
+    return _logits(head, _rows(head, features), 0, len(head.weight))
+
+
+def largest(head, features, k):
+    """(values, indices), each (N, k), descending, or as many as this process has classes, slab by slab."""
+    rows, weight, centers = _rows(head, features), head._local_table()[0], head.centers_per_class
+    values = rows.new_empty(len(rows), 0)
+    indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+    slab = slab_rows(features, Table(weight, centers=centers), rows.dtype)
+    for start in range(0, len(weight), slab or 1):  # 0: an empty shard
+        found = _logits(head, rows, start, start + slab)
+        best = found.topk(min(k, found.shape[1]))
+        candidates = torch.cat([values, best.values], 1)
+        values, order = candidates.topk(min(k, candidates.shape[1]))
+        indices = torch.cat([indices, best.indices + start // centers], 1).gather(1, order)
+    return values, indices
+
+
+def _rows(head, features):
+    """x̃ (N, D), in float32 or float64."""
+    rows = features.to(wide_dtype(torch.promote_types(features.dtype, head.weight.dtype)))
+    return unit_rows(rows)[0] if head.normalize_features else rows
+
+
+def _logits(head, rows, start, stop):
+    """Those of the table's rows from `start` to `stop`."""
+    with torch.autocast(rows.device.type, enabled=False):
+        weight, bias = head._local_table()
+        table = weight[start:stop].to(rows.dtype)
+        products = rows @ (unit_rows(table)[0] if head.normalize_weight else table).T
+        if bias is not None:
+            products = products + bias[start:stop].to(rows.dtype)
+        if head.centers_per_class > 1:
+            products = products.unflatten(1, (-1, head.centers_per_class)).max(2).values
+        return head.scale * products

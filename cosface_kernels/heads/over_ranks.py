@@ -1,0 +1,239 @@
+"""A table in shards over several ranks; features stay as data parallelism has them.
+
+    x, y of all ranks  ->  A_n^r, x̃_n·w̃_{y_n}  of the classes of rank r  ->  A_n = log Σ_r e^{A_n^r},  x̃_n·w̃_{y_n} = Σ_r ...
+        all-gather                  operators.py                                       one all-reduce of two N-vectors
+
+After that every rank has the same N-vectors and does the same with them: margin, loss, mean. Backward has one collective, the
+reduce-scatter of dX; dW is each rank's own. A row whose class another rank holds is one without a target here (operators.py).
+"""
+
+import math
+import zlib
+from typing import NamedTuple
+
+import torch
+from torch.distributed.tensor import DTensor, Shard
+
+from .. import validation
+from ..distributed import dtensors
+from ..loss import class_indices, product_dtype
+from ..ops import backends, operators, recording
+from . import logits
+from .placement import Whole
+
+# Labels as the operator of one shard gets them: no class, a class of another shard, and what is no label.
+IGNORED, FOREIGN, INVALID = -100, -1, -2
+
+# With logits up to this e^A, of any number of classes, is a float64, and not 0: their sum needs no maximum before it.
+LARGEST_EXPONENT = 600.0
+
+
+class Told(NamedTuple):
+    """What a rank tells the others of its batch and its head."""
+
+    num_rows: int
+    dtype: int
+    grad_mode: bool
+    options: int
+    needs_gradient: bool
+    k: int
+
+    @classmethod
+    def of(cls, head, features, k=0):
+        names = ("num_classes", "scale", "margin", "reduction", "normalize_features", "ignore_index", "ddp_average")
+        sampling = ("sample_rate", "sample_correction", "training")
+        options = zlib.crc32(repr([getattr(head, name) for name in (*names, *sampling)]).encode())
+        dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
+        return cls(len(features), dtype, grad_mode, options, grad_mode and features.requires_grad, k)
+
+    @classmethod
+    def agreed(cls, everyone):
+        """(rows of each rank, whether any needs the gradient of its features), if all ranks call for the same."""
+        told = cls(*zip(*everyone, strict=True))
+        options = "num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)"
+        grad_modes = "gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same"
+        for what, values in (
+            ("features must have the same dtype", [validation.FLOAT_DTYPES[dtype] for dtype in told.dtype]),
+            (options, told.options),
+            (grad_modes, [*map(bool, told.grad_mode)]),
+            ("k must be the same", told.k),
+        ):
+            if len({*values}) > 1:
+                raise ValueError(f"{what} on all ranks, got {', '.join(map(str, values))}")
+        return [*told.num_rows], any(told.needs_gradient)
+
+
+class Batch:
+    """The rows of all ranks in one step, and what loss.loss_of_table does with them where the table is sharded."""
+
+    foreign_index = FOREIGN
+
+    def __init__(self, ranks, counts, holds_classes):
+        self.ranks, self.counts, self.holds_classes = ranks, counts, holds_classes
+
+    def combine(self, bound, lse, product, target_length):
+        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table from those of this shard. bound: of |logits|."""
+        dtype = lse.dtype
+        lse = lse.double()
+        if not self.holds_classes:
+            lse = lse.masked_fill(lse.new_ones((), dtype=torch.bool), -torch.inf)
+        shift = torch.zeros_like(lse)
+        if bound > LARGEST_EXPONENT:
+            shift = self.ranks.maximum(lse.detach())
+            shift = torch.where(shift.isinf(), 0.0, shift)
+        columns = [(lse - shift).exp(), product, *([] if target_length is None else [target_length])]
+        total, *others = self.ranks.add(torch.stack([column.double() for column in columns], 1)).unbind(1)
+        # No negative at all: log 0, without its infinite derivative.
+        none = total == 0
+        lse = torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + shift)
+        lse, product, target_length, *_ = (*(column.to(dtype) for column in (lse, *others)), None)
+        return lse, product, target_length
+
+    def of_all_shards(self, num_classes, num_sampled, device):
+        """(C, M) of the whole table from how many classes this shard has, and how many of them take part."""
+        numbers = [num_classes, num_sampled] if self.holds_classes else [0, 0]
+        return self.ranks.add(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
+
+    def own(self, vector):
+        """A vector (N,) of the features, which every rank computes, with gradient on the rank that the row came from, once."""
+        if vector is None:
+            return None
+        first, stop = self.ranks.place(self.counts)
+        others = vector.detach()
+        return torch.cat([others[:first], vector[first:stop], others[stop:]])
+
+    def own_rows(self, losses):
+        return self.ranks.own(losses, self.counts)
+
+
+class OverRanks(Whole):
+    """Some rows on each rank, and on each a part of the batch. Where one process is all there is, it has both whole.
+
+    A subclass says where: empty, local, ranks, and first_class(head), the first of this rank's.
+    """
+
+    @torch.no_grad()
+    def draw(self, head):
+        """Each rank draws its own rows, from a seed of the default generator's plus its rank."""
+        weight = self.local(head.weight)
+        seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu").item() + self.ranks(head.weight).rank
+        weight.normal_(std=0.01, generator=None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed))
+
+    def batch(self, head, inputs, options):
+        """That of all ranks, as this rank's rows of the table see it."""
+        ranks = self.ranks(head.weight)
+        if ranks.group is None:
+            return super().batch(head, inputs, options)
+        features, weight, labels, bias, _, parameters = inputs
+        num_classes_here = len(weight) // head.centers_per_class
+        if not num_classes_here:
+            # A class of zeros, whose part of the sum Batch.combine leaves out: this rank takes part in all else.
+            weight, bias = (_with_zeros(each, head.centers_per_class) for each in (weight, bias))
+            if parameters is not None:  # the loss has a gradient here too; nobody asks for this one's
+                weight.requires_grad_(head.weight.requires_grad)
+                parameters = None
+        inputs = inputs._replace(weight=weight, bias=bias, parameters=parameters)
+
+        def told():
+            _check(head, inputs, options)
+            return Told.of(head, features)
+
+        counts, needs_gradient = Told.agreed(ranks.together(told, len(Told._fields), weight.device))
+        if needs_gradient and not features.requires_grad:
+            features = features.detach().requires_grad_()
+        features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
+        labels = ranks.gather(class_indices(labels), counts)
+        labels = _labels_here(labels, head.ignore_index, head.num_classes, self.first_class(head), num_classes_here)
+        inputs = inputs._replace(features=features, labels=labels)
+        if head._samples():
+            seed = (head.sample_seed * ranks.size + ranks.rank) % 2**63
+            inputs = inputs._replace(classes=head._classes(labels, IGNORED, max(num_classes_here, 1), seed))
+        return inputs, options._replace(ignore_index=IGNORED), Batch(ranks, counts, bool(num_classes_here))
+
+    def logits(self, head, features):
+        if self.ranks(head.weight).group is None:
+            return super().logits(head, features)
+        raise NotImplementedError("a sharded head has no logits, which would be N x C; topk has each row's largest")
+
+    def topk(self, head, features, k):
+        ranks, weight = self.ranks(head.weight), head._local_table()[0]
+        if ranks.group is None:
+            return super().topk(head, features, k)
+
+        def told():
+            validation.check_features(features, _with_zeros(weight, 1))
+            validation.check_k(k, head.num_classes)
+            return Told.of(head, features, k)
+
+        counts, _ = Told.agreed(ranks.together(told, len(Told._fields), weight.device))
+        gathered = ranks.gather(features, counts)
+        values, indices = logits.largest(head, gathered, k)
+        missing = k - values.shape[1]
+        found = [
+            ranks.gather(torch.nn.functional.pad(each, (0, missing), value=fill), [len(gathered)] * ranks.size)
+            for each, fill in ((values, -math.inf), (indices + self.first_class(head), 0))
+        ]
+        own = slice(*ranks.place(counts))
+        values, indices = (each.unflatten(0, (ranks.size, -1))[:, own].transpose(0, 1).flatten(1) for each in found)
+        values, order = values.topk(k)
+        return values, indices.gather(1, order)
+
+    def extra_repr(self, head):
+        ranks = self.ranks(head.weight)
+        return f", ddp_average={head.ddp_average}, rank {ranks.rank} of {ranks.size}"
+
+
+class OverMesh(OverRanks):
+    """A DTensor, Shard(0), over the ranks of a DeviceMesh; without a mesh, a plain tensor in this process."""
+
+    def __init__(self, mesh):
+        self.mesh = mesh
+
+    def empty(self, rows, *size, centers, device, dtype):
+        if self.mesh is None:
+            return super().empty(rows, *size, centers=centers, device=device, dtype=dtype)
+        num_ranks = self.mesh.size()
+        chunk = -(-rows // num_ranks)
+        if chunk % centers and num_ranks > 1:
+            raise ValueError(
+                f"a DTensor cuts {rows} rows for {num_ranks} ranks after every {chunk}, inside the {centers} rows of a class: "
+                f"num_classes must be a multiple of the number of ranks, such as {-(-rows // centers // num_ranks) * num_ranks}"
+            )
+        first, stop = dtensors.bounds(rows, self.mesh)
+        local = torch.empty(stop - first, *size, device=device, dtype=dtype)
+        return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=(rows, *size), stride=(*size, 1))
+
+    def first_class(self, head):
+        return dtensors.first_row(head.weight) // head.centers_per_class
+
+    def local(self, tensor):
+        """The one place where a DTensor becomes the tensor that the losses take."""
+        return dtensors.local(tensor)
+
+
+def _with_zeros(rows, count):
+    return None if rows is None else torch.cat([rows, rows.new_zeros(count, *rows.shape[1:])])
+
+
+def _labels_here(labels, ignore_index, num_classes, first, count):
+    """Each label (N,) as its place among the `count` classes from `first` on, or FOREIGN, IGNORED or INVALID."""
+    place = labels - first
+    known = (labels >= 0) & (labels < num_classes)
+    elsewhere = torch.where(known, FOREIGN, INVALID)
+    place = torch.where(known & (place >= 0) & (place < count), place, elsewhere)
+    return torch.where(labels == ignore_index, IGNORED, place)
+
+
+def _check(head, inputs, options):
+    """All that can be wrong on one rank alone, before ranks wait for each other."""
+    features, weight, labels, bias, *_ = inputs
+    wants_sparse = head._samples() and torch.is_grad_enabled() and head.weight.requires_grad
+    if dtensors.is_sharded(head.weight) and wants_sparse and recording.pending(head.weight) is None:
+        raise RuntimeError(
+            "a sharded table with sample_rate < 1 trains with FusedSGD or FusedAdamW alone, made before the forward pass: a "
+            "DTensor has no sparse gradient"
+        )
+    options.checked(bias is not None).check_values()
+    validation.check_tensors(features, weight, labels, bias, head.centers_per_class)
+    backends.choose(head.backend, weight.device, product_dtype(features, weight))
+    operators.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
