@@ -1,4 +1,4 @@
-"""What callers may pass. Every message names the argument, what it got and what it takes."""
+"""Checks of callers' arguments. Every message names the argument, what it got and what it takes. docs/errors.md lists them."""
 
 import math
 import numbers
@@ -12,8 +12,8 @@ BACKENDS = ("auto", "torch", "cpu", "triton")
 
 
 def check_tensors(features, weight, labels, bias=None, centers_per_class=1, classes=None):
-    """features (N, D), weight (C, D) and bias (C,) of any float dtype, labels (N,) of any integer dtype, classes (M,), all on one
-    device."""
+    """Check features (N, D), weight (C, D), bias (C,) of any float dtype, labels (N,), classes (M,) of any integer dtype, all on
+    one device."""
     check_features(features, weight)
     check_size("centers_per_class", centers_per_class)
     if weight.shape[0] % centers_per_class:
@@ -36,7 +36,7 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1, clas
 
 
 def _check_dense(name, shape, tensor):
-    """A tensor with all of its numbers in memory."""
+    """Check that a value is a tensor with all of its numbers in memory."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(tensor).__name__}")
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -44,7 +44,7 @@ def _check_dense(name, shape, tensor):
         raise TypeError(f"{name} must be a dense tensor of shape {shape}, got {kind}")
     if tensor.is_meta:
         raise TypeError(f"{name} must have its numbers in memory, got a tensor on the device meta, which has shapes alone")
-    # torch.compile and vmap have tensors of their own kinds, without an address.
+    # Tensors of torch.compile and vmap have no address.
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or torch.compiler.is_compiling() or _is_transformed(tensor):
         return
     missing = tensor.numel() and tensor.untyped_storage().nbytes() == 0
@@ -53,12 +53,12 @@ def _check_dense(name, shape, tensor):
 
 
 def _is_transformed(tensor):
-    """Whether torch.func wraps it."""
+    """True if torch.func wraps the tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def check_transforms(*tensors):
-    """A torch.func.grad, vjp or jacrev of which these are part raises: the operators' gradients are torch.autograd's."""
+    """Raise inside torch.func.grad, vjp and jacrev: the operators' gradients are those of torch.autograd alone."""
     if torch.compiler.is_compiling():
         return
     for tensor in tensors:
@@ -72,7 +72,7 @@ def check_transforms(*tensors):
 
 
 def _check_one_kind(**tensors):
-    """Fake tensors have shapes alone, and cannot be mixed with others."""
+    """Check that all tensors are fake, or none. Fake tensors have shapes and no numbers."""
     if torch.compiler.is_compiling():
         return
     fake = {name: isinstance(tensor, torch._subclasses.FakeTensor) for name, tensor in tensors.items() if tensor is not None}
@@ -88,7 +88,7 @@ def _check_integers(name, shape, tensor):
 
 
 def _check_classes(classes, features):
-    """Their values are checked where those of labels are, in ops/operators.py."""
+    """Check shape, dtype and device. Values are checked in ops/operators.py, as those of labels are."""
     _check_integers("classes", "(M,)", classes)
     if classes.dim() != 1 or classes.shape[0] < 1:
         raise ValueError(f"classes must have shape (M,), at least one class, got {tuple(classes.shape)}")
@@ -97,14 +97,14 @@ def _check_classes(classes, features):
 
 
 def check_labels(labels):
-    """labels (N,) of any integer dtype."""
+    """Check labels (N,) of any integer dtype."""
     _check_integers("labels", "(N,)", labels)
     if labels.dim() != 1:
         raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
 
 
 def check_features(features, weight):
-    """features (N, D) and weight (C, D) of any float dtype on one device."""
+    """Check features (N, D) and weight (C, D) of any float dtype on one device."""
     for name, shape, tensor in (("features", "(N, D)", features), ("weight", "(C, D)", weight)):
         _check_dense(name, shape, tensor)
         if tensor.dtype not in FLOAT_DTYPES:
@@ -171,7 +171,7 @@ def check_backend(backend):
 
 
 def check_options(*, scale, ignore_index, memory_budget, backend, reduction="none"):
-    """What the functions and the modules have in common."""
+    """Check the options that functions and modules have in common."""
     check_scale(scale)
     check_reduction(reduction)
     check_ignore_index(ignore_index)
@@ -186,7 +186,7 @@ def check_k(k, num_classes):
 
 
 def check_ids(ids, num_classes):
-    """Class ids as an int64 tensor on the CPU: some, not all, in range."""
+    """Class ids as an int64 tensor on the CPU. Raises for ids out of range, and for all of them."""
     try:
         found = ids if isinstance(ids, torch.Tensor) else torch.as_tensor([*ids], device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
@@ -208,7 +208,7 @@ def check_ids(ids, num_classes):
 
 
 def check_optimizer(optimizer, parameter):
-    """A torch optimiser that has parameter."""
+    """Check that optimizer is a torch.optim.Optimizer with this parameter."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer or None, got {type(optimizer).__name__}")
     if not any(parameter is each for group in optimizer.param_groups for each in group["params"]):
@@ -257,7 +257,7 @@ def check_number(name, value):
 
 
 def shown(value):
-    """A value in a message; of a tensor what it is, since PyTorch's repr of one without memory ends the process."""
+    """The text of a value in a message. A tensor's shape and dtype: PyTorch's repr of one without memory ends the process."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
     return repr(value)

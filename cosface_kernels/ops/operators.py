@@ -4,8 +4,8 @@
     margin_losses(A, t')          -> the losses softplus(A_n - s t'_n), reduced
 
 x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; with K rows to a class the largest of its K counts; with a bias x̃ is (x, 1) and w̃ is (w, b).
-The first, differentiable in x, W and b, knows no margin: what is done with its N-vectors to come from t to t' is autograd's. What
-comes back for t_n and the lengths is projected, for w̃_{y_n} with the rows of dW while the slabs are made, for x̃_n with dx̃_n.
+The first, differentiable in x, W and b, knows no margin: a margin turns its t into t' in plain autograd. The gradients of t_n and
+of the lengths are projected together with others: for w̃_{y_n} with the rows of dW, slab by slab, for x̃_n with dx̃_n.
 
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
@@ -24,8 +24,8 @@ LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
 
 
 def _register(name, signature, implementation):
-    """torch.ops.cosface_kernels.<name>. As library.custom_op, whose register_autograd looks up each argument's default in each
-    call, and these have many. As there, where torch.compile gives up on what calls it, it does not go on in here.
+    """Register torch.ops.cosface_kernels.<name> and return it. Does the same as library.custom_op, whose register_autograd looks
+    up each argument's default in each call, and these have many. torch.compile does not trace into it, as with custom_op.
     """
     LIBRARY.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
     LIBRARY.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
@@ -35,7 +35,7 @@ def _register(name, signature, implementation):
 
 
 def _register_named(name, implementation, takes, gives):
-    """The same, of an implementation whose arguments are objects of the classes `takes`, and whose results are of `gives`."""
+    """The same for an implementation whose arguments are objects of the classes `takes`, and whose results are of `gives`."""
 
     def flat(*arguments):
         return tuple(each for fields in implementation(*split(arguments, takes)) for each in fields)
@@ -44,7 +44,7 @@ def _register_named(name, implementation, takes, gives):
 
 
 def negative_lse(problem, options, needs):
-    """(Vectors, Saved) of a Problem. The first differentiable; needs: gradients wanted though no tensor here requires any."""
+    """(Vectors, Saved) of a Problem; Vectors are differentiable. needs: gradients wanted though no tensor here requires any."""
     return split(_NEGATIVE_LSE(*problem, *options, *needs), _FORWARD_GIVES)
 
 
@@ -71,7 +71,7 @@ def _table(problem, options):
 
 
 def _row_functions(backend, table, options):
-    """A backend's own are for cosines over all of a table with one row to a class."""
+    """The backend's own row functions, for cosines over a whole table with one row to a class; else the module batch_rows."""
     plain = options.cosines and table.centers == 1 and table.index is None
     return backend.row_functions if plain else batch_rows
 
@@ -107,9 +107,7 @@ def _(*flat):
 
 
 def _negative_lse_backward(grads, problem, saved, options, needs):
-    """Gradients from the gradients of negative_lse's vectors: all are one op, of x, weight and bias, so that no second derivative
-    can miss one of them.
-    """
+    """Gradients of x, weight and bias from those of negative_lse's vectors: one operator, so no second derivative misses one."""
     x, table = problem.x, _table(problem, options)
     x_grad, weight_grad, bias_grad = x.new_empty(0), problem.weight.new_empty(0), problem.weight.new_empty(0)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
@@ -126,7 +124,7 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
 
 
 def write_table_gradient(sink, table, factors, options):
-    """dW and db slab by slab into a table.Sink."""
+    """Write dW and db slab by slab into a table.Sink."""
     unit = factors.unit
     backend = backends.choose(options.backend, unit.device, options.dtype)
     plan = make_plan(unit, table, options, keep=True)
@@ -147,7 +145,7 @@ def _(*flat):
     if not needs.need_table_grad:
         return x_grad, weight.new_empty(0), weight.new_empty(0)
     rows = _table(problem, options).num_rows
-    # No TableGradient.of: page_pool.py lends memory, which a shape has none of.
+    # Not TableGradient.of, which takes memory from page_pool.py: fake tensors have none.
     weight_grad = weight.new_empty(rows, weight.shape[1])
     return x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)
 
@@ -157,7 +155,7 @@ def zeros_for_none(gradients, shapes, like):
 
 
 def _differentiable(operator, function):
-    """The operator is the autograd Function where a gradient may be wanted, as one made by custom_op would be."""
+    """Make the operator an autograd Function where a gradient may be wanted, as custom_op does."""
 
     def call(*inputs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
@@ -172,7 +170,7 @@ class _NegativeLse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *flat):
         problem, options, needs = split(flat, _FORWARD_TAKES)
-        # Here it is known what vmap and torch.export hide from the caller.
+        # needs_input_grad is right here, and not in the caller, under vmap and torch.export.
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         needs = Needs(needs.need_x_grad or for_x, needs.need_table_grad or for_weight or for_bias)
         with torch._C._AutoDispatchBelowAutograd():
@@ -207,7 +205,7 @@ _differentiable(_NEGATIVE_LSE, _NegativeLse)
 
 
 def _in_rows(index, grad, of):
-    """The gradient of `of` as a sparse tensor whose rows at index are those of grad, the others never being touched."""
+    """The gradient of `of` as a sparse tensor with the rows of grad at index."""
     if of is None or grad.shape[0] == 0:  # not needed
         return grad
     # A copy: the index may be the caller's tensor, which the next step's classes are written to.
@@ -266,7 +264,9 @@ class _MarginLosses(torch.autograd.Function):
 
 
 class _FirstDerivative(torch.autograd.Function):
-    """A gradient, which depends on what else is given in a way that is not known."""
+    """Identity that marks a first-order gradient as a function of the other tensors, so that differentiating it again raises
+    instead of returning zeros.
+    """
 
     @staticmethod
     def forward(ctx, grad, *_):
@@ -280,7 +280,7 @@ _differentiable(margin_losses, _MarginLosses)
 
 @library.custom_op("cosface_kernels::sample_classes", mutates_args=())
 def sample_classes(labels: Tensor, step: Tensor, num_classes: int, rate: float, seed: int, step_moves: bool) -> Tensor:
-    """sampled_classes.draw for labels (N,) int64 and a 0-dim step, which may move after it was read."""
+    """sampled_classes.draw for labels (N,) int64 and a 0-dim step, which the caller may change in place afterwards."""
     if step_moves and torch._C._current_graph_task_id() != -1:  # torch.utils.checkpoint asks the same way where it is
         raise RuntimeError(
             "a head with sample_rate < 1 was computed again in backward, as activation checkpointing does, and would draw other "
@@ -299,10 +299,10 @@ def _(labels, step, num_classes, rate, seed, step_moves):
 
 @library.custom_op("cosface_kernels::snapshot", mutates_args=())
 def snapshot(value: Tensor) -> Tensor:
-    """A copy of a running statistic, without gradient, that backward sees as it is now.
+    """A copy of a running statistic, without gradient, so that backward sees its present value.
 
-    torch.compile computes again in backward what is cheaper to compute than to keep, even from a buffer that has moved since
-    (pytorch/pytorch#197039): λ of SphereFace's annealing was one step late in the gradient. An operator's result it keeps.
+    torch.compile recomputes cheap values in backward, even from a buffer that has changed since (pytorch/pytorch#197039): λ of
+    SphereFace's annealing was one step late in the gradient. It keeps an operator's result.
     """
     return value.clone()
 
@@ -313,12 +313,12 @@ def _(value):
 
 
 def _checks_values(tensor):
-    """On a CPU, or with COSFACE_CHECK_LABELS=1 at the price of a device synchronisation."""
+    """True if values of labels and classes are checked: on a CPU, or with COSFACE_CHECK_LABELS=1, which waits for the device."""
     return tensor.device.type == "cpu" or os.environ.get("COSFACE_CHECK_LABELS") == "1"
 
 
 def check_labels(labels, num_classes, ignore_index, foreign_index=None):
-    """Where values are checked, a label that is no class raises."""
+    """Raise an IndexError for a label that is neither in [0, C) nor ignore_index, if values are checked."""
     if not _checks_values(labels):
         return
     outside = ((labels < 0) | (labels >= num_classes)) & batch_rows.needs_target(labels, ignore_index, foreign_index)
@@ -330,7 +330,7 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
 
 
 def _check_sampled(labels, table, options):
-    """Where values are checked, a label whose class takes no part raises."""
+    """Raise an IndexError for a label that is not among the classes, if values are checked."""
     if table.index is None or not _checks_values(labels):
         return
     missing = (table.positions(labels) < 0) & batch_rows.needs_target(labels, options.ignore_index, options.foreign_index)
@@ -341,7 +341,7 @@ def _check_sampled(labels, table, options):
 
 
 def _check_index(table):
-    """Where values are checked, classes that are none, or do not ascend, raise."""
+    """Raise for classes that are outside [0, C) or do not ascend, if values are checked."""
     if table.index is None or not _checks_values(table.index):
         return
     classes = table.index[:: table.centers] // table.centers

@@ -1,4 +1,4 @@
-"""Memory for large tensors on a CPU, kept when the last tensor over it dies and lent again.
+"""A pool of memory for large tensors on a CPU: a block is kept when the last tensor over it dies, and used for the next one.
 
 A page that the process has not touched costs a fault: over a microsecond for 4 KB, as long as a row of dW takes to compute.
 malloc keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
@@ -19,7 +19,7 @@ _spare = []
 
 
 def empty(shape, dtype, device):
-    """torch.empty. On a CPU a large one cannot be resized in place."""
+    """torch.empty, from the pool for a large tensor on a CPU, which then cannot be resized in place."""
     nbytes = math.prod(shape) * dtype.itemsize
     if device.type != "cpu" or nbytes < LARGE:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -27,7 +27,7 @@ def empty(shape, dtype, device):
 
 
 def release():
-    """Gives all that is spare back to the system, as torch.cuda.empty_cache does."""
+    """Give all spare blocks back to the system, as torch.cuda.empty_cache does."""
     _spare.clear()
 
 
@@ -47,7 +47,7 @@ class _Block:
 
 
 def _take(nbytes):
-    """The smallest spare block that is large enough, if it is not twice as large; else a new one instead of them all."""
+    """The smallest spare block that is large enough and not twice as large; else a new one, and all spare ones are freed."""
     for block in sorted(_spare, key=lambda block: block.bytes.nbytes):
         if nbytes <= block.bytes.nbytes <= 2 * nbytes:
             try:

@@ -1,7 +1,7 @@
-"""Backward of a class table that a fused optimiser trains: O(N D) numbers are recorded, and its `step` makes dW, slab by slab.
+"""Backward of a class table that a fused optimiser trains: it records O(N D) numbers, and `step` makes dW of them, slab by slab.
 
-dW is fully described by what the operator's backward would be given, (x̃, labels, shift, total) of forward and the gradients of
-its N-vectors. They are additive over batches: those of several backward calls, one below the other, describe the sum.
+A record holds the arguments of the operator's backward: (x̃, labels, shift, total) of forward and the gradients of its
+N-vectors. Records of several backward calls, concatenated along N, describe the sum of their gradients.
 """
 
 import threading
@@ -17,13 +17,13 @@ from .operands import Needs, Options, TableFactors, Vectors
 from .operators import write_table_gradient, zeros_for_none
 from .table import Table
 
-PUT_ROWS = 2**16  # of a sum, at once
-MANY_RECORDS = 256  # of a table before its optimiser seems forgotten
-_heads = weakref.WeakSet()  # an optimiser is given parameters, and has to know what they are
+PUT_ROWS = 2**16  # rows of a sum that are handed on at once
+MANY_RECORDS = 256  # records of a table after which a warning asks whether `step` was forgotten
+_heads = weakref.WeakSet()  # all heads: an optimiser finds by them which of its parameters are tables
 
 
 class Seen(NamedTuple):
-    """A tensor as it was. The alias holds its memory, so that none that takes its place can have the same address."""
+    """A tensor's address, shape and version at one time. The alias holds its memory, so that no later tensor gets the address."""
 
     alias: torch.Tensor
     version: int
@@ -33,7 +33,7 @@ class Seen(NamedTuple):
         return [cls(dtensors.local(tensor.detach()), tensor._version) for tensor in tensors if tensor is not None]
 
     def change(self, tensor):
-        """What has become of it, or None."""
+        """How the tensor differs now, as a phrase for a message, or None."""
         now, then = dtensors.local(tensor.detach()), self.alias
         if (now.shape, now.dtype) != (then.shape, then.dtype):
             return f"replaced, {tuple(then.shape)} of {then.dtype} by {tuple(now.shape)} of {now.dtype},"
@@ -43,13 +43,13 @@ class Seen(NamedTuple):
 
 
 def _change(seen, *tensors):
-    """What has become of the first that is not as it was seen, or None."""
+    """How the first tensor that has changed differs, as a phrase for a message, or None."""
     present = (tensor for tensor in tensors if tensor is not None)
     return next(filter(None, (one.change(tensor) for one, tensor in zip(seen, present, strict=True))), None)
 
 
 class Record(NamedTuple):
-    """One backward call's share of dW."""
+    """The factors of dW from one backward call."""
 
     options: Options  # those of two records must be equal for them to be one
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
@@ -59,7 +59,7 @@ class Record(NamedTuple):
 
 
 class Pending:
-    """What has been recorded for a table since the last step."""
+    """The records of a table since the last step."""
 
     def __init__(self, optimizer, bias):
         self.optimizer, self.bias = weakref.ref(optimizer), bias
@@ -70,7 +70,7 @@ class Pending:
         return type(None), ()  # a pickled parameter has no optimiser
 
     def add(self, record):
-        """Kept exponentials serve a single record: of several, one below the other, they would be another matrix."""
+        """Append a record. Kept exponentials are dropped as soon as there are two: the concatenated batch has another matrix."""
         with self._lock:
             self.records.append(record)
             if len(self.records) > 1:
@@ -84,7 +84,7 @@ class Pending:
             )
 
     def check(self, weight):
-        """Raises where the records cannot be turned into a gradient any more; they stay."""
+        """Raise if the records can no longer be turned into a gradient. They stay."""
         if weight.grad is not None:
             raise RuntimeError(
                 "the class table has an ordinary gradient, which a fused optimiser does not use: nothing but the loss of its "
@@ -104,7 +104,7 @@ class Pending:
             )
 
     def take(self):
-        """The records, forgotten from now on."""
+        """Return the records and forget them."""
         with self._lock:
             records, self.records = self.records, []
         return records
@@ -115,7 +115,7 @@ def _without_kept(record):
 
 
 def register(head):
-    """Makes the head's parameters known as a class table and its bias."""
+    """Register a head, so that optimisers know its parameters as a class table and its bias."""
     _heads.add(head)
 
 
@@ -131,7 +131,7 @@ def ranks_of(weight):
 
 
 def attach(weight, bias, optimizer):
-    """From now on, for as long as the optimiser lives, backward records for this table."""
+    """Make backward record for this table, until the optimiser is deleted."""
     if pending(weight) is not None and pending(weight).optimizer() is optimizer:
         return
     weight._pending = Pending(optimizer, bias)
@@ -145,14 +145,14 @@ def _detach(reference, pending):
 
 
 def pending(weight):
-    """The table's Pending, or None where an ordinary gradient is wanted."""
+    """The table's Pending, or None if no fused optimiser trains it."""
     return getattr(weight, "_pending", None)
 
 
 def negative_lse(problem, options, parameters):
-    """operators.negative_lse's Vectors and x̃ (N, D). Where a fused optimiser trains the table, its gradient is recorded instead.
+    """operators.negative_lse's Vectors and x̃ (N, D). Backward records instead of making dW if a fused optimiser trains the table.
 
-    parameters: (weight, bias), whose rows the problem's are.
+    parameters: the nn.Parameters (weight, bias) that own the problem's rows.
     """
     needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
     if not needed or pending(parameters[0]) is None:
@@ -173,10 +173,10 @@ def automatic_budget(weight):
 
 @torch._disable_dynamo
 def _recorded(parameters, vectors, saved, problem, options):
-    """The operator's Vectors as they are; their gradients are recorded when backward asks for the table's.
+    """The same Vectors, whose gradients are recorded when backward asks for the table's.
 
-    They come from an operator that saw no gradient of the table. Zeros are added to them, because the path to the features
-    must not lead through here: torch.autograd.grad(loss, features) records nothing.
+    The operator that made them saw a detached table. Zeros that depend on the table are added to them, so that the path to the
+    features does not lead through the recording: torch.autograd.grad(loss, features) records nothing.
     """
     if parameters[1] is not pending(parameters[0]).bias:
         raise ValueError(
@@ -205,7 +205,7 @@ class _Record(torch.autograd.Function):
         labels, index, unit, shift, total, kept = ctx.saved_tensors
         if change := _change(ctx.seen, *ctx.parameters):
             raise RuntimeError(f"the class table was {change} between forward and backward")
-        # A batch's own tensor may hold the next batch's labels by the time of step; the others are no one else's.
+        # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
         factors = TableFactors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
         found = pending(ctx.parameters[0])
         if found is None:
@@ -215,7 +215,7 @@ class _Record(torch.autograd.Function):
 
 
 def refused(weight):
-    """weight, for a loss whose backward must not reach it."""
+    """weight, with a backward that raises: a 16-bit table without a fused optimiser."""
     return _Refuse.apply(weight)
 
 
@@ -242,9 +242,9 @@ def rows_of(records):
 
 
 def write_gradient(table, records, sink):
-    """The sum of what all records describe, slab by slab into a Sink.
+    """Write the sum of all records' gradients slab by slab into a Sink.
 
-    table: whose index is the `rows_of` the records.
+    table: its index must be `rows_of(records)`.
     """
     with torch.cuda.device_of(table.weight):  # kernels go to the current device
         _write_groups(table, records, sink)
@@ -257,8 +257,8 @@ def _write_groups(table, records, sink):
     if len(alike) == 1:
         _write(table, records, sink)
         return
-    # Batches with other classes or another scale have exponentials of their own: only gradients can be added, so this once they
-    # exist, of the rows that any of them has.
+    # Batches with other classes or another scale have other exponentials, so only their gradients can be added: here these exist,
+    # for the rows that any of the batches has.
     total = _Sum(table, sink.room(0, 1).dtype)
     for group in alike.values():
         total.into(group[0].index)
@@ -269,7 +269,7 @@ def _write_groups(table, records, sink):
 
 
 class _Sum:
-    """A Sink that adds to what is there."""
+    """A Sink that accumulates: it adds each slab's rows to `self.rows`."""
 
     def __init__(self, table, dtype):
         size = table.weight.shape[1] + (table.bias is not None)
@@ -277,7 +277,7 @@ class _Sum:
         self.rows = torch.zeros(table.num_rows, size, dtype=dtype, device=table.weight.device)
 
     def into(self, index):
-        """What comes is of these rows of the table."""
+        """Set which rows of the table the next slabs belong to: index (M,), or None for all."""
         self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
 
     def native_update(self):
@@ -293,11 +293,11 @@ class _Sum:
 
 
 def _write(table, records, sink):
-    """Of records that have their options and rows in common."""
+    """Write the gradient of records with equal options and rows into a Sink."""
     options = records[0].options
     table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
     columns = zip(*(record.factors for record in records), strict=True)
-    # A single record's as they are: `kept` may be large.
+    # No copy for a single record: `kept` may be large.
     factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
     if not len(factors.kept):
         options = options._replace(memory_budget=0)

@@ -1,12 +1,12 @@
-"""Which classes are drawn: all positives, and as many others as are wanted in all, each as likely as any other.
+"""Draws the classes of a step: all positives (own classes of the batch), and others up to M, each equally likely.
 
-The others are ranked 0 .. C - P - 1 and cut into as many strata as are drawn; one number of each, and all are turned by a random
-offset, which makes up for strata of two sizes and ends between two of them:
+The C - P others are numbered 0 .. C - P - 1 and cut into strata, as many as are drawn. One number is drawn from each stratum, and
+a random offset, modulo C - P, is added to all: it evens out that strata have two sizes and fixed ends.
 
-    | · x · · | x · · · | · · x · |
+    | · x · · | x · · · | · · x · |        · a class, x one that is drawn, | the end of a stratum
 
-O(M) work and memory for M classes, whatever C is, and nothing is sorted but the batch's labels. How many of those are different,
-their device alone knows, and no one waits for it: arrays are as long as they may have to be, and end in NOTHING.
+O(M) work and memory for M classes, whatever C is; only the batch's labels are sorted. The number P of different labels is known
+on their device alone, and nothing waits for it: arrays have the largest length that P allows, and end in NOTHING.
 """
 
 import torch
@@ -17,9 +17,9 @@ NOTHING = 2**62  # more than any class
 
 
 def draw(labels, num_classes, rate, seed, step):
-    """(max(P, M),) ascending: the P classes among labels (N,), and others up to M = rate C. step: 0-dim int64.
+    """(max(P, M),) classes, ascending: the P among labels (N,), and others up to M = rate C. step: 0-dim int64.
 
-    With N <= M that is M, and no device is waited for.
+    With N <= M the length is M, and nothing waits for the device.
     """
     num_rows, most = len(labels), wanted(num_classes, rate)
     positives, num_positives = _distinct(labels, num_classes)
@@ -40,7 +40,7 @@ def draw(labels, num_classes, rate, seed, step):
 
 
 def wanted(num_classes, rate):
-    """M."""
+    """M, how many classes are drawn at this rate."""
     return max(1, round(rate * num_classes))
 
 
@@ -54,14 +54,14 @@ def _distinct(labels, num_classes):
 
 
 def _ranks(population, count, bits):
-    """The first `count` are ascending distinct numbers below population, each as likely as any other."""
+    """A tensor whose first `count` numbers are distinct, ascending, below population, and each equally likely."""
     population, offset = population.clamp(min=1), bits.index_select(0, count[None])
     # 63 bits modulo a size: no number is likelier than another by more than size / 2^63.
     return one_of_each(population, bits[:-1], offset % population, count)
 
 
 def one_of_each(population, bits, offset, count):
-    """The first `count` ascending: number bits[i] modulo its size of stratum i, turned by offset."""
+    """A tensor whose first `count` numbers ascend: number bits[i] modulo the stratum's size of stratum i, plus offset."""
     rank, strata = torch.arange(len(bits) + 1, dtype=torch.int64, device=bits.device), count.clamp(min=1)
     edges = rank * population // strata
     numbers = edges[:-1] + bits % edges.diff() + offset
@@ -70,7 +70,7 @@ def one_of_each(population, bits, offset, count):
 
 
 def random_bits(device, seed, step, count):
-    """(count,) numbers of 63 random bits, a function of seed and step, a host's number or a tensor of the device (0-dim)."""
+    """(count,) numbers of 63 random bits, a function of seed and step: an int, or a 0-dim tensor on the device."""
     if device.type == "cpu":
         generator = torch.Generator().manual_seed((seed * SEED_STRIDE + int(step)) % 2**64)
         return torch.randint(2**63 - 1, (count,), generator=generator, dtype=torch.int64, device="cpu")
@@ -78,7 +78,7 @@ def random_bits(device, seed, step, count):
 
 
 def hashed_bits(device, seed, step, count):
-    """The same where a generator's seed would have to be brought to the host: splitmix64, whose sums and products wrap."""
+    """The same for a step on the device, which would reach a generator through the host alone: splitmix64, in wrapping sums."""
     start = _mixed(step.to(device) + _signed(seed * SEED_STRIDE))
     return _unsigned_shift(_mixed(start + torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(SEED_STRIDE)), 1)
 
@@ -94,5 +94,5 @@ def _unsigned_shift(number, places):
 
 
 def _signed(number):
-    """An unsigned 64-bit number as PyTorch has it."""
+    """An unsigned 64-bit number as the int64 of the same bits."""
     return (number + 2**63) % 2**64 - 2**63

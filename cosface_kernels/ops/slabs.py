@@ -1,6 +1,6 @@
-"""How one call goes over the class table: precision, the exponentials' shift, slab size, and which slabs are kept.
+"""The plan of one call over the class table: precision, the exponentials' shift, slab size, and which slabs are kept.
 
-Everything here is a pure function of sizes, dtypes and the device, never of its load, so results never depend on load.
+Everything here is a pure function of sizes, dtypes and the device, never of its load, so results do not depend on load.
 """
 
 import functools
@@ -39,7 +39,7 @@ GPU_TILE, GPU_CLASSES = 256, 64
 
 
 class Chip(NamedTuple):
-    """What slabs depend on of a GPU."""
+    """The properties of a GPU that slab sizes depend on."""
 
     processors: int
     memory: int  # bytes
@@ -52,7 +52,7 @@ class Chip(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a backend is told, beside its tensors."""
+    """The arguments of a backend beside its tensors."""
 
     log2_scale: float  # k = s log2(e): e^{s cos} = 2^{k cos}
     shift: float | None  # h in E = 2^{k cos - h}; None: logits too wide for a constant, so each row's maximum is found first
@@ -63,7 +63,7 @@ class Plan(NamedTuple):
 
     @property
     def wide(self):
-        """What the matrix products accumulate and return."""
+        """The dtype in which the matrix products accumulate, and which they return."""
         return wide_dtype(self.dtype)
 
     def slabs(self, table):
@@ -96,9 +96,9 @@ def make_plan(features, table, options, *, keep):
 
 
 def slab_rows(features, table, dtype, chip=None):
-    """B: as many rows of the table as make a slab, no more than there are, and whole classes.
+    """B, the rows of a slab: whole classes, at most the table's.
 
-    chip: the GPU, where it is not the features' own.
+    chip: the GPU to plan for; None: the one that holds the features.
     """
     # The table's D, since backward has features with a column more where there is a bias, and must find the same slabs.
     num_rows, size = features.shape[0], table.weight.shape[1]
@@ -112,7 +112,7 @@ def slab_rows(features, table, dtype, chip=None):
 
 
 def _rows_on_gpu(num_rows, size, centers, dtype, chip):
-    """As many as take the time, in whole waves of the chip's processors, as far as they fit."""
+    """Rows whose kernels take half a millisecond, in whole waves of the chip's processors, as far as the memory allows."""
     tile = math.lcm(GPU_TILE, centers)
     wave = math.lcm(tile, GPU_CLASSES * chip.processors)
     busy = ceil_div(SLAB_FLOPS * chip.processors, size * (4 * num_rows + ROW_FLOPS))
@@ -136,12 +136,12 @@ def kept_size(features, table, dtype, memory_budget, chip=None):
 
 
 def aligned(classes):
-    """The width of a slab's rows of E: its classes, rounded up."""
+    """The width of a slab of E: its rows of the table, rounded up to ROW_ALIGNMENT."""
     return ceil_div(classes, ROW_ALIGNMENT) * ROW_ALIGNMENT
 
 
 def ceil_div(number, divisor):
-    """Rounded up. triton.cdiv is the same, but takes the host longer."""
+    """Quotient, rounded up. triton.cdiv is the same, but takes the host longer."""
     return -(-number // divisor)
 
 

@@ -1,6 +1,6 @@
-"""The class table as the slab loop reads it, and the gradient as it writes it: a slab at a time, nothing C x D beside them.
+"""The class table as the slab loop reads it, and the gradient as it writes it: a slab at a time, without another C x D tensor.
 
-The row of class j is w_j, or with a bias (w_j, b_j): (x, 1)·(w_j, b_j) = x·w_j + b_j, so that no kernel knows of one.
+The row of class j is w_j, or with a bias (w_j, b_j): (x, 1)·(w_j, b_j) = x·w_j + b_j, so no kernel has code for a bias.
 """
 
 from typing import NamedTuple, Protocol
@@ -20,16 +20,16 @@ class Table(NamedTuple):
 
     @property
     def num_rows(self):
-        """How many rows take part; wherever a row has a position, it is counted among them."""
+        """The number of rows that take part. A row's position is its place among these."""
         return (self.weight if self.index is None else self.index).shape[0]
 
     @property
     def num_classes(self):
-        """How many classes there are, taking part or not: labels are below it."""
+        """The number of classes, taking part or not. Labels are below it."""
         return self.weight.shape[0] // self.centers
 
     def positions(self, classes):
-        """The first row of each class (N,); -1 for one that takes no part, and for a number that is no class."""
+        """The position (N,) of each class's first row; -1 for a class that takes no part, and for a number outside [0, C)."""
         inside = (classes >= 0) & (classes < self.num_classes)
         first = torch.where(inside, classes, 0) * self.centers
         if self.index is not None:
@@ -38,7 +38,7 @@ class Table(NamedTuple):
         return torch.where(inside, first, -1)
 
     def rows(self, start, stop):
-        """The raw rows of a slab: a view, or where they are sampled or have a bias a copy of that slab."""
+        """The raw rows of a slab: a view, or a copy of that slab if classes are sampled or there is a bias."""
         if self.index is not None:
             return self._gather(self.index[start:stop])
         rows = self.weight[start:stop]
@@ -53,7 +53,7 @@ class Table(NamedTuple):
         return rows if self.bias is None else torch.cat([rows, self.bias.index_select(0, index)[:, None]], 1)
 
     def unit(self, rows):
-        """(what is multiplied with x, 1 / ‖rows‖ (M, 1) or None) for raw rows in the dtype to compute in."""
+        """(w̃, 1 / ‖rows‖ (M, 1) or None) for raw rows in the dtype to compute in; w̃: the rows to multiply with x̃."""
         return unit_rows(rows) if self.normalize else (rows, None)
 
     def project(self, rows, unit_grad):
@@ -62,31 +62,31 @@ class Table(NamedTuple):
 
 
 class Sink(Protocol):
-    """Where backward hands the rows of dW, slab by slab: kept (TableGradient), added up, or used up by an optimiser."""
+    """Receives the rows of dW, slab by slab, and stores them (TableGradient), adds them up, or applies an optimiser's step."""
 
     def room(self, start, stop, dtype=None):
-        """Where a slab's rows (B, D) may be written in dtype (None: the sink's own) before they are `put`; D + 1 with a bias."""
+        """A tensor (B, D), D + 1 with a bias, to write a slab's rows into before `put`, in dtype or (None) the sink's own."""
 
     def put(self, start, stop, rows):
-        """Takes the rows start .. stop of those that take part."""
+        """Take the rows at positions start .. stop."""
 
     def native_update(self):
-        """The C struct of an optimiser's step that native code is to apply to each row as soon as it is made, instead of room and
-        put; None where there is none."""
+        """The C struct of an optimiser's step, if native code can apply it to each row as it is made (`room` and `put` are
+        then not called). Else None."""
 
     def device_update(self):
-        """The same on a GPU: [(a Part of the optimiser, first column of its gradient)] for triton_update.py; or None."""
+        """The same for a GPU: [(a Part of the optimiser, first column of its gradient)] for triton_update.py, or None."""
 
 
 class TableGradient(NamedTuple):
-    """A Sink that keeps dW and db."""
+    """A Sink that stores dW and db."""
 
     weight: torch.Tensor  # (R, D), of the rows that take part
     bias: torch.Tensor | None  # (R,)
 
     @classmethod
     def of(cls, table):
-        """Not yet written: every slab must be."""
+        """Uninitialised gradients of a Table: every slab must be written."""
         shape, bias = (table.num_rows, table.weight.shape[1]), table.bias
         weight = page_pool.empty(shape, table.weight.dtype, table.weight.device)
         return cls(weight, None if bias is None else torch.empty(shape[0], dtype=bias.dtype, device=bias.device))
@@ -98,7 +98,7 @@ class TableGradient(NamedTuple):
         return None
 
     def room(self, start, stop, dtype=None):
-        """The gradient itself where it can hold the rows."""
+        """The slab's part of the gradient itself, if it has the dtype and width."""
         rows = self.weight[start:stop]
         dtype = dtype or rows.dtype
         if self.bias is None and rows.dtype == dtype:
