@@ -101,8 +101,15 @@ def _described(value, constant):
 
 
 def calls(chip):
-    """Functions that take every choice of the launching code at least once."""
+    """Functions that take every choice of the launching code at least once; off Hopper, those of tiles and formats alone."""
     yield from _forms(chip)
+    yield from _tiles()
+    yield from _formats()
+    if chip == 90:
+        yield from _shapes()
+
+
+def _tiles():
     # The table of tiles, and what its kernels are compiled for: whether E is stored, row maxima, whole and cut tiles, N and B
     # divisible by 16 or not, sub-centres.
     precisions = (BFLOAT16, "ieee"), (FLOAT32, "ieee"), (FLOAT32, "tf32")
@@ -112,6 +119,9 @@ def calls(chip):
         for options in ({}, {"scale": 100.0}, {"frozen": True}):
             yield Call(num_classes=num_classes, **case, **options)
         yield Call(num_classes=num_classes // 3, centers_per_class=3, **case)
+
+
+def _shapes():
     # D: each power of two that a block of rows is rounded up to, its sizes odd and, from 64, divisible by 16.
     for exponent in range(14):
         yield Call(size=2**exponent if exponent < 3 else 3 * 2 ** (exponent - 2) + 1, autocast=True)
@@ -127,23 +137,13 @@ def calls(chip):
     yield Call(ignore_index=2**40)
     for reduction in ("sum", "none"):
         yield Call(reduction=reduction)
-    # Steps of fused optimisers: each format of table and state, each size of a block, a bias, sampled rows.
-    for table_format, state_format, kind in itertools.product(
-        formats.TABLE_FORMATS, formats.STATE_FORMATS, (FusedSGD, FusedAdamW)
-    ):
-        yield Step(512, table_format, state_format, kind)
+    # Steps of fused optimisers: each size of a block.
     for exponent in range(14):
         yield Step(2**exponent if exponent < 3 else 3 * 2 ** (exponent - 2) + 1, "float32", "int8", FusedAdamW)
         if exponent >= 6:
             yield Step(2**exponent, "bfloat16", "int8", FusedAdamW)
     for size in (7, 6145, 8192):
         yield Step(size, "float32", "float32", FusedAdamW)
-    for table_format in formats.TABLE_FORMATS:
-        # Of two scales gradients are added up, in float32, before the update.
-        yield functools.partial(Step(512, table_format), (64.0, 32.0))
-        yield Step(512, table_format, momentum=0.0)
-        yield Step(512, table_format, sample_rate=0.5)
-        yield Step(512, table_format, margin=margins.Softmax(), bias=True)
     # SEARCH_STEPS, and tables of one class and with a last slab of one.
     for num_rows in (0, *(2**exponent for exponent in range(17))):
         yield Call(num_rows=num_rows, num_classes=16)
@@ -157,6 +157,20 @@ def calls(chip):
     assert sorted(shapes) == list(range(1, triton_backend.PULL_PARTS_MAX + 1))
     for num_rows, num_classes in shapes.values():
         yield Call(num_rows=num_rows, num_classes=num_classes)
+
+
+def _formats():
+    """Steps of fused optimisers: each format of table and state, a bias, sampled rows."""
+    for table_format, state_format, kind in itertools.product(
+        formats.TABLE_FORMATS, formats.STATE_FORMATS, (FusedSGD, FusedAdamW)
+    ):
+        yield Step(512, table_format, state_format, kind)
+    for table_format in formats.TABLE_FORMATS:
+        # Of two scales gradients are added up, in float32, before the update.
+        yield functools.partial(Step(512, table_format), (64.0, 32.0))
+        yield Step(512, table_format, momentum=0.0)
+        yield Step(512, table_format, sample_rate=0.5)
+        yield Step(512, table_format, margin=margins.Softmax(), bias=True)
 
 
 def _forms(chip):
