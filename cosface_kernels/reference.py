@@ -28,7 +28,7 @@ def logits(features, weight, *, scale=64.0, bias=None, normalize_features=True, 
 def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, **form):
     """(log Σ_{j≠y} e^{s cos_nj}, cos_ny), two (N,) tensors; ignored rows give (0, 0) and take no part in any gradient.
 
-    form: of `logits`, where it is not that of cosines.
+    form: the other options of `logits`, for logits that are not cosines.
     """
     counted = labels.long() != ignore_index
     features = torch.where(counted[:, None], features, 0.0)

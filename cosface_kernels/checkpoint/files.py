@@ -1,9 +1,9 @@
-"""Is a folder there as a whole, and is every byte of it as it was written?
+"""Checkpoint folders that appear as a whole or not at all, and whose every byte is verified.
 
 A checkpoint is written into `<folder>.tmp-<random>`: every file is hashed as it is written and fsynced as it is closed,
 then comes manifest.json with all sizes and SHA-256 sums, an fsync of the folder, and a rename that makes it a checkpoint.
-A save that died at any point leaves a temporary folder, which nobody reads and the next save of that name removes: it holds
-the lock of that name, which the system takes from a process that dies, so no living one writes there.
+A save that died at any point leaves a temporary folder. Nobody reads it, and the next save of that name removes it: that save
+holds the lock of the name, which the system takes from a process that dies, so no living process writes there.
 """
 
 import errno
@@ -29,11 +29,11 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class CorruptCheckpointError(RuntimeError):
-    """A checkpoint on disk is not as it was written: a file is missing, truncated or changed."""
+    """Raised for a checkpoint on disk that is not as it was written: a file is missing, truncated or changed."""
 
 
 class _HashedFile(io.BufferedWriter):
-    """A new file that hashes what is written to it, and is on the disk once it is closed."""
+    """A new file that hashes the bytes written to it, and fsyncs when it is closed."""
 
     def __init__(self, path):
         super().__init__(io.FileIO(path, "x"))
@@ -72,7 +72,7 @@ class HashedFiles(FileSystem):
             with _HashedFile(path) as stream:
                 yield stream
         except RuntimeError:
-            if stream.failure is not None:  # of which torch.save's writer says nothing in its own error
+            if stream.failure is not None:  # torch.save's own error does not name the cause
                 raise stream.failure from None
             raise
         self.written[Path(path).name] = {"size": stream.size, "sha256": stream.sha256.hexdigest()}
@@ -82,7 +82,7 @@ class HashedFiles(FileSystem):
         self.written[Path(new_path).name] = self.written.pop(Path(path).name)
 
     def mkdir(self, path):
-        """Nothing: rank 0 made it, and where another rank cannot see it the disk is not shared."""
+        """Do nothing: rank 0 made the folder. A rank that cannot see it has no shared disk, and fails."""
 
     def put(self, path, data):
         with self.create_stream(path, "wb") as stream:
@@ -91,9 +91,9 @@ class HashedFiles(FileSystem):
 
 @contextmanager
 def temporary_folder(folder):
-    """A new folder for the files of the checkpoint `folder`, gone at the end of the block unless `finish` has renamed it.
+    """Yield a new folder for the files of the checkpoint `folder`; remove it after the block unless `finish` has renamed it.
 
-    Those that killed saves of that name left are removed.
+    Removes the folders that killed saves of that name left.
     """
     missing = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -118,10 +118,10 @@ def temporary_folder(folder):
 
 @contextmanager
 def _only_save_of(folder):
-    """Whether no other save of that name lives: False where a disk has no locks; where one lives it raises."""
+    """Yield True if no other save of that name is running; raise if one is. False on a disk without locks, where nobody knows."""
     path = folder.with_name(f"{folder.name}.tmp-lock")
     descriptor, locked = _locked(path, folder)
-    while locked and not _is_at(descriptor, path):  # the save before removed it after it was opened here
+    while locked and not _is_at(descriptor, path):  # the previous save removed the lock's file after it was opened here
         os.close(descriptor)
         descriptor, locked = _locked(path, folder)
     try:
@@ -156,7 +156,7 @@ def _is_at(descriptor, path):
 
 
 def finish(temporary, folder, written):
-    """Makes the temporary folder the checkpoint `folder`; where not all of it is there, raises and leaves none."""
+    """Rename the temporary folder to the checkpoint `folder`. Raises, and leaves no checkpoint, if files are missing."""
     manifest = json.dumps({"format": FORMAT, "files": dict(sorted(written.items()))}, indent=1)
     files = HashedFiles()
     files.put(temporary / MANIFEST, manifest.encode())
@@ -171,14 +171,14 @@ def finish(temporary, folder, written):
 
 def _has_size(path, size):
     try:
-        with open(path, "rb") as stream:  # on a network's disk what another rank wrote is sure to be seen by opening it
+        with open(path, "rb") as stream:  # on a network's disk only an open is sure to see what another rank wrote
             return os.fstat(stream.fileno()).st_size == size
     except FileNotFoundError:
         return False
 
 
 def _sync_folder(folder):
-    """What was created or renamed in it is on the disk."""
+    """fsync a folder, so that names created or changed in it are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -211,7 +211,7 @@ def read_manifest(folder):
 
 
 def _check_entry(path, name, file):
-    """The name of a file of that folder's own, a size and a sum."""
+    """Check an entry of the manifest: the name of a file in that folder, a size and a SHA-256 sum."""
     if os.path.basename(name) != name or name in ("", ".", "..", MANIFEST) or "\0" in name:
         raise CorruptCheckpointError(f"{path} is damaged: {name!r} is no name of a file of its folder")
     size, sha256 = (file.get("size"), file.get("sha256")) if isinstance(file, dict) else (None, None)
@@ -220,13 +220,13 @@ def _check_entry(path, name, file):
 
 
 def _check_regular(path):
-    """Raises for what no save wrote and what may answer when it is opened, or never: a device, a pipe, a socket."""
+    """Raise for anything but a regular file: to open a device, a pipe or a socket may act, or wait for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise CorruptCheckpointError(f"{path} is no regular file, and was not opened")
 
 
 def verify(folder, manifest, share, shares):
-    """Compares every `shares`-th file with the manifest, from the `share`-th largest on."""
+    """Compare every `shares`-th file with the manifest, from the `share`-th largest on."""
     by_size = sorted(manifest, key=lambda name: (-manifest[name]["size"], name))
     for name in by_size[share::shares]:
         path, wanted = folder / name, manifest[name]

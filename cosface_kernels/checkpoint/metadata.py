@@ -1,7 +1,7 @@
-"""What DCP's `.metadata` says of a checkpoint's tensors, taken from its pickle without running any of it.
+"""Reads DCP's `.metadata`, the list of a checkpoint's tensors, from its pickle without running any of it.
 
-A pickle may call whatever it names. This one may name DCP's own classes, of which it gets empty stand-ins, torch.Size and dtypes;
-DCP's objects are made here, of numbers that were checked against one another and against the files' sizes.
+A pickle may call whatever it names. This one may name torch.Size, dtypes and DCP's own classes, for which it gets empty
+stand-ins. DCP's objects are then built here from numbers that were checked against one another and against the files' sizes.
 """
 
 import io
@@ -24,7 +24,7 @@ from .files import CorruptCheckpointError
 
 METADATA = ".metadata"
 _RECORDS = {"Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex", "StorageMeta"}
-# What is of no use here; Python 3.13 alone has the second name of a path.
+# Classes that are read and ignored. Python 3.13 alone has the second name of a path.
 _IGNORED = {
     ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch.serialization", "_get_layout"),
@@ -34,7 +34,7 @@ _IGNORED = {
 
 
 class CheckedReader(dcp.FileSystemReader):
-    """DCP's reader of a folder, with metadata that was read and checked before."""
+    """DCP's reader of a folder, with metadata that `read_metadata` has checked."""
 
     def __init__(self, folder, metadata):
         super().__init__(folder)
@@ -60,13 +60,13 @@ def read_metadata(folder, manifest):
             _check_pieces(name, tensor, items)
     except CorruptCheckpointError as error:
         raise CorruptCheckpointError(f"{path} is damaged, or no save_checkpoint's: {error}") from None
-    except Exception as error:  # what is no such pickle may fail in any way
+    except Exception as error:  # bytes that are no such pickle may fail in any way
         raise CorruptCheckpointError(f"{path} is damaged, or no save_checkpoint's: {type(error).__name__}: {error}") from error
     return Metadata(state_dict_metadata=tensors, storage_data=items)
 
 
 class _Record:
-    """Stands in for an object of DCP's: keeps what it was made of."""
+    """Stand-in for an object of DCP's, with the arguments that the pickle gave it."""
 
     state = None
 
@@ -76,7 +76,7 @@ class _Record:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module, name):
-        """New objects each time: a pickle may also set attributes of what it is given."""
+        """The class of that name for the unpickler, or a new stand-in: a pickle may set attributes of what it gets."""
         of_dcp = module == "torch.distributed.checkpoint.metadata" and name in _RECORDS
         if of_dcp or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
             return type(name, (_Record,), {})
@@ -107,7 +107,7 @@ def _tensor(record):
 
 
 def _item(index, info, manifest):
-    """(which piece of which tensor, where in which file)."""
+    """(the index of a piece of a tensor, its place in a file)."""
     index, info = index.state, info.state
     name, offset, length = _checked(str, info["relative_path"]), _checked(int, info["offset"]), _checked(int, info["length"])
     if name not in manifest:
@@ -118,7 +118,7 @@ def _item(index, info, manifest):
 
 
 def _check_pieces(name, tensor, items):
-    """Pieces lie inside the tensor, are as many numbers as it has, and have room for them in their file."""
+    """Check that a tensor's pieces lie inside it, have as many numbers as it has, and have room for them in their files."""
     for piece in tensor.chunks:
         ends = [offset + size for offset, size in zip(piece.offsets, piece.sizes, strict=True)]
         if any(end > size for end, size in zip(ends, tensor.size, strict=True)):

@@ -50,7 +50,7 @@ def flatten(prefix, optimizer, module):
 
 
 def is_flat(prefix, saved, metadata):
-    """Whether it has the form of `flatten`'s second result, with its tensors among `metadata`'s."""
+    """True if a value has the form of `flatten`'s second result, with its tensors among `metadata`'s."""
     try:
         names = {name for group in saved["groups"] for name in group["names"]}
         return all(isinstance(group["options"], dict) for group in saved["groups"]) and all(
@@ -65,7 +65,7 @@ def is_flat(prefix, saved, metadata):
 
 
 def prepare(prefix, optimizer, module, saved, metadata, grow):
-    """What `flatten` saved, for an optimiser that stays as it is: ({key: tensor to load into}, {parameter: state}, problems).
+    """Prepare to load what `flatten` saved: ({key: tensor to load into}, {parameter: state}, problems). Changes no optimiser.
 
     State that exists is loaded in place, other state is allocated; `metadata` is {key: TensorStorageMetadata} of the checkpoint,
     `grow` the names of parameters that may have more rows than there, whose state is zero.
@@ -76,7 +76,7 @@ def prepare(prefix, optimizer, module, saved, metadata, grow):
     saved_groups = [sorted(group["names"]) for group in saved["groups"]]
     if groups != saved_groups:
         return {}, {}, [f"{prefix} has parameter groups {saved_groups} in the checkpoint, {groups} here"]
-    kind = saved.get("kind", _kind(optimizer))  # which the first checkpoints do not tell
+    kind = saved.get("kind", _kind(optimizer))  # missing in the first checkpoints
     if kind != _kind(optimizer):
         return {}, {}, [f"{prefix} is of another kind: {kind} in the checkpoint, {_kind(optimizer)} here"]
     tensors, states, problems = {}, {}, list(_refusals(prefix, optimizer, saved["groups"]))
@@ -99,7 +99,7 @@ def prepare(prefix, optimizer, module, saved, metadata, grow):
 
 
 def apply(optimizer, saved, states):
-    """Gives an optimiser the state that `prepare` made, and the options of its groups."""
+    """Give an optimiser the state that `prepare` made, and the options of its groups."""
     optimizer.state.clear()
     optimizer.state.update(states)
     for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
@@ -109,12 +109,12 @@ def apply(optimizer, saved, states):
 
 
 def _kind(optimizer):
-    """Fused optimisers go on with what torch.optim's of the same rule left, and the reverse."""
+    """The name of an optimiser's rule: a fused optimiser loads the state of torch.optim's of the same rule, and the reverse."""
     return type(optimizer).__name__.removeprefix("Fused")
 
 
 def _refusals(prefix, optimizer, groups):
-    """Why an optimiser that checks its options cannot take those of the checkpoint."""
+    """Reasons why an optimiser that checks its options cannot take those of the checkpoint."""
     for group in groups if hasattr(optimizer, "check_options") else ():
         try:
             optimizer.check_options(optimizer.defaults | group["options"])
@@ -123,20 +123,20 @@ def _refusals(prefix, optimizer, groups):
 
 
 def _zeros(parameter, size, dtype, on_cpu):
-    """Zeros placed as the parameter is: rows with its rows, numbers where they were."""
+    """Zeros on the parameter's device, sharded as it is; for a number with on_cpu, on the CPU."""
     if dtensors.is_sharded(parameter) and size[:1] == parameter.shape[:1]:
         return dtensors.zeros(parameter, size, dtype)
     return torch.zeros(size, dtype=dtype, device="cpu" if on_cpu and not size else parameter.device)
 
 
 def _wants_device(optimizer, parameter):
-    """Whether step counts have to be where the parameter is, as torch.optim's `capturable` and `fused` say."""
+    """True if step counts must be on the parameter's device, as with torch.optim's `capturable` and `fused`."""
     (group,) = (group for group in optimizer.param_groups if any(parameter is each for each in group["params"]))
     return bool(group.get("capturable") or group.get("fused"))
 
 
 def _names(prefix, optimizer, module):
-    """{parameter: its name in module} of all that an optimiser has."""
+    """{parameter: its name in module} of all parameters of an optimiser."""
     names = {parameter: name for name, parameter in module.named_parameters()}
     own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     strangers = [tuple(parameter.shape) for parameter in own if parameter not in names]
@@ -149,7 +149,7 @@ def _names(prefix, optimizer, module):
 
 
 def _check_not_local(where, value, name, parameter):
-    """Of plain tensors rank 0's are saved, and the other ranks' rows would be lost."""
+    """Raise for a plain tensor with one rank's rows: of plain tensors rank 0's are saved, so the other rows would be lost."""
     if not (dtensors.is_sharded(parameter) and parameter.dim() and value.dim()) or dtensors.is_sharded(value):
         return
     rows = len(dtensors.local(parameter))

@@ -1,4 +1,4 @@
-"""How torch.distributed.checkpoint cuts tensors: into pieces of at most 64 MiB.
+"""Makes torch.distributed.checkpoint (DCP) write and read tensors in pieces of at most 64 MiB.
 
 DCP writes a tensor's local shard as one item and reads an item into memory before it copies from it, so that a table of 50 GB
 would need 50 GB more to be loaded, and on each rank all of it when the number of ranks is another. Pieces bound both.
@@ -47,7 +47,7 @@ class PiecewiseSavePlanner(DefaultSavePlanner):
 
 
 class RowsLoadPlanner(DefaultLoadPlanner):
-    """Loads what the checkpoint has of each tensor; a tensor with more rows keeps the others."""
+    """Loads the rows that the checkpoint has; further rows of a tensor keep their values."""
 
     def __init__(self):
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)

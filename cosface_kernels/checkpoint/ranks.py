@@ -1,4 +1,4 @@
-"""What the ranks of the default process group do together, or a process alone where there is none."""
+"""Steps that all ranks of the default process group take together, or one process alone if there is none."""
 
 import pickle
 
@@ -25,7 +25,7 @@ def _portable(error):
     """An error that other ranks can unpickle."""
     try:
         return pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever an exception's own constructor raises
+    except Exception:  # an exception's constructor may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
 
 

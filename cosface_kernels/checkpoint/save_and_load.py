@@ -29,7 +29,7 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
     and leaves earlier checkpoints as they were.
 
     Args:
-        folder: where to, on a disk that all ranks share; must not exist.
+        folder: path of the new checkpoint, on a disk that all ranks share; must not exist.
         module: with every parameter of the optimisers; parameters and persistent buffers are saved.
         optimizer: a torch.optim.Optimizer, or a dict or sequence of them; state and options are saved by the parameters' names.
         extra: plain data of this rank's own, such as {"epoch": 3, "sampler": sampler.state_dict()}: numbers, strings, tensors,
@@ -108,7 +108,7 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
 
 
 def _contents(module, optimizer, extra):
-    """({key: tensor}, {file name: bytes}) of all that this rank has."""
+    """({key: tensor}, {file name: bytes}) that this rank saves."""
     for each in module.modules():
         if hasattr(each, "check_checkpoint"):  # raises where what it has cannot be saved
             each.check_checkpoint()
@@ -128,7 +128,7 @@ def _contents(module, optimizer, extra):
 
 
 def _is_in_place(name, value):
-    """Whether a value of module.state_dict() is a tensor of the module's, and no result of get_extra_state."""
+    """True if a value of module.state_dict() is a tensor of the module, and not a result of get_extra_state."""
     return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
 
 
@@ -147,7 +147,7 @@ _NOT_PLAIN = (pickle.PickleError, AttributeError, TypeError)
 
 
 def _round_trip(value):
-    """The bytes of a value that can be loaded again."""
+    """torch.save's bytes of a value. Raises if they cannot be loaded again."""
     stream = io.BytesIO()
     torch.save(value, stream)
     torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
@@ -155,7 +155,7 @@ def _round_trip(value):
 
 
 def _not_plain(value, path=""):
-    """The first place in a value of what cannot be loaded again, and its type."""
+    """The place and the type of the first part of a value that cannot be loaded again."""
     children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
     for key, child in children:
         try:
@@ -166,7 +166,7 @@ def _not_plain(value, path=""):
 
 
 def _write(temporary, tensors, small):
-    """Writes this rank's files: {name: {"size", "sha256"}}."""
+    """Write this rank's files. Returns {name: {"size", "sha256"}}."""
     writer = dcp.FileSystemWriter(temporary, sync_files=False, overwrite=False)
     writer.fs = hashed = HashedFiles()
     _run_dcp(dcp.save, tensors, storage_writer=writer, planner=PiecewiseSavePlanner())
@@ -176,14 +176,14 @@ def _write(temporary, tensors, small):
 
 
 def _not_saved(folder, error):
-    """What to raise of the failure of a save."""
+    """The error to raise for a save that failed."""
     failed = getattr(error, "failed_rank", rank())
     message = f"checkpoint {folder} was not saved, earlier ones are as they were: rank {failed}: {type(error).__name__}: {error}"
     return OSError(error.errno, message) if isinstance(error, OSError) and error.errno else RuntimeError(message)
 
 
 def _read(folder, manifest):
-    """All but the tensors: DCP's metadata, what all ranks share, and what is this rank's own."""
+    """Read everything but the tensors: DCP's metadata, the data that all ranks share, and this rank's own."""
     _check_named(folder, manifest, {METADATA, "shared.pt", "rank_0.pt"})
     metadata = read_metadata(folder, manifest)
     shared = _unpacked(folder / "shared.pt", lambda found: _is_shared(found, metadata.state_dict_metadata))
@@ -198,10 +198,10 @@ def _check_named(folder, manifest, needed):
 
 
 def _unpacked(path, is_right):
-    """What `_packed` made, if it is of the right form."""
+    """The data that `_packed` made. Raises CorruptCheckpointError if it has another form."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no file of torch.save may fail in any way
+    except Exception as error:  # bytes that are no file of torch.save may fail in any way
         raise CorruptCheckpointError(f"{path} is no save_checkpoint's: it is no plain data of torch.save's") from error
     if not is_right(found):
         raise CorruptCheckpointError(f"{path} is no save_checkpoint's: it lacks a part, or has one of another type")
@@ -219,7 +219,7 @@ def _is_shared(found, saved):
 
 
 def _is_own(found):
-    """Generators of a process's own take its states, and it has an extra."""
+    """True if a value has an `extra`, and states that this process's random number generators accept."""
     try:
         state = found["random"]
         torch.Generator().set_state(state["torch"])
@@ -265,7 +265,7 @@ def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
 
 
 def _differences(state, saved, grow, strict):
-    """What about the module is not as in the checkpoint, a sentence for each."""
+    """The differences between module and checkpoint, a sentence for each."""
     saved = {key.removeprefix("module/"): found for key, found in saved.items() if key.startswith("module/")}
     problems = []
     if strict:
@@ -296,7 +296,7 @@ def _read_tensors(folder, metadata, tensors):
 
 
 def _run_dcp(function, tensors, **options):
-    """DCP's save or load, without its warning that there is one process, and with the first rank's error as it was."""
+    """Run DCP's save or load, without its warning that there is one process. Raises the first rank's own error."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
@@ -309,7 +309,7 @@ def _run_dcp(function, tensors, **options):
 
 
 def _random_state():
-    """The generators of this rank."""
+    """The states of this rank's random number generators."""
     state = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state()

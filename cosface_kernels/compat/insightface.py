@@ -37,7 +37,7 @@ def head(margin_loss, embedding_size, num_classes, *, ignore_index=-1, **options
 
 
 def __getattr__(name):
-    """PartialFC_V2 when it is asked for: torch.distributed.tensor takes half a second to import, and not every PyTorch has it."""
+    """Import PartialFC_V2 on first use: torch.distributed.tensor takes half a second to import, and not every PyTorch has it."""
     if name == "PartialFC_V2":
         from .partial_fc import PartialFC_V2
 

@@ -1,5 +1,5 @@
-"""InsightFace's margin objects, measured: theirs are source code that is copied and changed, and one name stands for several
-functions. ArcFace's gradient, for one, is exact in some releases and straight-through (∂ψ/∂cos θ = 1) in others.
+"""Translates InsightFace's margin objects after calling them on test cosines: their source is copied and changed, and one name
+stands for several functions. ArcFace's gradient is exact in some releases and straight-through (∂ψ/∂cos θ = 1) in others.
 """
 
 import math
@@ -49,7 +49,7 @@ def translate(margin_loss):
 
 
 def _candidates(name, margin_loss):
-    """The margins that the object may compute, and the one that its arguments say where it is known to compute another."""
+    """(the margins that the object may compute, the one that its arguments name if it is known to compute another)."""
     if name == "CosFace":
         return [CosFace(_attribute(margin_loss, "m"))], None
     if name == "ArcFace":
@@ -66,7 +66,7 @@ def _candidates(name, margin_loss):
 
 
 def _arcfaces(m):
-    """Every form of it. Easy ones first: they are compared at all angles, so no other object passes for one (but for m = 0)."""
+    """Every form of ArcFace. Easy ones first: they are compared at all angles, so nothing else passes for one (unless m = 0)."""
     forms = (True, False) if m else (False,)
     return [ArcFace(m, easy_margin=easy, gradient=how) for easy in forms for how in ("exact", "straight_through")]
 
@@ -79,7 +79,7 @@ def _attribute(margin_loss, *names):
 
 
 def _measured(margin_loss, candidates, scale):
-    """The candidate whose values and gradients are the object's."""
+    """The candidate that has the object's values and gradients."""
     angles = torch.linspace(0.3, math.pi - 0.3, 24, dtype=torch.float64, device="cpu")
     labels = torch.arange(len(angles), dtype=torch.int64, device="cpu") % 3
     # Beside each target, cosines of both signs.
@@ -114,7 +114,7 @@ def _with_margin(cosines, labels, margin):
 
 
 def _comparable(margin, angles):
-    """Where every release of a margin agrees: up to π, and with easy_margin everywhere."""
+    """Bool: the angles at which all releases of a margin agree, θ + m up to π, and all of them with easy_margin."""
     if isinstance(margin, ArcFace) and not margin.easy_margin:
         return angles + margin.m <= math.pi
     if isinstance(margin, Combined):

@@ -93,6 +93,6 @@ class PartialFC_V2(MarginSoftmaxLoss):
 
 
 def _make_dense(weight):
-    """A sparse gradient, which most of torch.optim refuses together with weight decay."""
+    """Make a sparse gradient dense: most of torch.optim refuses sparse ones together with weight decay."""
     if weight.grad is not None and weight.grad.is_sparse:
         weight.grad = weight.grad.to_dense()

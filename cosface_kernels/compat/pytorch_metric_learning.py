@@ -41,12 +41,12 @@ except ImportError as error:
 
 __all__ = ["ArcFaceLoss", "CosFaceLoss", "NormalizedSoftmaxLoss", "SubCenterArcFaceLoss"]
 
-# What their torch.nn.CrossEntropyLoss ignores.
+# The label that their torch.nn.CrossEntropyLoss ignores.
 IGNORE_INDEX = -100
 
 
 class _RowLosses:
-    """What the four classes change in theirs. `_head()` gives the arguments of margin_softmax_loss."""
+    """Overrides that the four classes share. `_head()` returns the arguments of margin_softmax_loss."""
 
     sub_centers = 1
 
@@ -92,7 +92,7 @@ class _RowLosses:
         return loss_dict
 
     def cast_types(self, dtype, device):
-        """W follows the embeddings to their device, as theirs does, but keeps its dtype."""
+        """Move W to the device of the embeddings, as theirs does, but keep its dtype."""
         self.W.data = self.W.data.to(device)
 
     def get_cosine(self, embeddings):
@@ -111,7 +111,7 @@ class _RowLosses:
         return (features[:, None] * centres.view(*columns.shape, features.shape[1])).sum(2)
 
     def _wide_rows(self, embeddings, table):
-        """The rows whose products are cosines (N, D), (R, D), in float32 or float64."""
+        """Unit embeddings (N, D) and unit rows of the table (R, D), in float32 or float64."""
         wide = wide_dtype(torch.promote_types(embeddings.dtype, table.dtype))
         features = embeddings.to(wide)
         return unit_rows(features)[0] if self.distance.normalize_embeddings else features, unit_rows(table.to(wide))[0]

@@ -1,9 +1,9 @@
-"""Backends: the slab loop, forward and backward. One interface, chosen in one function.
+"""Backends: implementations of the slab loop, forward and backward. They have one interface, and `choose` picks one.
 
     forward(x, table, targets, plan, *, need_pull) -> Sums
     backward(x, table, factors, shift, kept, plan, sink) -> None
 
-x (N, D): what is multiplied with the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
+x (N, D): the factor of the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
 targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none.
 factors: a batch_rows.SlabFactors.
 E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the largest of each other class's rows:
@@ -16,9 +16,9 @@ E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the 
 sink (table.Sink) takes the rows of every slab.
 
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and the gradient itself. It is
-deterministic: no atomics, every sum in a fixed order. `row_functions` is batch_rows.py, or its four functions in a form of its
-own. To add one: a module <name>_backend with these three names, its own in validation.BACKENDS, and in `unusable` where it cannot
-run; the tests then hold it to the same rule as the others.
+deterministic: no atomics, every sum in a fixed order. `row_functions` is the module batch_rows, or one with its four functions.
+To add a backend: a module <name>_backend with these three names, <name> in validation.BACKENDS, and in `unusable` the reasons why
+it cannot run; the tests then hold it to the same rule as the others.
 """
 
 import importlib

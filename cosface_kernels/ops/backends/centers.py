@@ -11,9 +11,10 @@ def exponentials(exponents, shift, centers, dim):
 
 
 def _drop_all_but_largest(exponents, centers, dim):
-    """-inf for the others, the first of equal ones stays. Among exponentials, which are rounded, far more would be equal.
+    """Set all but the largest exponent of each class to -inf; the first of equal ones stays. Exponents are compared, because far
+    more exponentials are equal after rounding.
 
-    Part by part: an argmax along so short a dimension takes ten times as long on a CPU.
+    A loop over the K centres: an argmax along so short a dimension takes ten times as long on a CPU.
     """
     parts = exponents.unflatten(dim, (-1, centers)).unbind(dim + 1)
     largest = parts[0]

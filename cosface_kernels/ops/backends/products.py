@@ -13,9 +13,7 @@ def cosines(x, unit):
 
 
 def accumulated(left, right, out=None):
-    """left @ right, returned wide, in `out` if given. Off CUDA a bfloat16 product is rounded once, before the caller adds it to
-    others.
-    """
+    """left @ right, returned wide, in `out` if given. Off CUDA a bfloat16 product is rounded once, before the caller adds it."""
     if left.is_cuda and left.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32, out=out)
     product = torch.mm(left, right, out=out if left.dtype != torch.bfloat16 else None)
@@ -27,7 +25,7 @@ def accumulated(left, right, out=None):
 def in_parts(left, right, parts):
     """(parts, N, D) float32 whose sum is left (N, B) @ right (B, D), each over its own part of B.
 
-    A product with few rows and columns and a long sum occupies few of a GPU's processors; its parts occupy them all.
+    A product with few rows and columns and a long sum keeps few of a GPU's processors busy; its parts keep all of them busy.
     """
     width = left.shape[1] // parts
     left = left.as_strided((parts, left.shape[0], width), (width, *left.stride()))

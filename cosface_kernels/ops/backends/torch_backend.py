@@ -75,15 +75,14 @@ def _shift(low, table, targets, plan):
 
 
 def _without_targets(slab, columns, count):
-    """slab[n, columns[n] + k] = -inf for k < count where those columns lie in the slab, in place and without asking the device
-    where that is."""
+    """Set slab[n, columns[n] + k] = -inf in place, for k < count and columns inside the slab, without waiting for the device."""
     inside = ((columns >= 0) & (columns < slab.shape[1]))[:, None]
     columns = torch.where(inside, columns[:, None] + torch.arange(count, dtype=torch.int64, device=slab.device), 0)
     return slab.scatter_(1, columns, torch.where(inside, -torch.inf, slab.gather(1, columns)))
 
 
 def _add_rows(grad, rows, sums):
-    """grad[rows[i]] += sums[i] for the rows inside grad, which are distinct; the others add zero to the first, in any order."""
+    """Add sums[i] to grad[rows[i]] for rows inside grad, which are distinct; others add zero to row 0, in any order."""
     inside = (rows >= 0) & (rows < len(grad))
     return grad.index_add_(0, torch.where(inside, rows, 0), torch.where(inside[:, None], sums, 0.0))
 

@@ -1,4 +1,4 @@
-"""Which form of the triton backend's kernels serves a call: what triton_forms.json says was measured, else the slab loop.
+"""Chooses the form of the triton backend's kernels for a call: as measured in triton_forms.json, else the slab loop.
 
     {"measured": "the GPU, versions, commit, date and command that the rows come from",
      "rows": [{"kernel": "attend_table", "chip": [9, 0], "dtype": "bfloat16", "num_rows": [1024, 8192], "size": [512, 512],
@@ -28,13 +28,13 @@ OPTIONS = {
     "attend_table": {"BLOCK_R", "BLOCK_N", "DESCRIPTORS", *LAUNCH},
 }
 
-# What `using` asks for. One for all threads: autograd runs backward in another than forward's.
+# The forms set by `using`. One dict for all threads: autograd runs backward in another thread than forward.
 _asked = {}
 
 
 @contextlib.contextmanager
 def using(**kernels):
-    """The forms that tests and benchmarks ask for in here, whatever was measured: using(attend_table={"num_stages": 1}).
+    """Context manager that sets the forms for tests and benchmarks, whatever was measured: using(attend_table={"num_stages": 1}).
 
     For each kernel its options, or None for the form that a call without a row gets.
     """
@@ -49,7 +49,7 @@ def using(**kernels):
 
 
 def options(kernel, num_rows, size, dtype, capability):
-    """The options that replace the kernel's own, {} where none do; None where no row and no `using` asks for the kernel."""
+    """The launch options that replace the kernel's own; None if neither a measured row nor `using` asks for the kernel."""
     if kernel in _asked:
         return _asked[kernel]
     return _measured(kernel, num_rows, size, str(dtype).removeprefix("torch."), capability)
