@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import cosface_kernels
 from benchmarks import margins as benchmark
 from benchmarks import tables
-from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margins, reference, theory
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margins, reference, theory
 
 DOCS = Path(__file__).parents[1] / "docs"
 # Of each, all python blocks are run one after another, with the names of those before.
@@ -131,6 +131,12 @@ def test_margins_one_of_ones_own():
     torch.testing.assert_close(head(names["features"], names["labels"]), expected(names["features"], names["labels"]))
     (gradient,) = torch.autograd.grad(names["loss"], names["features"])
     assert gradient.any() and gradient.isfinite().all()
+
+
+def test_margins_of_classes():
+    names = run("margins.md")[3]
+    assert names["margin_of_class"].unique().tolist() == pytest.approx([0.35])
+    torch.testing.assert_close(names["loss"], cosface_loss(names["features"], names["head"].weight, names["labels"]))
 
 
 def test_margins_what_the_paper_compares():
