@@ -12,11 +12,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ..distributed.ranks import ONE_PROCESS, world
 from . import files, optimizer_state
 from .files import CorruptCheckpointError, HashedFiles, latest_checkpoint
 from .metadata import METADATA, CheckedReader, read_metadata
 from .pieces import PiecewiseSavePlanner, RowsLoadPlanner
-from .ranks import gather, is_distributed, rank, together, world_size
 
 __all__ = ["CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -42,15 +42,15 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
         OSError: no space left, or another failure of a disk.
         RuntimeError: another failure of a rank.
     """
-    folder = Path(folder)
-    tensors, small = together(lambda: _contents(module, optimizer, extra))
+    folder, ranks = Path(folder), world()
+    tensors, small = _together(lambda: _contents(module, optimizer, extra))
     with ExitStack() as stack:
-        own = together(lambda: stack.enter_context(files.temporary_folder(folder)) if rank() == 0 else None)
+        own = _together(lambda: stack.enter_context(files.temporary_folder(folder)) if ranks.rank == 0 else None)
         try:
-            temporary, written = gather(own)[0], {}
-            for part in gather(together(lambda: _write(temporary, tensors, small))):
+            temporary, written = ranks.objects(own)[0], {}
+            for part in ranks.objects(_together(lambda: _write(temporary, tensors, small))):
                 written |= part
-            together(lambda: files.finish(temporary, folder, written) if rank() == 0 else None)
+            _together(lambda: files.finish(temporary, folder, written) if ranks.rank == 0 else None)
         except Exception as error:
             raise _not_saved(folder, error) from error
 
@@ -87,24 +87,28 @@ def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
     Warns:
         UserWarning: another number of ranks, on rank 0.
     """
-    folder = Path(folder)
-    manifest = together(lambda: files.read_manifest(folder))
-    together(lambda: files.verify(folder, manifest, rank(), world_size()))
-    metadata, shared, own = together(lambda: _read(folder, manifest))
-    state, optimizers, tensors = together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
-    together(lambda: _read_tensors(folder, metadata, tensors))
+    folder, ranks = Path(folder), world()
+    manifest = _together(lambda: files.read_manifest(folder))
+    _together(lambda: files.verify(folder, manifest, ranks.rank, ranks.size))
+    metadata, shared, own = _together(lambda: _read(folder, manifest))
+    state, optimizers, tensors = _together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
+    _together(lambda: _read_tensors(folder, metadata, tensors))
     module.load_state_dict(state | shared["module"], strict=strict)
     for name, (each, states) in optimizers.items():
         optimizer_state.apply(each, shared["optimizers"][name], states)
-    if shared["world_size"] == world_size():
+    if shared["world_size"] == ranks.size:
         _set_random_state(own["random"])
-    elif rank() == 0:
+    elif ranks.rank == 0:
         warnings.warn(
-            f"{folder} was saved by {shared['world_size']} ranks and is loaded by {world_size()}: random number generators were "
+            f"{folder} was saved by {shared['world_size']} ranks and is loaded by {ranks.size}: random number generators were "
             "not restored, seed them on every rank",
             stacklevel=2,
         )
     return own["extra"]
+
+
+def _together(step):
+    return world().together("the agreement on a checkpoint", step)
 
 
 def _contents(module, optimizer, extra):
@@ -112,19 +116,19 @@ def _contents(module, optimizer, extra):
     for each in module.modules():
         if hasattr(each, "check_checkpoint"):  # raises where what it has cannot be saved
             each.check_checkpoint()
-    state = module.state_dict()
+    ranks, state = world(), module.state_dict()
     tensors = {f"module/{name}": value for name, value in state.items() if _is_in_place(name, value)}
     shared = {
-        "world_size": world_size(),
+        "world_size": ranks.size,
         "module": {name: value for name, value in state.items() if not _is_in_place(name, value)},
         "optimizers": {},
     }
     for name, each in optimizer_state.by_name(optimizer).items():
         found, shared["optimizers"][name] = optimizer_state.flatten(f"optimizer/{name}", each, module)
         tensors |= found
-    small = {f"rank_{rank()}.pt": _packed("extra", {"random": _random_state(), "extra": extra})}
+    small = {f"rank_{ranks.rank}.pt": _packed("extra", {"random": _random_state(), "extra": extra})}
     shared = _packed("an option of an optimizer, or extra state of module,", shared)
-    return tensors, small | ({"shared.pt": shared} if rank() == 0 else {})
+    return tensors, small | ({"shared.pt": shared} if ranks.rank == 0 else {})
 
 
 def _is_in_place(name, value):
@@ -177,8 +181,8 @@ def _write(temporary, tensors, small):
 
 def _not_saved(folder, error):
     """The error to raise for a save that failed."""
-    failed = getattr(error, "failed_rank", rank())
-    message = f"checkpoint {folder} was not saved, earlier ones are as they were: rank {failed}: {type(error).__name__}: {error}"
+    text = f"rank 0: {type(error).__name__}: {error}" if world() is ONE_PROCESS else error  # which names its rank
+    message = f"checkpoint {folder} was not saved, earlier ones are as they were: {text}"
     return OSError(error.errno, message) if isinstance(error, OSError) and error.errno else RuntimeError(message)
 
 
@@ -187,7 +191,7 @@ def _read(folder, manifest):
     _check_named(folder, manifest, {METADATA, "shared.pt", "rank_0.pt"})
     metadata = read_metadata(folder, manifest)
     shared = _unpacked(folder / "shared.pt", lambda found: _is_shared(found, metadata.state_dict_metadata))
-    own = f"rank_{rank() if shared['world_size'] == world_size() else 0}.pt"
+    own = f"rank_{world().rank if shared['world_size'] == world().size else 0}.pt"
     _check_named(folder, manifest, {own})
     return metadata, shared, _unpacked(folder / own, _is_own)
 
@@ -300,7 +304,7 @@ def _run_dcp(function, tensors, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            function(tensors, no_dist=not is_distributed(), **options)
+            function(tensors, no_dist=world() is ONE_PROCESS, **options)
         except CheckpointException as failure:
             failed = min(failure.failures)
             error = failure.failures[failed][0]

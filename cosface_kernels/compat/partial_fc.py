@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from .. import validation
-from ..distributed.ranks import Ranks
+from ..distributed.ranks import ONE_PROCESS, Ranks, world
 from ..heads.over_ranks import OverRanks
 from ..heads.plain import MarginSoftmaxLoss
 from .insightface_margins import translate
@@ -22,7 +22,7 @@ class PlainShards(OverRanks):
         return torch.empty(rows // self.size + (self.rank < rows % self.size), *size, device=device, dtype=dtype)
 
     def ranks(self, weight):
-        return Ranks(dist.group.WORLD if self.size > 1 else None)
+        return Ranks(dist.group.WORLD) if self.size > 1 else ONE_PROCESS
 
     def first_class(self, head):
         return head.num_classes // self.size * self.rank + min(self.rank, head.num_classes % self.size)
@@ -65,7 +65,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
             raise RuntimeError("PartialFC_V2 on several ranks needs torch.distributed.init_process_group() before it")
         validation.check_flag("fp16", fp16)
         margin, scale = translate(margin_loss)
-        rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, size = world().rank, world().size
         options = {"ignore_index": -1, "sample_rate": sample_rate, "placement": PlainShards(rank, size)}
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, **options)
         self.rank, self.world_size, self.ddp_average, self.fp16 = rank, size, True, fp16

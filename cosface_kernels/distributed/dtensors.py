@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from .ranks import Ranks
+from .ranks import ONE_PROCESS, Ranks
 
 
 def is_sharded(tensor):
@@ -18,8 +18,8 @@ def local(tensor):
 
 
 def ranks(tensor):
-    """The Ranks that its rows lie on."""
-    return Ranks(tensor.device_mesh.get_group() if is_sharded(tensor) else None)
+    """The Ranks that its rows lie on, or ONE_PROCESS."""
+    return Ranks(tensor.device_mesh.get_group()) if is_sharded(tensor) else ONE_PROCESS
 
 
 def bounds(num_rows, mesh):

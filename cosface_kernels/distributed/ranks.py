@@ -1,14 +1,18 @@
 """What ranks tell each other in a step: batches of any sizes, sums, and errors, so that all of them go on or none does.
 
-    together      a few numbers of every rank, or, where a check fails on one rank, the same error on all
+    together      a result, or, where an action fails on one rank, its error on all
+    exchange      the same with a few numbers of every rank
+    objects       anything of every rank
     gather        rows (N_r, ...) of every rank -> (N, ...), differentiable: its gradient is a reduce-scatter
     add           vectors (N, ...) -> their sum over the ranks, differentiable: each rank's part gets the sum's gradient
     all           whether a flag is set on every rank
 
-Without a process group one process is all there is, and nothing is sent.
+ONE_PROCESS stands where one process is all there is, and sends nothing.
 """
 
+import pickle
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,64 +22,140 @@ import torch.nn.functional as F
 _all_gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 
-# What a rank raises for another one's error: the same, where it is one of a caller's mistakes.
-_ERRORS = {error.__name__: error for error in (TypeError, ValueError, IndexError)}
+
+class OneProcess:
+    """This process alone, with the methods of Ranks that serve both."""
+
+    rank, size = 0, 1
+
+    def together(self, what, action, device=None):
+        return action()
+
+    def objects(self, value):
+        return [value]
+
+    def all(self, flag, device):
+        return flag
+
+
+ONE_PROCESS = OneProcess()
+
+
+def world():
+    """The Ranks of the default process group, or ONE_PROCESS where there is none."""
+    return Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ONE_PROCESS
+
+
+class Failure(NamedTuple):
+    """An error as other ranks are told of it."""
+
+    rank: int
+    kind: type
+    text: str
+    errno: int | None
+
+    @classmethod
+    def of(cls, error, rank):
+        kind = type(error)
+        try:
+            pickle.loads(pickle.dumps(kind))
+        except Exception:  # a class that other ranks cannot find
+            kind = RuntimeError
+        return cls(getattr(error, "failed_rank", rank), kind, f"{type(error).__name__}: {error}", getattr(error, "errno", None))
+
+    def error(self, text):
+        """One of that type, if it can be made of a text."""
+        try:
+            error = self.kind(text)
+        except Exception:  # whatever an exception's own constructor raises
+            return RuntimeError(text)
+        if str(error) != text:
+            return RuntimeError(text)
+        if self.errno is not None:
+            error.errno = self.errno
+        return error
 
 
 class Ranks:
-    """The processes of a group, or this one alone."""
+    """The processes of a group."""
 
-    def __init__(self, group=None):
-        self.group = group
-        self.rank, self.size = (0, 1) if group is None else (group.rank(), group.size())
+    def __init__(self, group):
+        self.group, self.rank, self.size = group, group.rank(), group.size()
 
-    def together(self, numbers, count, device):
-        """numbers() -> `count` ints, called on every rank; returns those of all, a list for each rank.
+    def __eq__(self, other):
+        return isinstance(other, Ranks) and self.group is other.group
 
-        Where it raises on one rank, every rank raises: that one its own error, the others one of that type that names the rank.
-        On a GPU the host waits for the device here, unless the group sends what is on the CPU too.
+    def __hash__(self):
+        return hash(self.group)
+
+    def together(self, what, action, device=None):
+        """action() on every rank, and its result. Where it raises on one, every rank raises that error, which names the rank.
+
+        what: names the exchange, should it fail.
         """
-        if self.group is None:
-            return [list(numbers())]
+        results = []
+
+        def numbers():
+            results.append(action())
+            return ()
+
+        self.exchange(what, numbers, 0, device)
+        return results[0]
+
+    def exchange(self, what, numbers, count, device=None):
+        """numbers() -> `count` ints, called on every rank; returns those of all, a list for each rank. Raises as `together` does.
+
+        On a GPU the host waits for the device here, unless the group sends what is on the CPU too. device: None, the current one.
+        """
         failure, own = None, [0] * count
         try:
             own = list(numbers())
         except Exception as error:
             failure = error
-        device = "cpu" if "cpu:" in dist.get_backend_config(self.group) else device
+        if "cpu:" in dist.get_backend_config(self.group):
+            device = "cpu"
+        elif device is None:
+            device = torch.accelerator.current_accelerator()
         message = torch.tensor([failure is not None, *own], dtype=torch.int64, device=device)
         everyone = message.new_empty(self.size * len(message))
-        with self._named("the exchange of batch sizes"):
-            _all_gather(everyone, message, group=self.group)
-            everyone = everyone.view(self.size, -1).tolist()
+        try:
+            with self._named(what):
+                _all_gather(everyone, message, group=self.group)
+                everyone = everyone.view(self.size, -1).tolist()
+        except RuntimeError as lost:
+            if failure is not None:
+                raise failure from lost  # it says more
+            raise
         if any(failed for failed, *_ in everyone):
-            self._raise_together(failure)
+            raise self._shared(failure) from failure
         return [own for _, *own in everyone]
 
-    def _raise_together(self, failure):
-        texts = [None] * self.size
-        own = None if failure is None else (type(failure).__name__, str(failure))
-        with self._named("the exchange of errors"):
-            dist.all_gather_object(texts, own, group=self.group)
-        if failure is not None:
-            raise _ERRORS.get(own[0], RuntimeError)(f"rank {self.rank}: {own[1]}") from failure
-        failed = [(rank, *text) for rank, text in enumerate(texts) if text is not None]
-        lines = [f"rank {rank}: {name}: {text}" for rank, name, text in failed]
-        raise _ERRORS.get(failed[0][1], RuntimeError)("\n".join(lines))
+    def _shared(self, failure):
+        """The error of the first rank where there is one, with the texts of all."""
+        failures = self.objects(None if failure is None else Failure.of(failure, self.rank))
+        failed = [*dict.fromkeys(filter(None, failures))]
+        return failed[0].error("\n".join(f"rank {each.rank}: {each.text}" for each in failed))
+
+    def objects(self, value):
+        """The values of all ranks."""
+        values = [None] * self.size
+        with self._named("the exchange of objects"):
+            dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def gather(self, rows, counts, factor=1):
         """The rows of all ranks, counts[r] of rank r, in order of rank. Their gradient is summed over the ranks, times `factor`.
 
         Every rank takes part in backward if the rows of any need a gradient: then rows.requires_grad, on every rank.
         """
-        return rows if self.group is None else _Gather.apply(rows, self, counts, factor)
+        return _Gather.apply(rows, self, counts, factor)
 
     def add(self, tensor):
-        return tensor if self.group is None else _Add.apply(tensor, self)
+        return _Add.apply(tensor, self)
 
     def maximum(self, tensor):
         """Elementwise, without gradient."""
-        if self.group is None or not tensor.numel():
+        if not tensor.numel():
             return tensor
         tensor = tensor.clone()
         with self._named("the all-reduce of maxima"):
@@ -84,8 +164,6 @@ class Ranks:
 
     def all(self, flag, device):
         """Whether a flag (0-dim bool) is set on every rank; the group sends what is on `device`."""
-        if self.group is None:
-            return flag
         everyone = flag.to(device, torch.int32)
         with self._named("the agreement on a step"):
             dist.all_reduce(everyone, dist.ReduceOp.MIN, group=self.group)
@@ -93,7 +171,7 @@ class Ranks:
 
     def own(self, rows, counts):
         """This rank's of the gathered rows; their gradient is that of every rank's."""
-        return rows if self.group is None else _Own.apply(rows, self, counts)
+        return _Own.apply(rows, self, counts)
 
     def place(self, counts):
         """(first, one past the last) of this rank's gathered rows."""

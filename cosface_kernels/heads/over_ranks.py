@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from .. import validation
 from ..distributed import dtensors
+from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
 from ..ops import backends, operators, recording
 from . import logits
@@ -122,7 +123,7 @@ class OverRanks(Whole):
     def batch(self, head, inputs, options):
         """That of all ranks, as this rank's rows of the table see it."""
         ranks = self.ranks(head.weight)
-        if ranks.group is None:
+        if ranks is ONE_PROCESS:
             return super().batch(head, inputs, options)
         features, weight, labels, bias, _, parameters = inputs
         num_classes_here = len(weight) // head.centers_per_class
@@ -138,7 +139,9 @@ class OverRanks(Whole):
             _check(head, inputs, options)
             return Told.of(head, features)
 
-        counts, needs_gradient = Told.agreed(ranks.together(told, len(Told._fields), weight.device))
+        counts, needs_gradient = Told.agreed(
+            ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device)
+        )
         if needs_gradient and not features.requires_grad:
             features = features.detach().requires_grad_()
         features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
@@ -151,13 +154,13 @@ class OverRanks(Whole):
         return inputs, options._replace(ignore_index=IGNORED), Batch(ranks, counts, bool(num_classes_here))
 
     def logits(self, head, features):
-        if self.ranks(head.weight).group is None:
+        if self.ranks(head.weight) is ONE_PROCESS:
             return super().logits(head, features)
         raise NotImplementedError("a sharded head has no logits, which would be N x C; topk has each row's largest")
 
     def topk(self, head, features, k):
         ranks, weight = self.ranks(head.weight), head._local_table()[0]
-        if ranks.group is None:
+        if ranks is ONE_PROCESS:
             return super().topk(head, features, k)
 
         def told():
@@ -165,7 +168,7 @@ class OverRanks(Whole):
             validation.check_k(k, head.num_classes)
             return Told.of(head, features, k)
 
-        counts, _ = Told.agreed(ranks.together(told, len(Told._fields), weight.device))
+        counts, _ = Told.agreed(ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device))
         gathered = ranks.gather(features, counts)
         values, indices = logits.largest(head, gathered, k)
         missing = k - values.shape[1]

@@ -9,6 +9,7 @@
 The backbone has an optimiser of its own, as ever.
 """
 
+from functools import partial
 from itertools import chain
 
 import torch
@@ -84,7 +85,7 @@ class _Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_together()
+        self._on_all_ranks(self._check)
         finite = self._finite([record.factors for weight, _ in self._tables for record in recording.pending(weight).records])
         for weight, bias in self._tables:
             records = recording.pending(weight).take()
@@ -94,35 +95,32 @@ class _Fused(torch.optim.Optimizer):
                 del self.state[weight][_INTERRUPTED]
         return loss
 
-    def _check_together(self):
-        """Raises where a step cannot be made, on every rank of the tables if on one, before anything has changed."""
-        failure = None
-        try:
-            if getattr(self, "grad_scale", 1) is None:
+    def _on_all_ranks(self, action):
+        """action(), made by none where one of the ranks that have rows of these tables cannot."""
+        for ranks, device in self._ranks().items():
+            action = partial(ranks.together, "the agreement on a step", action, device)
+        return action()
+
+    def _ranks(self):
+        """{Ranks: device} that have rows of these tables."""
+        return {recording.ranks_of(weight): weight.device for weight, _ in self._tables}
+
+    def _check(self):
+        """Raises where a step cannot be made, before anything has changed."""
+        if getattr(self, "grad_scale", 1) is None:
+            raise RuntimeError(
+                "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
+                f"{type(self).__name__}, whose step divides by the scale"
+            )
+        for weight, bias in self._tables:
+            for parameter in (weight,) if bias is None else (weight, bias):
+                _check_rows(parameter, self._group_of(parameter), self.state.get(parameter, {}))
+            if not self._records(weight):
                 raise RuntimeError(
-                    "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
-                    f"{type(self).__name__}, whose step divides by the scale"
+                    "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
+                    "this one again"
                 )
-            for weight, bias in self._tables:
-                for parameter in (weight,) if bias is None else (weight, bias):
-                    _check_rows(parameter, self._group_of(parameter), self.state.get(parameter, {}))
-                if not self._records(weight):
-                    raise RuntimeError(
-                        "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
-                        "this one again"
-                    )
-                recording.pending(weight).check(weight)
-        except (RuntimeError, TypeError, ValueError) as error:
-            failure = error
-        try:
-            ready = self._on_all_ranks(torch.tensor(failure is None, dtype=torch.bool, device="cpu"))
-        except RuntimeError:
-            if failure is None:
-                raise
-        if failure is not None:
-            raise failure
-        if not ready:
-            raise RuntimeError("another rank cannot make this step, and says why; no rank has made it")
+            recording.pending(weight).check(weight)
 
     def state_dict(self):
         """As torch.optim's. Raises RuntimeError after a step that was interrupted, see `step`."""
@@ -202,14 +200,9 @@ class _Fused(torch.optim.Optimizer):
             product = f.product_grad * f.unit.abs().amax(1, keepdim=True)
             flags += [tensor.isfinite().all() for tensor in (product, f.total, f.lse_grad, f.length_grad)]
         finite = torch.stack(flags).all() if flags else torch.tensor(True, dtype=torch.bool, device="cpu")
-        return self._on_all_ranks(finite)
-
-    def _on_all_ranks(self, flag):
-        """Whether a flag (0-dim bool) is set on every rank that has rows of these tables."""
-        found = [(recording.ranks_of(weight), weight.device) for weight, _ in self._tables]
-        for ranks, device in {ranks.group: (ranks, device) for ranks, device in found}.values():
-            flag = ranks.all(flag, device)
-        return flag
+        for ranks, device in self._ranks().items():
+            finite = ranks.all(finite, device)
+        return finite
 
     def _unscaled(self, record):
         """A record, with gradients divided by the scale of a GradScaler that is at work."""
