@@ -1,22 +1,16 @@
 """`cosface bench`: each peer is checked against float64, then timed in turns with the others; a table, JSON and two figures.
 
-A report is what JSON holds: {"shape": [N, C, D], "environment", "ceilings", "check_classes", "rows", "missing", "complete"}.
+A report is record.py's shape with "shape": [N, C, D], "ceilings", "check_classes" and "missing"; a sweep's rows are reports.
 A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}, and
 "lost_device" where a GPU was lost to it. What is not known (yet) is null or empty; "error" says why nothing can be. `tables.py`
 makes the rest of it.
 """
 
-import errno
-import json
-import os
-import sys
-import time
-from pathlib import Path
-
 import torch
 
-from . import measure, tables
+from . import harness, measure, tables
 from .peers import PLAIN, PRECISIONS, inputs, peers, step
+from .record import fail, keep, say
 
 # A peer gets no further turn once its turns took this long, so that a slow one has fewer.
 SECONDS_PER_PEER = 6.0
@@ -31,44 +25,40 @@ def main(arguments):
     """Runs what the `cosface bench` options say. Returns the exit status."""
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
-        return _fail("there is no GPU that this torch can use")
+        return fail("cosface", "there is no GPU that this torch can use")
     if arguments.plot:
         try:
             from . import plot
         except ModuleNotFoundError as error:
-            return _fail(f"--plot needs {error.name}, which is not installed")
+            return fail("cosface", f"--plot needs {error.name}, which is not installed")
     precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
     chosen = [peer for peer in peers(device, precisions) if arguments.peers.lower() in peer.name.lower()]
     chosen = [peer for peer in chosen if peer.key not in arguments.without]
     if not chosen:
-        return _fail(f'no peer\'s name contains "{arguments.peers}"')
+        return fail("cosface", f'no peer\'s name contains "{arguments.peers}"')
     if all(peer.missing for peer in chosen):
-        return _fail("none of these can be measured here: " + "; ".join(f"{peer.key}: {peer.missing}" for peer in chosen))
+        return fail(
+            "cosface", "none of these can be measured here: " + "; ".join(f"{peer.key}: {peer.missing}" for peer in chosen)
+        )
     sizes = SWEEP if arguments.plot else [arguments.classes]
     reports = [blank((arguments.rows, classes, arguments.size), chosen) for classes in sizes]
-
-    def save():
-        if arguments.json:
-            write_json(arguments.json, reports if arguments.plot else reports[0])
-
-    try:
-        save()
-        if arguments.plot:
+    found = reports[0]
+    if arguments.plot:
+        found = {"kind": "sweep", "environment": None, "rows": reports, "complete": False}
+        try:
             arguments.plot.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return _fail(f"cannot write to {error.filename}: {error.strerror}")
-    status = 0
-    try:
+        except OSError as error:
+            return fail("cosface", f"cannot write to {error.filename}: {error.strerror}")
+
+    def work(save):
         shared = {"environment": measure.environment(device), "ceilings": ceilings(device, precisions)}
+        found["environment"] = shared["environment"]
         for report in reports:
             report.update(shared)
             run(report, chosen, device, arguments.repeats, save, _seconds_at(reports, report["shape"]))
-    except KeyboardInterrupt:
-        _say("interrupted; what was measured so far:")
-        status = 130
-    print("\n\n".join(tables.markdown(report) for report in reports if report["environment"]))
-    save()
-    if arguments.plot:
+
+    status = keep(found, arguments.json, work, tables.text)
+    if arguments.plot and status != 1:
         for path in plot.draw(reports, arguments.plot):
             print(f"\n{path}")
     return status
@@ -77,6 +67,7 @@ def main(arguments):
 def blank(shape, chosen):
     """The report of nothing measured yet."""
     return {
+        "kind": "bench",
         "shape": list(shape),
         "environment": None,
         "ceilings": {},
@@ -94,7 +85,7 @@ def _row(peer):
 
 def ceilings(device, precisions):
     """Flops a second of a matrix product in each precision, and bytes a second of a copy."""
-    _say("ceilings of this machine")
+    say("ceilings of this machine")
     return {**{name: measure.product_rate(device, name) for name in precisions}, "copy": measure.copy_rate(device)}
 
 
@@ -106,7 +97,7 @@ def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row:
         _run(report, entries, device, repeats, save, expected)
     except (RuntimeError, MemoryError) as error:  # of the inputs or the exact result: the other sizes go on
         for row, _ in _open(entries):
-            row["error"] = f"not measured: {_first_line(error)}"
+            row["error"] = f"not measured: {harness.first_line(error)}"
     report["complete"] = True
     save()
 
@@ -119,8 +110,8 @@ def _run(report, entries, device, repeats, save, expected):
             row["error"] = f"not run: a step would take about {expected(row):.0f} s"
     if device.type == "cpu":
         for row, peer in _open(entries):
-            _say(f"C = {shape[1]:,}: memory of {peer.key}")
-            with _recorded(row):
+            say(f"C = {shape[1]:,}: memory of {peer.key}")
+            with harness.recorded(row):
                 row["peak_bytes"] = measure.cpu_peak_bytes(peer, shape)
             save()
     if _open(entries):
@@ -133,12 +124,12 @@ def _measure(report, entries, device, repeats, save):
     tensors = inputs(*shape, device)
     report["check_classes"] = measure.check_classes(num_rows, num_classes, device)
     fits = report["check_classes"] == num_classes
-    _say(f"the exact result, C = {report['check_classes']:,}")
+    say(f"the exact result, C = {report['check_classes']:,}")
     check = measure.Check(tensors if fits else inputs(num_rows, report["check_classes"], size, device))
     yardsticks = {peer.precision: peer for peer in peers(device) if peer.name == PLAIN}
     for row, peer in _open(entries):
-        _say(f"C = {num_classes:,}: {peer.key}")
-        with _recorded(row):
+        say(f"C = {num_classes:,}: {peer.key}")
+        with harness.recorded(row):
             took = _judge(row, peer, check, yardsticks[peer.precision], device)
             if peer.compiled and not fits:
                 step(peer.function, *tensors)
@@ -151,15 +142,12 @@ def _measure(report, entries, device, repeats, save):
             _mark_lost(entries, row)
             return
     del check
-    for repeat in range(1, repeats):
-        due = [(row, peer) for row, peer in _open(entries) if sum(row["seconds"]) < SECONDS_PER_PEER]
-        if not due:
-            break
-        _say(f"C = {num_classes:,}: turn {repeat + 1} of {repeats}")
-        for row, peer in due:
-            with _recorded(row):
+    for turn, (row, peer) in harness.in_turns(entries, repeats - 1):
+        if not row["error"] and sum(row["seconds"]) < SECONDS_PER_PEER:
+            say(f"C = {num_classes:,}, turn {turn + 2} of {repeats}: {peer.key}")
+            with harness.recorded(row):
                 _turn(row, peer, tensors, device)
-        save()
+            save()
 
 
 def _judge(row, peer, check, yardstick, device):
@@ -187,30 +175,10 @@ def _open(entries):
     return [(row, peer) for row, peer in entries if not row["error"]]
 
 
-class _recorded:
-    """A failure inside becomes the row's error."""
-
-    def __init__(self, row):
-        self.row = row
-
-    def __enter__(self):
-        pass
-
-    def __exit__(self, kind, error, traceback):
-        if error is None or not isinstance(error, Exception):
-            return False
-        self.row["error"] = _first_line(error)
-        return True
-
-
-def _first_line(error):
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:200]
-
-
 def _device_is_lost(device):
     """After an illegal access a GPU refuses everything else of the process."""
     try:
-        measure.synchronize(device)
+        harness.synchronize(device)
     except RuntimeError:
         return True
     return False
@@ -234,26 +202,3 @@ def _seconds_at(reports, shape):
         return 0.0
 
     return expected
-
-
-def write_json(path, content):
-    """Written beside its place first, so that a failure leaves no half a file."""
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-_started = time.perf_counter()
-
-
-def _say(message):
-    print(f"[{time.perf_counter() - _started:4.0f} s] {message}", file=sys.stderr, flush=True)
-
-
-def _fail(message):
-    print(f"cosface: {message}", file=sys.stderr)
-    return 1

@@ -4,10 +4,8 @@
 same start and with the same batches. What a format changes is to be compared with what another seed changes.
 """
 
-import argparse
 import itertools
 import statistics
-import sys
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD
 from cosface_kernels.ops import formats
 
 from . import measure
-from .bench import write_json
+from .record import keep, parser, say
 
 ROWS, SIZE, STEPS, LAST = 128, 64, 200, 40
 SEEDS = range(5)
@@ -63,28 +61,34 @@ def last(curve):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("--plot", type=Path, metavar="FILE")
+    arguments = asked.parse_args()
     torch.set_num_threads(1)
-    curves = {}
-    for optimizer, pair in itertools.product(OPTIMIZERS, TABLES_AND_STATES):
-        print(optimizer, *pair, file=sys.stderr, flush=True)
-        curves[optimizer, pair] = [losses(optimizer, *pair, seed) for seed in SEEDS]
-    rows = [
-        {"optimizer": optimizer, "table": table, "state": state, "last": [last(curve) for curve in found], "curves": found}
-        for (optimizer, (table, state)), found in curves.items()
-    ]
     environment = measure.environment(torch.device("cpu"))
-    print(table(rows, environment))
-    if arguments.json:
-        write_json(arguments.json, {"environment": environment, "rows": rows})
+    record = {"kind": "formats", "environment": environment, "rows": [], "complete": False}
+
+    def work(save):
+        for optimizer, (table, state) in itertools.product(OPTIMIZERS, TABLES_AND_STATES):
+            say(f"{optimizer}, {table}, {state}")
+            found = [losses(optimizer, table, state, seed) for seed in SEEDS]
+            names = {"optimizer": optimizer, "table": table, "state": state}
+            record["rows"].append({**names, "last": [last(curve) for curve in found], "curves": found})
+            save()
+
+    status = keep(record, arguments.json, work, table)
     if arguments.plot:
-        draw(rows).savefig(arguments.plot)
+        draw(record["rows"]).savefig(arguments.plot)
+    return status
 
 
-def table(rows, environment):
+def table(record):
+    """Markdown."""
+    environment, last = record["environment"], {}
+    for row in record["rows"]:
+        found = row["last"]
+        cell = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
+        last[row["optimizer"], row["table"], row["state"]] = cell
     lines = [
         f"The mean loss of the last {LAST} of {STEPS} steps, mean over {len(SEEDS)} seeds (least to most), on "
         f"{environment['device']}, torch {environment['torch']}, {environment['date']}.",
@@ -92,14 +96,8 @@ def table(rows, environment):
         "| table | state | " + " | ".join(OPTIMIZERS) + " |",
         "| --- | --- |" + " --- |" * len(OPTIMIZERS),
     ]
-    for table, state in TABLES_AND_STATES:
-        cells = []
-        for optimizer in OPTIMIZERS:
-            (found,) = [
-                row["last"] for row in rows if (row["optimizer"], row["table"], row["state"]) == (optimizer, table, state)
-            ]
-            cells.append(f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})")
-        lines.append(f"| {table} | {state} | {' | '.join(cells)} |")
+    for pair in TABLES_AND_STATES:
+        lines.append(f"| {' | '.join(pair)} | {' | '.join(last.get((optimizer, *pair), '-') for optimizer in OPTIMIZERS)} |")
     return "\n".join(lines)
 
 
@@ -119,4 +117,4 @@ def draw(rows):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -6,10 +6,7 @@ none that an earlier step left.
 Turns are interleaved; medians. What does not fit is left out with a line that says so.
 """
 
-import argparse
 import statistics
-import sys
-from pathlib import Path
 
 import torch
 
@@ -20,11 +17,10 @@ from cosface_kernels.ops.normalize import unit_rows
 from cosface_kernels.ops.operands import Options
 from cosface_kernels.ops.slabs import make_plan
 from cosface_kernels.ops.table import Table, TableGradient
-from cosface_kernels.tools.cli import count
 
-from . import measure
-from .bench import write_json
+from . import harness, measure
 from .peers import SCALE, inputs
+from .record import keep, parser, say
 
 CLASSES = (10_000, 100_000, 1_000_000, 4_000_000)
 TURNS = 5
@@ -33,41 +29,33 @@ TURN_CLASSES = 400_000
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=count, default=512)
-    parser.add_argument("--size", type=count, default=128)
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args()
+    arguments = parser(__doc__, rows=512, size=128).parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps = {}
-    for num_classes in CLASSES:
-        if shortage := measure.shortage(12 * num_classes * arguments.size, device):
-            print(f"C = {num_classes:,} {shortage}")
-            continue
-        tensors = inputs(arguments.rows, num_classes, arguments.size, device)
-        steps[num_classes] = {"reused": reused(*tensors), "fresh": fresh(*tensors)}
-    seconds = {num_classes: {kind: [] for kind in kinds} for num_classes, kinds in steps.items()}
-    try:
-        for turn in range(TURNS + 1):
-            print(f"turn {turn} of {TURNS}", file=sys.stderr, flush=True)
-            for num_classes, kinds in steps.items():
-                repeats = max(1, TURN_CLASSES // num_classes)
-                for kind, step in kinds.items():
-                    taken = [measure.seconds(step, device) for _ in range(repeats)]
-                    if turn:  # the first warms up
-                        seconds[num_classes][kind] += taken
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    cost = {
-        num_classes: {kind: 1e9 * statistics.median(taken) / num_classes for kind, taken in kinds.items()}
-        for num_classes, kinds in seconds.items()
-        if all(kinds.values())
-    }
-    found = {"environment": measure.environment(device), "shape": (arguments.rows, arguments.size), "nanoseconds": cost}
-    if cost:
-        print(table(found))
-    if arguments.json:
-        write_json(arguments.json, found)
+    facts = {"environment": measure.environment(device), "shape": (arguments.rows, arguments.size)}
+    found = {"kind": "identities", **facts, "rows": [], "complete": False}
+
+    def work(save):
+        steps, seconds = {}, {}
+        for num_classes in CLASSES:
+            if shortage := measure.shortage(12 * num_classes * arguments.size, device):
+                say(f"C = {num_classes:,} {shortage}")
+                continue
+            tensors = inputs(arguments.rows, num_classes, arguments.size, device)
+            steps |= {(num_classes, "reused"): reused(*tensors), (num_classes, "fresh"): fresh(*tensors)}
+        for turn, key in harness.in_turns(list(steps), TURNS + 1):
+            say(f"turn {turn} of {TURNS}: C = {key[0]:,}, {key[1]}")
+            taken = [measure.seconds(steps[key], device) for _ in range(max(1, TURN_CLASSES // key[0]))]
+            if turn:  # the first warms up
+                seconds.setdefault(key[0], {}).setdefault(key[1], []).extend(taken)
+                found["rows"] = [_row(*pair) for pair in sorted(seconds.items()) if len(pair[1]) == 2]
+                save()
+
+    return keep(found, arguments.json, work, table)
+
+
+def _row(num_classes, kinds):
+    nanoseconds = {kind: 1e9 * statistics.median(kinds[kind]) / num_classes for kind in ("reused", "fresh")}
+    return {"classes": num_classes, "nanoseconds": nanoseconds}
 
 
 def reused(features, weight, labels):
@@ -101,8 +89,7 @@ def fresh(features, weight, labels):
 
 def table(found):
     """Markdown."""
-    facts, (num_rows, size), cost = found["environment"], found["shape"], found["nanoseconds"]
-    first = next(iter(cost.values()))
+    facts, (num_rows, size) = found["environment"], found["shape"]
     lines = [
         f"One step in bfloat16, recomputing, N = {num_rows}, D = {size}, on {facts['device']}, torch {facts['torch']}, "
         f"{facts['date']}: nanoseconds for each identity, and times the first row's.",
@@ -110,11 +97,12 @@ def table(found):
         "| C | dW's buffer reused | | fresh | |",
         "| --- | --- | --- | --- | --- |",
     ]
-    for num_classes, kinds in cost.items():
+    for row in found["rows"]:
+        kinds, first = row["nanoseconds"], found["rows"][0]["nanoseconds"]
         cells = [f"{kinds[kind]:.0f} | {kinds[kind] / first[kind]:.2f}" for kind in ("reused", "fresh")]
-        lines.append(f"| {int(num_classes):,} | {' | '.join(cells)} |")
+        lines.append(f"| {row['classes']:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -7,28 +7,24 @@ the relatives that cost more by design: logits that are no cosines need a pass t
 sub-centres have three rows to a class, and so a third of the classes here.
 
 Loss and gradients are checked first, at a small size, against the same formulas in plain PyTorch in float64; features have norms
-as those of a trained backbone. What JSON holds: {"shape": [N, C, D], "environment", "margins", "complete"}, a margin being
+as those of a trained backbone. A row:
 {"name", "precision", "normalised", "errors", "wrong", "seconds", "cosface_seconds"}, a pair at each place of the last two.
 """
 
-import argparse
 import itertools
 import math
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from cosface_kernels import cosface_loss, margin_softmax_loss, margins, reference
-from cosface_kernels.tools.cli import count
 
-from . import measure
-from .bench import write_json
+from . import harness, measure
 from .peers import PRECISIONS, SCALE, Peer, autocast, inputs, step
+from .record import fail, keep, parser, say
 
 # A normalised margin that takes more than this many times CosFace's time is named.
 LIMIT = 1.05
@@ -139,54 +135,27 @@ CASES = (
 
 def main(argv=None):
     """Returns the exit status: 0, 1 where it cannot be done, 130 after Ctrl-C."""
-    arguments = _arguments(argv)
+    asked = parser(__doc__, rows=512, classes=100_000, size=512, repeats=9)
+    arguments = asked.parse_args(argv)
+    if arguments.classes < CENTERS:
+        asked.error(f"argument --classes: sub-centres need at least {CENTERS} rows")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = arguments.rows, arguments.classes, arguments.size
     # The table, its gradient, and at most as much again of exponentials.
     if shortage := measure.shortage(12 * arguments.classes * arguments.size, device):
-        return _fail(f"C = {arguments.classes:,} {shortage}")
+        return fail("margins", f"C = {arguments.classes:,} {shortage}")
     precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
-    report = {"shape": list(shape), "environment": measure.environment(device), "margins": [], "complete": False}
-    report["margins"] = [_row(case, precision) for precision in precisions for case in CASES]
+    rows = [_row(case, precision) for precision in precisions for case in CASES]
+    report = {
+        **{"kind": "margins", "shape": list(shape), "environment": measure.environment(device)},
+        **{"rows": rows, "complete": False},
+    }
 
-    def save():
-        if arguments.json:
-            write_json(arguments.json, report)
-
-    try:
-        save()
-    except OSError as error:
-        return _fail(f"cannot write to {error.filename}: {error.strerror}")
-    status = 0
-    try:
+    def work(save):
         check(report, device)
         time_pairs(report, device, arguments.repeats, save)
-        report["complete"] = True
-    except KeyboardInterrupt:
-        print("interrupted; what was measured so far:", file=sys.stderr)
-        status = 130
-    print(table(report))
-    save()
-    return status
 
-
-def _arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=count, default=512)
-    parser.add_argument("--classes", type=count, default=100_000)
-    parser.add_argument("--size", type=count, default=512)
-    parser.add_argument("--repeats", type=count, default=9, help="pairs of steps that each margin gets")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both", help="products; bfloat16 is autocast")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    arguments = parser.parse_args(argv)
-    if arguments.classes < CENTERS:
-        parser.error(f"argument --classes: sub-centres need at least {CENTERS} rows")
-    return arguments
-
-
-def _fail(message):
-    print(f"margins: {message}", file=sys.stderr)
-    return 1
+    return keep(report, arguments.json, work, table)
 
 
 def _row(case, precision):
@@ -197,7 +166,7 @@ def _row(case, precision):
 def _entries(report):
     """(row, its case) of each."""
     by_name = {case.name: case for case in CASES}
-    return [(row, by_name[row["name"]]) for row in report["margins"]]
+    return [(row, by_name[row["name"]]) for row in report["rows"]]
 
 
 def _in(precision, function):
@@ -226,15 +195,15 @@ def check(report, device):
 def time_pairs(report, device, repeats, save=lambda: None):
     """Adds `repeats` pairs to every row, after one that warms up. save() is called after each turn."""
     tensors = problem(*report["shape"], device)
-    for turn in range(repeats + 1):
-        print(f"turn {turn} of {repeats}", file=sys.stderr, flush=True)
-        for row, case in _entries(report):
-            ours, cosface = _step(row, case.loss, case.tensors(*tensors)), _step(row, cosface_loss, tensors)
-            pair = [("seconds", ours), ("cosface_seconds", cosface)]
-            taken = {name: measure.seconds(run, device) for name, run in (pair if turn % 2 else reversed(pair))}
+    for turn, (row, case) in harness.in_turns(_entries(report), repeats + 1):
+        say(f"turn {turn} of {repeats}: {row['name']}, {row['precision']}")
+        ours, cosface = _step(row, case.loss, case.tensors(*tensors)), _step(row, cosface_loss, tensors)
+        pair = [("seconds", ours), ("cosface_seconds", cosface)]
+        taken = {name: measure.seconds(run, device) for name, run in (pair if turn % 2 else reversed(pair))}
+        if turn:
             for name, seconds in taken.items():
-                row[name] += [seconds] if turn else []
-        save()
+                row[name].append(seconds)
+            save()
 
 
 def _step(row, function, tensors):
@@ -252,7 +221,7 @@ def table(report):
         "",
         "| | products | ms, median | times cosface_loss, median (quartiles) | error of loss | dX | dW |",
         "| --- | --- | --- | --- | --- | --- | --- |",
-        *(f"| {' | '.join(_cells(row))} |" for row in report["margins"]),
+        *(f"| {' | '.join(_cells(row))} |" for row in report["rows"]),
         "",
         *_conclusions(report),
     ]
@@ -280,14 +249,14 @@ def _quartiles(row):
 
 
 def _conclusions(report):
-    timed = [row for row in report["margins"] if row["normalised"] and row["seconds"]]
+    timed = [row for row in report["rows"] if row["normalised"] and row["seconds"]]
     beyond = [f"{row['name']} in {row['precision']} ({_quartiles(row)[1]:.3f})" for row in timed if _quartiles(row)[1] > LIMIT]
     if beyond:
         yield f"Normalised margins beyond {LIMIT - 1:.0%} of cosface_loss: {', '.join(beyond)}."
     elif timed:
         yield f"No normalised margin is beyond {LIMIT - 1:.0%} of cosface_loss."
     own = {}
-    for precision, rows in itertools.groupby(report["margins"], key=lambda row: row["precision"]):
+    for precision, rows in itertools.groupby(report["rows"], key=lambda row: row["precision"]):
         own[precision] = [seconds for row in rows for seconds in row["cosface_seconds"]]
     own = [f"{1e3 * statistics.median(seconds):.4g} ms in {name}" for name, seconds in own.items() if seconds]
     if own:

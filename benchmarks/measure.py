@@ -20,6 +20,7 @@ import torch
 from cosface_kernels.ops.memory import available_bytes
 from cosface_kernels.tools.info import cpu_model
 
+from .harness import relative_error, synchronize
 from .peers import inputs, peers, plain, step
 from .source import commit, first_line, search_path
 
@@ -88,11 +89,6 @@ def seconds(function, device):
     return time.perf_counter() - start
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def free_bytes(device):
     """What can still be allocated, PyTorch's own cache included."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
@@ -126,7 +122,7 @@ class Check:
 
     def relative(self, results):
         """‖got - exact‖ / ‖exact‖ of loss, dX, dW and db, or of the first of them."""
-        return [_relative_error(got, exact) for got, exact in zip(results, self.exact, strict=False)]
+        return [relative_error(got, exact) for got, exact in zip(results, self.exact, strict=False)]
 
     def allowed(self, yardstick):
         """The errors that are still right, from those of plain PyTorch in the same precision, a Peer."""
@@ -135,14 +131,6 @@ class Check:
             errors = self.errors(yardstick.function)
             self._allowed[yardstick.precision] = [ERROR_FACTOR * error + rounding for error in errors]
         return self._allowed[yardstick.precision]
-
-
-def _relative_error(got, exact):
-    """By rows at a time: no second C x D matrix in float64."""
-    if not got.dim():
-        return float((got.double() - exact).abs() / exact.abs())
-    pairs = zip(got.split(2**14), exact.split(2**14), strict=True)
-    return float(sum((g.double() - e).square().sum() for g, e in pairs).sqrt() / exact.norm())
 
 
 def gpu_peak_bytes(function, tensors):

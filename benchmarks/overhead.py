@@ -12,8 +12,6 @@ Beside it plain PyTorch. Medians, in microseconds.
 
 import contextlib
 import functools
-import json
-import time
 from statistics import median
 from unittest import mock
 
@@ -22,8 +20,9 @@ import torch
 from cosface_kernels import cosface_loss, reference
 from cosface_kernels.ops import backends, operators
 
-from .measure import environment
+from . import harness, measure
 from .peers import inputs
+from .record import keep, parser
 
 SHAPE = {"cuda": (512, 10_000, 512), "cpu": (8, 128, 64)}
 PEERS = {
@@ -33,49 +32,36 @@ PEERS = {
 CALLS = 300
 
 
-def overhead(device):
-    """{peer: {what: microseconds}}."""
+def rows(device):
+    """{"name": peer, "microseconds": {what: of a call}} of each."""
     features, weight, labels = inputs(*SHAPE[device.type], device)
     tensors = features.detach().bfloat16().requires_grad_(), weight, labels
     with _launching_nothing() if device.type == "cpu" else contextlib.nullcontext():
-        return {name: _times(function, tensors) for name, function in PEERS.items()}
+        for name, function in PEERS.items():
+            yield {"name": name, "microseconds": _times(function, tensors)}
 
 
 def _times(function, tensors):
+    device = tensors[0].device
+
     def forward():
-        with torch.autocast(tensors[0].device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             return function(*tensors)
 
     def step():
         loss = forward()
         return loss.detach(), *torch.autograd.grad(loss, tensors[:2])
 
-    found = {"forward": _microseconds(forward), "forward and backward": _microseconds(step)}
-    if tensors[0].is_cuda:
-        found["replayed by a CUDA graph"] = _microseconds(_captured(step).replay)
+    found = {"forward": _microseconds(forward, device), "forward and backward": _microseconds(step, device)}
+    if device.type == "cuda":
+        found["replayed by a CUDA graph"] = _microseconds(harness.captured(step).replay, device)
         found["overhead"] = found["forward and backward"] - found["replayed by a CUDA graph"]
     return found
 
 
-def _captured(step):
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
-def _microseconds(function):
+def _microseconds(function, device):
     """Of one call, the device being done with it."""
-    times = []
-    for _ in range(CALLS + CALLS // 5):
-        started = time.perf_counter()
-        function()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+    times = [measure.seconds(function, device) for _ in range(CALLS + CALLS // 5)]
     return median(times[CALLS // 5 :]) * 1e6
 
 
@@ -104,7 +90,23 @@ def _launching_nothing():
         yield
 
 
-if __name__ == "__main__":
-    found_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def table(record):
+    """Markdown."""
+    columns = list(record["rows"][0]["microseconds"])
+    lines = [f"| us on {record['environment']['device']} | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
+    for row in record["rows"]:
+        times = [f"{row['microseconds'][name]:.1f}" for name in columns]
+        lines.append(f"| {row['name']} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def main():
+    arguments = parser(__doc__).parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    print(json.dumps({"environment": environment(found_device), **overhead(found_device)}, indent=1))
+    record = {"kind": "overhead", "environment": measure.environment(device), "rows": [], "complete": False}
+    return keep(record, arguments.json, lambda save: record["rows"].extend(rows(device)), table)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

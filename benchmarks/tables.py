@@ -1,9 +1,9 @@
 """Markdown tables from measured results:  python -m benchmarks.tables FILE.json ...
 
-A file is a report of `cosface bench`, a list of them (--plot), or what `python -m benchmarks.gpu_check`, `benchmarks.training`,
-`benchmarks.identities`, `benchmarks.margins` or `benchmarks.formats` wrote.
+A file is what any benchmark wrote with --json (record.py), or `python -m benchmarks.gpu_check`.
 """
 
+import importlib
 import json
 import statistics
 import sys
@@ -106,17 +106,6 @@ def _explanation(report):
     )
 
 
-def reports_in(content):
-    """Every report in the JSON of any of the commands."""
-    if isinstance(content, list):
-        return [report for part in content for report in reports_in(part)]
-    if not isinstance(content, dict):
-        return []
-    if "rows" in content:
-        return [content] if content["environment"] else []
-    return [report for part in content.values() for report in reports_in(part)]
-
-
 def main(paths):
     if not paths:
         print(__doc__.strip(), file=sys.stderr)
@@ -127,29 +116,18 @@ def main(paths):
     return 0
 
 
-def text(found):
-    """Of whatever a file holds."""
-    if isinstance(found, dict) and found.get("kind") == "gpu_check":
+def text(record):
+    """The table of a record of any kind."""
+    kind = record["kind"]
+    if kind == "bench":
+        return markdown(record) if record["environment"] else ""
+    if kind == "sweep":
+        return "\n\n".join(filter(None, map(text, record["rows"])))
+    if kind == "gpu_check":
         from .gpu_check import report
 
-        return "\n".join(report.markdown(found))
-    if "rows_of_a_batch" in found:
-        from . import training
-
-        return "\n".join(training.report(found, found["environment"]))
-    if "nanoseconds" in found:
-        from . import identities
-
-        return identities.table(found)
-    if "margins" in found:
-        from . import margins
-
-        return margins.table(found)
-    if "rows" in found and "shape" not in found:
-        from . import formats
-
-        return formats.table(found["rows"], found["environment"])
-    return "\n\n".join(markdown(report) for report in reports_in(found))
+        return "\n".join(report.markdown(record))
+    return importlib.import_module(f".{kind}", __package__).table(record)
 
 
 if __name__ == "__main__":

@@ -22,15 +22,14 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 
 from cosface_kernels import CosFaceLoss, FusedSGD, ShardedCosFaceLoss
 from cosface_kernels.tools.demo import million
 
-from . import measure, source
-from .bench import write_json
+from . import harness, measure, source
+from .record import keep, parser
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 128
@@ -147,10 +146,9 @@ def steps():
             print(f"{other}, {shape['identities']:,} x {shape['size']}: {shortage}", file=sys.stderr)
             continue
         runs = {name: [] for name in (ours, other)}
-        for turn in range(STEP_TURNS):
-            for name in reversed(runs) if turn % 2 else runs:
-                runs[name].append(alone("step_run", optimizer=name, **shape))
-                print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+        for _, name in harness.in_turns(list(runs), STEP_TURNS):
+            runs[name].append(alone("step_run", optimizer=name, **shape))
+            print(f"{name}: {runs[name][-1]}", file=sys.stderr, flush=True)
         if error := next((run["error"] for found in runs.values() for run in found if "error" in run), None):
             print(f"{other}, {shape['identities']:,} x {shape['size']}: {error}", file=sys.stderr)
             continue
@@ -163,7 +161,7 @@ def growth():
     """Seconds of a step for each number of identities, in turns."""
     runs = {identities: Run(identities, GROWTH_SIZE, OPTIMIZERS["FusedSGD"]) for identities in GROWTH}
     seconds = {identities: [] for identities in GROWTH}
-    for turn, identities in itertools.product(range(TURNS + 1), GROWTH):
+    for turn, identities in harness.in_turns(GROWTH, TURNS + 1):
         repeats = max(1, 200_000 // identities)
         taken = [runs[identities].step()[1] for _ in range(repeats)]
         seconds[identities] += taken if turn else []
@@ -215,8 +213,15 @@ def describe(row):
     return f"{row['identities']:,} x {row['size']}, {row['table_format']} table, {momentum}{sampled}"
 
 
-def report(found, environment):
+def table(record):
     """Markdown."""
+    found = {}
+    for row in record["rows"]:
+        found.setdefault(row["part"], []).append(row)
+    return "\n".join(_tables(found, record["environment"]))
+
+
+def _tables(found, environment):
     where = f"N = {ROWS}, bfloat16 autocast, on {environment['device']}, torch {environment['torch']}, {environment['date']}"
     yield f"Whole training steps, {where}."
     if "tables" in found:
@@ -270,30 +275,28 @@ PARTS = {"step": steps, "tables": tables, "identities": growth, "ranks": ranks}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    asked = parser(__doc__)
+    asked.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    asked.add_argument("--alone", nargs=2, help=argparse.SUPPRESS)
+    arguments = asked.parse_args()
     if unknown := set(arguments.parts) - set(PARTS):
-        parser.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
+        asked.error(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     if arguments.alone:
         name, given = arguments.alone
         functions = {"table_run": table_run, "step_run": step_run, "rank_run": rank_run}
         print(json.dumps(functions[name](**json.loads(given))))
-        return
-    environment, found = measure.environment(DEVICE), {}
-    try:
+        return 0
+    facts = {"environment": measure.environment(DEVICE), "rows_of_a_batch": ROWS}
+    record = {"kind": "training", **facts, "rows": [], "complete": False}
+
+    def work(save):
         for part in arguments.parts or PARTS:
-            found[part] = []
             for row in PARTS[part]():
-                found[part].append(row)
-                if arguments.json:
-                    write_json(arguments.json, {"environment": environment, "rows_of_a_batch": ROWS, **found})
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-    print("\n".join(report(found, environment)))
+                record["rows"].append({"part": part, **row})
+                save()
+
+    return keep(record, arguments.json, work, table)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

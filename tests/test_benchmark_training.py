@@ -11,13 +11,18 @@ import torch
 from benchmarks import measure, training
 
 
+def printed(**parts):
+    rows = [{"part": part, **row} for part, rows in parts.items() for row in rows]
+    return training.table({"environment": measure.environment(torch.device("cpu")), "rows": rows})
+
+
 @pytest.mark.slow
 def test_a_table_trains_in_a_process_of_its_own():
     row = {"identities": 4000, "size": 32, "table_format": "bfloat16", "state_format": "int8", "sample_rate": 0.5}
     found = training.alone("table_run", **row)
     assert len(found["losses"]) == len(found["seconds"]) == training.STEPS
     assert found["losses"][-1] < found["losses"][0] and 1e8 < found["peak_bytes"] < 4e9
-    text = "\n".join(training.report({"tables": [{**row, **found}]}, measure.environment(torch.device("cpu"))))
+    text = printed(tables=[{**row, **found}])
     assert "| 4,000 x 32, bfloat16 table, int8 momentum, 50% sampled |" in text
     assert f"{found['losses'][0]:.1f} -> {found['losses'][-1]:.1f}" in text
 
@@ -39,7 +44,7 @@ def test_a_process_that_fails_is_a_row():
     found = training.alone("table_run", identities=4000, size=32, table_format="float8")
     assert found == {"error": "exit status 1"}
     row = {"identities": 4000, "size": 32, "table_format": "float8", "state_format": "int8", **found}
-    assert "| exit status 1 |" in "\n".join(training.report({"tables": [row]}, measure.environment(torch.device("cpu"))))
+    assert "| exit status 1 |" in printed(tables=[row])
 
 
 def test_steps_are_compared_in_turns(monkeypatch):
@@ -65,7 +70,7 @@ def test_steps_are_compared_in_turns(monkeypatch):
         assert set(row["seconds"]) == {"FusedSGD", row["optimizer"]}
         row["seconds"] = {"FusedSGD": [1.0, 2.0, 3.0], row["optimizer"]: [2.0, 2.0, 9.0]}
     rows[3]["seconds"] = {name: [second / 100 for second in taken] for name, taken in rows[3]["seconds"].items()}
-    text = "\n".join(training.report({"step": rows}, measure.environment(torch.device("cpu"))))
+    text = printed(step=rows)
     first, second = text.split("\n| N = 5, 4,000 x 8 | step, s |")
     assert "\n| 3,000 x 16 | step, s |" in first and "| torch.optim.SGD | 2.00 | 2.00 | 2.00 x | 4.0 | 3.0 | 75% |" in first
     assert "| torch.optim.SGD | 0.0200 | 0.0200 | 2.00 x | 4.0 | 3.0 | 75% |" in second
@@ -91,7 +96,7 @@ def test_growth(monkeypatch):
     assert [row["identities"] for row in found["identities"]] == [3000, 5000]
     assert all(min(row["seconds"]) > 0 for row in found["identities"])
     found["ranks"] = [{"ranks": 1, "seconds": [2.0]}, {"ranks": 2, "seconds": [1.0]}, {"ranks": 4, "error": "exit 1"}]
-    text = "\n".join(training.report(found, measure.environment(torch.device("cpu"))))
+    text = printed(**found)
     assert "| 3,000 |" in text and "| 2 | 1.00 | 0.50 |" in text and "| 4 | exit 1 | |" in text
 
 

@@ -16,6 +16,7 @@ import sys
 import time
 
 from .. import predictions
+from ..record import say, write_json
 from ..source import ROOT, commit, search_path
 from . import forms, stages, watch
 from .ends import LostDevice, Skip
@@ -45,19 +46,19 @@ def check(plan, out, *, seconds, resume=None, dry_run=False, patience=1.0):
             entry = {"status": "not run", "line": "no time was left for it", "rows": []}
         else:
             limit = min(stage.limit * patience, left)
-            _say(f"{stage.name}, at most {limit:.0f} s")
+            say(f"{stage.name}, at most {limit:.0f} s")
             entry = run(stage, out, limit, dry_run)
             if entry["status"] in ("failed", "stopped") and not stage.vital and not _answers(out, dry_run, patience):
                 lost = f"the GPU no longer answered after {stage.name}"
-        _say(f"{stage.name}: {entry['status']}{': ' * bool(entry['line'])}{entry['line']}")
+        say(f"{stage.name}: {entry['status']}{': ' * bool(entry['line'])}{entry['line']}")
         record["stages"][stage.name] = entry
-        _write(out / "gpu_check.json", record)
+        write_json(out / "gpu_check.json", record)
         if stage.vital and entry["status"] != "done":
             print(f"gpu_check: {entry['line']}", file=sys.stderr)
             return 1
     record["complete"] = True
-    _write(out / "gpu_check.json", record)
-    _write(out / "forms.json", forms.table(record))
+    write_json(out / "gpu_check.json", record)
+    write_json(out / "forms.json", forms.table(record))
     print(f"gpu_check: {out / 'gpu_check.json'}")
     return int(any(entry["status"] not in ("done", "skipped") for entry in record["stages"].values()))
 
@@ -174,17 +175,3 @@ def _pretend(cases):
     for case in cases:
         predicted = predictions.seconds(case)
         yield {**case, "seconds": [sum(predicted) / 2] * 3 if predicted else []}
-
-
-def _write(path, content):
-    """Written beside its place first, so that whatever ends the command leaves no half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
-
-
-_started = time.monotonic()
-
-
-def _say(message):
-    print(f"[{time.monotonic() - _started:4.0f} s] {message}", file=sys.stderr, flush=True)

@@ -66,7 +66,7 @@ def _add_bench(commands):
         description="Time, memory and error of one forward and backward of LMCL: each backend of this package, plain PyTorch, "
         "and whatever else of its kind is installed. Prints a Markdown table. Needs a source checkout.",
     )
-    add_problem(option, classes=100_000, repeats=5)
+    add_problem(option, rows=512, classes=100_000, size=512, repeats=5)
     option("--device", **DEVICE)
     option("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
     plot = "measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR"
@@ -74,10 +74,10 @@ def _add_bench(commands):
     option("--without", action="append", default=[], help=argparse.SUPPRESS)
 
 
-def add_problem(option, *, classes=None, repeats=None, size=512):
+def add_problem(option, *, rows=None, classes=None, size=None, repeats=None):
     """The options that benchmarks share. option: a parser's add_argument; what has no default is no option."""
     for flag, default, what in (
-        ("--rows", 512, "N, rows of a batch"),
+        ("--rows", rows, "N, rows of a batch"),
         ("--classes", classes, "C, classes"),
         ("--size", size, "D, embedding size"),
         ("--repeats", repeats, "turns that each case gets, fewer for a slow one"),
