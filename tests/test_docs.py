@@ -77,6 +77,13 @@ def test_index_names_every_document():
     assert {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")} - {"README.md"} <= linked
 
 
+def test_contributing_names_every_test_file():
+    table = (DOCS.parent / "CONTRIBUTING.md").read_text().split("| to change |")[1].split("\n\n")[0]
+    files = {path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*.py")}
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.strip("| ").split(" | ")[1])}
+    assert files == named
+
+
 def test_index_names_every_public_name():
     table = text("README.md").split("## API")[1].split("## Words")[0]
     assert {*cosface_kernels.__all__} - {"__version__"} <= set(re.findall(r"`(\w+)`", table))
