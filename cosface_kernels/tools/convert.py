@@ -16,7 +16,7 @@ import re
 import tempfile
 import warnings
 import zipfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -44,18 +44,20 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
 
     Raises:
         ValueError: the inputs hold no such table or are damaged, or the output is refused. Nothing was written.
-        OSError: writing failed. No file is left behind, and existing ones are as they were.
+        OSError: writing failed. No half a file is left behind: all are written before the first of them takes its place.
     """
     inputs, by_rank = in_rank_order([Path(path) for path in inputs])
     if ranks > 1 and (to != "insightface" or "{rank}" not in str(out)):
         raise ValueError(f'several ranks are for "insightface" and need {{rank}} in OUT, got {ranks} ranks, {to!r} and {out}')
     with ExitStack() as stack:
-        targets, folders = [], []
+        written = {}  # the target of each new file, which lies beside it, where a rename is atomic
 
         def prepare(rank):
-            targets.append(Path(os.path.realpath(str(out).replace("{rank}", str(rank)))))
-            _check_target(targets[-1], inputs, force)
-            folders.append(Path(stack.enter_context(_temporary_folder(targets[-1]))))
+            target = Path(os.path.realpath(str(out).replace("{rank}", str(rank))))
+            _check_target(target, inputs, force)
+            with _writing(target):
+                folder = tempfile.TemporaryDirectory(dir=target.parent, prefix=".cosface-convert-")
+            written[target] = Path(stack.enter_context(folder)) / "new"
 
         prepare(0)  # the others once there is a row for each
         keys, tables = zip(*(read_table(path, system=system, key=key, transpose=transpose) for path in inputs), strict=True)
@@ -68,10 +70,13 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
         for path in inputs:
             _check_sums(path)
         not_finite = start = 0
-        for target, folder, count in zip(targets, folders, shard_sizes(num_classes, ranks), strict=True):
-            not_finite += _write(tables, start, start + count, folder / "new", target, to)
+        for (target, new), count in zip(written.items(), shard_sizes(num_classes, ranks), strict=True):
+            with _writing(target):
+                not_finite += _write(tables, start, start + count, new, to)
             start += count
-        _rename(targets, folders)
+        for target, new in written.items():
+            with _writing(target):
+                os.replace(new, target)
     origin = " or ".join(dict.fromkeys(keys))
     if len(inputs) > 1:
         origin += f" of {len(inputs)} files {'by rank' if by_rank else 'in the order given'}"
@@ -127,13 +132,8 @@ def read_table(path, *, system=None, key=None, transpose=False):
         raise ValueError(
             f"{path}: has a bias beside its weight, which no other system's file holds; --key weight takes the table alone"
         )
-    if (
-        table.dim() != 2
-        or table.dtype not in FLOAT_DTYPES
-        or not table.numel()
-        or table.layout != torch.strided
-        or not table.is_cpu
-    ):
+    is_dense = table.layout == torch.strided and table.is_cpu and table.numel()
+    if table.dim() != 2 or table.dtype not in FLOAT_DTYPES or not is_dense:
         raise ValueError(
             f"{path}: {name} must be a 2-D tensor of float16, bfloat16, float32 or float64, "
             f"got {tuple(table.shape)} {_name(table.dtype)} {_name(table.layout)} {table.device}"
@@ -147,33 +147,35 @@ def _load(path):
         is_zip = _is_zip(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}") from error
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    with _reading(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
         tensors = list(_flatten(content)) if isinstance(content, dict) else None
-    except Exception as error:  # what is not a file of torch.save may fail in any way
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused:
-            raise ValueError(
-                f"{path}: holds an object of {refused[1]}, and loading objects may run code; if you trust the file, load it with "
-                "weights_only=False and save its state dict alone"
-            ) from error
-        raise ValueError(f"{path}: not a file of torch.save, or a damaged one ({_reason(error).split('. ')[0]})") from error
     if tensors is None:
         raise ValueError(f"{path}: holds a {type(content).__name__}, must hold a dict of tensors")
     return tensors
 
 
+@contextmanager
+def _reading(path):
+    """What is not a file of torch.save may fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        if refused := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path}: holds an object of {refused[1]}, and loading objects may run code; if you trust the file, load it with "
+                "weights_only=False and save its state dict alone"
+            ) from error
+        raise ValueError(f"{path}: not a file of torch.save, or a damaged one ({_reason(error).split('. ')[0]})") from error
+
+
 def _check_sums(path):
     """Raises if the file's own checksums, which torch.load does not look at, are those of other bytes. Old files have none."""
-    if not _is_zip(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
+    damaged = None
+    if _is_zip(path):
+        with _reading(path), zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except Exception as error:  # what is a damaged zip may fail in any way
-        raise ValueError(f"{path}: not a file of torch.save, or a damaged one ({_reason(error)})") from error
     if damaged is not None:
         raise ValueError(
             f"{path}: {damaged} in it is not what its checksum was made of: the file was changed since, or written "
@@ -210,40 +212,38 @@ def _check_shards(paths, tables, system):
 
 def _check_target(target, inputs, force):
     """Before any work, since reading may take minutes."""
-    if target.is_dir():
-        raise ValueError(f"cannot write {target}: it is a folder")
-    if target.exists():
-        if any(path.exists() and path.samefile(target) for path in inputs):
-            raise ValueError(f"cannot write {target}: it is also read")
-        if not target.is_file():
-            raise ValueError(f"cannot write {target}: it is not a regular file")
-        if not force:
-            raise ValueError(f"cannot write {target}: it exists; --force replaces it")
+    is_read = target.exists() and any(path.exists() and path.samefile(target) for path in inputs)
+    for is_wrong, why in (
+        (target.is_dir(), "it is a folder"),
+        (is_read, "it is also read"),
+        (target.exists() and not target.is_file(), "it is not a regular file"),
+        (target.exists() and not force, "it exists; --force replaces it"),
+    ):
+        if is_wrong:
+            raise ValueError(f"cannot write {target}: {why}")
 
 
-def _temporary_folder(target):
-    """Beside the target, where a rename is atomic; it goes with all that is in it, whatever happens."""
+@contextmanager
+def _writing(target):
+    """An error inside names the target."""
     try:
-        return tempfile.TemporaryDirectory(dir=target.parent, prefix=".cosface-convert-")
-    except OSError as error:
-        raise OSError(f"cannot write {target}: {_reason(error)}") from error
-
-
-def _write(tables, start, stop, path, target, to):
-    """Rows start to stop of the table, safely on disk at `path`; the number of them that are not finite."""
-    try:
-        rows = _rows(tables, start, stop, column_major=to == "pml")
-        with open(path, "xb") as file:
-            torch.save({"W": rows.T} if to == "pml" else {"weight": rows}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        return sum(int((~slab.isfinite().all(1)).sum()) for slab in rows.split(SLAB))
+        yield
     except Exception as error:
         while error.__context__ is not None:  # the writer of torch.save fails once more when it closes a file on a full disk
             error = error.__context__
         if not isinstance(error, Exception):
             raise error
         raise OSError(f"cannot write {target}: {_reason(error)}") from error
+
+
+def _write(tables, start, stop, path, to):
+    """Rows start to stop of the table, safely on disk at `path`; the number of them that are not finite."""
+    rows = _rows(tables, start, stop, column_major=to == "pml")
+    with open(path, "xb") as file:
+        torch.save({"W": rows.T} if to == "pml" else {"weight": rows}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    return sum(int((~slab.isfinite().all(1)).sum()) for slab in rows.split(SLAB))
 
 
 def _rows(tables, start, stop, *, column_major):
@@ -258,25 +258,6 @@ def _rows(tables, start, stop, *, column_major):
             rows[low - start : high - start] = table[low - first : high - first]
         first += len(table)
     return rows
-
-
-def _rename(targets, folders):
-    """Each new file to its target, all or none: a failure halfway is undone."""
-    renames = [(folder / "new", target) for target, folder in zip(targets, folders, strict=True)]
-    if len(targets) > 1:  # a single replacement is atomic as it is
-        pairs = zip(targets, folders, strict=True)
-        renames = [(target, folder / "replaced") for target, folder in pairs if target.exists()] + renames
-    try:
-        for source, destination in renames:
-            os.replace(source, destination)
-    except BaseException as error:
-        if renames[-1][0].exists():  # else all are done
-            for before, after in reversed(renames):
-                if not before.exists():
-                    os.replace(after, before)
-        if not isinstance(error, OSError):
-            raise
-        raise OSError(f"cannot write {destination}: {_reason(error)}") from error
 
 
 def _reason(error):
