@@ -45,7 +45,7 @@ _HOMES = {
 
 
 def __getattr__(name):
-    """On first use: the command answers without torch, and torch.distributed takes half as long to import as torch itself."""
+    """Import names on first use: the command answers without torch, and torch.distributed takes half as long to import as it."""
     if name in ("margins", "reference", "theory"):
         return import_module(f".{name}", __name__)
     for home, names in _HOMES.items():

@@ -1,1 +1,1 @@
-"""Several processes: collectives, errors that all ranks raise, and a parameter's own rows. Nothing here knows a loss."""
+"""Several processes: collectives, errors that all ranks raise, this rank's rows of a parameter. No module here knows a loss."""

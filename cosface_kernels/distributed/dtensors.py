@@ -1,4 +1,4 @@
-"""Parameters that may be sharded: DTensors, Shard(0), whose rows other ranks have too. Nothing here imports their module."""
+"""Parameters that may be DTensors sharded by rows, Shard(0). torch.distributed.tensor is not imported here: that takes long."""
 
 import sys
 
@@ -13,12 +13,12 @@ def is_sharded(tensor):
 
 
 def local(tensor):
-    """This rank's rows."""
+    """This rank's rows of a tensor, as an ordinary tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def ranks(tensor):
-    """The Ranks that its rows lie on, or ONE_PROCESS."""
+    """The Ranks that hold a tensor's rows, or ONE_PROCESS."""
     return Ranks(tensor.device_mesh.get_group()) if is_sharded(tensor) else ONE_PROCESS
 
 
@@ -34,7 +34,7 @@ def first_row(tensor):
 
 
 def zeros(like, shape, dtype):
-    """Zeros of a shape whose rows lie where those of `like` do."""
+    """Zeros of a shape, sharded as `like` is."""
     if not is_sharded(like):
         return torch.zeros(shape, dtype=dtype, device=like.device)
     distributed = sys.modules["torch.distributed.tensor"]

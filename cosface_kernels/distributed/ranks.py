@@ -1,13 +1,13 @@
-"""What ranks tell each other in a step: batches of any sizes, sums, and errors, so that all of them go on or none does.
+"""The messages between ranks in a step: batches of any sizes, sums, and errors, so that all ranks go on or none does.
 
-    together      a result, or, where an action fails on one rank, its error on all
+    together      the result of an action, or, if it fails on one rank, that error on all
     exchange      the same with a few numbers of every rank
-    objects       anything of every rank
+    objects       an object of every rank
     gather        rows (N_r, ...) of every rank -> (N, ...), differentiable: its gradient is a reduce-scatter
     add           vectors (N, ...) -> their sum over the ranks, differentiable: each rank's part gets the sum's gradient
     all           whether a flag is set on every rank
 
-ONE_PROCESS stands where one process is all there is, and sends nothing.
+ONE_PROCESS takes their place if there is one process alone, and sends nothing.
 """
 
 import pickle
@@ -24,7 +24,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or getattr(dist, 
 
 
 class OneProcess:
-    """This process alone, with the methods of Ranks that serve both."""
+    """One process alone, with those methods of Ranks that callers use for both."""
 
     rank, size = 0, 1
 
@@ -42,12 +42,12 @@ ONE_PROCESS = OneProcess()
 
 
 def world():
-    """The Ranks of the default process group, or ONE_PROCESS where there is none."""
+    """The Ranks of the default process group, or ONE_PROCESS without one."""
     return Ranks(dist.group.WORLD) if dist.is_available() and dist.is_initialized() else ONE_PROCESS
 
 
 class Failure(NamedTuple):
-    """An error as other ranks are told of it."""
+    """An error in the form in which it is sent to other ranks."""
 
     rank: int
     kind: type
@@ -64,10 +64,10 @@ class Failure(NamedTuple):
         return cls(getattr(error, "failed_rank", rank), kind, f"{type(error).__name__}: {error}", getattr(error, "errno", None))
 
     def error(self, text):
-        """One of that type, if it can be made of a text."""
+        """An exception of the same type, if that type can be made from a text; else a RuntimeError."""
         try:
             error = self.kind(text)
-        except Exception:  # whatever an exception's own constructor raises
+        except Exception:  # an exception's constructor may raise anything
             return RuntimeError(text)
         if str(error) != text:
             return RuntimeError(text)
@@ -89,9 +89,9 @@ class Ranks:
         return hash(self.group)
 
     def together(self, what, action, device=None):
-        """action() on every rank, and its result. Where it raises on one, every rank raises that error, which names the rank.
+        """Call action() on every rank and return its result. If it raises on one rank, all raise that error, with the rank.
 
-        what: names the exchange, should it fail.
+        what: a name of the exchange, for the message if it fails.
         """
         results = []
 
@@ -103,9 +103,9 @@ class Ranks:
         return results[0]
 
     def exchange(self, what, numbers, count, device=None):
-        """numbers() -> `count` ints, called on every rank; returns those of all, a list for each rank. Raises as `together` does.
+        """Call numbers() -> `count` ints on every rank; return a list of them for each rank. Raises as `together` does.
 
-        On a GPU the host waits for the device here, unless the group sends what is on the CPU too. device: None, the current one.
+        On a GPU the host waits for the device here, unless the group can send CPU tensors. device: None, the current one.
         """
         failure, own = None, [0] * count
         try:
@@ -131,13 +131,13 @@ class Ranks:
         return [own for _, *own in everyone]
 
     def _shared(self, failure):
-        """The error of the first rank where there is one, with the texts of all."""
+        """The error of the first rank that has one, with the texts of all ranks' errors."""
         failures = self.objects(None if failure is None else Failure.of(failure, self.rank))
         failed = [*dict.fromkeys(filter(None, failures))]
         return failed[0].error("\n".join(f"rank {each.rank}: {each.text}" for each in failed))
 
     def objects(self, value):
-        """The values of all ranks."""
+        """A list of the values of all ranks."""
         values = [None] * self.size
         with self._named("the exchange of objects"):
             dist.all_gather_object(values, value, group=self.group)
@@ -154,7 +154,7 @@ class Ranks:
         return _Add.apply(tensor, self)
 
     def maximum(self, tensor):
-        """Elementwise, without gradient."""
+        """The elementwise maximum over the ranks, without gradient."""
         if not tensor.numel():
             return tensor
         tensor = tensor.clone()
@@ -163,14 +163,14 @@ class Ranks:
         return tensor
 
     def all(self, flag, device):
-        """Whether a flag (0-dim bool) is set on every rank; the group sends what is on `device`."""
+        """0-dim bool: True if the flag (0-dim bool) is set on every rank. It is sent from `device`."""
         everyone = flag.to(device, torch.int32)
         with self._named("the agreement on a step"):
             dist.all_reduce(everyone, dist.ReduceOp.MIN, group=self.group)
         return everyone.bool()
 
     def own(self, rows, counts):
-        """This rank's of the gathered rows; their gradient is that of every rank's."""
+        """This rank's own among gathered rows. Backward gathers the gradients of all ranks' own rows."""
         return _Own.apply(rows, self, counts)
 
     def place(self, counts):
@@ -179,7 +179,7 @@ class Ranks:
         return first, first + counts[self.rank]
 
     def _gathered(self, rows, counts):
-        """Padded to the largest batch, since gloo gathers equal ones only."""
+        """The rows of all ranks. They are padded to the largest batch on the way, because gloo gathers equal shapes only."""
         largest = max(counts)
         everyone = rows.new_empty(self.size * largest, *rows.shape[1:])
         if everyone.numel():
@@ -190,7 +190,7 @@ class Ranks:
         return torch.cat([part[:count] for part, count in zip(everyone.split(largest), counts, strict=True)])
 
     def _scattered_sum(self, rows, counts):
-        """Each rank's own of the sum of all ranks' gathered rows."""
+        """This rank's own rows of the sum, over the ranks, of gathered rows."""
         largest = max(counts)
         own = rows.new_empty(largest, *rows.shape[1:])
         if own.numel():
@@ -202,7 +202,7 @@ class Ranks:
 
     @contextmanager
     def _named(self, what):
-        """A failed collective says what it was; torch's own message is about sockets."""
+        """Name the collective in the error if it fails: torch's own message is about sockets."""
         try:
             yield
         except RuntimeError as error:

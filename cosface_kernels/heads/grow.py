@@ -62,7 +62,7 @@ def follow(optimizer, parameter, change):
 
 
 def _change(head, changes, optimizer, change):
-    """Computes all that is new, and only then replaces what is old: out of memory, nothing has changed."""
+    """Compute all new tensors, then replace the old ones, so that running out of memory changes nothing."""
     states, recorded = [], recording.pending(head.weight)
     if optimizer is None and recorded is not None:
         optimizer = recorded.optimizer()

@@ -1,6 +1,6 @@
 """The logits of a head without its margin, s x̃_n·w̃_j: all of them for small C, and the largest of each row for any C.
 
-Outside autocast: rounded to 16 bits, many of a million cosines would be equal.
+Autocast is off here: many of a million cosines are equal after rounding to 16 bits.
 """
 
 import torch
@@ -11,12 +11,14 @@ from ..ops.table import Table
 
 
 def of_all(head, features):
-    """(N, C), differentiable."""
+    """All logits (N, C), differentiable."""
     return _logits(head, _rows(head, features), 0, len(head.weight))
 
 
 def largest(head, features, k):
-    """(values, indices), each (N, k), descending, or as many as this process has classes, slab by slab."""
+    """(values, indices) of the k largest logits, each (N, k), descending, slab by slab; fewer columns if this process holds fewer
+    classes.
+    """
     rows, weight, centers = _rows(head, features), head._local_table()[0], head.centers_per_class
     values = rows.new_empty(len(rows), 0)
     indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
@@ -37,7 +39,7 @@ def _rows(head, features):
 
 
 def _logits(head, rows, start, stop):
-    """Those of the table's rows from `start` to `stop`."""
+    """The logits (N, B) of the table's rows from `start` to `stop`."""
     with torch.autocast(rows.device.type, enabled=False):
         weight, bias = head._local_table()
         table = weight[start:stop].to(rows.dtype)

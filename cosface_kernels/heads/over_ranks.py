@@ -3,8 +3,10 @@
     x, y of all ranks  ->  A_n^r, x̃_n·w̃_{y_n}  of the classes of rank r  ->  A_n = log Σ_r e^{A_n^r},  x̃_n·w̃_{y_n} = Σ_r ...
         all-gather                  operators.py                                       one all-reduce of two N-vectors
 
-After that every rank has the same N-vectors and does the same with them: margin, loss, mean. Backward has one collective, the
-reduce-scatter of dX; dW is each rank's own. A row whose class another rank holds is one without a target here (operators.py).
+After that every rank has the same N-vectors and computes margin, loss and mean of them. Backward has one collective, the
+reduce-scatter of dX; each rank computes dW of its own rows. A row whose class another rank holds has no target here.
+
+r: a rank. y_n: the class of row n. A_n: log-sum-exp over the negatives, A_n^r of those that rank r holds.
 """
 
 import math
@@ -22,7 +24,7 @@ from ..ops import backends, operators, recording
 from . import logits
 from .placement import Whole
 
-# Labels as the operator of one shard gets them: no class, a class of another shard, and what is no label.
+# Labels as the operator of one shard gets them: ignored, a class of another shard, and a number outside [0, C).
 IGNORED, FOREIGN, INVALID = -100, -1, -2
 
 # With logits up to this e^A, of any number of classes, is a float64, and not 0: their sum needs no maximum before it.
@@ -30,7 +32,7 @@ LARGEST_EXPONENT = 600.0
 
 
 class Told(NamedTuple):
-    """What a rank tells the others of its batch and its head."""
+    """The numbers that a rank sends the others about its batch and its head."""
 
     num_rows: int
     dtype: int
@@ -49,7 +51,7 @@ class Told(NamedTuple):
 
     @classmethod
     def agreed(cls, everyone):
-        """(rows of each rank, whether any needs the gradient of its features), if all ranks call for the same."""
+        """(rows of each rank, True if any needs the gradient of its features). Raises unless all ranks have the same options."""
         told = cls(*zip(*everyone, strict=True))
         options = "num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)"
         grad_modes = "gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same"
@@ -65,7 +67,7 @@ class Told(NamedTuple):
 
 
 class Batch:
-    """The rows of all ranks in one step, and what loss.loss_of_table does with them where the table is sharded."""
+    """The rows of all ranks in one step, with the methods that loss.loss_of_table calls for a sharded table."""
 
     foreign_index = FOREIGN
 
@@ -91,12 +93,12 @@ class Batch:
         return lse, product, target_length
 
     def of_all_shards(self, num_classes, num_sampled, device):
-        """(C, M) of the whole table from how many classes this shard has, and how many of them take part."""
+        """(C, M) of the whole table, from the number of classes in this shard and of those that take part."""
         numbers = [num_classes, num_sampled] if self.holds_classes else [0, 0]
         return self.ranks.add(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
 
     def own(self, vector):
-        """A vector (N,) of the features, which every rank computes, with gradient on the rank that the row came from, once."""
+        """A vector (N,) that depends on the features alone, or None. Only the rank that brought a row gets its gradient."""
         if vector is None:
             return None
         first, stop = self.ranks.place(self.counts)
@@ -108,27 +110,27 @@ class Batch:
 
 
 class OverRanks(Whole):
-    """Some rows on each rank, and on each a part of the batch. Where one process is all there is, it has both whole.
+    """A placement with some of the rows, and a part of the batch, on each rank; a single process has all of both.
 
-    A subclass says where: empty, local, ranks, and first_class(head), the first of this rank's.
+    A subclass defines the rows: empty, local, ranks, and first_class(head), the number of this rank's first class.
     """
 
     @torch.no_grad()
     def draw(self, head):
-        """Each rank draws its own rows, from a seed of the default generator's plus its rank."""
+        """Draw this rank's rows. The seed is a number from the default generator plus the rank."""
         weight = self.local(head.weight)
         seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu").item() + self.ranks(head.weight).rank
         weight.normal_(std=0.01, generator=None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed))
 
     def batch(self, head, inputs, options):
-        """That of all ranks, as this rank's rows of the table see it."""
+        """(Inputs, LossOptions, Batch) of all ranks' rows with this rank's rows of the table."""
         ranks = self.ranks(head.weight)
         if ranks is ONE_PROCESS:
             return super().batch(head, inputs, options)
         features, weight, labels, bias, _, parameters = inputs
         num_classes_here = len(weight) // head.centers_per_class
         if not num_classes_here:
-            # A class of zeros, whose part of the sum Batch.combine leaves out: this rank takes part in all else.
+            # A rank without classes gets one of zeros, which Batch.combine leaves out of the sum.
             weight, bias = (_with_zeros(each, head.centers_per_class) for each in (weight, bias))
             if parameters is not None:  # the loss has a gradient here too; nobody asks for this one's
                 weight.requires_grad_(head.weight.requires_grad)
@@ -210,7 +212,7 @@ class OverMesh(OverRanks):
         return dtensors.first_row(head.weight) // head.centers_per_class
 
     def local(self, tensor):
-        """The one place where a DTensor becomes the tensor that the losses take."""
+        """This rank's rows of a parameter, as an ordinary tensor with a gradient. Nothing else converts a DTensor for a loss."""
         return dtensors.local(tensor)
 
 
@@ -228,7 +230,7 @@ def _labels_here(labels, ignore_index, num_classes, first, count):
 
 
 def _check(head, inputs, options):
-    """All that can be wrong on one rank alone, before ranks wait for each other."""
+    """Check everything that can be wrong on one rank alone, before ranks wait for each other."""
     features, weight, labels, bias, *_ = inputs
     wants_sparse = head._samples() and torch.is_grad_enabled() and head.weight.requires_grad
     if dtensors.is_sharded(head.weight) and wants_sparse and recording.pending(head.weight) is None:

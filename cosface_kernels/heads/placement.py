@@ -1,6 +1,6 @@
-"""Where the rows of a head's table lie, as an object that the head has: here all of them in this process.
+"""The placement of a head's table: an object of the head that knows where the rows are. Here: all of them in this process.
 
-over_ranks.py has the placements over several ranks, which have the same methods.
+over_ranks.py has the placements over several ranks, with the same methods.
 """
 
 import torch
@@ -12,14 +12,14 @@ from . import logits
 
 
 class Whole:
-    """All rows, and all of the batch, in this process. It holds nothing: methods take the head."""
+    """All rows and the whole batch in this process. Holds no data: methods take the head."""
 
     def empty(self, rows, *size, centers, device, dtype):
-        """Memory for a number, or a row of numbers, for each of the table's rows; `centers` of them are a class."""
+        """An uninitialised tensor with one entry for each row of the table; `centers` rows are a class."""
         return torch.empty(rows, *size, device=device, dtype=dtype)
 
     def draw(self, head):
-        """Fills the table with its initial values."""
+        """Fill the table with its initial values."""
         head.draw(head.weight)
 
     def local(self, tensor):
@@ -27,7 +27,7 @@ class Whole:
         return tensor
 
     def ranks(self, weight):
-        """The processes that the rows lie on."""
+        """The Ranks that hold the rows."""
         return dtensors.ranks(weight)
 
     def batch(self, head, inputs, options):
@@ -48,7 +48,7 @@ class Whole:
         return logits.largest(head, features, k)
 
     def check_resizable(self, head, instead):
-        """Raises where rows cannot come and go."""
+        """Raise if rows of this table cannot be added or removed."""
         if dtensors.is_sharded(head.weight):
             raise NotImplementedError(
                 f"the rows of a sharded table cannot be changed in place: save_checkpoint, and into {instead}"

@@ -1,4 +1,4 @@
-"""The class table and its loss as modules: MarginSoftmaxLoss for every margin, and CosFaceLoss, which is it with one."""
+"""The class table and its loss as modules: MarginSoftmaxLoss for every margin, and CosFaceLoss, its subclass for one."""
 
 import sys
 
@@ -34,12 +34,12 @@ class MarginSoftmaxLoss(nn.Module):
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.
         table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
-        sample_rate: of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below 1 the
-            gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
-        sample_seed: what samples are drawn from; step t's is a function of sample_seed, t and the labels.
+        sample_rate: the share of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below
+            1 the gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
+        sample_seed: an int from 0 on. The sample of step t is a function of sample_seed, t and the labels.
         sample_correction: as in `margin_softmax_loss`, in training.
         device, dtype: of the table.
-        placement: where the table's rows lie, see heads/placement.py. `ShardedMarginSoftmaxLoss` has another one.
+        placement: the object that knows where the table's rows are, for the package's own subclasses: see heads/placement.py.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value, at construction.
@@ -106,7 +106,7 @@ class MarginSoftmaxLoss(nn.Module):
         self.reset_parameters()
 
     def _callers_level(self):
-        """The stacklevel of the first caller of this constructor that is no subclass's."""
+        """The stacklevel of the first caller outside the constructors of subclasses."""
         frame, level = sys._getframe(1), 1
         while frame.f_locals.get("self") is self:
             frame, level = frame.f_back, level + 1
@@ -117,17 +117,17 @@ class MarginSoftmaxLoss(nn.Module):
         recording.register(self)
 
     def _margin(self):
-        """As an object."""
+        """The margin as a Margin."""
         return self.margin
 
     @property
     def normalize_weight(self):
-        """Whether the rows of the table are divided by their norms."""
+        """True if the rows of the table are divided by their norms."""
         return self._margin().normalize_weight
 
     @property
     def table_format(self):
-        """As it was asked for, while the table is of that dtype: head.float() makes any table an ordinary one."""
+        """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
         return self._table_format if self.weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
     def forward(self, features, labels):
@@ -156,7 +156,7 @@ class MarginSoftmaxLoss(nn.Module):
         return self.placement.topk(self, features, k)
 
     def grow(self, count, optimizer=None):
-        """Adds `count` identities, drawn as the initial ones were, and returns the range of their ids.
+        """Add `count` identities, drawn as the initial ones were, and return the range of their ids.
 
         The parameters stay the same objects, so that an optimiser keeps them; their gradients are dropped. A replica by
         DistributedDataParallel has to be wrapped anew.
@@ -174,7 +174,7 @@ class MarginSoftmaxLoss(nn.Module):
         return grow.grow(self, count, optimizer)
 
     def remove(self, ids, optimizer=None):
-        """Removes the identities `ids`, and returns the new id of each old one, (C_old,) int64 on the CPU, -1 for those removed.
+        """Remove the identities `ids`, and return the new id of each old one, (C_old,) int64 on the CPU, -1 for those removed.
 
         The others move up and keep their order: `labels = new_ids[labels]`. For parameters, gradients and state see `grow`.
 
@@ -190,12 +190,12 @@ class MarginSoftmaxLoss(nn.Module):
 
     @staticmethod
     def draw(rows):
-        """Fills rows of a table with their initial values."""
+        """Fill rows of a table with their initial values."""
         nn.init.normal_(rows, std=0.01)
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Draws the table, and sets all else to its first value."""
+        """Draw the table anew; set bias, running statistics and sample_step to their first values."""
         self.placement.draw(self)
         if self.bias is not None:
             self.bias.zero_()
@@ -205,15 +205,15 @@ class MarginSoftmaxLoss(nn.Module):
             getattr(self, name).fill_(value)
 
     def _local_table(self):
-        """(weight, bias) as this process holds them."""
+        """(weight, bias), the rows that this process holds."""
         return tuple(each if each is None else self.placement.local(each) for each in (self.weight, self.bias))
 
     def _samples(self):
-        """Whether this step takes some of the classes."""
+        """True if only some of the classes take part in this step."""
         return self.sample_rate < 1 and self.training
 
     def _trained_table(self):
-        """(weight, bias) of this process for the loss, and whose rows they are where a fused optimiser trains them, or None."""
+        """(weight, bias, parameters): this process's rows; their nn.Parameters if a fused optimiser trains them, else None."""
         if recording.pending(self.weight) is not None:
             with torch.no_grad():
                 return *self._local_table(), (self.weight, self.bias)
@@ -221,11 +221,11 @@ class MarginSoftmaxLoss(nn.Module):
         return weight if self.table_format == "float32" else recording.refused(weight), bias, None
 
     def _classes(self, labels, ignore_index, num_classes, seed):
-        """Those of this step."""
+        """The classes of this step."""
         return classes_of_step(labels, ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
 
     def _loss_options(self):
-        """LossOptions as the head is now."""
+        """The LossOptions of the head's present attributes."""
         own = {name: getattr(self, name) for name in LossOptions._fields if name != "margin"}
         return LossOptions(margin=self._margin(), **own)
 
@@ -234,7 +234,7 @@ class MarginSoftmaxLoss(nn.Module):
         return {name: getattr(self, name) for name in self._margin().state}
 
     def _apply(self, function, recurse=True):
-        """In 16 bits a running mean of 20 would not move by less than 0.06."""
+        """Move and convert, but keep running statistics in float32: in bfloat16 a mean of 20 ignores changes below 0.06."""
         before = self._statistics()
         super()._apply(function, recurse)
         for name, value in before.items():
@@ -256,7 +256,7 @@ class MarginSoftmaxLoss(nn.Module):
 
 
 def _table_dtype(table_format, dtype):
-    """The dtype of a table: what the format says, and for float32 what the caller wants."""
+    """The dtype of a table: the format's, or for float32 the one that the caller asks for."""
     validation.check_choice("table_format", table_format, formats.TABLE_FORMATS)
     if table_format == "float32":
         return dtype

@@ -1,4 +1,4 @@
-"""The heads with a class table sharded over the ranks of torch.distributed: those of plain.py, placed by over_ranks.OverMesh."""
+"""The heads of plain.py with a class table sharded over the ranks of torch.distributed, by the placement over_ranks.OverMesh."""
 
 import os
 
@@ -23,20 +23,20 @@ class ShardedCosFaceLoss(CosFaceLoss):
     Args:
         embedding_size, num_classes, **options: as for `CosFaceLoss`; num_classes is that of the whole table. device: of the
             mesh's type, and by default that.
-        mesh: a 1-D DeviceMesh whose ranks hold the table and bring the batch. None: all ranks, with a process group made by
-            torchrun's rules if there is none yet; this process alone where there is no torchrun either, with a plain tensor.
+        mesh: a 1-D DeviceMesh whose ranks hold the table and bring the batch. None: all ranks, with a process group made from
+            torchrun's variables if there is none yet; without torchrun too, this process alone, with a plain tensor.
         ddp_average: True: the gradient of the features is that of the loss times the number of ranks, so that after DDP or
             FSDP2 has averaged a backbone's gradient over the ranks it is that of the loss. False: that of the loss itself.
             weight.grad is always that of the loss.
 
-    With reduction "none" each rank gets the losses of its own rows, and what is differentiated is the sum over the ranks of what
-    they make of them.
+    With reduction "none" each rank gets the losses of its own rows; gradients are those of the sum, over all ranks, of the
+    scalars that they make of them.
 
     Forward and backward are collective: every rank calls both, under the same grad mode and with the same upstream gradient.
 
     Raises:
         TypeError, ValueError, IndexError: as CosFaceLoss, on every rank for a mistake on one; features of several dtypes.
-        RuntimeError: another rank failed, or did not come within the process group's timeout.
+        RuntimeError: another rank failed, or did not make the call within the process group's timeout.
     """
 
     def __init__(self, embedding_size, num_classes, *, mesh=None, ddp_average=True, device=None, **options):
@@ -60,7 +60,7 @@ class ShardedMarginSoftmaxLoss(MarginSoftmaxLoss):
 
 
 def _placed(mesh, ddp_average, device):
-    """Where the table will lie: arguments of the constructors above."""
+    """The arguments `placement` and `device` of the constructors above."""
     validation.check_flag("ddp_average", ddp_average)
     placement = OverMesh(_mesh(mesh, device))
     if mesh is None or device is None:
@@ -71,7 +71,7 @@ def _placed(mesh, ddp_average, device):
 
 
 def _mesh(mesh, device):
-    """The mesh given, or one of all ranks; None where there is neither a process group nor torchrun."""
+    """The given mesh, or one of all ranks; None if there is neither a process group nor torchrun."""
     if mesh is None:
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if not dist.is_initialized() and launched == 1:

@@ -6,7 +6,7 @@
     optimizer.step()                      # gradient and update together, while a slab is in the cache
     optimizer.zero_grad()
 
-The backbone has an optimiser of its own, as ever.
+The backbone has an ordinary optimiser of its own.
 """
 
 from functools import partial
@@ -21,14 +21,14 @@ from ..ops.table import Table
 from . import rules
 
 _COUNTS = ("step", "skipped", "rounding_step")
-_INTERRUPTED = "interrupted"  # in the state of a table while it is between steps; state that is loaded has none
+_INTERRUPTED = "interrupted"  # key in a table's state while a step is writing it; never in state that is loaded
 
 
 class _Fused(torch.optim.Optimizer):
-    """What both have in common. A subclass has its rule, and names its state."""
+    """Base class of the fused optimisers. A subclass defines its rule and the names of its state."""
 
-    _STATE = ()  # names of what it may hold for each number of a table
-    _OPTION = None  # one that its rule has and others do not
+    _STATE = ()  # names of its buffers of the table's shape
+    _OPTION = None  # an option that its rule has and others do not
     # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
     _step_supports_amp_scaling = True
 
@@ -52,7 +52,7 @@ class _Fused(torch.optim.Optimizer):
                 raise
 
     def check_options(self, options):
-        """Raises for options of a group, whether given here or loaded, that cannot be."""
+        """Raise for options of a group, given here or loaded, of the wrong type or value."""
         for name in ("lr", "weight_decay"):
             validation.check_at_least_zero(name, _number(options[name]))
         validation.check_choice("state_format", options["state_format"], formats.STATE_FORMATS)
@@ -65,12 +65,12 @@ class _Fused(torch.optim.Optimizer):
 
     @property
     def skipped_steps(self):
-        """How many steps changed nothing, because a loss or a gradient was not finite."""
+        """The number of steps that changed nothing, because a loss or a gradient was not finite."""
         return max((int(self.state[weight].get("skipped", 0)) for weight, _ in self._tables), default=0)
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One step with what backward has recorded since the last one, which is then forgotten.
+        """Make one step from the records of backward since the last one, and forget them.
 
         Returns:
             The closure's loss, or None without a closure.
@@ -96,17 +96,17 @@ class _Fused(torch.optim.Optimizer):
         return loss
 
     def _on_all_ranks(self, action):
-        """action(), made by none where one of the ranks that have rows of these tables cannot."""
+        """Call action() on all ranks that have rows of these tables; if it raises on one of them, raise that on all."""
         for ranks, device in self._ranks().items():
             action = partial(ranks.together, "the agreement on a step", action, device)
         return action()
 
     def _ranks(self):
-        """{Ranks: device} that have rows of these tables."""
+        """{Ranks that hold rows of these tables: device of the table}."""
         return {recording.ranks_of(weight): weight.device for weight, _ in self._tables}
 
     def _check(self):
-        """Raises where a step cannot be made, before anything has changed."""
+        """Raise if a step cannot be made, before anything has changed."""
         if getattr(self, "grad_scale", 1) is None:
             raise RuntimeError(
                 "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
@@ -123,28 +123,28 @@ class _Fused(torch.optim.Optimizer):
             recording.pending(weight).check(weight)
 
     def state_dict(self):
-        """As torch.optim's. Raises RuntimeError after a step that was interrupted, see `step`."""
+        """As in torch.optim.Optimizer. Raises RuntimeError after a step that was interrupted, see `step`."""
         for weight, _ in self._tables:
             _check_whole(self.state.get(weight, {}))
         return super().state_dict()
 
     def zero_grad(self, set_to_none=True):
-        """Forgets what backward has recorded."""
+        """Forget the records of backward."""
         super().zero_grad(set_to_none)
         for weight, _ in self._tables:
             if self._records(weight):
                 recording.pending(weight).records.clear()
 
     def _records(self, weight):
-        """Whether backward records for this optimiser, and not for one made later."""
+        """True if backward records for this optimiser, and not for one made later."""
         found = recording.pending(weight)
         return found is not None and found.optimizer() is self
 
     def load_state_dict(self, state_dict):
-        """As torch.optim's, but state keeps the dtype that it has there.
+        """As in torch.optim.Optimizer, but state keeps the dtype that it has in the state_dict.
 
         Raises:
-            ValueError: state of another shape than the table's, or of another kind of optimiser; an option that there is not.
+            ValueError: state of another shape than the table's, or of another rule; an option that is not supported.
         """
         for group in state_dict["param_groups"]:
             if self._OPTION not in group:
@@ -192,11 +192,13 @@ class _Fused(torch.optim.Optimizer):
         return tables
 
     def _finite(self, factors):
-        """Whether everything that was recorded is finite and no scaler found anything else: bool (0-dim), on the device."""
+        """0-dim bool, on the device: True if every recorded tensor is finite and GradScaler, if any, found no infinity. The same
+        on all ranks.
+        """
         device = factors[0].unit.device if factors else None
         found = getattr(self, "found_inf", None)
         flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
-        for f in factors:  # the product with x̃ of what came back for x̃·w̃_y is a part of the gradient
+        for f in factors:  # the gradient of x̃·w̃_y is multiplied by x̃
             product = f.product_grad * f.unit.abs().amax(1, keepdim=True)
             flags += [tensor.isfinite().all() for tensor in (product, f.total, f.lse_grad, f.length_grad)]
         finite = torch.stack(flags).all() if flags else torch.tensor(True, dtype=torch.bool, device="cpu")
@@ -205,7 +207,7 @@ class _Fused(torch.optim.Optimizer):
         return finite
 
     def _unscaled(self, record):
-        """A record, with gradients divided by the scale of a GradScaler that is at work."""
+        """The record, with its gradients divided by the scale of the GradScaler, if there is one."""
         if not hasattr(self, "grad_scale"):
             return record
         factors = record.factors
@@ -224,7 +226,7 @@ class _Fused(torch.optim.Optimizer):
             return
         skip = None if known else ~finite
         rounding_step = int(state["rounding_step"])
-        # As a .grad does, what was recorded counts though its parameter is frozen since; all records agree (Pending.check).
+        # A record counts even if its parameter is frozen now, as a .grad would; all records agree (Pending.check).
         trained = records[0].trained if records else [each is not None and each.requires_grad for each in (weight, bias)]
         parameters = [parameter if needed else None for parameter, needed in zip((weight, bias), trained, strict=True)]
         parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
@@ -233,7 +235,7 @@ class _Fused(torch.optim.Optimizer):
         rows = dtensors.local(weight.detach()), None if bias is None else dtensors.local(bias.detach())
         table = Table(*rows, index=recording.rows_of(records))
         changed = [parameter for parameter in parameters if parameter is not None]
-        torch.autograd.graph.increment_version(changed)  # native code does not
+        torch.autograd.graph.increment_version(changed)  # native code does not do it
         recording.write_gradient(table, records, rules.Update(table, *parts))
 
     def _part(self, parameter, rounding_step, skip):
@@ -249,14 +251,14 @@ class _Fused(torch.optim.Optimizer):
         return rules.Part(_rows(parameter.detach()), buffers, self._rule(group, parameter, skip), key, first_row, skip)
 
     def _names(self, group):
-        """Of the state that a group's parameters need."""
+        """Names of the state that a group's parameters need."""
         return self._STATE
 
     def _group_of(self, parameter):
         return next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
 
     def _allocate(self, parameter, state, name, state_format):
-        """Zeros: what a first step would begin with."""
+        """Add a buffer of zeros, the first value of all state, in its format."""
         dtype = formats.STATE_FORMATS[state_format if parameter.dim() == 2 else "float32"]
         if dtype == torch.float32:
             dtype = torch.promote_types(parameter.dtype, dtype)
@@ -268,18 +270,18 @@ class _Fused(torch.optim.Optimizer):
 
 
 def _number(value):
-    """A hyperparameter that may be a tensor."""
+    """A hyperparameter, which may be a tensor, as a number."""
     return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _rows(tensor):
-    """(R, D), (R, 1) of a bias, as this rank holds them."""
+    """This rank's rows (R, D) of a table or its state; (R, 1) for a bias."""
     tensor = dtensors.local(tensor)
     return tensor if tensor.dim() == 2 else tensor[:, None]
 
 
 def _check_rows(parameter, group, state):
-    """A parameter that `step` can write, which also `head.to(...)` and `weight.data = ...` may have made another."""
+    """Check that `step` can write a parameter and its state: `head.to(...)` and `weight.data = ...` may have replaced them."""
     if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
     if not dtensors.local(parameter).is_contiguous():
@@ -308,7 +310,7 @@ def _check_rows(parameter, group, state):
 
 
 def _check_whole(state):
-    """State of a table that is not between steps."""
+    """Raise for the state of a table whose last step was interrupted."""
     if _INTERRUPTED in state:
         raise RuntimeError(
             "the class table is between steps: an error or Ctrl-C ended the last step when some of its rows had been updated and "
@@ -317,7 +319,7 @@ def _check_whole(state):
 
 
 def _check_state(name, value, parameter):
-    """State that is no number has its parameter's shape, a scale a number for each row, and is sharded as the parameter is."""
+    """Check a buffer: it has its parameter's shape (a scale: one number for each row), and is sharded as the parameter is."""
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a tensor, got {value!r}")
     if parameter is None or not value.dim():
@@ -348,10 +350,10 @@ class FusedSGD(_Fused):
             and a scale for each row).
         seed: of the stochastic rounding of tables and state that are not float32.
 
-    What `backward` records is O(N D), and added up over several of them. A loss or gradient that is not finite makes `step` leave
-    everything as it was and count that in `skipped_steps`; on a GPU that is decided there. `clip_grad_norm_` cannot see the
-    table. GradScaler works without `unscale_` for this optimiser; its `update` wants at least one optimiser with ordinary
-    gradients.
+    Each `backward` records O(N D) numbers, and `step` uses the sum of their gradients. If a loss or gradient is not finite,
+    `step` changes nothing and adds one to `skipped_steps`; on a GPU the host does not wait for that. `clip_grad_norm_` cannot
+    clip the table. GradScaler works without `unscale_` for this optimiser; its `update` needs at least one optimiser with
+    ordinary gradients.
 
     Raises:
         TypeError, ValueError: a hyperparameter of the wrong type or value; a parameter that is not a class table.
@@ -373,7 +375,7 @@ class FusedSGD(_Fused):
         state_format="float32",
         seed=0,
     ):
-        # torch.optim.SGD's, so that it can go on with a state_dict of this one.
+        # The defaults of torch.optim.SGD, which can then load a state_dict of this one.
         defaults = {"lr": lr, "momentum": momentum, "dampening": 0, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "maximize": maximize, "state_format": state_format, "seed": seed})
 
@@ -403,7 +405,7 @@ class FusedAdamW(_Fused):
         state_format, seed: as in FusedSGD, for both m and v: twice its bytes. In "int8" v is stored as its square root, and
             never becomes 0.
 
-    All else, and what is raised: as FusedSGD.
+    The rest, and the errors, as for FusedSGD.
 
     Source: torch.optim.AdamW; Loshchilov and Hutter, arXiv 1711.05101.
     """
@@ -443,7 +445,7 @@ class FusedAdamW(_Fused):
             raise ValueError("FusedAdamW has no amsgrad, which must be False")
 
     def _rule(self, group, parameter, skip):
-        """Of the step that is made with it: asking counts it."""
+        """The AdamW rule of the current step. Increments the step counter, so call it once per step."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)

@@ -1,7 +1,7 @@
 """One optimiser step for some rows of a parameter and their state, given their gradient.
 
-    Part      a class table or its bias, its state and the rule: what `apply` changes row by row
-    Update    both as the slab loop's Sink: where table.TableGradient keeps a slab, this updates with it and drops it
+    Part      a class table or its bias, with its state and rule; `apply` updates rows of it
+    Update    a Sink of the slab loop that applies each slab's gradient to a table's Part and a bias's Part, and drops the slab
 
 The rules are torch.optim's own kernels on decoded rows. On a CPU with vector instructions csrc/cpu/update.cpp does the same to a
 row while it is in the cache.
@@ -86,17 +86,17 @@ class AdamW(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A parameter's rows in their format, and what one step does to them."""
+    """A parameter's rows in their format, and one step's update of them."""
 
     rows: torch.Tensor  # (R, D); (R, 1) of a bias
     states: list  # (buffer of rows' shape, scale (R,) or None), in the rule's order
     rule: SGD | AdamW
-    key: int  # of the random bits that rounding takes
-    first_row: int  # of these rows in the whole table, whose others are on other ranks
-    skip: torch.Tensor | None  # bool (0-dim): where true nothing changes; None: it is known that all does
+    key: int  # of the random bits for rounding: formats.rounding_key
+    first_row: int  # number of the first of these rows in the whole table, which may lie on several ranks
+    skip: torch.Tensor | None  # 0-dim bool: True changes nothing; None: False, known without waiting for the device
 
     def apply(self, index, grad):
-        """index: which rows, a slice or int64 positions; grad: theirs, in the dtype to compute in."""
+        """Update rows. index: a slice or int64 positions; grad: their gradient, in the dtype to compute in."""
         if self.is_native():
             cpu_library.update(self.native_update(), grad.float(), index)
             return
@@ -114,14 +114,14 @@ class Part(NamedTuple):
             self._write(index, stream, buffer, scale, changed)
 
     def native_update(self):
-        """As native code is told."""
+        """This update as the struct that `csrc/cpu/update.h` declares."""
         return cpu_library.Step.of(*self.rule.numbers(), self.rows, self.states, self.first_row, self.key)
 
     def is_native(self):
         return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
 
     def has_kernel(self):
-        """Whether ops/backends/triton_update.py can make this step."""
+        """True if ops/backends/triton_update.py can make this step."""
         return self.rows.dtype in (torch.float32, torch.bfloat16)
 
     def _write(self, index, stream, buffer, scale, rows):
@@ -134,15 +134,15 @@ class Part(NamedTuple):
 
 
 class Update:
-    """A table.Sink that updates."""
+    """A table.Sink that updates the table and its state with each slab's gradient."""
 
     def __init__(self, table, weight, bias):
-        """table: whose index says which rows have a gradient; weight, bias: a Part each, None for what stays as it is."""
+        """table: its index has the rows with a gradient; weight, bias: a Part each, None for one that is not updated."""
         self.table, self.weight, self.bias = table, weight, bias
         self._room = None
 
     def room(self, start, stop, dtype=None):
-        """Where a slab's rows may be written before they are `put`: the same place for every slab."""
+        """The buffer for a slab's rows before `put`: the same memory for every slab."""
         weight = self.table.weight
         dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
         if self._room is None or len(self._room) < stop - start or self._room.dtype != dtype:
