@@ -54,8 +54,10 @@ class LossOptions(NamedTuple):
         return self._replace(scale=scale, normalize_features=normalize_features)
 
     def check_values(self):
-        names = ("scale", "ignore_index", "memory_budget", "backend")
-        validation.check_options(**{name: getattr(self, name) for name in names})
+        validation.check_scale(self.scale)
+        validation.check_ignore_index(self.ignore_index)
+        validation.check_memory_budget(self.memory_budget)
+        validation.check_backend(self.backend)
 
     @property
     def bound(self):

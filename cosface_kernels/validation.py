@@ -75,10 +75,10 @@ def _check_one_kind(**tensors):
     """Check that all tensors are fake, or none. Fake tensors have shapes and no numbers."""
     if torch.compiler.is_compiling():
         return
-    fake = {name: isinstance(tensor, torch._subclasses.FakeTensor) for name, tensor in tensors.items() if tensor is not None}
-    if any(fake.values()) and not all(fake.values()):
-        names = " and ".join(name for name, is_fake in fake.items() if is_fake)
-        raise TypeError(f"all tensors must be fake, or none, got a FakeTensor for {names} alone")
+    given = [tensor for tensor in tensors.values() if tensor is not None]
+    fake = [name for name, tensor in tensors.items() if isinstance(tensor, torch._subclasses.FakeTensor)]
+    if fake and len(fake) < len(given):
+        raise TypeError(f"all tensors must be fake, or none, got a FakeTensor for {' and '.join(fake)} alone")
 
 
 def _check_integers(name, shape, tensor):

@@ -115,6 +115,6 @@ def split(flat, classes):
     found, start = [], 0
     for fields in classes:
         stop = start + len(fields._fields)
-        found.append(fields(*flat[start:stop]))
+        found.append(fields._make(flat[start:stop]))
         start = stop
     return found

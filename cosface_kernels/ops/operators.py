@@ -17,7 +17,7 @@ from torch import Tensor, library
 
 from . import backends, batch_rows, sampled_classes
 from .operands import Gradients, Needs, Options, Problem, Saved, TableFactors, Vectors, schema, split
-from .slabs import kept_size, make_plan, wide_dtype
+from .slabs import kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
 
 LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
@@ -38,7 +38,7 @@ def _register_named(name, implementation, takes, gives):
     """The same for an implementation whose arguments are objects of the classes `takes`, and whose results are of `gives`."""
 
     def flat(*arguments):
-        return tuple(each for fields in implementation(*split(arguments, takes)) for each in fields)
+        return sum(implementation(*split(arguments, takes)), ())
 
     return _register(name, schema(takes, gives), flat)
 
@@ -87,7 +87,8 @@ def _(*flat):
     num_rows, size = x.shape[0], x.shape[1] + int(problem.bias is not None)  # sympy adds no bool
     elements = 0
     if needs.need_table_grad:
-        _, elements = kept_size(x, _table(problem, options), options.dtype, options.memory_budget)
+        table = _table(problem, options)
+        _, elements = kept_size(x, table, options.dtype, options.memory_budget, slab_rows(x, table, options.dtype))
     vectors = Vectors(
         lse=x.new_empty(num_rows, dtype=wide),
         product=x.new_empty(num_rows, centers, dtype=wide),

@@ -84,12 +84,13 @@ def make_plan(features, table, options, *, keep):
     log2_scale, dtype = options.scale * math.log2(math.e), options.dtype
     half = math.log2(table.num_rows) / 2
     bounded = options.cosines and log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
-    kept_slabs, kept_elements = kept_size(features, table, dtype, options.memory_budget) if keep else (0, 0)
+    slab = slab_rows(features, table, dtype)
+    kept_slabs, kept_elements = kept_size(features, table, dtype, options.memory_budget, slab) if keep else (0, 0)
     return Plan(
         log2_scale=log2_scale,
         shift=float(round(half)) if bounded else None,
         dtype=dtype,
-        slab=slab_rows(features, table, dtype),
+        slab=slab,
         kept_slabs=kept_slabs,
         kept_elements=kept_elements,
     )
@@ -122,15 +123,15 @@ def _rows_on_gpu(num_rows, size, centers, dtype, chip):
     return min(ceil_div(busy, wave), fits // wave) * wave
 
 
-def kept_size(features, table, dtype, memory_budget, chip=None):
-    """(slabs, elements) of exponentials that fit the budget in bytes.
+def kept_size(features, table, dtype, memory_budget, slab):
+    """(slabs, elements) of exponentials that fit the budget in bytes, for slabs of `slab` rows.
 
     None: at most what the weight's gradient takes and at most an eighth of the device's memory.
     """
     if memory_budget is None:
         gradient = table.num_rows * table.weight.shape[1] * table.weight.element_size()
         memory_budget = min(gradient, total_memory(features.device) // 8)
-    num_rows, slab = features.shape[0], slab_rows(features, table, dtype, chip)
+    num_rows = features.shape[0]
     slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), ceil_div(table.num_rows, slab))
     return slabs, num_rows * min(slabs * slab, aligned(table.num_rows))
 

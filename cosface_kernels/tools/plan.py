@@ -109,12 +109,13 @@ def plan(training, device):
     weight = torch.empty(held, dim, dtype=formats.TABLE_FORMATS[training.table_format], device="meta")
     # What slabs.py asks of features, without the device that they would be on.
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
-    table, chip = Table(weight[:rows]), Chip(GPU_PROCESSORS, device.memory)
+    table = Table(weight[:rows])
+    slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, device.memory))
     # The second is kept_size's own rule, of a device that need not be here.
     budget = recording.automatic_budget(weight) if training.is_fused else min(weight.nbytes, device.memory // 8)
-    kept = kept_size(features, table, dtype, budget, chip)[1] * dtype.itemsize
+    kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
     # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms.
-    buffers = 8 * slab_rows(features, table, dtype, chip) * (batch + 2 * dim)
+    buffers = 8 * slab * (batch + 2 * dim)
     lent = training.device_type == "cpu" and page_pool.LARGE <= kept <= device.memory // page_pool.SPARE_SHARE
     left, temporary = kept if lent else 0, optimizer.temporaries * weight.nbytes
     if left + temporary > kept + buffers:  # in torch.optim's step those of backward are free, but for what page_pool.py holds

@@ -21,6 +21,7 @@ To add a backend: a module <name>_backend with these three names, <name> in vali
 it cannot run; the tests then hold it to the same rule as the others.
 """
 
+import functools
 import importlib
 import importlib.util
 import math
@@ -55,6 +56,11 @@ def choose(name, device, dtype):
     why = unusable(name, device, dtype)
     if why:
         raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
+    return _module(name)
+
+
+@functools.cache
+def _module(name):
     return importlib.import_module(f".{name}_backend", __package__)
 
 
