@@ -1,11 +1,12 @@
-"""Compiles whatever a call can launch on chips that need not be here, and prints one JSON line for each: kernel, chip, arguments,
-registers, bytes of stack (spills), bytes of shared memory, whether tensor cores are used, how many fused multiply-adds there are
-and whether there may be any, and what ptxas warns of.
+"""Compiles every kernel that a call can launch, for chips that need not be here, and prints one JSON line for each: kernel, chip,
+arguments, registers, bytes of stack (spills), bytes of shared memory, use of tensor cores, number of fused multiply-adds and
+whether they are allowed, and the warnings of ptxas.
 
-The package itself makes the launches, for the calls below and with tensors of a CPU, and Triton compiles them in place of running
-them: dtypes, alignment, and the numbers that are 1 or divisible by 16 are those that a GPU's launches would be compiled for.
+The package itself makes the launches, for the calls below and with CPU tensors, and Triton compiles them instead of running them:
+with the dtypes, alignment, and numbers that are 1 or divisible by 16 that a GPU's launches are compiled for.
 
-A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled:  python tests/aot.py [90 100 ...]
+It runs in a process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled:
+    python tests/aot.py [90 100 ...]
 """
 
 import contextlib
@@ -46,7 +47,7 @@ class Launch(NamedTuple):
 
 
 class Chip:
-    """What Triton asks a driver, of a GPU that is not here."""
+    """Answers Triton's questions to a driver, for a GPU that is not here."""
 
     def __init__(self, chip):
         self.chip = chip

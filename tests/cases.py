@@ -17,14 +17,14 @@ from cosface_kernels import cosface_loss, reference
 # Two float32 computations of one thing differ by luck, most of all in their worst row (a 16-bit operand would show as a factor of
 # 10^4), and each rounds an exponent of up to s: a relative error of s eps / 2 in a loss that one row dominates. Against a
 # low-precision reference no luck is needed, but a CPU rounds a gradient's bfloat16 product once.
-# How often: where backward makes its exponents of another sum than forward did, as the kernels that attend do, what one had too
-# much the other has not, and a row that one negative dominates has both errors in its gradient.
+# How many such roundings: kernels that attend compute the exponents of backward in another order than those of forward, so the
+# two errors do not cancel, and a row that one negative dominates has both in its gradient.
 EXPONENT_ROUNDINGS = 1
 FLOAT32_LUCK = {"": 3.0, " in the worst row": 4.0}
 
 
 def draws(kind, shape, *dtypes, backend=None):
-    """Enough draws of (features, weight, labels) that an error is no accident; dtypes: of features and weight."""
+    """Enough draws of (features, weight, labels) to tell an error from chance; dtypes: of features and weight."""
     fewest, most = (1, 4) if interpreted(backend) else (3, 16)
     count = max(fewest, min(most, 2000 // (shape[0] * shape[1])))
     made = (make(kind, *shape, seed=seed) for seed in range(count))
@@ -82,14 +82,14 @@ def evaluate(loss, features, weight, labels, upstream):
 
 
 def check_accuracy(backend, draws, *, device="cpu", memory_budget="auto", scale=64.0, autocast=False):
-    """The rule for one backend, over draws [(features, weight, labels), ...] of one shape that carry the dtypes to test."""
+    """Check the rule for one backend, over draws [(features, weight, labels), ...] of one shape, in the dtypes to test."""
     constants = {"scale": scale, "reduction": "none"}
     ours = partial(cosface_loss, backend=backend, memory_budget=memory_budget, **constants)
     check_rule(ours, partial(reference.cosface_loss, **constants), draws, device=device, scale=scale, autocast=autocast)
 
 
 def check_rule(ours, plain, draws, *, device="cpu", scale=64.0, autocast=False):
-    """The rule for losses ours(features, weight, labels) -> (N,), against plain(...), the N x C expression.
+    """Check the rule for losses ours(features, weight, labels) -> (N,), against plain(...), the N x C expression.
 
     scale: how large an exponent may be.
     """

@@ -1,4 +1,4 @@
-"""What test_checkpoint.py runs in processes of its own: ranks, a resumed training, and saves that are killed at every step."""
+"""The processes that test_checkpoint.py starts: ranks, a resumed training, and saves that are killed at every step."""
 
 import copy
 import errno

@@ -42,7 +42,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Before -m selects: marks what selection.slow_when says, and leaves out what needs a GPU where there is none."""
+    """Mark tests by selection.slow_when before -m selects, and leave out those that need a GPU if there is none."""
     for item in items:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         for mark in item.iter_markers("slow_when"):

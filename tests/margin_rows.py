@@ -49,7 +49,7 @@ class Row(NamedTuple):
 
     @property
     def options(self):
-        """Of margin_softmax_loss and MarginSoftmaxLoss. The margins that leave the weight raw need not be told."""
+        """Options of margin_softmax_loss and MarginSoftmaxLoss for this row. Margins that leave the weight raw imply that."""
         return {"centers_per_class": self.centers, **({"normalize_features": False} if self.raw == "features" else {})}
 
     @property

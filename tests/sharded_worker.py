@@ -190,7 +190,7 @@ def _(world):
     assert head.weight.placements == (Shard(0),) and head.weight.shape == (301, SIZE)
     whole = head.weight.full_tensor()
     assert torch.equal(world.shard(whole), head.weight.to_local())
-    # Each rank draws its own: no two rows are equal. Of 4816 numbers.
+    # Each rank draws its own rows: no two are equal. 4816 numbers.
     assert len(whole.unique(dim=0)) == 301 and abs(whole.std() - 0.01) < 5 * 0.01 / (2 * 4816) ** 0.5
     torch.manual_seed(5)
     assert torch.equal(ShardedCosFaceLoss(SIZE, 301).weight.to_local(), head.weight.to_local())

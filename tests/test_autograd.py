@@ -170,7 +170,7 @@ def test_scaled_upstream_gradients(factor, autocast, device):
         scaled = evaluate(losses, features, weight, labels, upstream * factor)
     product = torch.bfloat16 if autocast else torch.float32
     for tensor, wanted in zip(scaled[1:], plain[1:], strict=True):
-        # A factor that is no power of two moves the rounding of every operand.
+        # A factor that is not a power of two changes how every operand is rounded.
         assert_close(tensor.double() / factor, wanted.double(), 2 * torch.finfo(product).eps)
 
 

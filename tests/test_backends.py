@@ -33,7 +33,7 @@ PRECISIONS = {
 pytestmark = pytest.mark.usefixtures("small_slabs")
 
 
-# Of the grid, in the interpreter.
+# Shapes of the grid for Triton's interpreter.
 REPRESENTATIVES = [
     ("float32", "uniform", (1, 131, 5)),
     ("float32", "uniform", (5, 2, 3)),

@@ -170,7 +170,7 @@ def test_no_copy_of_a_table(tmp_path, monkeypatch):
 
 
 def test_options_are_loaded(tmp_path):
-    """Of the groups, as torch's load_state_dict does, by the names of parameters and not their order."""
+    """Options of the groups load as with torch's load_state_dict, by the names of parameters and not their order."""
     model = Model(7)
     optimizer = torch.optim.SGD([{"params": [model.weight, model.bias], "lr": 0.5}, {"params": [*model.backbone.parameters()]}])
     optimizer.param_groups[1]["lr"] = torch.tensor(0.25)

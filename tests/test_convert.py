@@ -55,7 +55,7 @@ def shards(whole, ranks):
 
 
 def checkpoint(weight):
-    """What InsightFace's train_v2.py saves."""
+    """A checkpoint as InsightFace's train_v2.py saves it."""
     backbone = {"fc.weight": torch.randn(7, 9), "fc.bias": torch.randn(7)}
     momenta = {0: {"momentum_buffer": torch.randn(7, 9)}, 1: {"momentum_buffer": torch.randn_like(weight.float())}}
     optimizer = {"state": momenta, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}

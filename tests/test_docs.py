@@ -17,7 +17,7 @@ from benchmarks import tables
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margins, reference, theory
 
 DOCS = Path(__file__).parents[1] / "docs"
-# Of each, all python blocks are run one after another, with the names of those before.
+# All python blocks of a document run one after another, with the names of those before.
 DOCUMENTS = ["margins.md", "sampling.md"]
 ALL = [*sorted(DOCS.rglob("*.md")), *(DOCS.parent / name for name in ("README.md", "CONTRIBUTING.md"))]
 MARGINS = {
@@ -49,7 +49,7 @@ def rows(document, heading):
 
 
 def constructed(cell, names):
-    """What the code in a cell evaluates to."""
+    """The value of the code in a cell."""
     return eval(cell.strip("`"), dict(names))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "errors.md").read_text().split("## Messages of PyTorch")[0]
-# Of tables whose head is "message".
+# Rows of the tables whose first heading is "message".
 ROWS = [row for table in re.findall(r"^\| message \|.*\n\| ---.*\n((?:\|.*\n)+)", DOCUMENT, re.M) for row in table.splitlines()]
 DOCUMENTED = [message for row in ROWS for message in re.findall(r"`([^`]+)`", row.strip("| ").split(" | ")[0])]
 # They end a program of ours or answer a command line, which shows its own help.
@@ -54,7 +54,7 @@ def texts():
 
 
 def matches(message, text):
-    """Whether the parts of a documented message are in a text, in their order."""
+    """True if a text has the parts of a documented message, in their order."""
     place = 0
     for part in message.strip("… ").split("…"):
         place = text.find(part, place)

@@ -222,7 +222,7 @@ def test_short_rows_have_a_direction(margin, what, size, backend, device):
 
 
 def test_rows_of_zeros_keep_their_gradient(backend, device):
-    """Where the target's logit is linear in them; a rectifier may give such rows."""
+    """A rectifier may give rows of zeros. Their gradient is not 0 if the target's logit is linear in them."""
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 7, 300, 16))
     features[1] = 0
     upstream = torch.ones(7, device=device)

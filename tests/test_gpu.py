@@ -1,4 +1,4 @@
-"""What differs on a GPU: labels that cannot be checked without waiting for the device, graph capture, several devices.
+"""Behaviour on a GPU alone: labels that cannot be checked without waiting for the device, graph capture, several devices.
 
 The first runs everywhere: it takes the check away on a CPU.
 """

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(script):
-    """What `script` prints in a fresh interpreter."""
+    """The output of `script` in a fresh interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -72,7 +72,7 @@ def test_pull_fills_a_gpu(num_rows, parts):
 @pytest.mark.parametrize("num_classes", [10**6, 10**7])
 @pytest.mark.parametrize("gpu", [host_time.H100, host_time.H200])
 def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows, kept, launches, monkeypatch):
-    """Of launches counted in the call itself, whose tensors have no memory; both times are predicted."""
+    """Launches are counted in the call itself, whose tensors have no memory; both times are predicted."""
     triton_backend = pytest.importorskip("cosface_kernels.ops.backends.triton_backend")
 
     def product(left, right, out):

@@ -177,7 +177,7 @@ def test_magface_penalty(norm, share, device):
 
 @every_row
 def test_logits_and_topk(row, device):
-    """Those of reference.logits: raw rows, bias and sub-centres; 44 is the last slab's number of classes without sub-centres."""
+    """As reference.logits: raw rows, bias and sub-centres; 44 is the last slab's number of classes without sub-centres."""
     head, features, _ = head_and_batch(row, device)
     options = {"scale": row.scale, "bias": head.bias, "centers_per_class": row.centers}
     raw = {"normalize_features": "features" not in row.raw, "normalize_weight": "weight" not in row.raw}

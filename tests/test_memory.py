@@ -41,7 +41,7 @@ print(json.dumps(step(512, num_classes, size, budget)))
 )
 @pytest.mark.parametrize("autocast", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_peak_is_few_percent_of_the_logits_beyond_what_is_kept(autocast, num_classes, size, kept, limit):
-    """Of one float32 matrix of them: N=512, forward and backward, in a fresh process after a warm-up at C = 1,000."""
+    """A few percent of one float32 matrix of logits: N = 512, forward and backward, in a fresh process warmed up at C = 1,000."""
     logits = 512 * num_classes * 4
     command = [sys.executable, "-c", MEASURE, *map(str, (autocast, num_classes, size, int(kept * logits)))]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -47,7 +47,7 @@ FORMS |= {"sampled with a bias": FORMS["bias"], "sampled centres": FORMS["centre
 
 
 def sampled_rows(labels, centers):
-    """Those of half of the classes, in two slabs, the second one short."""
+    """The rows of half of the classes, in two slabs, the second one short."""
     classes = sample_classes(labels, NUM_CLASSES // centers, 0.5)
     return (classes[:, None] * centers + torch.arange(centers, device=labels.device)).flatten()
 
@@ -115,7 +115,7 @@ def test_unwritten_memory_reaches_nothing(dtype, memory_budget, device, poisoned
 
 
 def test_exported_for_features_without_a_gradient(device):
-    """Which they have when the program runs."""
+    """The features need a gradient only when the exported program runs."""
     features, weight, labels = draw(device, torch.float32, num_rows=5)
     head = CosFaceLoss(weight.shape[1], len(weight)).to(device)
     exported = torch.export.export(head, (features, labels)).module()
@@ -167,7 +167,7 @@ def test_compile(autocast, device):
 @pytest.mark.slow
 @pytest.mark.skipif(not can_generate_code(), reason="torch.compile generates C++, and there is no compiler or no Python.h")
 def test_compile_to_code_with_a_bias(device):
-    """What stands before the head is fused onto its gradient, whose layout must be what it was said to be."""
+    """Inductor fuses the operations before the head onto its gradient, whose layout must be the declared one."""
     torch._dynamo.reset()
     features, weight, labels = draw(device, torch.float32)
     bias, upstream = torch.linspace(-1, 1, len(weight), device=device), torch.ones((), device=device)

@@ -380,7 +380,7 @@ def test_own_error_where_the_ranks_cannot_agree(device, monkeypatch):
 
 
 def test_overflow_in_the_target_s_share_changes_nothing(device, path):
-    """Of features and an upstream gradient that are each finite."""
+    """Features and upstream gradient are finite, their product overflows."""
     head = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=Softmax(), device=device)
     optimizer = FusedSGD(head.parameters(), lr=0.5)
     before = head.weight.clone()
@@ -946,7 +946,7 @@ def test_state_of_another_rule_is_refused(match):
 
 @every_rule
 def test_torch_optim_goes_on_with_the_state(rule):
-    """What one has learnt, the other loads, and both go on alike."""
+    """Each loads the other's state, and both go on alike."""
     fused, plain, options = rule
     ours, theirs = twins()
     optimizers = fused(ours.parameters(), **options), plain(theirs.parameters(), lr=7.0)

@@ -96,7 +96,7 @@ def test_a_gradient_that_is_kept_is_not_written_again(backend):
 
 @pytest.mark.parametrize("spare", [False, True])
 def test_compile_of_a_large_table(spare, monkeypatch):
-    """What is traced has shapes and no memory to lend."""
+    """Traced tensors have shapes and no memory for the pool."""
     monkeypatch.setattr(page_pool, "LARGE", 1000)
     torch._dynamo.reset()
     features, labels = torch.randn(6, 16), torch.arange(6)

@@ -315,7 +315,7 @@ def test_gradcheck(device):
 
 
 def test_no_other_class_and_every_other(backend, device):
-    """A sample of the positive alone leaves no negative: the loss is 0; so it is with the correction, which knows of none."""
+    """A sample of the positive alone has no negative: the loss is 0, also with the correction, which has nothing to correct."""
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 3, 50, 16))
     labels[:] = 7
     for correction in (False, True):
@@ -351,7 +351,7 @@ def test_correction(backend, device):
 
 
 def test_correction_is_nearer_to_the_whole(device):
-    """Of independent rows: over a tenth of 10,000 classes the loss is low by ln 10, and corrected by next to nothing."""
+    """With independent rows the loss over a tenth of 10,000 classes is too low by ln 10, and after correction by nearly 0."""
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 32, 10_000, 64))
     options = {"scale": 8.0, "classes": sample_classes(labels, 10_000, 0.1)}
     whole = cosface_loss(features, weight, labels, scale=8.0)

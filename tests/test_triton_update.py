@@ -118,12 +118,12 @@ def test_the_same_step(rule, table, state, at, monkeypatch):
 @pytest.mark.parametrize("dtype", [BFLOAT16, INT8, UINT8])
 @pytest.mark.parametrize("stream", [0, 1, 2])
 def test_the_same_bits_are_stored(dtype, stream, size):
-    """Of numbers that no rule has rounded: β = 0 makes m the gradient, v its square, and a table of 0 the gradient too."""
+    """With numbers that no rule has rounded: β = 0 makes m the gradient, v its square, and a table of 0 the gradient too."""
     if (dtype == UINT8 and stream != 2) or (dtype == INT8 and stream == 0):
         pytest.skip("no such buffer")
     grad = of_many_magnitudes(size, 5, exponents=(-15, 15))
     grad[3] = 0
-    # A row that is not finite decodes to NaN, its codes are nothing.
+    # A row that is not finite decodes to NaN; its codes have no meaning.
     grad[4, 0], grad[5, 0], grad[6] = torch.nan, torch.inf, 1e-44
     zeros = torch.zeros(ROWS, size, device=DEVICE)
     if stream == 2:

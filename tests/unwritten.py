@@ -1,4 +1,4 @@
-"""Memory that the package allocates and nobody wrote: NaN, or for integers a number that is no class, no code and no row.
+"""Fills memory that the package allocates with NaN, or with integers that are outside the classes, codes and rows.
 
 Tests then see a result that reads it, or returns it.
 """
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from cosface_kernels.ops import page_pool
 
-# Bytes. Of ones every float is NaN, and so are the pairs of bfloat16 that the native kernels keep in an int32.
+# The byte to fill with. With all bits set every float is NaN, and so are the pairs of bfloat16 in an int32 of the native kernels.
 ONES, OTHERS = 0xFF, 0x5A
 NUMBERS = torch.int64, torch.int8, torch.uint8
 
@@ -48,5 +48,5 @@ def install():
     for owner, names in ((torch, ("empty", "empty_like", "empty_strided")), (torch.Tensor, ("new_empty", "new_empty_strided"))):
         for name in names:
             setattr(owner, name, poisoned(getattr(owner, name)))
-    lend = page_pool.empty  # a block lent before holds what its last owner wrote
+    lend = page_pool.empty  # a block of the pool holds the numbers of its last owner
     page_pool.empty = lambda *arguments: poison(lend(*arguments))

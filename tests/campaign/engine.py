@@ -98,7 +98,7 @@ def smaller(kind, case, failure, run):
 
 
 def script(kind, case, failure):
-    """What to run to see it again, from the root of the checkout."""
+    """The script that repeats the case, from the root of the checkout."""
     reason = failure.strip().splitlines()[-1]
     return f"# {reason}\nfrom tests.campaign import {kind}\n\n{kind}.check({case!r})\n"
 

@@ -92,7 +92,7 @@ def _options(case):
 
 
 def _backward(case, number, row, *heads):
-    """Of the same batches for each head; the steepest logit, as `rounding.tolerance` wants it."""
+    """Run backward of the same batches for each head; return the steepest logit, for `rounding.tolerance`."""
     steepest = 0.0
     for part in range(2 if case[f"step_{number}"] == "two batches" else 1):
         features, _, labels, *_ = batch(row, num_rows=case["rows"], num_classes=case["classes"], seed=10 * number + part)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-# What functions of each library begin with; libcudart's are told by the version that they carry.
+# Prefixes of the functions of each library; those of libcudart are known by their version.
 LIBRARIES = {
     "libcublas.so.13": "cublas(?!Lt)",
     "libcublasLt.so.13": "cublasLt",

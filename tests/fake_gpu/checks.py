@@ -1,4 +1,4 @@
-"""What only the CUDA builds of PyTorch and Triton show, on a GPU that is not there:  make test-fake-gpu
+"""Checks that need the CUDA builds of PyTorch and Triton, on a GPU that is not there:  make test-fake-gpu
 
 Kernels run nowhere, so results are garbage; every line of Python and C++, every launch, wait and allocation is the real one.
 """
