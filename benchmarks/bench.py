@@ -1,9 +1,8 @@
 """`cosface bench`: each peer is checked against float64, then timed in turns with the others; a table, JSON and two figures.
 
 A report is record.py's shape with "shape": [N, C, D], "ceilings", "check_classes" and "missing"; a sweep's rows are reports.
-A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}, and
-"lost_device" where a GPU was lost to it. What is not known (yet) is null or empty; "error" says why nothing can be. `tables.py`
-makes the rest of it.
+A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}. What is unknown yet is
+null or empty; "error" says why nothing can be. `tables.py` makes the rest of it.
 """
 
 import torch
@@ -33,7 +32,6 @@ def main(arguments):
             return fail("cosface", f"--plot needs {error.name}, which is not installed")
     precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
     chosen = [peer for peer in peers(device, precisions) if arguments.peers.lower() in peer.name.lower()]
-    chosen = [peer for peer in chosen if peer.key not in arguments.without]
     if not chosen:
         return fail("cosface", f'no peer\'s name contains "{arguments.peers}"')
     if all(peer.missing for peer in chosen):
@@ -185,7 +183,6 @@ def _device_is_lost(device):
 
 
 def _mark_lost(entries, culprit):
-    culprit["lost_device"] = True
     for row, _ in entries:
         if not row["seconds"] and not row["error"]:
             row["error"] = f"not run: the GPU was lost to {culprit['name']}, {culprit['precision']}"

@@ -71,7 +71,6 @@ def _add_bench(commands):
     option("--peers", default="", metavar="TEXT", help="only those whose name contains TEXT")
     plot = "measure at C = 10^4 .. 10^7 instead, which may take an hour; time.png and memory.png go into DIR"
     option("--plot", type=Path, metavar="DIR", help=plot)
-    option("--without", action="append", default=[], help=argparse.SUPPRESS)
 
 
 def add_problem(option, *, rows=None, classes=None, size=None, repeats=None):
