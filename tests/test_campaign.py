@@ -94,10 +94,10 @@ def test_a_failure_is_made_smaller():
 
 @pytest.mark.slow
 def test_wrong_results_and_crashes_are_noticed():
-    """In a process as the campaign's own: a loss that is off by 10^-4, and a call that ends it."""
+    """In a process as the campaign's own: a loss and a step of two ranks that are off by 10^-4, and a call that ends it."""
     script = """
 import os
-from tests.campaign import engine, losses
+from tests.campaign import engine, losses, shards
 from cosface_kernels import cosface_loss
 run = engine.Runner()
 simplest = losses.settle({name: values[0] for name, values in losses.SPACE.items()})
@@ -105,6 +105,11 @@ assert run("losses", simplest) is None, run("losses", simplest)
 losses.cosface_loss = lambda *a, **k: cosface_loss(*a, **k) * 1.0001
 run.close()
 assert "wrong: " in run("losses", simplest) and "loss: error" in run("losses", simplest)
+fused, *plain = shards.RULES["SGD"]
+shards.RULES["SGD"] = lambda parameters, lr: fused(parameters, lr=1.0001 * lr), *plain
+run.close()
+step = {name: values[0] for name, values in shards.SPACE.items()} | {"ranks": 2, "rule": "SGD"}
+assert "weight: error" in run("shards", step), run("shards", step)
 losses.cosface_loss = lambda *a, **k: os._exit(7)
 run.close()
 assert run("losses", simplest) == "died: exit code 7"

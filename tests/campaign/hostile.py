@@ -1,7 +1,11 @@
 """Calls with what is no such argument: an error of the kinds that the docstrings name, or a result; never a crash or a hang."""
 
+import contextlib
+import io
+
 import torch
 from cases import make
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosface_kernels import (
     CosFaceLoss,
@@ -15,6 +19,7 @@ from cosface_kernels import (
     sample_classes,
     theory,
 )
+from cosface_kernels.tools import cli
 
 ERRORS = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
 
@@ -52,6 +57,7 @@ VALUES = {
             "no columns": lambda t: t[..., :0],
             "one row more": lambda t: torch.cat([t, t[:1]]),
             "without memory": _freed,
+            "fake": lambda t: FakeTensorMode(allow_non_fake_inputs=True).from_tensor(t),
             "expanded": lambda t: t[:1].expand(len(t), *t.shape[1:]),
             "negative": lambda t: -t,
             "huge": lambda t: t * 2**62,
@@ -87,6 +93,9 @@ CALLS = {
     "FusedSGD": ["lr", "momentum", "weight_decay", "state_format", "seed"],
     "FusedAdamW": ["lr", "betas", "eps", "weight_decay", "state_format"],
     "theory": ["num_classes", "embedding_size", "probability"],
+    "torch.func.grad": ["features", "weight", "labels", "scale"],
+    "cosface plan": ["identities", "dim", "batch", "memory", "devices", "sample_rate"],
+    "cosface convert": ["inputs", "out", "key", "ranks"],
 }
 SPACE = {
     "call": [*CALLS],
@@ -120,6 +129,8 @@ def check(case):
         **{"sample_rate": 1.0, "sample_seed": 0, "table_format": "float32", "device": None, "dtype": None, "k": 2, "count": 1},
         **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0, "state_format": "float32", "betas": (0.9, 0.999), "eps": 1e-8},
         **{"probability": 0.9, "optimizer": None},
+        **{"identities": "1e6", "dim": "64", "batch": "8", "memory": "1GB", "devices": "1"},
+        **{"inputs": "/dev/null", "out": "/dev/null/out", "key": "weight", "ranks": "1"},
     }
     if case["call"] == "MarginSoftmaxLoss":
         usual["bias"] = False
@@ -154,6 +165,12 @@ def _call(call, head, arguments):
             result = result[0] if isinstance(result, tuple) else result
             if result.requires_grad:
                 result.sum().backward()
+        case "torch.func.grad":
+            torch.func.grad(cosface_loss)(*(arguments.pop(name) for name in ("features", "weight", "labels")), **arguments)
+        case "cosface plan" | "cosface convert":
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+                status = _command(call, arguments)
+            assert status in (0, 1, 2) and (status == 0) == (not said.getvalue()), (status, said.getvalue())
         case "sample_classes":
             sample_classes(**arguments)
         case "CosFaceLoss" | "MarginSoftmaxLoss":
@@ -170,3 +187,15 @@ def _call(call, head, arguments):
         case "theory":
             theory.min_scale(arguments["num_classes"], arguments["probability"])
             theory.suggest(arguments["num_classes"], arguments["embedding_size"])
+
+
+def _command(call, arguments):
+    """The exit status. What has no memory cannot be printed."""
+    words = [call.split()[1]]
+    for name, value in arguments.items():
+        value = "tensor" if isinstance(value, torch.Tensor) else value
+        words += [str(value)] if name in ("inputs", "out") else [f"--{name.replace('_', '-')}={value}"]
+    try:
+        return cli.main(words)
+    except SystemExit as end:
+        return end.code

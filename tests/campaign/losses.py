@@ -10,13 +10,15 @@ from cases import assert_as_accurate, evaluate, make
 from margin_rows import ROWS, batch, steepness, written_out
 from rounding import SIZE, tolerance
 
-from cosface_kernels import cosface_loss, margin_softmax_loss, reference
+from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse, margin_softmax_loss, reference
 from cosface_kernels.ops import slabs
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64", "float16")}
 INTEGERS = ("int64", "int32", "int16", "uint8", "int8", "uint16", "uint64")
+CALLS = ("cosface_loss", "cosine_lse", "CosFaceLoss")  # three ways to the same loss
 SPACE = {
-    "margin": ["cosface_loss", *ROWS],  # the first with inputs of every kind, and the reference as oracle
+    # The first three with inputs of every kind, and the reference as oracle.
+    "margin": [*CALLS, *ROWS],
     "backend": ["torch", "cpu", "auto", "cpu", "auto", "triton"],
     "rows": [1, 2, 3, 5, 8, 17, 33],
     "classes": [2, 1, 3, 7, 64, 130, 300, 1000],
@@ -44,11 +46,15 @@ SPACE = {
 
 def settle(case):
     case = dict(case)
-    if case["margin"] != "cosface_loss":  # what is divided by a norm needs one, and ψ of an angle is steep at its ends
+    if case["margin"] not in CALLS:  # what is divided by a norm needs one, and ψ of an angle is steep at its ends
         case |= {"inputs": "uniform", "scale": None, "m": 0.35, "size": SIZE, "sampled": False}
         case["classes"] = max(case["classes"], 2)
         if ROWS[case["margin"]].raw or ROWS[case["margin"]].penalty(torch.ones(1)).any():
             case["upstream"] = 0
+    if case["margin"] == "cosine_lse":
+        case["classes"] = max(case["classes"], 2)  # of one class there is no negative, and log 0 has no gradient
+    if case["margin"] != "cosface_loss":
+        case["sampled"] = False  # the classes that are told are cosface_loss's
     if "float16" in (case["features"], case["weight"]) and case["inputs"] not in ("uniform", "nan", "inf"):
         case["inputs"] = "uniform"  # 1e15 is none, and a gradient of 1e-9 is no float16
     if "float16" in (case["features"], case["weight"]):
@@ -144,7 +150,7 @@ def _products(case):
 def _tensors(case, seed):
     """(features, weight, labels[, bias]) of the dtypes to test."""
     dtypes = DTYPES[case["features"]], DTYPES[case["weight"]]
-    if case["margin"] == "cosface_loss":
+    if case["margin"] in CALLS:
         kind = case["inputs"] if case["inputs"] in ("peaked", "hard", "adversarial") else "uniform"
         features, weight, labels = make(kind, case["rows"], case["classes"], case["size"], seed=seed)
         factor = {"tiny": 1e-9, "large": 1e15}.get(case["inputs"], 1.0)
@@ -186,7 +192,11 @@ def _functions(case, row, bias, labels):
         if case["sampled"]:
             classes = torch.unique(torch.cat([labels[labels != ignored], torch.arange(0, case["classes"], 2)]))
             plain = _of_classes(plain, classes, ignored)
-        ours = partial(cosface_loss, **shared, **own, classes=classes)
+        ours = {
+            "cosface_loss": partial(cosface_loss, **shared, **own, classes=classes),
+            "cosine_lse": partial(_of_two_vectors, **shared, **own),
+            "CosFaceLoss": partial(_of_a_head, **shared, **own),
+        }[case["margin"]]
     else:
         given = {"bias": bias[0]} if bias else {}
         ours = partial(margin_softmax_loss, margin=row.margin, **row.options, **given, **own)
@@ -199,6 +209,19 @@ def _functions(case, row, bias, labels):
             return written_out(row, features, weight, kept, *given, reduction=options["reduction"])
 
     return _of_rows(ours), _of_rows(plain)
+
+
+def _of_two_vectors(features, weight, labels, *, margin, reduction, **options):
+    """Its softplus, exactly: PyTorch's own has no e^-20."""
+    lse, cosine = cosine_lse(features, weight, labels, **options)
+    counted = labels != options["ignore_index"]
+    losses = torch.where(counted, torch.logaddexp(lse - options["scale"] * (cosine - margin), lse.new_zeros(())), 0.0)
+    return losses if reduction == "none" else losses.sum() / (max(1, int(counted.sum())) if reduction == "mean" else 1)
+
+
+def _of_a_head(features, weight, labels, **options):
+    head = CosFaceLoss(weight.shape[1], len(weight), **options)
+    return torch.func.functional_call(head, {"weight": weight}, (features, labels))
 
 
 def _of_rows(function):
@@ -230,9 +253,13 @@ def _far_from_jumps(case, features, weight, labels):
     return (angles[:, :, None] - torch.tensor(jumps, dtype=torch.float64)[:, None]).abs().amin((1, 2)) > distance
 
 
+def _least_number(dtype):
+    return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+
+
 def _largest_exponent(case, features, weight):
     """As the rule of tests/cases.py wants it."""
-    if case["margin"] == "cosface_loss" or not len(features):
+    if case["margin"] in CALLS or not len(features):
         return case["scale"] or 64.0
     return steepness(ROWS[case["margin"]], features.double(), weight.double())
 
@@ -245,8 +272,11 @@ def _assert_right(case, scale, name, ours, exact, bound):
         bound = torch.where(bound.isfinite(), bound, exact.to(bound.dtype))
     wide = "float64" in (case["features"], case["weight"])
     products = _products(case)
-    rounded = 0.0 if low else scale * torch.finfo(products).eps / (1 if wide else 2)
-    if case["margin"] != "cosface_loss" and not low:  # ψ is of an angle, steep at its ends: as tests/test_margins.py allows
+    # Of an exponent, and where that is small, of a length, a quotient, a product and a projection.
+    rounded = 0.0 if low else (scale + 4) * torch.finfo(products).eps / (1 if wide else 2)
+    if case["margin"] == "cosine_lse":  # which returns an exponent, and another is taken from it: both are rounded
+        rounded *= 3
+    if case["margin"] not in CALLS and not low:  # ψ is of an angle, steep at its ends: as tests/test_margins.py allows
         rounded = tolerance(products, scale)
     if low:  # an exponent of s times the product of two unit rows, each of D numbers rounded to 16 bits: what few draws differ by
         rounded = scale * torch.finfo(torch.bfloat16).eps / 2 / math.sqrt(case["size"])
@@ -254,6 +284,6 @@ def _assert_right(case, scale, name, ours, exact, bound):
             rounded *= math.sqrt(len(exact)) / (float(exact.norm()) or 1.0)
     if wide:  # of the same condition, with the digits of float64, for ours and for what it is compared with
         bound = exact + (bound.double() - exact) * 2.0**-28
-    if output == torch.float16 and exact.any():  # which has no number below 2^-24
-        rounded += 2.0**-25 * math.sqrt(exact.numel()) / float(exact.norm())
+    # The output's dtype has no number below its least.
+    rounded += _least_number(output) / 2 * math.sqrt(exact.numel()) / max(float(exact.norm()), 1e-300)
     assert_as_accurate(name, ours, exact, bound.to(exact.dtype), luck=True, rounded=rounded)
