@@ -123,12 +123,12 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
 
 def negatives(inputs, options, foreign_index=None):
     """The Negatives of a batch."""
-    features, weight, labels, bias, classes, parameters = inputs
+    features, weight, bias, classes = inputs.features, inputs.weight, inputs.bias, inputs.classes
     centers, margin = options.centers_per_class, options.margin
-    validation.check_tensors(features, weight, labels, bias, centers, classes)
+    validation.check_tensors(features, weight, inputs.labels, bias, centers, classes)
     options.check_values()
     _refuse_transforms(features, weight, *([] if bias is None else [bias]))
-    labels, ignore_index = class_indices(labels), int(options.ignore_index)
+    labels, ignore_index = class_indices(inputs.labels), int(options.ignore_index)
     vectors, unit = recording.negative_lse(
         Problem(features, weight, bias, labels, _rows_of(classes, centers, len(weight))),
         Options(
@@ -142,7 +142,7 @@ def negatives(inputs, options, foreign_index=None):
             backend=options.backend,
             foreign_index=foreign_index,
         ),
-        (weight, bias) if parameters is None else parameters,
+        (weight, bias) if inputs.parameters is None else inputs.parameters,
     )
     product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
     if centers > 1:  # the gradient goes to the nearest centre alone

@@ -33,7 +33,7 @@ from cosface_kernels.ops.backends import (
     triton_rows,
     triton_update,
 )
-from cosface_kernels.optim import fused, rules
+from cosface_kernels.optim import base, rules
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 SLAB = 256  # a tile of every configuration
@@ -81,9 +81,9 @@ def launches(chip, calls):
             (triton_kernels, "capability", lambda device: divmod(chip, 10)),
             (slabs, "SLAB_CLASSES_MIN", SLAB),
             (slabs, "SLAB_CLASSES_MAX", SLAB),
-            (fused._Fused, "_part", _decided_there),
+            (base.Fused, "_part", _decided_there),
             (rules.Part, "apply", triton_update.update),
-            (fused._Fused, "_finite", lambda *arguments: torch.tensor(True)),  # what is only compiled computes nothing
+            (base.Fused, "_finite", lambda *arguments: torch.tensor(True)),  # what is only compiled computes nothing
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         triton.runtime.driver.set_active(Chip(chip))
@@ -253,7 +253,7 @@ class Step:
         optimizer.step()
 
 
-def _decided_there(*arguments, part=fused._Fused._part):
+def _decided_there(*arguments, part=base.Fused._part):
     """On a GPU the device alone knows whether a step is skipped."""
     return part(*arguments)._replace(skip=torch.zeros((), dtype=torch.bool))
 

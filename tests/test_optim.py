@@ -5,6 +5,7 @@ import gc
 import io
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from margin_rows import every_row
 from selection import attend_too, interpreted, slow_when
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, save_checkpoint
+from cosface_kernels.distributed import ranks
 from cosface_kernels.margins import ArcFace, Softmax
 from cosface_kernels.ops import formats, recording, slabs
 from cosface_kernels.ops.backends import cpu_library
@@ -368,14 +370,19 @@ def test_bias_frozen_between_two_backward_passes(device):
 def test_own_error_where_the_ranks_cannot_agree(device, monkeypatch):
     """A rank that raises is why another one waits: its own error is what it says."""
 
-    def times_out(flag):
+    def times_out(*arguments, **options):
         raise RuntimeError("timed out")
 
     head, _ = twins(device)
     optimizer = FusedSGD(head.parameters(), lr=0.5)
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+    monkeypatch.setattr(optimizer, "_ranks", lambda: {ranks.Ranks(group): device})
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda group: "cpu:gloo")
+    monkeypatch.setattr(ranks, "_all_gather", times_out)
+    with pytest.raises(RuntimeError, match=r"agreement on a step failed or timed out.*timed out"):
+        optimizer.step()
     head.weight.grad = torch.zeros_like(head.weight)
-    monkeypatch.setattr(optimizer, "_on_all_ranks", times_out)
-    with pytest.raises(RuntimeError, match="ordinary gradient"):
+    with pytest.raises(RuntimeError, match=r"^the class table has an ordinary gradient"):
         optimizer.step()
 
 

@@ -127,7 +127,7 @@ class OverRanks(Whole):
         ranks = self.ranks(head.weight)
         if ranks is ONE_PROCESS:
             return super().batch(head, inputs, options)
-        features, weight, labels, bias, _, parameters = inputs
+        features, weight, bias, parameters = inputs.features, inputs.weight, inputs.bias, inputs.parameters
         num_classes_here = len(weight) // head.centers_per_class
         if not num_classes_here:
             # A rank without classes gets one of zeros, which Batch.combine leaves out of the sum.
@@ -147,7 +147,7 @@ class OverRanks(Whole):
         if needs_gradient and not features.requires_grad:
             features = features.detach().requires_grad_()
         features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
-        labels = ranks.gather(class_indices(labels), counts)
+        labels = ranks.gather(class_indices(inputs.labels), counts)
         labels = _labels_here(labels, head.ignore_index, head.num_classes, self.first_class(head), num_classes_here)
         inputs = inputs._replace(features=features, labels=labels)
         if head._samples():
@@ -231,14 +231,14 @@ def _labels_here(labels, ignore_index, num_classes, first, count):
 
 def _check(head, inputs, options):
     """Check everything that can be wrong on one rank alone, before ranks wait for each other."""
-    features, weight, labels, bias, *_ = inputs
+    features, weight, labels = inputs.features, inputs.weight, inputs.labels
     wants_sparse = head._samples() and torch.is_grad_enabled() and head.weight.requires_grad
     if dtensors.is_sharded(head.weight) and wants_sparse and recording.pending(head.weight) is None:
         raise RuntimeError(
             "a sharded table with sample_rate < 1 trains with FusedSGD or FusedAdamW alone, made before the forward pass: a "
             "DTensor has no sparse gradient"
         )
-    options.checked(bias is not None).check_values()
-    validation.check_tensors(features, weight, labels, bias, head.centers_per_class)
+    options.checked(inputs.bias is not None).check_values()
+    validation.check_tensors(features, weight, labels, inputs.bias, head.centers_per_class)
     backends.choose(head.backend, weight.device, product_dtype(features, weight))
     operators.check_labels(class_indices(labels), head.num_classes, head.ignore_index)

@@ -92,10 +92,10 @@ def _digits(seed):
 
 
 def _train_margin(margin, device, seed, epoch_done):
-    _, accuracy, features, labels, head = train(partial(_head, margin), device, seed, EPOCHS, epoch_done=epoch_done)
+    done = train(partial(_head, margin), device, seed, EPOCHS, epoch_done=epoch_done)
     name = "softmax" if margin is None else f"LMCL, m = {margin:g}"
-    result = Result(name, smallest_gap(features, labels), intra_class_angle(features, labels), accuracy)
-    return Trained(result, features, labels, head.weight.detach().cpu())
+    gap, angle = smallest_gap(done.features, done.labels), intra_class_angle(done.features, done.labels)
+    return Trained(Result(name, gap, angle, done.held_out_accuracy), done.features, done.labels, done.head.weight.detach().cpu())
 
 
 def _head(margin):

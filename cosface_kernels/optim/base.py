@@ -1,0 +1,253 @@
+"""A step of a fused optimiser: the records of backward, checked on all ranks, unscaled, and made into an update of each table."""
+
+from functools import partial
+from itertools import chain
+
+import torch
+
+from .. import validation
+from ..distributed import dtensors
+from ..ops import formats, recording
+from ..ops.table import Table
+from . import rules, table_state
+
+
+class Fused(torch.optim.Optimizer):
+    """Base class of the fused optimisers. A subclass defines its rule and the names of its state."""
+
+    _STATE = ()  # names of its buffers of the table's shape
+    _OPTION = None  # an option that its rule has and others do not
+    # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params, defaults):
+        self._complete = False  # the groups are added one by one
+        super().__init__(params, defaults)
+        self._complete = True
+        self._attach()
+
+    def __getstate__(self):
+        raise TypeError(f"{type(self).__name__} belongs to its tables and cannot be copied or pickled: save its state_dict()")
+
+    def add_param_group(self, param_group):
+        self.check_options({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        if self._complete:
+            try:
+                self._attach()
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def check_options(self, options):
+        """Raise for options of a group, given here or loaded, of the wrong type or value."""
+        for name in ("lr", "weight_decay"):
+            validation.check_at_least_zero(name, number(options[name]))
+        validation.check_choice("state_format", options["state_format"], formats.STATE_FORMATS)
+        validation.check_integer("seed", options["seed"])
+
+    def _attach(self):
+        self._tables = self._find_tables()
+        for weight, bias in self._tables:
+            recording.attach(weight, bias, self)
+
+    @property
+    def skipped_steps(self):
+        """The number of steps that changed nothing, because a loss or a gradient was not finite."""
+        return max((int(self.state[weight].get("skipped", 0)) for weight, _ in self._tables), default=0)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Make one step from the records of backward since the last one, and forget them.
+
+        Returns:
+            The closure's loss, or None without a closure.
+
+        Raises:
+            RuntimeError: the table has an ordinary gradient too, or was changed between backward and step; `unscale_` of a
+                GradScaler was called for this optimiser; the step before was interrupted, by Ctrl-C or an error, so that some
+                rows are a step ahead of others: load table and optimiser from a checkpoint, or make the optimiser again to go on
+                from the table as it is.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._on_all_ranks(self._check)
+        finite = self._finite([record.factors for weight, _ in self._tables for record in recording.pending(weight).records])
+        for weight, bias in self._tables:
+            records = recording.pending(weight).take()
+            if records or not len(dtensors.local(weight)):  # a rank without rows counts and keeps state as the others do
+                self.state[weight][table_state.INTERRUPTED] = True  # until the last slab is written
+                self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
+                del self.state[weight][table_state.INTERRUPTED]
+        return loss
+
+    def _on_all_ranks(self, action):
+        """Call action() on all ranks that have rows of these tables; if it raises on one of them, raise that on all."""
+        for ranks, device in self._ranks().items():
+            action = partial(ranks.together, "the agreement on a step", action, device)
+        return action()
+
+    def _ranks(self):
+        """{Ranks that hold rows of these tables: device of the table}."""
+        return {recording.ranks_of(weight): weight.device for weight, _ in self._tables}
+
+    def _check(self):
+        """Raise if a step cannot be made, before anything has changed."""
+        if getattr(self, "grad_scale", 1) is None:
+            raise RuntimeError(
+                "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
+                f"{type(self).__name__}, whose step divides by the scale"
+            )
+        for weight, bias in self._tables:
+            for parameter in (weight,) if bias is None else (weight, bias):
+                table_state.check_rows(parameter, self._group_of(parameter), self.state.get(parameter, {}))
+            if not self._records(weight):
+                raise RuntimeError(
+                    "a fused optimiser that was made later for the same class table has its gradient: step that one, or make "
+                    "this one again"
+                )
+            recording.pending(weight).check(weight)
+
+    def state_dict(self):
+        """As in torch.optim.Optimizer. Raises RuntimeError after a step that was interrupted, see `step`."""
+        for weight, _ in self._tables:
+            table_state.check_whole(self.state.get(weight, {}))
+        return super().state_dict()
+
+    def zero_grad(self, set_to_none=True):
+        """Forget the records of backward."""
+        super().zero_grad(set_to_none)
+        for weight, _ in self._tables:
+            if self._records(weight):
+                recording.pending(weight).records.clear()
+
+    def _records(self, weight):
+        """True if backward records for this optimiser, and not for one made later."""
+        found = recording.pending(weight)
+        return found is not None and found.optimizer() is self
+
+    def load_state_dict(self, state_dict):
+        """As in torch.optim.Optimizer, but state keeps the dtype that it has in the state_dict.
+
+        Raises:
+            ValueError: state of another shape than the table's, or of another rule; an option that is not supported.
+        """
+        for group in state_dict["param_groups"]:
+            if self._OPTION not in group:
+                raise ValueError(f"a group has no {self._OPTION}, so its state is another rule's than {type(self).__name__}'s")
+            self.check_options({**self.defaults, **group})
+        ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
+        for key, state in state_dict["state"].items():
+            for name, value in state.items():
+                if name.removesuffix("_scale") not in (*self._STATE, *table_state.COUNTS):
+                    raise ValueError(
+                        f"{name} is no state of {type(self).__name__}, which has {[*self._STATE]}: another optimiser's"
+                    )
+                table_state.check_state(name, value, params.get(key))
+                if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
+                    raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
+        super().load_state_dict({**state_dict, "state": {}})
+        for group in self.param_groups:  # torch.optim's own state has fewer options
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
+        for key, state in state_dict["state"].items():
+            device = params[key].device
+            self.state[params[key]] = {
+                name: value.to("cpu" if name == "rounding_step" else device).contiguous() for name, value in state.items()
+            }
+
+    def _find_tables(self):
+        """(weight, bias or None) of each table."""
+        params = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        known = {id(parameter) for parameter in params}
+        tables = []
+        for parameter in params:
+            head = recording.head_of(parameter)
+            if head is None:
+                raise ValueError(
+                    f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
+                    f"like, but was given one of shape {tuple(parameter.shape)} that is none, or whose head no longer exists: it "
+                    "needs another optimiser"
+                )
+            table_state.check_rows(parameter, self._group_of(parameter), {})
+            if any(id(other) not in known for other in head.parameters()):
+                raise ValueError("the weight and the bias of a head are one table: give both to the optimiser")
+            if parameter is head.weight:
+                tables.append((parameter, head.bias))
+        return tables
+
+    def _finite(self, factors):
+        """0-dim bool, on the device: True if every recorded tensor is finite and GradScaler, if any, found no infinity. The same
+        on all ranks.
+        """
+        device = factors[0].unit.device if factors else None
+        found = getattr(self, "found_inf", None)
+        flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
+        for f in factors:  # the gradient of x̃·w̃_y is multiplied by x̃
+            product = f.product_grad * f.unit.abs().amax(1, keepdim=True)
+            flags += [tensor.isfinite().all() for tensor in (product, f.total, f.lse_grad, f.length_grad)]
+        finite = torch.stack(flags).all() if flags else torch.tensor(True, dtype=torch.bool, device="cpu")
+        for ranks, device in self._ranks().items():
+            finite = ranks.all(finite, device)
+        return finite
+
+    def _unscaled(self, record):
+        """The record, with its gradients divided by the scale of the GradScaler, if there is one."""
+        if not hasattr(self, "grad_scale"):
+            return record
+        factors = record.factors
+        scaled = {name: getattr(factors, name) / self.grad_scale for name in ("lse_grad", "product_grad", "length_grad")}
+        return record._replace(factors=factors._replace(**scaled))
+
+    def _step_table(self, weight, bias, records, finite):
+        state = self.state[weight]
+        if "skipped" not in state:
+            state["skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
+            state["rounding_step"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        state["skipped"] += ~finite
+        state["rounding_step"] += 1
+        known = weight.device.type == "cpu"  # elsewhere asking would wait for the device
+        if known and not finite:
+            return
+        skip = None if known else ~finite
+        rounding_step = int(state["rounding_step"])
+        # A record counts even if its parameter is frozen now, as a .grad would; all records agree (Pending.check).
+        trained = records[0].trained if records else [each is not None and each.requires_grad for each in (weight, bias)]
+        parameters = [parameter if needed else None for parameter, needed in zip((weight, bias), trained, strict=True)]
+        parts = [None if parameter is None else self._part(parameter, rounding_step, skip) for parameter in parameters]
+        if not records:
+            return
+        rows = dtensors.local(weight.detach()), None if bias is None else dtensors.local(bias.detach())
+        table = Table(*rows, index=recording.rows_of(records))
+        changed = [parameter for parameter in parameters if parameter is not None]
+        torch.autograd.graph.increment_version(changed)  # native code does not do it
+        recording.write_gradient(table, records, rules.Update(table, *parts))
+
+    def _part(self, parameter, rounding_step, skip):
+        group, state = self._group_of(parameter), self.state[parameter]
+        buffers = []
+        for name in self._names(group):
+            if name not in state:
+                table_state.allocate(parameter, state, name, group["state_format"])
+            scale = state.get(f"{name}_scale")
+            buffers.append((table_state.rows_of(state[name]), None if scale is None else dtensors.local(scale)))
+        key = formats.rounding_key(group["seed"], rounding_step)
+        first_row = dtensors.first_row(parameter)
+        return rules.Part(
+            table_state.rows_of(parameter.detach()), buffers, self._rule(group, parameter, skip), key, first_row, skip
+        )
+
+    def _names(self, group):
+        """Names of the state that a group's parameters need."""
+        return self._STATE
+
+    def _group_of(self, parameter):
+        return next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
+
+
+def number(value):
+    """A hyperparameter, which may be a tensor, as a number."""
+    return value.item() if isinstance(value, torch.Tensor) else value
