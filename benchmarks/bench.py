@@ -21,7 +21,7 @@ SWEEP_SECONDS = 60.0
 
 
 def main(arguments):
-    """Runs what the `cosface bench` options say. Returns the exit status."""
+    """Run the comparison that the `cosface bench` options ask for. Returns the exit status."""
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         return fail("cosface", "there is no GPU that this torch can use")
@@ -63,7 +63,7 @@ def main(arguments):
 
 
 def blank(shape, chosen):
-    """The report of nothing measured yet."""
+    """A report without any measurement."""
     return {
         "kind": "bench",
         "shape": list(shape),
@@ -88,12 +88,12 @@ def ceilings(device, precisions):
 
 
 def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row: 0.0):
-    """Fills a blank report. save() is called whenever it has grown; expected(row): the seconds a step should take."""
+    """Fill a blank report. Calls save() whenever it has grown; expected(row): the seconds that a step should take."""
     by_key = {peer.key: peer for peer in chosen}
     entries = [(row, by_key[f"{row['name']}, {row['precision']}"]) for row in report["rows"]]
     try:
         _run(report, entries, device, repeats, save, expected)
-    except (RuntimeError, MemoryError) as error:  # of the inputs or the exact result: the other sizes go on
+    except (RuntimeError, MemoryError) as error:  # out of memory for the inputs or the exact result: other sizes go on
         for row, _ in _open(entries):
             row["error"] = f"not measured: {harness.first_line(error)}"
     report["complete"] = True
@@ -149,7 +149,7 @@ def _measure(report, entries, device, repeats, save):
 
 
 def _judge(row, peer, check, yardstick, device):
-    """Fills in the errors and whether they are right. Returns the seconds of the step."""
+    """Write a row's errors, and "wrong" if they are too large. Returns the seconds of the step."""
     if device.type == "cuda":
         step(peer.function, *check.tensors)  # compiles: its seconds are no step's
     results = []
@@ -169,12 +169,12 @@ def _turn(row, peer, tensors, device):
 
 
 def _open(entries):
-    """Those that nothing speaks against yet."""
+    """The rows that can still be measured."""
     return [(row, peer) for row, peer in entries if not row["error"]]
 
 
 def _device_is_lost(device):
-    """After an illegal access a GPU refuses everything else of the process."""
+    """True if the GPU refuses all further work of this process, as after an illegal access."""
     try:
         harness.synchronize(device)
     except RuntimeError:
@@ -189,7 +189,7 @@ def _mark_lost(entries, culprit):
 
 
 def _seconds_at(reports, shape):
-    """A function of a row: what its step would take at this C, from the largest C measured so far."""
+    """A function of a row: the seconds that its step should take at this C, from the largest C measured so far."""
 
     def expected(row):
         for report in reversed(reports[: [each["shape"] for each in reports].index(list(shape))]):

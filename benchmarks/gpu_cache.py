@@ -1,4 +1,4 @@
-"""Compiles what a visit to a GPU launches, on a machine without one:  python -m benchmarks.gpu_cache DIR [--chip 90]
+"""Compiles the kernels that a visit to a GPU launches, on a machine without one:  python -m benchmarks.gpu_cache DIR [--chip 90]
 
 Triton finds a kernel by its source, its options, the chip and Triton's own files and ptxas; by no path and no driver. So run this
 with the Triton of the GPU's machine, take DIR along, and set TRITON_CACHE_DIR to it there. prepared.json in it names that Triton;
@@ -54,7 +54,7 @@ def fill(folder, chip):
 
 
 def tiles():
-    """Launches `exponentials` as the stage of that name does, at a size that is compiled alike."""
+    """Launch `exponentials` as the stage of that name does, at a size for which Triton compiles the same kernel."""
     import torch
 
     from .gpu_check import kernels, stages

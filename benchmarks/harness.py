@@ -1,4 +1,4 @@
-"""The one way to time: cases by turns, each checked first; what one of them breaks is its own row's error.
+"""The timing loop of all benchmarks: cases take turns, each is checked first, and a failure is an error in its own row.
 
 A row is a case's facts and {"seconds": [a call's, measured several times], "errors", "wrong", "peak_bytes", "error"}. On a GPU a
 case's calls are captured as one CUDA graph, so that the host costs nothing, and timed by events over its replays; eager cases are
@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
 
 def measure(cases, device, turns=3):
-    """Yields each case's row, whenever it has grown: a process that is killed loses one turn.
+    """Yield each case's row whenever it has grown: a process that is killed loses one turn.
 
     Raises:
         LostDevice: a case took the GPU with it. Its row, with the error, comes before.
@@ -48,7 +48,7 @@ def in_turns(cases, count):
 
 
 def _first_call(case, row, device):
-    """Untimed, for it compiles; checked."""
+    """Make a case's first call, untimed because it compiles, and check its result."""
     case.run(0)
     synchronize(device)
     if case.check:
@@ -82,7 +82,7 @@ def _turn(case, device):
 
 
 def captured(function):
-    """function() as a CUDA graph, after a call of it beside."""
+    """function() captured as a CUDA graph, after one call on a side stream."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     with torch.cuda.stream(stream):
         function()
@@ -102,7 +102,7 @@ def _guarded(row, device, function):
 
 @contextlib.contextmanager
 def recorded(row):
-    """A failure inside becomes the row's error."""
+    """Context manager that writes a failure inside into the row's "error"."""
     try:
         yield
     except Exception as error:
@@ -114,7 +114,7 @@ def first_line(error):
 
 
 def ensure(device, message):
-    """After an error: that the device still takes work.
+    """Check, after an error, that the device still takes work.
 
     Raises:
         LostDevice: it does not.

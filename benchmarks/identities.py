@@ -1,4 +1,4 @@
-"""What an identity costs as the table grows:  python -m benchmarks.identities [--rows N] [--size D] [--json FILE]
+"""Measures the cost of an identity as the table grows:  python -m benchmarks.identities [--rows N] [--size D] [--json FILE]
 
 A step over C = 10^4 .. 4 * 10^6 classes that recomputes exponentials, in nanoseconds for each class. "reused": the slab loop
 alone, forward and backward, into a dW that exists already; "fresh": all of cosface_loss, whose dW is new memory at each step,

@@ -1,4 +1,4 @@
-"""What each margin costs beside CosFace:  python -m benchmarks.margins [--rows N] [--classes N] [--size N] [--json FILE]
+"""Measures each margin beside CosFace:  python -m benchmarks.margins [--rows N] [--classes N] [--size N] [--json FILE]
 
 A margin is N numbers of work in a step of 6 N C D flops, so it should cost nothing. Each one's forward and backward through
 margin_softmax_loss is timed next to one of cosface_loss, in turns, which of the two goes first alternating, so that drift
@@ -44,7 +44,7 @@ class Case(NamedTuple):
     options: dict = {}  # noqa: RUF012  never changed
 
     def tensors(self, features, weight, labels):
-        """The problem as this loss takes it. The table, unless it is not whole classes, is the one given."""
+        """The problem for this loss: the given table, cut to whole classes."""
         centers = self.options.get("centers_per_class", 1)
         classes = len(weight) // centers
         if centers > 1:
@@ -57,7 +57,7 @@ class Case(NamedTuple):
         return margin_softmax_loss(features, weight, labels, margin=self.margin, bias=bias, **self.options)
 
     def plain(self, features, weight, labels, bias=None):
-        """The same with an N x C matrix, and nothing of the package's margins but what they normalise."""
+        """The same loss with an N x C matrix. Of the package's margins it uses only the flags of normalisation."""
         unit_features = self.options.get("normalize_features", self.margin.normalize_features)
         form = {"normalize_features": unit_features, "normalize_weight": self.margin.normalize_weight}
         scale = SCALE if all(form.values()) else 1.0
@@ -181,7 +181,7 @@ def problem(num_rows, num_classes, size, device):
 
 
 def check(report, device):
-    """Fills in the errors of every row, and whether they are right."""
+    """Write every row's errors, and "wrong" if they are too large."""
     tensors = problem(*CHECK_SHAPE, report["shape"][2], device)
     checks = {case.name: measure.Check(case.tensors(*tensors), case.plain) for case in CASES}
     for row, case in _entries(report):
@@ -193,7 +193,7 @@ def check(report, device):
 
 
 def time_pairs(report, device, repeats, save=lambda: None):
-    """Adds `repeats` pairs to every row, after one that warms up. save() is called after each turn."""
+    """Add `repeats` pairs to every row, after one that warms up. Calls save() after each turn."""
     tensors = problem(*report["shape"], device)
     for turn, (row, case) in harness.in_turns(_entries(report), repeats + 1):
         say(f"turn {turn} of {repeats}: {row['name']}, {row['precision']}")
@@ -212,7 +212,7 @@ def _step(row, function, tensors):
 
 
 def table(report):
-    """Markdown from what JSON holds."""
+    """The Markdown table of a record."""
     num_rows, num_classes, size = report["shape"]
     facts = report["environment"]
     lines = [
@@ -243,7 +243,7 @@ def _cells(row):
 
 
 def _quartiles(row):
-    """Of the ratios of its pairs: the first, the median, the third."""
+    """(first quartile, median, third quartile) of the ratios of a row's pairs."""
     ratios = [ours / cosface for ours, cosface in zip(row["seconds"], row["cosface_seconds"], strict=False)]
     return torch.tensor(ratios, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.float64)).tolist()
 

@@ -1,4 +1,4 @@
-"""How it is measured: the machine's ceilings, the time, the peak memory and the error of a step.
+"""Measures the machine's ceilings, and the time, peak memory and error of a step.
 
 python -m benchmarks.measure PEER PRECISION N C D     the peak memory of one step on the CPU, in this process alone
 """
@@ -37,7 +37,7 @@ ERROR_ROUNDING = {"float32": 64 * 2.0**-24, "bfloat16": 2.0**-9}
 
 
 def environment(device):
-    """What a figure depends on, beside the code."""
+    """The facts that a figure depends on beside the code: device, date, versions, commit."""
     found = {
         "device": machine(device),
         "date": datetime.date.today().isoformat(),
@@ -90,13 +90,13 @@ def seconds(function, device):
 
 
 def free_bytes(device):
-    """What can still be allocated, PyTorch's own cache included."""
+    """Bytes that can still be allocated, PyTorch's own cache included."""
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
     return available_bytes(device) + cached
 
 
 def shortage(needed, device):
-    """Why that many bytes do not fit, or None."""
+    """A sentence saying why that many bytes do not fit, or None."""
     free = free_bytes(device)
     return f"does not fit: needs about {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB there" if needed > free else None
 
@@ -144,7 +144,7 @@ def gpu_peak_bytes(function, tensors):
 
 
 def settled_bytes(device):
-    """What tensors hold once autograd's own thread has let go of the last step's: that may be after the step has returned."""
+    """Bytes of living tensors, after autograd's thread has freed those of the last step, which may be after the step returned."""
     synchronize(device)
     held, before = torch.cuda.memory_allocated(device), None
     while held != before:
@@ -154,10 +154,10 @@ def settled_bytes(device):
 
 
 def cpu_peak_bytes(peer, shape):
-    """The same for a process of its own on this CPU; None where the system does not tell.
+    """The same on the CPU, in a process of its own; None if the system does not report it.
 
     Raises:
-        RuntimeError: that process did not end well.
+        RuntimeError: that process failed.
     """
     if not Path("/proc/self/clear_refs").exists():
         return None
@@ -187,7 +187,7 @@ def own_peak_bytes(peer, shape):
 
 
 def high_water_bytes():
-    """The most memory that this process has held. ru_maxrss would be its parent's where that was larger."""
+    """The peak of this process's memory. ru_maxrss would be the parent's if that was larger."""
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
 

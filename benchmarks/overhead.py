@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels, under bfloat16 autocast:  python -m benchmarks.overhead
+"""Measures the time of a call beside its kernels, under bfloat16 autocast:  python -m benchmarks.overhead
 
 On a GPU, at N = 512, C = 10,000, D = 512: a step as Python runs it, and as a CUDA graph replays it, without a host. The
 difference is the overhead.
@@ -60,14 +60,14 @@ def _times(function, tensors):
 
 
 def _microseconds(function, device):
-    """Of one call, the device being done with it."""
+    """Microseconds of one call, until the device is done with it."""
     times = [measure.seconds(function, device) for _ in range(CALLS + CALLS // 5)]
     return median(times[CALLS // 5 :]) * 1e6
 
 
 @contextlib.contextmanager
 def _launching_nothing():
-    """The triton backend takes tensors of a CPU, and computes nothing."""
+    """Context manager in which the triton backend takes CPU tensors and computes nothing."""
     from triton.runtime.jit import JITFunction
 
     from cosface_kernels.ops.backends import triton_backend

@@ -1,7 +1,7 @@
 """Fetches the peers' wheels for a GPU machine that reaches no registry:  python -m benchmarks.peer_wheels DIR
 
-Only those that need nothing that is not there: cut-cross-entropy and Liger-Kernel, both written in Triton. quack is left out: it
-needs nvidia-cutlass-dsl, which is larger than all else together. On that machine:
+Only peers whose dependencies that machine has: cut-cross-entropy and Liger-Kernel, both written in Triton. quack is left out: it
+needs nvidia-cutlass-dsl, which is larger than all the rest. On that machine:
 python -m pip install --no-index --no-deps --target SITE DIR/*.whl, and SITE on PYTHONPATH.
 """
 

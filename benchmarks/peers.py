@@ -1,4 +1,4 @@
-"""What is compared: every way to one forward and backward of LMCL, what it needs, and the inputs that all are given.
+"""The peers of the comparison: every way to compute one forward and backward of LMCL, its memory, and the inputs for all.
 
 A peer's function takes features (N, D) and weight (C, D), both float32, and labels (N,). It returns the mean loss, ready for
 backward.
@@ -20,17 +20,17 @@ SCALE, MARGIN = 64.0, 0.35
 PRECISIONS = ("float32", "bfloat16")
 SAMPLE_RATE = 0.1
 PLAIN = "plain PyTorch"
-FEATURE_BYTES = 48  # of a step for each of the N x D features, about: they, their gradient, both normalised, sums in float64
+FEATURE_BYTES = 48  # bytes of a step for each of the N x D features, about: features, gradient, both normalised, float64 sums
 
 
 class Peer(NamedTuple):
     name: str
     precision: str  # of the matrix products: "float32", or "bfloat16", which is autocast
     function: Callable
-    logit_bytes: float  # held for each of the N x C logits at its first peak, of the logits
-    weight_bytes: float  # held for each of the C x D weights at its second, of the table's gradient; neither counts W and dW
+    logit_bytes: float  # bytes for each of the N x C logits, at the peak in forward
+    weight_bytes: float  # bytes for each of the C x D weights, at the peak in backward; neither counts W and dW
     flops: float = 6.0  # of a step, in N C D
-    missing: str | None = None  # what it lacks to run here
+    missing: str | None = None  # why it cannot run here
     another_loss: bool = False  # computes something else than LMCL over all classes
     compiled: bool = False  # its first call at each size compiles
 
@@ -39,15 +39,15 @@ class Peer(NamedTuple):
         return f"{self.name}, {self.precision}"
 
     def bytes_needed(self, num_rows, num_classes, size):
-        """About what a step holds at its peak, its inputs and gradients in float32 among it."""
+        """Approximate bytes of a step at its peak, with its inputs and gradients in float32."""
         features, logits, weights = num_rows * size, num_rows * num_classes, num_classes * size
         return int(FEATURE_BYTES * features + 8 * weights + max(self.logit_bytes * logits, self.weight_bytes * weights))
 
 
 def peers(device, precisions=PRECISIONS):
-    """All of them, in the order in which time is best spent: bfloat16 and ours first, and last what compiles at each size.
+    """All peers, the most important first: bfloat16 and ours, and last those that compile at each size.
 
-    Those that cannot run on `device` have the reason in `missing`.
+    A peer that cannot run on `device` has the reason in `missing`.
     """
     found = [peer for precision in precisions for peer in _peers(torch.device(device), precision)]
     return sorted(found, key=lambda peer: (peer.compiled, peer.precision == "float32"))
@@ -106,7 +106,7 @@ def autocast(function):
 
 
 def plain(features, weight, labels):
-    """What people write today."""
+    """The usual expression in PyTorch."""
     cosines = F.linear(F.normalize(features), F.normalize(weight))
     return F.cross_entropy(SCALE * (cosines - MARGIN * F.one_hot(labels, len(weight))), labels)
 
@@ -131,7 +131,7 @@ def metric_learning(features, weight, labels):
 
 
 def sampled(features, weight, labels):
-    """PartialFC's way in one process: every class of the batch and random others, a tenth of all, are the whole softmax."""
+    """PartialFC in one process: the softmax is over a tenth of all classes, those of the batch and random others."""
     num_classes = len(weight)
     priority = torch.rand(num_classes, device=weight.device).index_fill_(0, labels, 2.0)
     count = max(int(SAMPLE_RATE * num_classes), len(labels.unique()))
@@ -149,7 +149,7 @@ def with_margin(cross_entropy):
 
 
 def _scaled_units(features, weight):
-    """s x̂ and ŵ, in bfloat16 under autocast: the peers that follow multiply what they are given."""
+    """s x̂ and ŵ, in bfloat16 under autocast, because the peers below do not look at autocast."""
     device = features.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else features.dtype
     return (SCALE * F.normalize(features)).to(dtype), F.normalize(weight).to(dtype)
@@ -212,6 +212,6 @@ def inputs(num_rows, num_classes, size, device="cpu", dtype=torch.float32, seed=
 
 
 def step(function, features, weight, labels, *bias):
-    """One forward and backward; (loss, dX, dW), and db where there is a bias."""
+    """(loss, dX, dW) of one forward and backward, and db if there is a bias."""
     loss = function(features, weight, labels, *bias)
     return loss.detach(), *torch.autograd.grad(loss, (features, weight, *bias))

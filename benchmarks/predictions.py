@@ -1,7 +1,7 @@
-"""What a step of the triton backend should take on an H100 or H200, by arithmetic:  python -m benchmarks.predictions
+"""Predicts the time of a step of the triton backend on an H100 or H200, by arithmetic:  python -m benchmarks.predictions
 
-Nothing here was measured. `seconds(case)` is (fastest, slowest) or None; a case is what a stage of `benchmarks.gpu_check`
-measures, which puts the two beside each time. No torch is imported.
+Nothing here was measured. `seconds(case)` is (fastest, slowest) or None. A case is one measurement of a stage of
+`benchmarks.gpu_check`, which prints the two beside the time. Does not import torch.
 
     exponentials   waves of tiles x the clocks of one. A tile's clocks are those of its busiest unit where two programs share a
                    processor, else of its product and then its epilogue: `python tests/clocks.py 47` counts them.
@@ -15,11 +15,11 @@ import math
 PROCESSORS = 132
 CLOCK = 1.75e9, 1.6e9  # under load, of 1.98: an H800 that multiplied without pause settled near 1.6
 FLOPS_A_CLOCK = 4096  # of a processor, in bfloat16
-L2_BYTES = 47.0, 36.0  # that L2 delivers to a processor in a clock: DeepGEMM's model of Hopper, and a slow guess
+L2_BYTES = 47.0, 36.0  # bytes that L2 delivers to a processor in a clock: DeepGEMM's model of Hopper, and a slow guess
 BANDWIDTH = {"H100": 3.0e12, "H200": 4.3e12}  # bytes a second, read and written, of a copy
 MEMORY = {"H100": 85_027_979_264, "H200": 150_000_000_000}
 CUBLAS = {512: 588e12, 1024: 588e12, 4096: 646e12}  # by K, at 8192 x 8192 on an H100: Triton's Gluon tutorial 07
-ATTENTION = 640e12, 0.5 * FLOPS_A_CLOCK * PROCESSORS * CLOCK[1]  # what one attention-shaped kernel may reach: FlashMLA, or half
+ATTENTION = 640e12, 0.5 * FLOPS_A_CLOCK * PROCESSORS * CLOCK[1]  # of an attention-shaped kernel, flops a second: FlashMLA's, half
 # Clocks of a tile beside its product and L2, as `python tests/clocks.py 47` counts them for (E stored, sums alone): what shared
 # memory takes for each column of D and once, and the epilogue of a lone program.
 TILES = {
@@ -70,7 +70,7 @@ def product(case, device, end):
 
 
 def _cublas(summed):
-    """Its flops a second for sums of that length, between the published ones."""
+    """cuBLAS's flops a second for sums of that length, interpolated between published ones."""
     (low, slow), (high, fast) = (512, CUBLAS[512]), (4096, CUBLAS[4096])
     if summed <= 1024:
         return slow * min(1.0, summed / low)
@@ -82,7 +82,7 @@ def pull_parts(n, d):
 
 
 def slab_rows(n, d, device):
-    """The package's own slab: cosface_kernels/ops/slabs.py."""
+    """Rows of a slab, by the package's own rule: cosface_kernels/ops/slabs.py."""
     wave = 64 * PROCESSORS
     busy = math.ceil(2**31 * PROCESSORS / (d * (4 * n + 1024)))
     fits = MEMORY[device] // 128 // (2 * (n + d) + 4 * d)
@@ -90,7 +90,7 @@ def slab_rows(n, d, device):
 
 
 def kept_share(case, device):
-    """Of E, by the budget: "all", "none", or "auto", which is the gradient's bytes or an eighth of the memory."""
+    """The share of E that is kept with a budget: "all", "none", or "auto", the gradient's bytes or an eighth of the memory."""
     if case["budget"] != "auto":
         return 1.0 if case["budget"] == "all" else 0.0
     gradient = 4 * case["classes"] * case["size"]
@@ -140,7 +140,7 @@ def main():
 
 
 def tables():
-    """Lines of Markdown, those of docs/gpu.md."""
+    """The lines of Markdown of the tables in docs/gpu.md."""
     yield "| `exponentials`, E stored, one slab | tile | predicted, us | % of the peak at 1.75 GHz | stage |"
     yield "| --- | --- | --- | --- | --- |"
     for (n, b), d in ((shape, d) for shape in ((4096, 8448), (1024, 16896)) for d in (512, 256, 128)):

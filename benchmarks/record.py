@@ -1,6 +1,6 @@
-"""What a benchmark leaves: one shape of JSON, written whenever it has grown, and a table of it.
+"""The record of a benchmark: JSON of one shape, written whenever it has grown, and a table of it.
 
-    {"kind": whose it is, "environment": what figures depend on beside the code, "rows": cases, "complete": bool, and its facts}
+    {"kind": the benchmark, "environment": measure.environment(), "rows": cases, "complete": bool, and facts of the benchmark}
 
 Imports nothing that takes time.
 """
@@ -17,14 +17,14 @@ from cosface_kernels.tools.cli import add_problem
 
 
 def parser(description, **problem):
-    """A benchmark's arguments: those of a problem that have a default, and --json."""
+    """A parser with the sizes of a problem that have a default here, and --json."""
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_problem(found.add_argument, **problem)
     return found
 
 
 def keep(record, path, work, table):
-    """Runs work(save), which fills the record and calls save() whenever it has grown; prints table(record).
+    """Run work(save), which fills the record and calls save() whenever it has grown; print table(record).
 
     Returns the exit status: 0, 1 where `path` cannot be written, 130 after Ctrl-C, with all that was measured so far.
     """
@@ -50,7 +50,7 @@ def keep(record, path, work, table):
 
 
 def write_json(path, content):
-    """Written beside its place first, so that a failure leaves no half a file."""
+    """Write a file beside its place, then rename it, so that a failure leaves no half a file."""
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))

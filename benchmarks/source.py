@@ -8,13 +8,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def commit():
-    """The tree's; where it came without its repository, the one that COSFACE_COMMIT names; or None."""
+    """The commit of the source tree; without a repository, the one that COSFACE_COMMIT names, or None."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     return first_line(*command) or os.environ.get("COSFACE_COMMIT")
 
 
 def first_line(*command):
-    """Of what a command prints; None where it prints nothing or cannot be run."""
+    """The first line that a command prints; None if it prints nothing or cannot be run."""
     try:
         lines = subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.splitlines()
     except (OSError, subprocess.TimeoutExpired):

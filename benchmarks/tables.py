@@ -79,7 +79,7 @@ def _speed(row, report):
 
 
 def _times_plain(median, report):
-    """How many times as fast as plain PyTorch in float32."""
+    """The speed as a multiple of that of plain PyTorch in float32."""
     plain = next((row["seconds"] for row in report["rows"] if (row["name"], row["precision"]) == (PLAIN, "float32")), None)
     return f"{statistics.median(plain) / median:.2f}" if plain else "-"
 

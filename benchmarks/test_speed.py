@@ -40,7 +40,7 @@ def test_step(benchmark, peer, shape, part):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("part", ["normalize", "exponentials", "accumulate", "table_gradient"])
 def test_kernel(benchmark, part, dtype, monkeypatch):
-    """Called again with what a step called it with."""
+    """Calls a kernel again with the arguments of a step."""
     calls, kernel = [], getattr(cpu_library.kernels(dtype), part)
 
     def record(*arguments):

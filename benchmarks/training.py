@@ -96,7 +96,7 @@ def peak_bytes():
 
 
 def alone(what, **arguments):
-    """What `what(**arguments)` returns in a process of its own, or the reason why there is nothing."""
+    """The result of `what(**arguments)` in a process of its own, or the reason why there is none."""
     command = [sys.executable, "-m", "benchmarks.training", "--alone", what, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=source.ROOT, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": f"exit status {done.returncode}"}
@@ -116,7 +116,7 @@ def table_run(identities, size, table_format, state_format="float32", momentum=O
 
 
 def table_bytes(identities, size, table_format, state_format="float32", momentum=OPTIONS["momentum"], **_):
-    """What a fused step holds of the table, about: its rows and their momentum in their formats, and a twentieth for slabs."""
+    """Approximate bytes of the table in a fused step: its rows and momentum in their formats, and a twentieth for slabs."""
     held = NUMBER_BYTES[table_format] + (NUMBER_BYTES[state_format] if momentum else 0)
     return 1.05 * identities * size * held
 

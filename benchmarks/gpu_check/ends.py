@@ -1,9 +1,9 @@
-"""How a stage may end before its time."""
+"""Exceptions that end a stage before its time."""
 
 
 class Skip(Exception):
-    """The machine lacks something that a stage needs; the message says what."""
+    """Raised if the machine lacks something that a stage needs; the message names it."""
 
 
 class LostDevice(RuntimeError):
-    """After an illegal access nothing else of this process runs on its GPU."""
+    """Raised after an illegal access: nothing else of this process runs on its GPU."""

@@ -15,7 +15,7 @@ BUDGETS = {"none": 0, "auto": "auto", "all": 2**60}  # bytes of exponentials tha
 
 
 def device(dtype=torch.bfloat16):
-    """Where the triton backend runs.
+    """The device on which the triton backend runs.
 
     Raises:
         Skip: nowhere.
@@ -29,13 +29,13 @@ def device(dtype=torch.bfloat16):
 
 
 def shortage(needed, where):
-    """Why so many bytes do not fit, or None."""
+    """A sentence saying why so many bytes do not fit, or None."""
     return measure.shortage(needed, where) if where.type == "cuda" else None
 
 
 @contextlib.contextmanager
 def slabs(rows):
-    """Calls in here have slabs of so many rows of the table; of the package's own where that is 0 or None."""
+    """Context manager that sets the rows of a slab; 0 or None: the package's own."""
     if not rows:
         yield
         return
@@ -45,7 +45,7 @@ def slabs(rows):
 
 @contextlib.contextmanager
 def forms(asked):
-    """Calls in here are served by these forms of the package's kernels, {kernel: options}.
+    """Context manager that sets the forms of the package's kernels, {kernel: options}.
 
     Raises:
         ValueError: the package has no such form.

@@ -30,7 +30,7 @@ MEASURED = {"seconds", "predicted", "errors", "wrong", "error", "peak_bytes", "l
 
 
 def check(plan, out, *, seconds, resume=None, dry_run=False, patience=1.0):
-    """Runs the stages of a plan. Returns the exit status: 0 where all of them went well or were skipped."""
+    """Run the stages of a plan. Returns the exit status: 0 if all of them succeeded or were skipped."""
     deadline = time.monotonic() + seconds
     earlier = json.loads((resume / "gpu_check.json").read_text())["stages"] if resume else {}
     out.mkdir(parents=True, exist_ok=True)
@@ -64,12 +64,12 @@ def check(plan, out, *, seconds, resume=None, dry_run=False, patience=1.0):
 
 
 def _answers(out, dry_run, patience):
-    """Whether the GPU still does, asked by a new process."""
+    """True if the GPU still answers a new process."""
     return run(stages.PROBE, out, stages.PROBE.limit * patience, dry_run)["status"] == "done"
 
 
 def run(stage, out, limit, dry_run=False):
-    """The entry of one stage. After a case that took the process's GPU with it, the others go on in a new one."""
+    """Run one stage and return its entry. After a case that lost the process's GPU, the others go on in a new process."""
     rows, log = out / "rows.jsonl", out / "log.txt"
     first_row, first_character = rows.stat().st_size, log.stat().st_size if log.exists() else 0
     started = time.monotonic()
@@ -131,7 +131,7 @@ def _wait(process, limit):
 
 
 def _rows(path, start):
-    """Those that were written from byte `start` on; of the same case the last. A killed stage's last line may be half a line."""
+    """The rows written from byte `start` on, the last of each case. A killed stage's last line may be half a line."""
     found = {}
     with path.open("rb") as file:
         file.seek(start)
@@ -143,7 +143,7 @@ def _rows(path, start):
 
 
 def work(name, out, since=0, dry_run=False):
-    """The process of one stage: makes the rows of the cases that have none from byte `since` on. Returns the exit status."""
+    """Run one stage in this process: write rows for the cases without one from byte `since` on. Returns the exit status."""
     stage = next(stage for stage in (stages.PROBE, *stages.PLAN) if stage.name == name)
     function = _pretend if dry_run else getattr(importlib.import_module(f".{stage.module}", __package__), stage.function)
     device = None if dry_run else _device()
@@ -171,7 +171,7 @@ def _device():
 
 
 def _pretend(cases):
-    """Rows as the stage's work would make them, taking what is predicted."""
+    """Rows as the stage's work would write them, with the predicted times."""
     for case in cases:
         predicted = predictions.seconds(case)
         yield {**case, "seconds": [sum(predicted) / 2] * 3 if predicted else []}

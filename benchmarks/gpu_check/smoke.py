@@ -27,7 +27,7 @@ STEP_ERROR = {"float32": 1e-5, "bfloat16": 2.0**-8, "int8": 2.0**-8}
 
 
 def answers(cases):
-    """Of a new process: whether copies and a kernel come to an end."""
+    """Check in a new process that copies and a kernel end."""
     sent = torch.arange(1024.0)
     there = sent.cuda()
     torch.add(there, 1)
@@ -112,7 +112,7 @@ def _check(case, device):
 
 
 def _check_graph(case, device):
-    """A replay has the bits of the eager step."""
+    """Check that a replay of a CUDA graph has the bits of the eager step."""
     tensors = inputs(case["rows"], case["classes"], case["size"], device)
     function = functools.partial(step, autocast(functools.partial(cosface_loss, backend="triton")), *tensors)
     eager, results = function(), []
@@ -126,7 +126,7 @@ def _check_graph(case, device):
 
 
 def _check_update(case, device):
-    """One step of FusedSGD beside the same step in plain PyTorch on the CPU."""
+    """Check one step of FusedSGD against the same step in plain PyTorch on the CPU."""
     formats = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"), "int8": ("bfloat16", "int8")}
     table, state = formats[case["update"]]
     tables = []

@@ -51,7 +51,7 @@ def _case(case, tensors, device):
             return step(function, *tensors)
 
     def check():
-        """A form's errors, and what only a whole step tells: its memory and the slab that it had."""
+        """A form's errors, the memory of its step and the slab size."""
         found = {}
         with gpu.slabs(case.get("slab")), gpu.forms(case.get("forms")):
             if case.get("forms"):

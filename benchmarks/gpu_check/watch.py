@@ -50,7 +50,7 @@ class Watch:
 
 
 def summary(lines):
-    """Of lines of values in the order of COLUMNS."""
+    """The summary of lines of values in the order of COLUMNS."""
     values = dict(zip(COLUMNS, zip(*lines, strict=True), strict=True))
     reasons = 0
     for value in values.pop("throttled"):

@@ -74,7 +74,7 @@ def _add_bench(commands):
 
 
 def add_problem(option, *, rows=None, classes=None, size=None, repeats=None):
-    """The options that benchmarks share. option: a parser's add_argument; what has no default is no option."""
+    """Add the sizes of a problem, for those that have a default. option: a parser's add_argument."""
     for flag, default, what in (
         ("--rows", rows, "N, rows of a batch"),
         ("--classes", classes, "C, classes"),
@@ -199,10 +199,10 @@ def _demo(arguments):
 def _bench(arguments):
     checkout = Path(__file__).parents[2]
     if (checkout / "benchmarks" / "bench.py").exists():
-        sys.path.insert(0, str(checkout))  # a command does not search the directory it is run from
+        sys.path.insert(0, str(checkout))  # a console script does not search the current directory
     try:
         from benchmarks import bench
-    except ImportError as error:  # also another package of that name
+    except ImportError as error:  # also for another package of that name
         if (error.name or "").partition(".")[0] != "benchmarks":
             raise
         return _fail("bench needs a source checkout, it is not installed with the package; `python -m benchmarks` runs it there")

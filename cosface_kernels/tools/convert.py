@@ -1,4 +1,4 @@
-"""A class table out of another system's files into the state dict of `CosFaceLoss`, and back, every bit the same.
+"""Converts a class table in another system's files to the state dict of `CosFaceLoss`, and back, every bit the same.
 
     CosFaceLoss                            weight (C, D)
     insightface, PartialFC_V2              weight (C_local, D), one file a rank; state_dict_softmax_fc.weight in a checkpoint
@@ -25,7 +25,7 @@ import torch
 from ..validation import FLOAT_DTYPES
 
 KEYS = {None: ("weight",), "insightface": ("weight", "state_dict_softmax_fc.weight"), "pml": ("W",)}
-LISTED = 20  # keys, files or ranks that a message names before it says how many more there are
+LISTED = 20  # keys, files or ranks that a message names; it counts the rest
 SLAB = 8192  # rows looked through for NaN and infinity at a time, so that this takes no memory to speak of
 
 
@@ -35,10 +35,10 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     Args:
         inputs: paths of files written by torch.save, one, or all shards of a table.
         out: a path; with several ranks its text {rank} becomes 0, 1, ...
-        system: whose files `inputs` are, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
+        system: the system that wrote `inputs`, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
         key: dotted key of the table in each file, for any other system.
         transpose: whether the table at `key` is (D, C).
-        to: whose files to write, "insightface" or "pml"; None for CosFaceLoss.
+        to: the system to write for, "insightface" or "pml"; None for CosFaceLoss.
         ranks: the number of files that "insightface" is written in.
         force: replace files that exist.
 

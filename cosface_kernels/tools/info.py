@@ -1,4 +1,4 @@
-"""What a bug report should contain: versions, devices, and which backends can be used here. Never fails, on any machine."""
+"""The text for a bug report: versions, devices, and the backends that can be used here. Works on any machine."""
 
 import importlib.metadata
 import os

@@ -1,4 +1,4 @@
-"""What a training step will hold in memory, before any of it is allocated, and which way to train to take.  `cosface plan`
+"""`cosface plan`: the memory of a training step before any of it is allocated, and the way to train that fits.
 
     table + state + gradient + kept exponentials + rest        bytes on each device
 
@@ -52,7 +52,7 @@ COLUMNS = 100
 
 
 class Training(NamedTuple):
-    """What is to be trained, and how."""
+    """A training: sizes, optimiser, formats, sample rate and number of devices."""
 
     identities: int
     dim: int
@@ -107,7 +107,7 @@ def plan(training, device):
     rows = max(round(training.sample_rate * held), min(batch, held))
     dtype, state = getattr(torch, training.precision), formats.STATE_FORMATS[training.state_format]
     weight = torch.empty(held, dim, dtype=formats.TABLE_FORMATS[training.table_format], device="meta")
-    # What slabs.py asks of features, without the device that they would be on.
+    # The attributes of features that slabs.py reads, without a tensor.
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
     table = Table(weight[:rows])
     slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, device.memory))
@@ -130,7 +130,7 @@ def plan(training, device):
 
 
 def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices, **common):
-    """Every combination that there is: torch.optim's optimisers take float32 and all classes."""
+    """Every valid combination of these options: torch.optim's optimisers take float32 and all classes."""
     found = {}
     for number, rate, optimizer, table, state in itertools.product(
         devices, sample_rates, optimizers, table_formats, state_formats
@@ -151,7 +151,7 @@ def recommended(totals, device):
 
 
 def devices_needed(training, device):
-    """On how many devices it would fit with room to spare; None: on no number of them."""
+    """The number of devices on which a training fits with room to spare; None: no number."""
 
     def fits(number):
         return sum(plan(training._replace(devices=number), device).values()) <= USABLE * device.memory
@@ -224,7 +224,7 @@ def _gigabytes(size):
 
 
 def _table(plans, totals, device):
-    """A line for each Training, what fits first, its columns aligned."""
+    """A line for each Training, those that fit first, with aligned columns."""
     lines = []
     for training in sorted(plans, key=lambda training: (totals[training] > device.memory, training.rank)):
         total = totals[training]
@@ -238,7 +238,7 @@ def _table(plans, totals, device):
 
 
 def _recommendation(totals, device):
-    """What to take and why; or what would be needed."""
+    """Sentences: the training to take and why, or the memory that would be needed."""
     training, best = recommended(totals, device), min(totals, key=lambda training: training.rank)
     if training is None:
         smallest = min(totals, key=totals.get)

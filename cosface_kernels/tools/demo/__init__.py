@@ -29,7 +29,7 @@ def _table(toy_results, million_result, out):
 
 
 def _write_json(path, content):
-    """Written beside its place first, so that a failure leaves no half a file."""
+    """Write a file beside its place, then rename it, so that a failure leaves no half a file."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n")
     os.replace(partial, path)

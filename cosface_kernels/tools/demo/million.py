@@ -1,4 +1,4 @@
-"""Real optimiser steps over one million identities, beside what the plain expression needs for the same step.
+"""Real optimiser steps over one million identities, beside time and memory of the plain expression for the same step.
 
     generator    pool of 2,048 identities among the million -> latent -> view = latent · mixing + noise
     backbone     view -> multilayer perceptron -> 128 features
@@ -136,7 +136,7 @@ def _measure_plain(features, weight, labels):
 
 
 def peak_bytes(device):
-    """The most memory held so far: of the GPU by tensors, else of the whole process."""
+    """The peak memory so far: of tensors on the GPU, else of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
