@@ -84,6 +84,24 @@ def test_demo_in_small(monkeypatch, capsys, tmp_path):
     assert "LMCL, m = 0.2" in printed and "5,000 identities" in printed
 
 
+def test_demo_runs_plain_pytorch_for_seconds(monkeypatch):
+    """In the faster dtype, with as many classes as the time allows; its time and memory are then those of all."""
+    monkeypatch.setattr(million, "CLASSES", 3000)
+    ran = []
+
+    def seconds(features, weight, labels, dtype, repeats):
+        ran.append((dtype, len(weight)))
+        return len(weight) * {torch.bfloat16: 10.0, torch.float32: 0.02}[dtype]
+
+    monkeypatch.setattr(million, "_plain_seconds", seconds)
+    features, weight = torch.ones(million.ROWS, million.EMBEDDING), torch.ones(3000, million.EMBEDDING)
+    dtype, classes, took, peak = million._measure_plain(features, weight, torch.zeros(million.ROWS, dtype=torch.int64))
+    assert (dtype, classes) == ("torch.float32", 1000) and ran[-1] == (torch.float32, 1000)
+    assert math.isclose(took, 60) and peak > 5 * million.ROWS * 3000 * 4
+    result = million.Result("CPU", 1, 1.0, 1, [2.0, 1.0], dtype, classes, took, peak)
+    assert "extrapolated from 1,000" in "".join(million.table(result))
+
+
 @pytest.mark.parametrize(("spread", "gap"), [(0.0, 45.0), (4.0, 37.4), (30.0, -12.0)])
 def test_angles_of_the_toy_experiment(spread, gap):
     """Eight fans of directions, 45 degrees apart: the middle 95% of each spans 2 * 0.95 * spread."""

@@ -4,8 +4,9 @@
     backbone     view -> multilayer perceptron -> 128 features
     head         CosFaceLoss(128, 1_000_000): every step, all its rows are in the denominator and receive a gradient
 
-The plain expression is cosface_kernels.reference.cosface_loss under the same bfloat16 autocast: of the plain forms
-tried the one with least memory. Its forward and backward pass alone are timed, without backbone and optimiser.
+The plain expression is cosface_kernels.reference.cosface_loss: of the plain forms tried the one with least memory. Its forward
+and backward pass alone are timed, without backbone and optimiser, in bfloat16 autocast or in float32, whichever is faster on the
+machine, and with fewer classes where all of them would take long or not fit.
 """
 
 import resource
@@ -30,8 +31,9 @@ STEPS = {"cpu": 16, "cuda": 200}
 SECONDS_MAX = 60
 # Class table, its gradient, its momentum, the kept exponentials, each CLASSES x EMBEDDING x 4 bytes; and the rest of the process.
 BYTES_NEEDED = 3_500_000_000
-# Per class, at the peak of the reference's backward: five N x C matrices in bfloat16; unit rows, at most one C x D in float32.
-PLAIN_BYTES_PER_CLASS = 5 * ROWS * 2 + EMBEDDING * 4
+PLAIN_DTYPES = torch.bfloat16, torch.float32
+PLAIN_SECONDS_MAX = 20
+PROBE_CLASSES = 20_000  # with which each dtype is timed first
 
 
 class Result(NamedTuple):
@@ -40,6 +42,7 @@ class Result(NamedTuple):
     step_seconds: float  # median
     peak_bytes: int
     losses: list[float]  # of every step
+    plain_dtype: str
     plain_classes: int  # what the plain expression was run with; where it is not CLASSES, the next two are extrapolated
     plain_seconds: float
     plain_peak_bytes: int
@@ -64,12 +67,12 @@ def run(out, device):
     peak = peak_bytes(device)
     optimizer.zero_grad()
     views, labels = draw_batch()
-    classes, plain_seconds, plain_peak = _measure_plain(backbone(views).detach(), head.weight.detach(), labels)
+    plain = _measure_plain(backbone(views).detach(), head.weight.detach(), labels)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     _draw(losses).savefig(out / "million_loss.png")
     # The first step allocates and warms up.
     step_seconds = statistics.median(seconds[1:] or seconds)
-    return Result(name, len(losses), step_seconds, peak, losses, classes, plain_seconds, plain_peak)
+    return Result(name, len(losses), step_seconds, peak, losses, *plain)
 
 
 def make_backbone(size):
@@ -113,26 +116,37 @@ def _train(head, backbone, optimizer, draw_batch):
 
 
 def _measure_plain(features, weight, labels):
-    """(classes it was run with, best seconds, peak bytes) of plain forward and backward; fewer classes where memory is short."""
+    """(dtype, classes it was run with, seconds, peak bytes) of plain forward and backward, the last two of all classes."""
     device = weight.device
-    classes = min(CLASSES, available_bytes(device) // (2 * PLAIN_BYTES_PER_CLASS))
-    features.requires_grad_()
-    weight = weight[:classes].requires_grad_()
+    probe = weight[:PROBE_CLASSES]
+    rates = {dtype: _plain_seconds(features, probe, labels, dtype, 2) / len(probe) for dtype in PLAIN_DTYPES}
+    dtype = min(rates, key=rates.get)
+    # At the peak of the reference's backward: five N x C matrices; unit rows, at most one C x D in float32.
+    bytes_per_class = 5 * ROWS * dtype.itemsize + EMBEDDING * 4
+    fits, in_time = available_bytes(device) // (2 * bytes_per_class), int(PLAIN_SECONDS_MAX / rates[dtype])
+    classes = min(len(weight), fits, in_time)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # training's peak is not this one's
+    seconds = _plain_seconds(features, weight[:classes], labels, dtype, 1 if device.type == "cpu" else 5)
+    if classes == len(weight):
+        return str(dtype), classes, seconds, peak_bytes(device)
+    table_and_momentum = 2 * len(weight) * EMBEDDING * 4
+    return str(dtype), classes, seconds * len(weight) / classes, table_and_momentum + len(weight) * bytes_per_class
+
+
+def _plain_seconds(features, weight, labels, dtype, repeats):
+    """The best time of plain forward and backward, in autocast to dtype."""
+    features, weight = features.detach().requires_grad_(), weight.detach().requires_grad_()
     seconds = []
-    for _ in tqdm(range(2 if device.type == "cpu" else 5), desc="plain PyTorch", unit="step"):
-        weight.grad = None
+    for _ in tqdm(range(repeats), desc=f"plain PyTorch, {dtype}, {len(weight):,} identities", unit="step"):
+        features.grad = weight.grad = None
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = reference.cosface_loss(features, weight, labels % classes)
+        with torch.autocast(weight.device.type, dtype, enabled=dtype != torch.float32):
+            loss = reference.cosface_loss(features, weight, labels % len(weight))
         loss.backward()
-        _synchronize(device)
+        _synchronize(weight.device)
         seconds.append(time.perf_counter() - started)
-    if classes == CLASSES:
-        return classes, min(seconds), peak_bytes(device)
-    table_and_momentum = 2 * CLASSES * EMBEDDING * 4
-    return classes, min(seconds) * CLASSES / classes, table_and_momentum + CLASSES * PLAIN_BYTES_PER_CLASS
+    return min(seconds)
 
 
 def peak_bytes(device):
@@ -168,10 +182,12 @@ def table(result):
     yield f"  {'step':<14}{f'{result.step_seconds:.3g} s':>14}{plain_seconds:>16}"
     yield f"  {'peak memory':<14}{_gb(result.peak_bytes):>14}{plain_peak:>16}"
     yield f"  {'loss':<14}{loss:>14}{'':>16}   in {result.steps} steps"
-    yield "  Ours: the median of whole steps. Plain: cosface_kernels.reference.cosface_loss under the same autocast, the best of"
-    yield f"  its forward and backward passes alone; at its peak it holds five N x C matrices of {_gb(ROWS * CLASSES * 2)} each."
+    dtype = result.plain_dtype.removeprefix("torch.")
+    matrix = _gb(ROWS * CLASSES * getattr(torch, dtype).itemsize)
+    yield "  Ours: the median of whole steps. Plain: cosface_kernels.reference.cosface_loss, a forward and backward pass alone,"
+    yield f"  in the faster of bfloat16 and float32, here {dtype}; at its peak it holds five N x C matrices of {matrix} each."
     if result.plain_classes < CLASSES:
-        yield f"  That does not fit here: its time is extrapolated from {result.plain_classes:,} classes, its memory computed."
+        yield f"  All classes take it too long or do not fit: extrapolated from {result.plain_classes:,}, its memory computed."
 
 
 def _gb(count):
