@@ -1,7 +1,8 @@
-"""Who imports whom in the package: what docs/architecture.md draws, and no circle."""
+"""docs/architecture.md draws every file, and who imports whom: the package has no other file or import, and no circle."""
 
 import ast
 import re
+from fnmatch import fnmatch
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -29,6 +30,14 @@ def imports(path):
                     if (PACKAGE.joinpath(*parts).with_suffix(".py").exists() or PACKAGE.joinpath(*parts).is_dir())
                     else parts[:-1]
                 )
+
+
+def test_tree_has_every_file():
+    tree = (ROOT / "docs/architecture.md").read_text().split("```")[1].split("csrc/")[0]
+    names = set(re.findall(r"[\w*]+\.py|\bdemo/", tree))
+    found = {"demo/" if path.parent.name == "demo" else path.name for path in FILES if path.name != "__init__.py"}
+    assert {name for name in found if not any(fnmatch(name, listed) for listed in names)} == set()
+    assert {listed for listed in names if not any(fnmatch(name, listed) for name in found)} == set()
 
 
 def test_no_part_imports_what_the_document_does_not_name():
