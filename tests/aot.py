@@ -28,6 +28,7 @@ from cosface_kernels.ops import backends, formats, slabs
 from cosface_kernels.ops.backends import (
     triton_attend,
     triton_backend,
+    triton_exponentials,
     triton_forms,
     triton_kernels,
     triton_rows,
@@ -272,7 +273,7 @@ def _every_other(tensor):
 
 def kernels():
     """Every kernel of the package: its other functions take no pointers."""
-    modules = triton_attend, triton_kernels, triton_rows, triton_update
+    modules = triton_attend, triton_exponentials, triton_kernels, triton_rows, triton_update
     functions = [function for module in modules for function in vars(module).values()]
     found = [function for function in functions if isinstance(function, JITFunction)]
     return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}

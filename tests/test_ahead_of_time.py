@@ -13,6 +13,7 @@ import pytest
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 # Where ptxas may put one pair of registers aside, once and outside any loop, for the call of a square root: it does at odd D.
 SPILL_LIMIT = {"project_rows": 8, "sum_targets": 8}
+PRODUCTS = {"exponential_sums", "exponentials", "maxima", "exponents"}
 
 
 @pytest.mark.slow
@@ -33,7 +34,7 @@ def test_every_launch_configuration(chip):
         ieee = "x_ptr=float32" in kernel["arguments"] and "PRECISION=ieee" in kernel["arguments"]
         attends = kernel["name"].startswith("attend") and "UPCAST=False" in kernel["arguments"]
         if not attends or "float32" not in re.search(r"\bx(_ptr)?=(\S+)", kernel["arguments"])[2]:
-            assert kernel["tensor_core"] == (attends or (kernel["name"] == "exponentials" and not ieee)), kernel
+            assert kernel["tensor_core"] == (attends or (kernel["name"] in PRODUCTS and not ieee)), kernel
         assert not kernel["warnings"], f"ptxas waits for each wgmma by itself, or the like: {kernel}"
-        if kernel["name"] == "exponentials" and not ieee:  # a product, minus the shift
-            assert (kernel["fma"] > 0) == (kernel["fuses"] and "MAXIMUM=False" in kernel["arguments"]), kernel
+        if kernel["name"] in PRODUCTS and not ieee:  # a product, minus the shift
+            assert (kernel["fma"] > 0) == (kernel["fuses"] and kernel["name"].startswith("exponential")), kernel

@@ -15,7 +15,7 @@ from .ends import Skip
 
 WORKERS = 12
 SECONDS_PER_TEST = 60
-KERNELS = "exponentials|attend|normalize|project|add_pull|finish|sum_targets|update|rows"
+KERNELS = "exponential|exponents|maxima|attend|normalize|project|add_pull|finish|sum_targets|update|rows"
 
 
 def suite(cases, out):

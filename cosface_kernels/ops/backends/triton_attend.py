@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..slabs import ceil_div
 from . import triton_forms, triton_kernels, triton_update
+from .triton_exponentials import add_sums, in_slab, operand, own_tile
 from .triton_kernels import FUSE, project, targets_share, unit_and_inverse
 
 SIZE_MIN, SIZE_MAX = 64, 512
@@ -146,7 +147,7 @@ def load_rows(source, first, count, SIZE: tl.constexpr, BLOCK: tl.constexpr, DES
     else:
         row = tl.minimum(first + tl.arange(0, BLOCK), count - 1).to(tl.int64)
         rows = tl.load(source + row[:, None] * SIZE + tl.arange(0, SIZE)[None, :])
-    return rows.to(tl.float32) if UPCAST else rows
+    return operand(rows, UPCAST)
 
 
 @triton.jit
@@ -171,17 +172,11 @@ def attend_features(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    # Row tiles run fastest: neighbouring programs read the same class rows while those are in L2.
-    row_tiles = tl.cdiv(N, BLOCK_N)
-    row = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    part = tl.program_id(0) // row_tiles
+    row, part = own_tile(N, BLOCK_N)
     column = tl.arange(0, SIZE)
     live = row < N
-    target = tl.load(target_ptr + row, mask=live, other=-1) - first_class
-    target = tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
-    x = tl.load(x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * SIZE + column[None, :])
-    if UPCAST:
-        x = x.to(tl.float32)
+    target = in_slab(tl.load(target_ptr + row, mask=live, other=-1), first_class, B)
+    x = operand(tl.load(x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * SIZE + column[None, :]), UPCAST)
     start = part * blocks_each * BLOCK_C
     total = tl.zeros((BLOCK_N,), tl.float64)  # in float32 a sum over 10^5 blocks would lose digits
     pull = tl.zeros((BLOCK_N, SIZE), tl.float32)
@@ -193,11 +188,9 @@ def attend_features(
         exponent -= tl.where(classes < B, shift, float("inf"))[None, :] if RAGGED else shift
         e = tl.where(target[:, None] == classes[None, :], 0.0, tl.exp2(exponent))
         total += tl.sum(e, 1)
-        e = e.to(x_ptr.dtype.element_ty)
-        pull = tl.dot(e.to(tl.float32) if UPCAST else e, rows, pull, input_precision=PRECISION)
+        pull = tl.dot(operand(e.to(x_ptr.dtype.element_ty), UPCAST), rows, pull, input_precision=PRECISION)
+    add_sums(partial_ptr, part, row, N, first_class, total)
     place = part.to(tl.int64) * N + row
-    before = tl.load(partial_ptr + place, mask=live & (first_class > 0), other=0.0)
-    tl.store(partial_ptr + place, before + total, mask=live)
     tl.store(part_ptr + place[:, None] * D + column[None, :], pull, mask=live[:, None] & (column < D)[None, :])
 
 
@@ -243,19 +236,16 @@ def attend_table(
     tl.debug_barrier()
     row = first_of_tile + tl.arange(0, BLOCK_R)
     column = tl.arange(0, SIZE)
-    unit = tl.load(unit_ptr + tl.minimum(row, R - 1)[:, None] * SIZE + column[None, :])
-    if UPCAST:
-        unit = unit.to(tl.float32)
+    unit = operand(tl.load(unit_ptr + tl.minimum(row, R - 1)[:, None] * SIZE + column[None, :]), UPCAST)
     grad = tl.zeros((BLOCK_R, SIZE), tl.float32)
     for first in tl.range(0, N, BLOCK_N):
         rows = load_rows(x, first, N, SIZE, BLOCK_N, DESCRIPTORS, UPCAST)
         sample = first + tl.arange(0, BLOCK_N)
         scale = tl.load(row_scale_ptr + sample, cache_modifier=".ca")
-        target = tl.load(target_ptr + sample, cache_modifier=".ca") - first_row
-        target = tl.where((target >= 0) & (target < R), target, -1).to(tl.int32)
+        target = in_slab(tl.load(target_ptr + sample, cache_modifier=".ca"), first_row, R)
         e = tl.exp2(tl.dot(unit, rows.T, input_precision=PRECISION) * log2_scale - shift) * scale[None, :]
         e = tl.where(target[None, :] == row.to(tl.int32)[:, None], 0.0, e).to(unit_ptr.dtype.element_ty)
-        grad = tl.dot(e.to(tl.float32) if UPCAST else e, rows, grad, input_precision=PRECISION)
+        grad = tl.dot(operand(e, UPCAST), rows, grad, input_precision=PRECISION)
     tl.store(grad_ptr + row[:, None] * D + column[None, :], grad, mask=(row < R)[:, None] & (column < D)[None, :])
     if PROJECT:
         tl.debug_barrier()

@@ -1,5 +1,5 @@
-"""The slab loop on a GPU: the kernels of triton_kernels.py around cuBLAS products, or where triton_forms.py says so those of
-triton_attend.py.
+"""The slab loop on a GPU: the kernels of triton_exponentials.py and triton_kernels.py around cuBLAS products, or where
+triton_forms.py says so those of triton_attend.py.
 
 Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
 backward the first two again where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab
@@ -11,7 +11,7 @@ import functools
 import torch
 
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, triton_attend, triton_forms, triton_kernels, triton_rows, triton_update
+from . import Sums, centers, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -24,7 +24,7 @@ FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_kernels.
 
 
 def tiles(num_rows, size, dtype, capability, centers=1):
-    """Launch configuration of `exponentials` for N rows of (padded) size D; docs/gpu.md has the arithmetic behind it."""
+    """Launch configuration of `exponentials` for N rows of (padded) size D; docs/notes/gpu.md has the arithmetic behind it."""
     block_n = 64 if num_rows <= 64 or dtype == torch.float32 else 128
     if dtype == torch.float32:
         shape = 64, 32, 4, 3  # twice the registers and shared memory for each element
@@ -152,7 +152,6 @@ class _Slab:
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
         self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
         self._constants = {
-            "CENTERS": table.centers,
             "PRECISION": _precision(),
             "UPCAST": triton_kernels.INTERPRETED,
             # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at logits
@@ -189,13 +188,18 @@ class _Slab:
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Row sums of E into `partial`; E into `store` (N, width) if given, zero past `stop`."""
-        if self.table.centers == 1:
-            self._launch(unit, start, stop, shift, partial, store)
-            return
-        # Each class's nearest centre alone, which needs all exponents in float32 first.
-        exponents = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
-        self._launch(unit, start, stop, None, torch.empty_like(partial), exponents, maximum=True)
-        e = centers.exponentials(exponents[:, : stop - start], shift, self.table.centers, 1)
+        if self.table.centers > 1:
+            self._nearest(unit, start, stop, shift, partial, store)
+        elif store is None:
+            self._launch(triton_exponentials.exponential_sums, unit, start, stop, shift, partial)
+        else:
+            self._launch(triton_exponentials.exponentials, unit, start, stop, shift, partial, store, unit.shape[0])
+
+    def _nearest(self, unit, start, stop, shift, partial, store):
+        """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
+        out = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
+        self._launch(triton_exponentials.exponents, unit, start, stop, out, unit.shape[0], CENTERS=self.table.centers)
+        e = centers.exponentials(out[:, : stop - start], shift, self.table.centers, 1)
         if start == 0:
             partial.zero_()
         partial[0] += e.sum(1, dtype=torch.float64)
@@ -205,17 +209,16 @@ class _Slab:
 
     def maxima(self, unit, start, stop, partial):
         """Row maxima of the exponents into `partial`."""
-        self._launch(unit, start, stop, None, partial, None, maximum=True)
+        self._launch(triton_exponentials.maxima, unit, start, stop, partial, CENTERS=self.table.centers)
 
-    def _launch(self, unit, start, stop, shift, partial, store, maximum=False):
+    def _launch(self, kernel, unit, start, stop, *epilogue, **constants):
+        """Over all tiles of a slab. epilogue, constants: what the kernel takes beside the product's."""
         num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
         if num_rows:
-            triton_kernels.exponentials[(self.row_tiles * ceil_div(width, tile),)](
-                *(self.low, unit, self.targets, shift, store, partial),
-                *(num_rows, stop - start, size_padded, start, self.plan.log2_scale, width),
-                STORE=store is not None,
-                MAXIMUM=maximum,
+            kernel[(self.row_tiles * ceil_div(width, tile),)](
+                *(self.low, unit, self.targets, num_rows, stop - start, size_padded, start, self.plan.log2_scale, *epilogue),
                 RAGGED=(stop - start) % tile != 0,
+                **constants,
                 **self._constants,
             )
 

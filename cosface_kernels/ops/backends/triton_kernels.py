@@ -1,15 +1,13 @@
-"""The Triton kernels of the slab loop: five. The table, or a slab of it, is read once by each that needs it.
+"""The Triton kernels of the slab loop around its product, which is triton_exponentials.py's. Each reads the table, or a slab of
+it, once.
 
     normalize_rows      w̃ = w / ‖w‖ or w of a slab, in 16 bits or float32, its columns padded with zeros to D_padded
-    exponentials        E = 2^{k x w̃ᵀ - shift} with E[n, y_n] = 0, as the epilogue of the matmul: cosines live in registers only.
-                        Row sums (or row maxima of the exponents) of each tile are added to those of the slabs before, one float64
-                        per row and tile; E is stored only if asked for
     finish_sums         total, the sum of a row's tiles, and lse = log total + shift log 2
     add_pull            U += E w̃ from the parts that the product comes in, divided by the row's total after the last slab
     project_rows        dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share, in float32 from the raw rows, rounded once on the
                         way out
 
-No atomics: a tile has its own partial sums, and their reduction is a plain sum. Row offsets are int64: C x D passes 2^31.
+No atomics: every sum has a fixed order. Row offsets are int64: C x D passes 2^31.
 """
 
 import functools
@@ -91,79 +89,6 @@ def normalize_rows(
         unit.to(unit_ptr.dtype.element_ty),
         mask=(row < R_padded)[:, None] & (column < D_padded)[None, :],
     )
-
-
-@triton.jit
-def exponentials(
-    x_ptr,  # (N, D_padded) rows to multiply
-    unit_ptr,  # (>= B, D_padded) unit class rows of the slab
-    target_ptr,  # (N,) int64 first of the target class's CENTERS rows, -1 for none
-    shift_ptr,  # (N,) float32
-    # (N, stride_e) exponentials, columns B .. stride_e become 0, or with MAXIMUM exponents, -inf there; not touched unless STORE
-    e_ptr,
-    partial_ptr,  # (tiles, N) float64 row sums of E over all slabs so far, or with MAXIMUM row maxima of its exponents
-    N,
-    B,
-    D_padded,
-    first_class,
-    log2_scale,
-    stride_e,
-    STORE: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    CENTERS: tl.constexpr,
-    RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
-    PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
-    UPCAST: tl.constexpr,  # interpreter only, whose bfloat16 products are not numbers
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    # Row tiles run fastest: neighbouring programs read the same class rows while those are in L2.
-    row_tiles = tl.cdiv(N, BLOCK_N)
-    row = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tl.program_id(0) // row_tiles
-    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    step = tl.arange(0, BLOCK_K)
-    # Ragged rows and columns read the last valid one, and are dropped after the exponential.
-    unit_row = tl.minimum(column, B - 1) if RAGGED else column
-    x_row = x_ptr + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
-    unit_row = unit_ptr + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
-    cosine = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for k in tl.range(0, D_padded, BLOCK_K):
-        x = tl.load(x_row + k)
-        unit = tl.load(unit_row + k)
-        if UPCAST:
-            x = x.to(tl.float32)
-            unit = unit.to(tl.float32)
-        cosine = tl.dot(x, unit.T, cosine, input_precision=PRECISION)
-
-    live = row < N
-    target = tl.load(target_ptr + row, mask=live, other=-1) - first_class
-    # 64-bit comparisons for each row, 32-bit ones for each element.
-    target = tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
-    dropped = target[:, None] == column[None, :]
-    if CENTERS > 1:
-        dropped = (target >= 0)[:, None] & (column[None, :] >= target[:, None]) & (column[None, :] < target[:, None] + CENTERS)
-    if RAGGED:
-        dropped = dropped | (column >= B)[None, :]
-    partial = partial_ptr + tile.to(tl.int64) * N + row
-    # Float64, because a float32 sum of 10^5 slabs would lose digits.
-    later_slab = live & (first_class > 0)
-    if MAXIMUM:
-        e = tl.where(dropped, float("-inf"), cosine * log2_scale)
-        largest = tl.max(e, 1)
-        before = tl.load(partial, mask=later_slab, other=float("-inf"))
-        tl.store(partial, tl.maximum(before, largest.to(tl.float64)), mask=live)
-    else:
-        shift = tl.load(shift_ptr + row, mask=live, other=0.0)
-        e = tl.where(dropped, 0.0, tl.exp2(cosine * log2_scale - shift[:, None]))
-        before = tl.load(partial, mask=later_slab, other=0.0)
-        tl.store(partial, before + tl.sum(e, 1).to(tl.float64), mask=live)
-    if STORE:
-        inside = live[:, None]
-        if RAGGED:
-            inside = inside & (column < stride_e)[None, :]
-        tl.store(e_ptr + row.to(tl.int64)[:, None] * stride_e + column[None, :], e.to(e_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
