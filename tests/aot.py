@@ -38,6 +38,7 @@ from cosface_kernels.optim import base, rules
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 SLAB = 256  # a tile of every configuration
+EXPONENTIALS = {"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVES": True}
 
 
 class Launch(NamedTuple):
@@ -183,19 +184,26 @@ def _forms(chip):
     for size, (dtype, precision, options) in itertools.product((64, 128, 256, 512), cases):
         for num_classes in (2 * SLAB, 2 * SLAB + 80):
             call = Call(num_classes=num_classes, size=size, dtypes=(dtype, dtype), precision=precision)
-            yield _asking(call, attend_features=options, attend_table=options)
+            yield asking(call, attend_features=options, attend_table=options)
+    # The two tiles that chips from 9.0 on have in bfloat16, as the stage `exponentials` of benchmarks.gpu_check tries them.
+    for size, options in itertools.product((64, 512), EXPONENTIALS if chip >= 90 else ()):
+        call = Call(num_classes=2 * SLAB + 80, size=size, dtypes=(BFLOAT16, BFLOAT16))
+        yield asking(call, exponentials=options)
+        if "HALVES" not in options:
+            yield asking(call._replace(frozen=True), exponentials=options)
+            yield asking(call._replace(scale=100.0), exponentials=options)
     for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
-        yield _asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
-    yield _asking(Step(512, "bfloat16", memory_budget=0), attend_features={}, attend_table={})
+        yield asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
+    yield asking(Step(512, "bfloat16", memory_budget=0), attend_features={}, attend_table={})
     for row in triton_forms.rows():
         if tuple(row["chip"]) == divmod(chip, 10):
             dtype, (num_rows, _) = getattr(torch, row["dtype"]), row["num_rows"]
             for size in {size for size in (64, 128, 256, 512) if row["size"][0] <= size <= row["size"][1]}:
                 call = Call(num_rows=num_rows, num_classes=2 * SLAB + 80, size=size, dtypes=(dtype, dtype))
-                yield _asking(call, **{row["kernel"]: row["options"]})
+                yield asking(call, **{row["kernel"]: row["options"]})
 
 
-def _asking(call, **forms):
+def asking(call, **forms):
     def asked():
         with triton_forms.using(**forms):
             call()

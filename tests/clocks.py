@@ -14,7 +14,7 @@ benchmarks/predictions.py makes a step of that.
 import re
 import sys
 
-from aot import BFLOAT16, SLAB, Call, launches
+from aot import BFLOAT16, EXPONENTIALS, SLAB, Call, asking, launches
 from compiled_facts import cuobjdump, resources
 
 L2_BYTES = float(sys.argv[1]) if len(sys.argv) > 1 else 47.0
@@ -75,19 +75,21 @@ def main():
         for size in (256, 512)
         for num_classes in (SLAB, SLAB + 80)
     ]
+    calls += [asking(call, exponentials=options) for call in (calls[0], calls[2]) for options in EXPONENTIALS]
     header = None
     for launch in launches(90, calls):
         if not launch.kernel.startswith("exponential"):
             continue
         shape = "x".join(str(launch.numbers[f"BLOCK_{axis}"]) for axis in "NCK")
         name = shape + " ragged" * launch.numbers["RAGGED"] + " store" * (launch.kernel == "exponentials")
+        name += "".join(f" {option.lower()}" for option in ("DESCRIPTORS", "HALVES") if launch.numbers.get(option))
         for size in (512, 256, 128):
             row = clocks(size, launch)
             if header is None:
-                header = f"{'tile':>25} {'D':>4} " + " ".join(f"{unit:>9}" for unit in row)
+                header = f"{'tile':>44} {'D':>4} " + " ".join(f"{unit:>9}" for unit in row)
                 print(header)
             values = (f"{value:>9{'.0f' if value >= 100 else '.3g'}}" for value in row.values())
-            print(f"{name:>25} {size:>4} " + " ".join(values), flush=True)
+            print(f"{name:>44} {size:>4} " + " ".join(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ def test_every_launch_configuration(chip):
         assert kernel["stack"] <= (16 if is_full else SPILL_LIMIT.get(kernel["name"], 0)), f"spills: {kernel}"
         assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
         # IEEE float32 products have no tensor core instruction. Those of attend's small float32 tiles have an older chip's.
-        ieee = "x_ptr=float32" in kernel["arguments"] and "PRECISION=ieee" in kernel["arguments"]
+        ieee = re.search(r"\bx(_ptr)?=float32", kernel["arguments"]) and "PRECISION=ieee" in kernel["arguments"]
         attends = kernel["name"].startswith("attend") and "UPCAST=False" in kernel["arguments"]
         if not attends or "float32" not in re.search(r"\bx(_ptr)?=(\S+)", kernel["arguments"])[2]:
-            assert kernel["tensor_core"] == (attends or (kernel["name"] in PRODUCTS and not ieee)), kernel
+            assert kernel["tensor_core"] == bool(attends or (kernel["name"] in PRODUCTS and not ieee)), kernel
         assert not kernel["warnings"], f"ptxas waits for each wgmma by itself, or the like: {kernel}"
         if kernel["name"] in PRODUCTS and not ieee:  # a product, minus the shift
             assert (kernel["fma"] > 0) == (kernel["fuses"] and kernel["name"].startswith("exponential")), kernel

@@ -172,11 +172,31 @@ def test_the_first_row_that_fits_counts(tmp_path, monkeypatch):
         triton_forms.forget()
 
 
-def test_another_tile_of_exponentials(attended):
-    inputs = draws("hard", (70, 131, 70), torch.float32, torch.float32, backend="triton")
-    with triton_forms.using(exponentials={"BLOCK_N": 32, "BLOCK_C": 64, "num_warps": 2}):
+EXPONENTIALS = [
+    {"BLOCK_N": 32, "BLOCK_C": 64, "num_warps": 2},
+    {"DESCRIPTORS": True},
+    {"HALVES": True},
+    {"DESCRIPTORS": True, "HALVES": True, "BLOCK_N": 64, "BLOCK_C": 64},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("options", EXPONENTIALS, ids=str)
+def test_another_form_of_exponentials(attended, options, dtype):
+    """Rows and classes that fill no tile, a last slab of three classes."""
+    inputs = draws("hard", (70, 131, 70), dtype, dtype, backend="triton")
+    with triton_forms.using(exponentials=options):
         check_accuracy("triton", inputs, device=DEVICE, memory_budget=0)
     assert not attended
+
+
+@pytest.mark.parametrize("scale", [64.0, 100.0])
+def test_descriptors_of_exponentials_give_the_same_bits(scale):
+    """Row maxima among them, and E kept."""
+    wanted = results(shape=(70, 300, 70), scale=scale, memory_budget=10**9)
+    with triton_forms.using(exponentials={"DESCRIPTORS": True}):
+        for one, other in zip(wanted, results(shape=(70, 300, 70), scale=scale, memory_budget=10**9), strict=True):
+            assert torch.equal(one, other)
 
 
 def test_unknown_forms_are_refused():

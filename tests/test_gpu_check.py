@@ -308,11 +308,13 @@ class TestWork:
         if torch.cuda.is_available():
             pytest.skip("these kernels are compiled here")
 
-    @pytest.mark.parametrize("store", [True, False])
-    def test_exponentials(self, monkeypatch, store):
+    @pytest.mark.parametrize(
+        "store, options", [(True, {}), (False, {}), (True, {"DESCRIPTORS": True, "HALVES": True}), (False, {"DESCRIPTORS": True})]
+    )
+    def test_exponentials(self, monkeypatch, store, options):
         from benchmarks.gpu_check import kernels
 
-        case = {**TILE, "store": store}
+        case = {**TILE, "store": store, "options": options}
         *_, row = kernels.exponentials([case], CPU)
         assert not row["error"] and not row["wrong"] and len(row["seconds"]) == 2 and len(row["errors"]) == 1 + store
         assert {key: row[key] for key in case} == case

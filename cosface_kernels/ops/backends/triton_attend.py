@@ -17,10 +17,9 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..slabs import ceil_div
-from . import triton_forms, triton_kernels, triton_update
+from . import triton_exponentials, triton_forms, triton_kernels, triton_update
 from .triton_exponentials import add_sums, in_slab, operand, own_tile
 from .triton_kernels import FUSE, project, targets_share, unit_and_inverse
 
@@ -93,7 +92,7 @@ class Features:
             self._parts = torch.empty(parts, num_rows, self.size, dtype=torch.float32, device=self.low.device)
             self.partial = torch.empty(parts, num_rows, dtype=torch.float64, device=self.low.device)
         attend_features[(row_tiles * parts,)](
-            *(self.low, _source(unit[:classes], constants, "BLOCK_C"), self.targets, self.partial, self._parts),
+            *(self.low, _rows(unit[:classes], constants, "BLOCK_C"), self.targets, self.partial, self._parts),
             *(num_rows, classes, self.size, start, ceil_div(class_tiles, parts), self.plan.log2_scale, self.plan.shift),
             RAGGED=classes % constants["BLOCK_C"] != 0,
             **constants,
@@ -105,7 +104,7 @@ def backward(low, size, table, factors, plan, sink, constants):
     """See backends.backward; low (N, width(size)): x̂ in plan.dtype."""
     num_rows, slab, num_targets = low.shape[0], min(plan.slab, table.num_rows), factors.target_rows.shape[0]
     unit, room = low.new_empty(slab, low.shape[1]), None
-    source = _source(low, constants, "BLOCK_N")
+    source = _rows(low, constants, "BLOCK_N")
     few = min(constants["BLOCK_R"], ROW_ELEMENTS // low.shape[1])
     # No mask in the kernel's loop: it would cost the registers that the product needs.
     padding = 0, -num_rows % constants["BLOCK_N"]
@@ -132,11 +131,9 @@ def backward(low, size, table, factors, plan, sink, constants):
             triton_update.update(part, place, out, column=column, start=start, **projection)
 
 
-def _source(matrix, constants, block):
-    """What a kernel loads blocks of rows from: the matrix, or its descriptor."""
-    if not constants["DESCRIPTORS"]:
-        return matrix
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [constants[block], matrix.shape[1]])
+def _rows(matrix, constants, block):
+    """What a kernel loads blocks of whole rows from."""
+    return triton_exponentials.source(matrix, [constants[block], matrix.shape[1]], constants["DESCRIPTORS"])
 
 
 @triton.jit
@@ -172,7 +169,8 @@ def attend_features(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    row, part = own_tile(N, BLOCK_N)
+    first_row, part = own_tile(N, BLOCK_N)
+    row = first_row + tl.arange(0, BLOCK_N)
     column = tl.arange(0, SIZE)
     live = row < N
     target = in_slab(tl.load(target_ptr + row, mask=live, other=-1), first_class, B)

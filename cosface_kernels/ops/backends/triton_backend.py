@@ -150,10 +150,13 @@ class _Slab:
         if table.centers == 1:
             size = table.weight.shape[1]
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
+        self._descriptors, self._halves = (self.config.pop(name, False) for name in ("DESCRIPTORS", "HALVES"))
+        self._low = self._source(low, "BLOCK_N", self.config["BLOCK_K"])
         self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
         self._constants = {
             "PRECISION": _precision(),
             "UPCAST": triton_kernels.INTERPRETED,
+            "DESCRIPTORS": self._descriptors,
             # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at logits
             # of 10^9 by hundreds.
             "enable_fp_fusion": plan.shift is not None,
@@ -193,7 +196,9 @@ class _Slab:
         elif store is None:
             self._launch(triton_exponentials.exponential_sums, unit, start, stop, shift, partial)
         else:
-            self._launch(triton_exponentials.exponentials, unit, start, stop, shift, partial, store, unit.shape[0])
+            out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if self._halves else 1))
+            epilogue = shift, partial, out, unit.shape[0]
+            self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=self._halves)
 
     def _nearest(self, unit, start, stop, shift, partial, store):
         """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
@@ -211,12 +216,17 @@ class _Slab:
         """Row maxima of the exponents into `partial`."""
         self._launch(triton_exponentials.maxima, unit, start, stop, partial, CENTERS=self.table.centers)
 
+    def _source(self, matrix, rows, columns):
+        """What a kernel loads or stores blocks of."""
+        return triton_exponentials.source(matrix, [self.config[rows], columns], self._descriptors)
+
     def _launch(self, kernel, unit, start, stop, *epilogue, **constants):
         """Over all tiles of a slab. epilogue, constants: what the kernel takes beside the product's."""
         num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
         if num_rows:
+            unit = self._source(unit, "BLOCK_C", self.config["BLOCK_K"])
             kernel[(self.row_tiles * ceil_div(width, tile),)](
-                *(self.low, unit, self.targets, num_rows, stop - start, size_padded, start, self.plan.log2_scale, *epilogue),
+                *(self._low, unit, self.targets, num_rows, stop - start, size_padded, start, self.plan.log2_scale, *epilogue),
                 RAGGED=(stop - start) % tile != 0,
                 **constants,
                 **self._constants,

@@ -7,19 +7,27 @@
 
 Sums and maxima of a tile are added to those of the slabs before, one float64 for each row and tile; exponents of a row's target
 and past the slab's end count as -inf. Cosines are never stored. No atomics.
+
+Forms (triton_forms.py): DESCRIPTORS, blocks are moved by tensor descriptors, which compute capability 9.0 has hardware for.
+HALVES, E is made and stored in two halves of a tile, the first on its way out under the second's exponentials.
 """
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+def source(matrix, block, descriptors):
+    """What a kernel loads or stores blocks of: the matrix, or its descriptor."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block) if descriptors else matrix
 
 
 @triton.jit
 def own_tile(N, BLOCK_N: tl.constexpr):
-    """(rows of x, tile of classes) of a program."""
+    """(first row of x, tile of classes) of a program."""
     # Row tiles run fastest: neighbouring programs read the same class rows while those are in L2.
     row_tiles = tl.cdiv(N, BLOCK_N)
-    row = (tl.program_id(0) % row_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return row, tl.program_id(0) // row_tiles
+    return (tl.program_id(0) % row_tiles) * BLOCK_N, tl.program_id(0) // row_tiles
 
 
 @triton.jit
@@ -45,65 +53,80 @@ def add_sums(partial, part, row, N, first_class, sums):
 
 
 @triton.jit
-def exponent_tile(
+def cosine_tile(
     x,
     unit,
-    row,
-    column,
+    first_row,
+    first_column,
     N,
     B,
     D_padded,
-    log2_scale,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """k x w̃ᵀ (BLOCK_N, BLOCK_C). Ragged rows and columns are those of the last valid one."""
-    step = tl.arange(0, BLOCK_K)
-    unit_row = tl.minimum(column, B - 1) if RAGGED else column
-    x_row = x + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
-    unit_row = unit + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
+    """x w̃ᵀ (BLOCK_N, BLOCK_C). Ragged rows and columns are those of the last valid one, or of a descriptor zeros."""
+    if not DESCRIPTORS:
+        row, column, step = first_row + tl.arange(0, BLOCK_N), first_column + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+        unit_row = tl.minimum(column, B - 1) if RAGGED else column
+        x_row = x + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
+        unit_row = unit + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
     cosine = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for k in tl.range(0, D_padded, BLOCK_K):
-        left, right = operand(tl.load(x_row + k), UPCAST), operand(tl.load(unit_row + k), UPCAST)
-        cosine = tl.dot(left, right.T, cosine, input_precision=PRECISION)
-    return cosine * log2_scale
+        left = x.load([first_row, k]) if DESCRIPTORS else tl.load(x_row + k)
+        right = unit.load([first_column, k]) if DESCRIPTORS else tl.load(unit_row + k)
+        cosine = tl.dot(operand(left, UPCAST), operand(right, UPCAST).T, cosine, input_precision=PRECISION)
+    return cosine
 
 
 @triton.jit
-def negatives(tile, fill, targets, row, column, N, B, first_class, RAGGED: tl.constexpr, CENTERS: tl.constexpr):
-    """The tile, `fill` in place of each row's target, which has CENTERS columns, and past the slab's end."""
+def halves(tile):
+    """(left, right) columns of a tile."""
+    pairs = tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2))
+    return tl.split(tl.permute(pairs, (0, 2, 1)))
+
+
+@triton.jit
+def left_out(targets, row, column, N, B, first_class, RAGGED: tl.constexpr, CENTERS: tl.constexpr):
+    """Where a tile has a row's target, which has CENTERS columns, or what is past the slab's end."""
     target = in_slab(tl.load(targets + row, mask=row < N, other=-1), first_class, B)
     dropped = target[:, None] == column[None, :]
     if CENTERS > 1:
         dropped = (target >= 0)[:, None] & (column[None, :] >= target[:, None]) & (column[None, :] < target[:, None] + CENTERS)
     if RAGGED:
         dropped = dropped | (column >= B)[None, :]
-    return tl.where(dropped, fill, tile)
+    return dropped
 
 
 @triton.jit
-def exponential_tile(exponent, targets, shifts, row, column, N, B, first_class, RAGGED: tl.constexpr):
+def exponential_tile(cosine, log2_scale, targets, shifts, row, column, N, B, first_class, RAGGED: tl.constexpr):
+    """E of a tile."""
+    dropped = left_out(targets, row, column, N, B, first_class, RAGGED, 1)
     shift = tl.load(shifts + row, mask=row < N, other=0.0)
-    return negatives(tl.exp2(exponent - shift[:, None]), 0.0, targets, row, column, N, B, first_class, RAGGED, 1)
+    return tl.where(dropped, 0.0, tl.exp2(cosine * log2_scale - shift[:, None]))
 
 
 @triton.jit
-def store_tile(tile, out, row, column, N, stride, RAGGED: tl.constexpr):
+def store_tile(tile, out, first_row, first_column, N, stride, RAGGED: tl.constexpr, DESCRIPTORS: tl.constexpr):
     """Into out (N, stride); what is past a slab's end is stored as well, as far as the row goes."""
-    inside = (row < N)[:, None]
-    if RAGGED:
-        inside = inside & (column < stride)[None, :]
-    tl.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], tile.to(out.dtype.element_ty), mask=inside)
+    if DESCRIPTORS:
+        out.store([first_row, first_column], tile.to(out.dtype))
+    else:
+        row, column = first_row + tl.arange(0, tile.shape[0]), first_column + tl.arange(0, tile.shape[1])
+        inside = (row < N)[:, None]
+        if RAGGED:
+            inside = inside & (column < stride)[None, :]
+        tl.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], tile.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def exponential_sums(
-    x_ptr,  # (N, D_padded) rows to multiply
-    unit_ptr,  # (>= B, D_padded) unit class rows of the slab
+    x,  # (N, D_padded) rows to multiply, or their descriptor
+    unit,  # (>= B, D_padded) unit class rows of the slab, or their descriptor
     target_ptr,  # (N,) int64 class, -1 for none
     N,
     B,
@@ -115,23 +138,25 @@ def exponential_sums(
     RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row, tile = own_tile(N, BLOCK_N)
-    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    exponent = exponent_tile(
-        x_ptr, unit_ptr, row, column, N, B, D_padded, log2_scale, RAGGED, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
-    e = exponential_tile(exponent, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
+    e = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
     add_sums(partial_ptr, tile, row, N, first_class, tl.sum(e, 1))
 
 
 @triton.jit
 def exponentials(
-    x_ptr,
-    unit_ptr,
+    x,
+    unit,
     target_ptr,
     N,
     B,
@@ -140,29 +165,43 @@ def exponentials(
     log2_scale,
     shift_ptr,
     partial_ptr,
-    e_ptr,  # (N, stride_e), columns B .. stride_e become 0
-    stride_e,
+    out,  # (N, stride_out) E, or its descriptor; columns B .. stride_out become 0
+    stride_out,
+    HALVES: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row, tile = own_tile(N, BLOCK_N)
-    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    exponent = exponent_tile(
-        x_ptr, unit_ptr, row, column, N, B, D_padded, log2_scale, RAGGED, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
-    e = exponential_tile(exponent, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
-    add_sums(partial_ptr, tile, row, N, first_class, tl.sum(e, 1))
-    store_tile(e, e_ptr, row, column, N, stride_e, RAGGED)
+    if HALVES:
+        left, right = halves(cosine)
+        half = tl.arange(0, BLOCK_C // 2)
+        e = exponential_tile(left, log2_scale, target_ptr, shift_ptr, row, first + half, N, B, first_class, RAGGED)
+        sums = tl.sum(e, 1)
+        store_tile(e, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
+        first += BLOCK_C // 2
+        e = exponential_tile(right, log2_scale, target_ptr, shift_ptr, row, first + half, N, B, first_class, RAGGED)
+        sums += tl.sum(e, 1)
+    else:
+        e = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
+        sums = tl.sum(e, 1)
+    add_sums(partial_ptr, tile, row, N, first_class, sums)
+    store_tile(e, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
 
 
 @triton.jit
 def maxima(
-    x_ptr,
-    unit_ptr,
+    x,
+    unit,
     target_ptr,  # (N,) int64 first of the target class's CENTERS rows, -1 for none
     N,
     B,
@@ -174,16 +213,19 @@ def maxima(
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row, tile = own_tile(N, BLOCK_N)
-    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    exponent = exponent_tile(
-        x_ptr, unit_ptr, row, column, N, B, D_padded, log2_scale, RAGGED, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
-    exponent = negatives(exponent, float("-inf"), target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
+    dropped = left_out(target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
+    exponent = tl.where(dropped, float("-inf"), cosine * log2_scale)
     place = partial_ptr + tile.to(tl.int64) * N + row
     before = tl.load(place, mask=(row < N) & (first_class > 0), other=float("-inf"))
     tl.store(place, tl.maximum(before, tl.max(exponent, 1).to(tl.float64)), mask=row < N)
@@ -191,8 +233,8 @@ def maxima(
 
 @triton.jit
 def exponents(
-    x_ptr,
-    unit_ptr,
+    x,
+    unit,
     target_ptr,  # (N,) int64 first of the target class's CENTERS rows, -1 for none
     N,
     B,
@@ -205,14 +247,17 @@ def exponents(
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    row, tile = own_tile(N, BLOCK_N)
-    column = tile * BLOCK_C + tl.arange(0, BLOCK_C)
-    exponent = exponent_tile(
-        x_ptr, unit_ptr, row, column, N, B, D_padded, log2_scale, RAGGED, PRECISION, UPCAST, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
-    exponent = negatives(exponent, float("-inf"), target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
-    store_tile(exponent, out_ptr, row, column, N, stride_out, RAGGED)
+    dropped = left_out(target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
+    exponent = tl.where(dropped, float("-inf"), cosine * log2_scale)
+    store_tile(exponent, out_ptr, first_row, first, N, stride_out, RAGGED, False)

@@ -4,8 +4,9 @@
      "rows": [{"kernel": "attend_table", "chip": [9, 0], "dtype": "bfloat16", "num_rows": [1024, 8192], "size": [512, 512],
                "options": {"DESCRIPTORS": true, "num_stages": 2}}, ...]}
 
-kernel      "exponentials": of the slab loop; "attend_features", "attend_table": take the place of the slab loop forward and
-            backward, where nothing is kept (triton_attend.py has what else they need; where they cannot, the slab loop does)
+kernel      "exponentials": of the slab loop, and what else is made of its product (HALVES: of E alone);
+            "attend_features", "attend_table": take the place of the slab loop forward and backward, where nothing is kept
+            (triton_attend.py has what else they need; where they cannot, the slab loop does)
 chip        compute capability, exactly
 dtype       of the products
 num_rows    N from .. to, both included; null for no end
@@ -23,7 +24,7 @@ from pathlib import Path
 PATH = Path(__file__).with_suffix(".json")
 LAUNCH = {"num_warps", "num_stages"}
 OPTIONS = {
-    "exponentials": {"BLOCK_N", "BLOCK_C", "BLOCK_K", *LAUNCH},
+    "exponentials": {"BLOCK_N", "BLOCK_C", "BLOCK_K", "DESCRIPTORS", "HALVES", *LAUNCH},
     "attend_features": {"BLOCK_N", "BLOCK_C", "DESCRIPTORS", *LAUNCH},
     "attend_table": {"BLOCK_R", "BLOCK_N", "DESCRIPTORS", *LAUNCH},
 }
