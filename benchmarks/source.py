@@ -1,4 +1,4 @@
-"""Where the source tree is and at which commit. Imports nothing that takes time."""
+"""The place and the commit of the source tree. Imports nothing that takes time."""
 
 import os
 import subprocess

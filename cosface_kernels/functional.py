@@ -1,4 +1,4 @@
-"""The public losses, flat and explicit. What they do is in loss.py; what is N x C happens in ops/."""
+"""The public losses, flat and explicit. loss.py computes them; the N x C work is in ops/."""
 
 import torch
 
@@ -124,13 +124,14 @@ def margin_softmax_loss(
     Args:
         features, weight, labels, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: CosFace(), ArcFace(), NormSoftmax(), SphereFace(), Combined(), AdaFace(), MagFace(), Softmax() or LSoftmax() of
-            `cosface_kernels.margins`, or one of your own. What AdaFace, and SphereFace when annealed, carry from step to step is
-            for `MarginSoftmaxLoss` to keep; here AdaFace takes the batch's own statistics.
+            `cosface_kernels.margins`, or one of your own. Running statistics need `MarginSoftmaxLoss`: here AdaFace takes the
+            batch's own, and annealing stays at its first step.
         scale: s > 0. None: 64 for cosines, and 1 where logits depend on the norms of the features or of the table.
         bias: (C,), or (C K,) with sub-centres, for Softmax() alone: the logits are s (x_n·w_j + b_j).
-        normalize_features: whether x̃ = x / ‖x‖ or x. None: True, but for Softmax() and LSoftmax(). The table's rows are
-            normalised but for those two.
-        centers_per_class: K sub-centres to a class, K consecutive rows of weight (C K, D): the largest of the K cosines counts.
+        normalize_features: True: x̃ = x / ‖x‖, False: x̃ = x. None: True, except for Softmax() and LSoftmax(). The table's rows
+            are normalised, except for those two.
+        centers_per_class: K sub-centres for each class, K consecutive rows of weight (C K, D). The largest of the K cosines
+            counts.
         reduction: as in `cosface_loss`.
         classes: (M,), any integer dtype, ascending: the classes that take part, among them every row's own, as
             `sampling.sample_classes` draws them; labels stay class numbers of the whole table. The gradients of weight and bias
@@ -145,7 +146,7 @@ def margin_softmax_loss(
 
     Raises:
         As `cosface_loss`; ValueError also for a bias with a margin, for rows of weight that are not whole classes, and for
-        classes that do not ascend; IndexError also for one of them that is no class, and for a label that is not among them.
+        classes that do not ascend; IndexError also for one of them outside [0, C), and for a label that is not among them.
 
     Source: CosFace, arXiv 1801.09414, section 3; the margins' own papers; sub-centres: J. Deng et al., ECCV 2020; sampled
     classes: Partial FC, X. An et al., arXiv 2010.05222.

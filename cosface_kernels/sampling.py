@@ -10,15 +10,15 @@ from .ops import operators
 def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
     """The classes that take part in a step: those of the labels, and others drawn at random.
 
-    M = rate C in all, rounded, and more only where the labels alone are more. Each class that is no label's is drawn with
-    probability (M - P) / (C - P), P being the number of those that are. A pure function of its arguments, on one kind of device:
-    a run resumed at the same step draws the same classes. On a GPU it waits for the device where N > M alone: then P may be more.
+    M = rate C in all, rounded, or P if that is more; P is the number of different classes among the labels. Each other class is
+    drawn with probability (M - P) / (C - P). A pure function of its arguments, on one kind of device: a run resumed at the same
+    step draws the same classes. On a GPU it waits for the device only if N > M, because then P may be more than M.
 
     Args:
         labels: (N,), any integer dtype. Numbers outside [0, C) are ignored.
         num_classes: C.
         rate: 0 < rate <= 1.
-        seed, step: ints from 0 on, from which the others are drawn.
+        seed, step: ints from 0 on. The draw is a function of both.
 
     Returns:
         (max(P, M),) int64, ascending, on the device of labels: the `classes` of `margin_softmax_loss`.
@@ -38,7 +38,7 @@ def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
 
 
 def classes_of_step(labels, ignore_index, num_classes, rate, seed, step):
-    """The same for a head whose step, a 0-dim int64 tensor, moves with every forward pass; ignored rows bring no class."""
+    """The same for a head, whose step is a 0-dim int64 tensor that counts forward passes; ignored rows add no class."""
     labels = class_indices(labels)
     counted = torch.where(labels == ignore_index, -1, labels)
     return operators.sample_classes(counted, step, int(num_classes), float(rate), int(seed), True)

@@ -117,7 +117,7 @@ def warn_if_out_of_bounds(num_classes, embedding_size, scale, margin, stacklevel
     Args:
         num_classes, embedding_size: as in `max_margin`.
         scale, margin: as in `cosface_loss`.
-        stacklevel: whose line the warning shows: 1 is that of the caller, 2 of the caller's caller.
+        stacklevel: the frame whose line the warning shows: 1 is the caller, 2 the caller's caller.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or value.

@@ -1,4 +1,4 @@
-"""Which tests `make test` leaves out: those that are marked slow. Three ways to say so:
+"""The mark `slow`: `make test` leaves these tests out. Three ways to set it:
 
     @pytest.mark.slow                                        # the whole test
     [1, pytest.param(2, marks=pytest.mark.slow)]             # a parameter

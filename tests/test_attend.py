@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("small_slabs")
 
 @pytest.fixture
 def attended(monkeypatch):
-    """What attends, as it is launched: "forward" for each slab, "backward" for each call."""
+    """A list of launches that attend: "forward" for each slab, "backward" for each call."""
     names = []
     parts, backward = triton_attend.Features.parts, triton_attend.backward
     monkeypatch.setattr(triton_attend.Features, "parts", lambda *given: names.append("forward") or parts(*given))

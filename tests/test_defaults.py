@@ -56,7 +56,7 @@ def tensors(state):
 @every_default
 @slow_when(lambda backend: interpreted(backend))
 def test_every_margin(default, backend, device):
-    """Of raw features and centres too, with exponentials kept and not, and where each row's maximum comes first."""
+    """Every margin, raw features and sub-centres too, with exponentials kept and not, and with row maxima."""
     for name in INTERPRETED if interpreted(backend) else ROWS:
         row = ROWS[name]
         for budget, scale in ((0, row.scale), ("auto", row.scale), (0, 300.0)):

@@ -200,7 +200,7 @@ def test_raw_features_of_16_bits(backend, device):
     ],
 )
 def test_short_rows_have_a_direction(margin, what, size, backend, device):
-    """As the derivative of a length has, which is no unit row."""
+    """The derivative of a length, which is not a unit row, has them."""
     features, weight, labels = make("uniform", 4, 300, 16)
     features, weight, labels = features.to(device), weight.to(device), labels.to(device)
     {"features": features, "table": weight}[what].mul_(size)

@@ -119,7 +119,7 @@ def test_a_step_launches_on_the_tables_device(table_format, scales, launched):
     ("margin", "scale", "fused"), [(CosFace(0.35), 64.0, True), (CosFace(0.35), 1000.0, False), (Softmax(), 1.0, False)]
 )
 def test_exponents_are_rounded_as_their_maxima(margin, scale, fused, launched):
-    """A fused multiply-add of a logit of 10^9 and its shift is off by hundreds; test_ahead_of_time has what comes of the flag."""
+    """A fused multiply-add of a logit of 10^9 and its shift is off by hundreds; test_ahead_of_time checks the flag's effect."""
     features, weight, labels = make("uniform", 7, 300, 16)
     loss = margin_softmax_loss(
         features.requires_grad_(), weight.requires_grad_(), labels, margin=margin, scale=scale, backend="triton"

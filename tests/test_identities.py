@@ -201,7 +201,7 @@ def test_wrong_arguments(wrong):
 
 
 def test_out_of_memory_changes_nothing(monkeypatch):
-    """Not a table with new rows and a momentum without them."""
+    """Running out of memory never leaves a table with new rows and a momentum without them."""
     head = HEADS["bias"](CLASSES)
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
     step(head, optimizer, torch.arange(CLASSES))

@@ -129,7 +129,7 @@ def test_launches(count, launches, monkeypatch, small_slabs):
 @pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
 @pytest.mark.parametrize("kind", [FusedSGD, pytest.param(FusedAdamW, marks=pytest.mark.slow)])
 def test_launches_of_a_fused_step(kind, launches, small_slabs):
-    """As many for each format, and of each further slab one product, which the interpreter converts, and three kernels."""
+    """Equal numbers for each format; a further slab adds one product, which the interpreter converts, and three kernels."""
     counts = Counter()
     for count, (table_format, state_format) in [(1, ("float32", "float32")), *((n, ("bfloat16", "int8")) for n in (1, 2))]:
         head = CosFaceLoss(64, 128 * count, backend="triton", memory_budget=0, table_format=table_format)

@@ -68,7 +68,7 @@ def source(request, device, monkeypatch):
 
 
 def drawn_plainly(labels, num_classes, rate, seed, step):
-    """As sampled_classes.draw says it, where the host knows every number."""
+    """The draw as sampled_classes.draw defines it, on the host."""
     positives = labels[(labels >= 0) & (labels < num_classes)].unique().tolist()
     count = max(sampled_classes.wanted(num_classes, rate) - len(positives), 0)
     population, others = num_classes - len(positives), []
@@ -294,7 +294,7 @@ def test_batches_of_every_kind(backend, device, case):
 
 @pytest.mark.parametrize("centers", [1, 3])
 def test_all_classes_are_no_sample(backend, device, centers):
-    """The same bits, but where another form of batch_rows.py rounds otherwise."""
+    """A sample of all classes gives the same bits, unless another form of batch_rows.py rounds otherwise."""
     inputs = *(tensor.to(device) for tensor in make("hard", 7, 300, 70)), torch.linspace(1, 2, 7, device=device)
     inputs[2].floor_divide_(centers)
     options = {"backend": backend, "centers_per_class": centers}
@@ -365,7 +365,7 @@ def test_correction_is_nearer_to_the_whole(device):
 
 
 class Sizes(TorchDispatchMode):
-    """How many numbers each operator's results hold that are no views, inside the package's operators too."""
+    """Records the numbers in each operator's results, without views, inside the package's operators too."""
 
     def __init__(self):
         super().__init__()

@@ -12,7 +12,7 @@ MARGIN = 0.03
 
 
 def table(record):
-    """Of a record of gpu_check."""
+    """The table of forms for a record of gpu_check."""
     stages = record["stages"]
     probe = next(iter(stages.get("probe", {}).get("rows", [])), {})
     measured = [row for entry in stages.values() for row in entry["rows"] if row.get("seconds") and not _bad(row)]

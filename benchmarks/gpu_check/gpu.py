@@ -61,7 +61,7 @@ def forms(asked):
 
 @contextlib.contextmanager
 def exponentials(options):
-    """The same of `exponentials` alone, whose tile can be asked for where there is no table of forms too."""
+    """The same for `exponentials` alone, whose tile can be set in packages without a table of forms too."""
     from cosface_kernels.ops.backends import triton_backend
 
     if known_forms():

@@ -54,7 +54,7 @@ def _exponentials_cases(cases, made, device):
 
 
 class _Inputs:
-    """Of each shape once: x̂, slabs of ŵ, targets. E's buffer is shared by all; it is full of NaN before each check."""
+    """Inputs of each shape, made once: x̂, slabs of ŵ, targets. All share E's buffer; it is filled with NaN before each check."""
 
     def __init__(self, device):
         self.device, self.problems, self._buffer = device, {}, torch.empty(0, dtype=torch.bfloat16, device=device)
@@ -95,7 +95,7 @@ def _launch(problem, unit, e, options):
 
 
 def _errors(problem, partial, e):
-    """Those of the row sums, and of E where it is stored, beside float64."""
+    """Errors of the row sums, and of E if it is stored, against float64."""
     exponents = problem.plan.log2_scale * (problem.x.double() @ problem.units[0].double().T) - problem.plan.shift
     inside = problem.targets < exponents.shape[1]
     exact = exponents.exp2_()
@@ -134,7 +134,7 @@ def _part(case, made, device):
         return torch.baddbmm(pull, left, right, out_dtype=torch.float32, out=pull)
 
     def check():
-        """Of a sum of N or B products in float32; a CPU rounds one of the two to bfloat16."""
+        """Check a sum of N or B products in float32; a CPU rounds one of the two to bfloat16."""
         exact = e.T.double() @ problem.x.double() if case["parts"] == 0 else e.double() @ problem.units[0].double()
         got = run(0)
         error = harness.relative_error(got if case["parts"] == 0 else got.sum(0), exact)

@@ -8,7 +8,7 @@ wrong ours differs:
   gives it, an optimiser trains a bfloat16 table. `get_logits` takes embeddings of another dtype than W.
 - The loss of 16-bit embeddings is float32, and so are miner weights: theirs counts in 16 bits, where 65,520 pairs of one row are
   infinite. (With a regularizer their sum of the two is in the dtype of the embeddings.) Logits are float32 at least.
-- Labels may have any integer dtype. One that is no class, -1 among them, is an IndexError on a CPU and a NaN loss on a GPU. A row
+- Labels may have any integer dtype. One outside [0, C), also -1, is an IndexError on a CPU and a NaN loss on a GPU. A row
   labelled -100 is left out: no loss, no gradient, not counted by the reducer, where theirs counts it, or raises if C < 100.
 - A target cosine of exactly 1 or -1 has a finite gradient under ArcFace, where theirs is NaN; an embedding of zeros has gradient
   0, where theirs is of the order of 1e12; an empty batch has loss 0, where theirs is NaN.

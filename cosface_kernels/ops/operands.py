@@ -36,7 +36,7 @@ class Options(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are needed."""
+    """Flags: the gradients that are needed."""
 
     need_x_grad: bool
     need_table_grad: bool

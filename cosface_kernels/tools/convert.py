@@ -158,7 +158,7 @@ def _load(path):
 
 @contextmanager
 def _reading(path):
-    """What is not a file of torch.save may fail in any way."""
+    """Context manager that turns any error into a ValueError: a file that torch.save did not write may fail in any way."""
     try:
         yield
     except Exception as error:
@@ -171,7 +171,7 @@ def _reading(path):
 
 
 def _check_sums(path):
-    """Raises if the file's own checksums, which torch.load does not look at, are those of other bytes. Old files have none."""
+    """Raise if the file's own checksums, which torch.load does not compare, do not fit its bytes. Old files have none."""
     damaged = None
     if _is_zip(path):
         with _reading(path), zipfile.ZipFile(path) as archive:
@@ -184,7 +184,7 @@ def _check_sums(path):
 
 
 def _is_zip(path):
-    """As torch decides; older files cannot be mapped."""
+    """True for the file format that torch can map: a zip, as torch decides."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
 
@@ -198,7 +198,7 @@ def _flatten(content, prefix=""):
 
 
 def _check_shards(paths, tables, system):
-    """Whether the tables are shards of one."""
+    """Check that the tables are the shards of one table."""
     shapes = _listing([f"{path} {tuple(table.shape)} {_name(table.dtype)}" for path, table in zip(paths, tables, strict=True)])
     if len({(table.shape[1], table.dtype) for table in tables}) > 1:
         raise ValueError(f"shards, as (C, D), must agree in D and dtype: {shapes}")
@@ -247,7 +247,7 @@ def _write(tables, start, stop, path, to):
 
 
 def _rows(tables, start, stop, *, column_major):
-    """Rows start to stop of the tables one below the other, (stop - start, D): the one copy."""
+    """Rows start to stop of the concatenated tables, (stop - start, D): the one copy."""
     shape, dtype = (stop - start, tables[0].shape[1]), tables[0].dtype
     rows = torch.empty(shape[::-1] if column_major else shape, dtype=dtype, device="cpu")
     rows = rows.T if column_major else rows

@@ -162,8 +162,8 @@ def devices_needed(training, device):
 
 
 def process_bytes(device_type):
-    """What this process holds once a step over a small table has loaded all that a step needs; on a GPU, and where the system
-    does not tell, an estimate.
+    """Bytes that this process holds after a step over a small table, which loads all code that a step needs; an estimate for a
+    GPU, and if the system does not report it.
     """
     status = Path("/proc/self/status")
     if device_type != "cpu" or not status.exists():
@@ -178,8 +178,8 @@ def process_bytes(device_type):
 
 
 def report(arguments):
-    """What `cosface plan` prints: a row for every way to train that the command's arguments leave open, what fits first, and the
-    one to take. ValueError: they leave none.
+    """The text that `cosface plan` prints: a row for every training that the command's arguments allow, those that fit first, and
+    the one to take. ValueError: they leave none.
     """
     has_gpu = torch.cuda.is_available()
     device_type = arguments.device or ("cuda" if has_gpu else "cpu")

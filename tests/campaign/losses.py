@@ -30,7 +30,7 @@ SPACE = {
     "strides": ["contiguous", "transposed", "sliced", "offset"],
     "weight_strides": ["contiguous", "transposed", "sliced", "offset"],
     "labels": [*INTEGERS],
-    "ignored": [0, 0, 1, 2],  # every so-manieth row
+    "ignored": [0, 0, 1, 2],  # 0: none, k: every k-th row
     "inputs": ["uniform", "peaked", "hard", "adversarial", "tiny", "large", "nan", "inf"],
     "upstream": [0, -40, 40],  # a power of two
     "scale": [None, 1.0, 16.0, 100.0, 1000.0, 1e-3],
@@ -137,7 +137,7 @@ def _no_nearer(ours, exact, floor):
 
 
 def is_low(case):
-    """Whether products are of 16 bits."""
+    """True if products have 16 bits."""
     is_wide = "float64" in (case["features"], case["weight"])
     return not is_wide and (case["autocast"] or case["features"] in ("bfloat16", "float16"))
 
@@ -169,7 +169,7 @@ def _tensors(case, seed):
 
 
 def _laid_out(tensor, strides):
-    """The same numbers in another place."""
+    """The same numbers with another memory layout."""
     rows, size = tensor.shape
     if strides == "transposed":
         return tensor.T.contiguous().T
@@ -235,7 +235,7 @@ def _of_rows(function):
 
 
 def _of_classes(plain, classes, ignored):
-    """Of those rows of the table alone."""
+    """The loss over these rows of the table alone."""
 
     def call(features, weight, labels):
         places = torch.searchsorted(classes, labels.clamp(max=int(classes[-1])))

@@ -123,7 +123,7 @@ class _Expected(NamedTuple):
 
 
 def _stepped(case, optimizer, before, gradient, steepest):
-    """What torch.optim makes of these numbers, of the rows that have a gradient, and by how much rounding may part from it."""
+    """torch.optim's step for the rows that have a gradient, and how far rounding may take ours from it."""
     if gradient.is_sparse:
         gradient = gradient.coalesce()
         rows, gradient = gradient.indices()[0], gradient.values()
@@ -200,7 +200,7 @@ def _assert_close(ours, parameter, optimizer, expected):
 
 
 def _grid(dtype, one, other):
-    """What a number may be off by as it is stored: by less than a step of its format, for it is rounded stochastically."""
+    """The largest error of a stored number: less than a step of its format, because it is rounded stochastically."""
     largest = torch.maximum(one.abs(), other.abs())
     if dtype in formats.LARGEST_CODE:
         return 1.01 * largest.amax(1, keepdim=True) / formats.LARGEST_CODE[dtype]

@@ -60,7 +60,7 @@ def _loaded(folder):
 
 
 def _killed_conversion(case, folder):
-    """Of two shards, over files that are there: each is the old one or the new one."""
+    """Convert two shards over existing files: each file must be the old one or the new one."""
     tables = torch.arange(10.0).view(5, 2), -torch.arange(10.0).view(5, 2)
     for name, table in zip(("in", "old"), tables, strict=True):
         torch.save({"weight": table}, folder / f"{name}.pt")

@@ -24,7 +24,7 @@ SPACE = {
     "dtype": ["float64", "float64", "float32"],
     "rule": ["", *RULES],  # without one, the gradients themselves
     "sample_rate": [1.0, 1.0, 0.4],
-    "ignored": [0, 0, 2, 3],  # every so-manieth row
+    "ignored": [0, 0, 2, 3],  # 0: none, k: every k-th row
     "seed": [*range(1000)],
 }
 

@@ -120,7 +120,7 @@ def test_a_table_on_another_device_is_trained_there(scales):
 
 @pytest.mark.parametrize("rule", [FusedSGD, FusedAdamW])
 def test_a_run_goes_on_from_a_cpus_state(rule):
-    """As torch.load(..., map_location="cpu") gives it."""
+    """The state_dict has its tensors on the CPU, as after torch.load(..., map_location="cpu")."""
     states = {}
     for device in ("cpu", "cuda"):
         head = CosFaceLoss(64, 1000, device=device)
