@@ -87,6 +87,22 @@ print(head.weight.grad.isfinite().all().item())
 """) == ["True"]
 
 
+def test_a_missing_library_is_said_once():
+    """And not where its backend was not wanted."""
+    assert run("""
+import os, warnings
+os.environ["COSFACE_CPU_LIBRARY"] = "/nowhere/libcosface_cpu.so"
+import torch
+from cosface_kernels import cosface_loss
+inputs = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for backend in ("torch", "auto", "auto"):
+        cosface_loss(*inputs, backend=backend)
+        print(sum("native CPU kernels are missing" in str(each.message) for each in caught))
+""") == ["0", "1", "1"]
+
+
 def test_a_machine_without_a_compiler(tmp_path):
     """Building says so in a line and succeeds, and `cosface info` says what is missing."""
     for name in ("setup.py", "pyproject.toml", "README.md"):

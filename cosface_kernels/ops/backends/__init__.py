@@ -25,6 +25,7 @@ import functools
 import importlib
 import importlib.util
 import math
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -67,7 +68,19 @@ def _module(name):
 def _fastest(device):
     if device.type == "cuda":
         return "triton"
-    return "cpu" if device.type == "cpu" and cpu_library.has_vectors() else "torch"
+    if device.type != "cpu":
+        return "torch"
+    _warn_of_a_missing_library()
+    return "cpu" if cpu_library.has_vectors() else "torch"
+
+
+@functools.cache
+def _warn_of_a_missing_library():
+    """Once in a process."""
+    why = cpu_library.unavailable()
+    if why:
+        message = f'the native CPU kernels are missing, so losses take PyTorch\'s slower operators (backend="torch"): {why}'
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def unusable(name, device, dtype=torch.float32):
