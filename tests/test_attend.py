@@ -15,7 +15,7 @@ from cosface_kernels.ops import backends
 if backends.unusable("triton", torch.device("cuda" if HAS_GPU else "cpu")):
     pytest.skip("needs triton", allow_module_level=True)
 
-from cosface_kernels.ops.backends import triton_attend, triton_forms
+from cosface_kernels.ops.backends import triton_attend, triton_backend, triton_forms, triton_kernels
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 BOTH = {"attend_features": {}, "attend_table": {}}
@@ -188,6 +188,16 @@ def test_another_form_of_exponentials(attended, options, dtype):
     with triton_forms.using(exponentials=options):
         check_accuracy("triton", inputs, device=DEVICE, memory_budget=0)
     assert not attended
+
+
+@pytest.mark.parametrize("chip, wanted", [((9, 0), True), ((8, 0), False), ((10, 0), False)])
+def test_halves_are_for_hopper(monkeypatch, chip, wanted):
+    launched = []
+    monkeypatch.setattr(triton_kernels, "capability", lambda device: chip)
+    monkeypatch.setattr(triton_backend._Slab, "_launch", lambda *given, **constants: launched.append(constants))
+    with triton_forms.using(exponentials={"HALVES": True}):
+        results()
+    assert launched and all(constants["HALVES"] is wanted for constants in launched)
 
 
 @pytest.mark.parametrize("scale", [64.0, 100.0])

@@ -150,7 +150,9 @@ class _Slab:
         if table.centers == 1:
             size = table.weight.shape[1]
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
-        self._descriptors, self._halves = (self.config.pop(name, False) for name in ("DESCRIPTORS", "HALVES"))
+        self._descriptors = self.config.pop("DESCRIPTORS", False)
+        # Compiled for 10.0 each half takes the exponents of the whole tile, and some of them spill.
+        self._halves = self.config.pop("HALVES", False) and capability[0] == 9
         self._low = self._source(low, "BLOCK_N", self.config["BLOCK_K"])
         self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
         self._constants = {
