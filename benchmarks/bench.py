@@ -8,7 +8,7 @@ null or empty; "error" says why nothing can be. `tables.py` makes the rest of it
 import torch
 
 from . import harness, measure, tables
-from .peers import PLAIN, PRECISIONS, inputs, peers, step
+from .peers import PRECISIONS, inputs, peers, step
 from .record import fail, keep, say
 
 # A peer gets no further turn once its turns took this long, so that a slow one has fewer.
@@ -124,11 +124,10 @@ def _measure(report, entries, device, repeats, save):
     fits = report["check_classes"] == num_classes
     say(f"the exact result, C = {report['check_classes']:,}")
     check = measure.Check(tensors if fits else inputs(num_rows, report["check_classes"], size, device))
-    yardsticks = {peer.precision: peer for peer in peers(device) if peer.name == PLAIN}
     for row, peer in _open(entries):
         say(f"C = {num_classes:,}: {peer.key}")
         with harness.recorded(row):
-            took = _judge(row, peer, check, yardsticks[peer.precision], device)
+            took = _judge(row, peer, check, device)
             if peer.compiled and not fits:
                 step(peer.function, *tensors)
             if fits and took > SECONDS_PER_PEER and not peer.compiled:
@@ -148,16 +147,14 @@ def _measure(report, entries, device, repeats, save):
             save()
 
 
-def _judge(row, peer, check, yardstick, device):
+def _judge(row, peer, check, device):
     """Write a row's errors, and "wrong" if they are too large. Returns the seconds of the step."""
     if device.type == "cuda":
-        step(peer.function, *check.tensors)  # compiles: its seconds are no step's
+        check.run(peer.function)  # compiles: its seconds are no step's
     results = []
-    took = measure.seconds(lambda: results.append(step(peer.function, *check.tensors)), device)
-    row["errors"] = check.relative(results.pop())
-    # Written so that a NaN is wrong too.
-    right = all(got <= most for got, most in zip(row["errors"], check.allowed(yardstick), strict=True))
-    row["wrong"] = not (right or peer.another_loss)
+    took = measure.seconds(lambda: results.append(check.run(peer.function)), device)
+    row |= check.judged(results.pop(), peer.precision)
+    row["wrong"] &= not peer.another_loss
     return took
 
 

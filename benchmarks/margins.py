@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from cosface_kernels import cosface_loss, margin_softmax_loss, margins, reference
 
 from . import harness, measure
-from .peers import PRECISIONS, SCALE, Peer, autocast, inputs, step
+from .peers import PRECISIONS, SCALE, in_precision, inputs, step
 from .record import fail, keep, parser, say
 
 # A normalised margin that takes more than this many times CosFace's time is named.
@@ -169,10 +169,6 @@ def _entries(report):
     return [(row, by_name[row["name"]]) for row in report["rows"]]
 
 
-def _in(precision, function):
-    return autocast(function) if precision == "bfloat16" else function
-
-
 def problem(num_rows, num_classes, size, device):
     """(features (N, D), weight (C, D), labels (N,)): `inputs` with features that have lengths."""
     features, weight, labels = inputs(num_rows, num_classes, size, device)
@@ -185,11 +181,8 @@ def check(report, device):
     tensors = problem(*CHECK_SHAPE, report["shape"][2], device)
     checks = {case.name: measure.Check(case.tensors(*tensors), case.plain) for case in CASES}
     for row, case in _entries(report):
-        expression = Peer("plain", row["precision"], _in(row["precision"], case.plain), 0, 0)
-        row["errors"] = checks[case.name].errors(_in(row["precision"], case.loss))
-        allowed = checks[case.name].allowed(expression)
-        # Written so that a NaN is wrong too.
-        row["wrong"] = not all(got <= most for got, most in zip(row["errors"], allowed, strict=True))
+        found = checks[case.name]
+        row |= found.judged(found.run(in_precision(row["precision"], case.loss)), row["precision"])
 
 
 def time_pairs(report, device, repeats, save=lambda: None):
@@ -207,7 +200,7 @@ def time_pairs(report, device, repeats, save=lambda: None):
 
 
 def _step(row, function, tensors):
-    function = _in(row["precision"], function)
+    function = in_precision(row["precision"], function)
     return lambda: step(function, *tensors)
 
 

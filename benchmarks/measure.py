@@ -6,6 +6,7 @@ python -m benchmarks.measure PEER PRECISION N C D     the peak memory of one ste
 import contextlib
 import datetime
 import importlib.metadata
+import operator
 import os
 import platform
 import re
@@ -21,7 +22,7 @@ from cosface_kernels.ops.memory import available_bytes
 from cosface_kernels.tools.info import cpu_model
 
 from .harness import relative_error, synchronize
-from .peers import inputs, peers, plain, step
+from .peers import in_precision, inputs, peers, plain, step
 from .source import commit, first_line, search_path
 
 # Matrix products that the ceilings are taken from: M, N, K. On a CPU all three matrices stay in cache.
@@ -112,25 +113,31 @@ class Check:
 
     def __init__(self, tensors, expression=plain):
         """expression: what all of them should compute, in plain PyTorch."""
-        self.tensors = tensors
+        self.tensors, self.expression = tensors, expression
         wide = (tensor.detach().double().requires_grad_() if tensor.is_floating_point() else tensor for tensor in tensors)
         self.exact = step(expression, *wide)
         self._allowed = {}
 
+    def run(self, function):
+        return step(function, *self.tensors)
+
     def errors(self, function):
-        return self.relative(step(function, *self.tensors))
+        return self.relative(self.run(function))
 
     def relative(self, results):
         """‖got - exact‖ / ‖exact‖ of loss, dX, dW and db, or of the first of them."""
         return [relative_error(got, exact) for got, exact in zip(results, self.exact, strict=False)]
 
-    def allowed(self, yardstick):
-        """The errors that are still right, from those of plain PyTorch in the same precision, a Peer."""
-        if yardstick.precision not in self._allowed:
-            rounding = ERROR_ROUNDING[yardstick.precision]
-            errors = self.errors(yardstick.function)
-            self._allowed[yardstick.precision] = [ERROR_FACTOR * error + rounding for error in errors]
-        return self._allowed[yardstick.precision]
+    def judged(self, results, precision):
+        """{"errors", "wrong"} of results in a precision: right are those within ERROR_FACTOR of plain PyTorch's in it, and a
+        rounding.
+        """
+        if precision not in self._allowed:
+            errors = self.errors(in_precision(precision, self.expression))
+            self._allowed[precision] = [ERROR_FACTOR * error + ERROR_ROUNDING[precision] for error in errors]
+        errors = self.relative(results)
+        # Written so that a NaN is wrong too.
+        return {"errors": errors, "wrong": not all(map(operator.le, errors, self._allowed[precision]))}
 
 
 def gpu_peak_bytes(function, tensors):

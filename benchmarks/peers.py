@@ -58,7 +58,7 @@ def _peers(device, precision):
     low = precision == "bfloat16"
 
     def peer(name, function, *held, **options):
-        return Peer(name, precision, autocast(function) if low else function, *held, **options)
+        return Peer(name, precision, in_precision(precision, function), *held, **options)
 
     for backend in backends.NAMES:
         missing = _backend_missing(backend, device, getattr(torch, precision))
@@ -93,6 +93,10 @@ def _backend_missing(backend, device, dtype):
 
 def _package_missing(module):
     return None if importlib.util.find_spec(module) else f"{module.replace('_', '-')} is not installed"
+
+
+def in_precision(precision, function):
+    return autocast(function) if precision == "bfloat16" else function
 
 
 def autocast(function):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss, margin_softmax_loss, margins, reference
 
 from .. import harness, measure
-from ..peers import MARGIN, SCALE, Peer, autocast, inputs, step
+from ..peers import MARGIN, SCALE, autocast, in_precision, inputs, step
 from ..source import first_line
 from . import gpu, stages
 
@@ -94,21 +94,19 @@ def _loss(case, precision):
         logits = reference.logits(features, weight, scale=scale, centers_per_class=centers)
         return F.cross_entropy(logits - scale * MARGIN * F.one_hot(labels, logits.shape[1]), labels)
 
-    return (autocast(ours), autocast(plain)) if precision == "bfloat16" else (ours, plain), plain
+    return in_precision(precision, ours), plain
 
 
 def _check(case, device):
     precision, centers = case.get("precision", "float32"), case.get("centers", 1)
-    (ours, low), plain = _loss(case, precision)
+    ours, plain = _loss(case, precision)
     table = getattr(torch, case.get("table", "float32"))
     features, weight, labels = inputs(case["rows"], case["classes"] * centers, case["size"], device, table)
     tensors = features, weight, labels // centers
     check = measure.Check(tensors, plain)
     with gpu.slabs(case.get("slab")):
-        errors = check.errors(ours)
-    allowed = check.allowed(Peer("plain", precision, low, 0, 0))
-    # Written so that a NaN is wrong too.
-    return {"errors": errors, "wrong": not all(got <= most for got, most in zip(errors, allowed, strict=True))}
+        results = check.run(ours)
+    return check.judged(results, precision)
 
 
 def _check_graph(case, device):
