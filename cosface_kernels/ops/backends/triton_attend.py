@@ -7,10 +7,10 @@
     attend_table        Q = ŵ, KV = x̂ with E's columns times row_scale: a program makes whole rows of dŵ, and after them of
                         dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, from the raw rows and back to the gradient's
 
-Nothing N x B is stored, and nothing is transposed in registers: the second takes ŵ x̂ᵀ as it needs it. No atomics.
+No N x B matrix is stored, and no tile is transposed in registers: the second kernel computes ŵ x̂ᵀ. No atomics.
 
-They serve cosines with a constant shift and one row to a class, where nothing is kept, and only where triton_forms.py asks for
-them. Rows are padded to a power of two up to 512, the most of a row of dŵ that registers hold beside 63 others.
+They serve cosines with a constant shift and one row to a class, if nothing is kept, and only if triton_forms.py asks for
+them. Rows are padded to a power of two up to 512, the longest row of dŵ that registers hold beside 63 others.
 """
 
 import torch
@@ -24,12 +24,12 @@ from .triton_exponentials import add_sums, in_slab, operand, own_tile
 from .triton_kernels import FUSE, project, targets_share, unit_and_inverse
 
 SIZE_MIN, SIZE_MAX = 64, 512
-# So many programs fill a GPU, in at most so many parts of the classes.
+# Programs that fill a GPU; the most parts that the classes are cut into.
 PROGRAMS, PARTS_MAX = 128, 16
 # Numbers of the table's rows that a program holds at a time, before and after its products.
 ROW_ELEMENTS = 4096
-# By padded size: rows of Q, rows of KV, warps, stages. None spills, compiled for that chip, nor has a wgmma wait for the one
-# before: with more rows of x̂ attend_table does either.
+# By padded size: rows of Q, rows of KV, warps, stages. Compiled for that chip, none spills and no wgmma waits for the one before;
+# with more rows of x̂ attend_table does one or the other.
 HOPPER = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2), 512: (64, 64, 8, 2)}
 HOPPER_TABLE = {**HOPPER, 256: (64, 32, 4, 2), 512: (64, 32, 8, 2)}
 BLACKWELL = {size: HOPPER[size] for size in (64, 128, 256)}  # 64 rows of 512 spill there, and 128 rows of 256 of the table's
@@ -41,12 +41,12 @@ BLOCKS = {"attend_features": ("BLOCK_N", "BLOCK_C"), "attend_table": ("BLOCK_R",
 
 
 def width(size):
-    """What rows of `size` are padded to."""
+    """The size to which rows of `size` numbers are padded."""
     return max(SIZE_MIN, 1 << (size - 1).bit_length())
 
 
 def constants(kernel, x, table, plan, precision):
-    """A kernel's launch options and constants where it is to serve the call; None where the slab loop is."""
+    """A kernel's launch options and constants if it serves the call; None if the slab loop does."""
     num_rows, size = x.shape
     can = num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs and table.centers == 1
     capability = triton_kernels.capability(x.device)
@@ -132,7 +132,7 @@ def backward(low, size, table, factors, plan, sink, constants):
 
 
 def _rows(matrix, constants, block):
-    """What a kernel loads blocks of whole rows from."""
+    """The source from which a kernel loads blocks of whole rows."""
     return triton_exponentials.source(matrix, [constants[block], matrix.shape[1]], constants["DESCRIPTORS"])
 
 

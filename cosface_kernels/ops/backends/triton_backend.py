@@ -1,5 +1,5 @@
-"""The slab loop on a GPU: the kernels of triton_exponentials.py and triton_kernels.py around cuBLAS products, or where
-triton_forms.py says so those of triton_attend.py.
+"""The slab loop on a GPU: the kernels of triton_exponentials.py and triton_kernels.py around cuBLAS products, or those of
+triton_attend.py if triton_forms.py asks for them.
 
 Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
 backward the first two again where E was not kept, dw̃ = Eᵀ diag(row_scale) x, project_rows. Memory beyond the results: one slab
@@ -17,7 +17,7 @@ from .products import accumulated, in_parts
 row_functions = triton_rows
 # Columns are padded to this: the matmul needs no mask along D, and every row starts aligned.
 D_ALIGNMENT = 64
-# What E ŵ is cut into output tiles of, about, and how many of them fill a GPU of 132 processors.
+# The approximate size of an output tile of E ŵ, and the number of tiles that fill a GPU of 132 processors.
 PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
 PULL_BLOCK = {"BLOCK": 512, "num_warps": 4, **triton_kernels.FUSE}
 FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_kernels.FUSE}
@@ -39,7 +39,7 @@ def tiles(num_rows, size, dtype, capability, centers=1):
 
 @functools.cache
 def pull_parts(num_rows, size, width):
-    """How many parts the sum over `width` classes in E ŵ is cut into: each has aligned rows."""
+    """The number of parts of the sum over `width` classes in E ŵ. Each part has aligned rows."""
     output_tiles = ceil_div(num_rows, PULL_TILE[0]) * ceil_div(size, PULL_TILE[1])
     most = max(1, min(PULL_PARTS_MAX, PULL_TILES // max(output_tiles, 1)))
     return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
@@ -113,7 +113,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
             e = slab.scratch(width)
             slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
         out = sink.room(start, stop)
-        # dŵ where dW comes, if that can hold it: project_rows reads a row before it writes it.
+        # dŵ is written into dW's memory if that has its dtype and width: project_rows reads a row before it writes it.
         fits = out.dtype == torch.float32 and scaled.shape[1] == size and out.is_contiguous()
         grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, out if fits else None)
         if parts is not None:
@@ -141,7 +141,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
 
 
 class _Slab:
-    """The buffers that every slab reuses, and the two kernels that fill them, with all of a launch that is the same for each."""
+    """The buffers that every slab reuses, and the kernels that fill them, with the launch arguments of all slabs."""
 
     def __init__(self, low, table, targets, plan):
         self.low, self.table, self.targets, self.plan = low, table, targets, plan
@@ -168,7 +168,7 @@ class _Slab:
         self._unit = self._scratch = None
 
     def scratch(self, width):
-        """(N, width) exponentials of a slab that is not kept."""
+        """Memory (N, width) for the exponentials of a slab that is not kept."""
         num_rows, slab = self.low.shape[0], self.plan.slab
         if self._scratch is None:
             self._scratch = self.low.new_empty(num_rows, slab)
@@ -187,12 +187,12 @@ class _Slab:
         return unit
 
     def partial(self):
-        """(tiles, N) where `exponentials` adds up row sums over the slabs. The first slab fills it: no other has more tiles."""
+        """(tiles, N) row sums of all slabs so far. The first slab fills it: no other has more tiles."""
         class_tiles = ceil_div(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
         return torch.empty(class_tiles, self.low.shape[0], dtype=torch.float64, device=self.low.device)
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
-        """Row sums of E into `partial`; E into `store` (N, width) if given, zero past `stop`."""
+        """Add row sums of E to `partial`; write E into `store` (N, width) if given, zero past `stop`."""
         if self.table.centers > 1:
             self._nearest(unit, start, stop, shift, partial, store)
         elif store is None:
@@ -203,7 +203,7 @@ class _Slab:
             self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=self._halves)
 
     def _nearest(self, unit, start, stop, shift, partial, store):
-        """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
+        """The same for each class's nearest centre alone, from all exponents in float32."""
         out = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
         self._launch(triton_exponentials.exponents, unit, start, stop, out, unit.shape[0], CENTERS=self.table.centers)
         e = centers.exponentials(out[:, : stop - start], shift, self.table.centers, 1)
@@ -215,15 +215,15 @@ class _Slab:
             store[:, stop - start :] = 0
 
     def maxima(self, unit, start, stop, partial):
-        """Row maxima of the exponents into `partial`."""
+        """Write row maxima of the exponents into `partial`."""
         self._launch(triton_exponentials.maxima, unit, start, stop, partial, CENTERS=self.table.centers)
 
     def _source(self, matrix, rows, columns):
-        """What a kernel loads or stores blocks of."""
+        """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
         return triton_exponentials.source(matrix, [self.config[rows], columns], self._descriptors)
 
     def _launch(self, kernel, unit, start, stop, *epilogue, **constants):
-        """Over all tiles of a slab. epilogue, constants: what the kernel takes beside the product's."""
+        """Launch a kernel over all tiles of a slab. epilogue, constants: its arguments beside those of the product."""
         num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
         if num_rows:
             unit = self._source(unit, "BLOCK_C", self.config["BLOCK_K"])
@@ -260,5 +260,5 @@ def _padded(rows, dtype, attend=None, row_scale=None):
 
 
 def _precision():
-    """PyTorch's own switch for float32 matrix products on a GPU, as Triton spells it."""
+    """Triton's name of the precision that PyTorch's switch sets for float32 matrix products on a GPU."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

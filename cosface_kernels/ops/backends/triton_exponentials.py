@@ -1,4 +1,4 @@
-"""One product, k x w̃ᵀ of a slab, and what is made of its tiles while they are in registers: a kernel for each.
+"""The product k x w̃ᵀ of a slab with an epilogue on its tiles while they are in registers: one kernel for each epilogue.
 
     exponential_sums    row sums of E = 2^{k x w̃ᵀ - shift}, E[n, y_n] = 0
     exponentials        the same, and E itself
@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def source(matrix, block, descriptors):
-    """What a kernel loads or stores blocks of: the matrix, or its descriptor."""
+    """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
     return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block) if descriptors else matrix
 
 
@@ -38,7 +38,7 @@ def operand(block, UPCAST: tl.constexpr):
 
 @triton.jit
 def in_slab(target, first_class, B):
-    """Targets as the slab of B classes from first_class on counts them, -1 for those elsewhere."""
+    """Targets as positions in the slab of B classes from first_class on; -1 for those outside it."""
     target -= first_class
     # 64-bit comparisons for each row, 32-bit ones for each element.
     return tl.where((target >= 0) & (target < B), target, -1).to(tl.int32)
@@ -69,7 +69,7 @@ def cosine_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x w̃ᵀ (BLOCK_N, BLOCK_C). Ragged rows and columns are those of the last valid one, or of a descriptor zeros."""
+    """x w̃ᵀ (BLOCK_N, BLOCK_C). Past the edges rows and columns repeat the last valid one, or are zeros from a descriptor."""
     if not DESCRIPTORS:
         row, column, step = first_row + tl.arange(0, BLOCK_N), first_column + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
         unit_row = tl.minimum(column, B - 1) if RAGGED else column
@@ -92,7 +92,7 @@ def halves(tile):
 
 @triton.jit
 def left_out(targets, row, column, N, B, first_class, RAGGED: tl.constexpr, CENTERS: tl.constexpr):
-    """Where a tile has a row's target, which has CENTERS columns, or what is past the slab's end."""
+    """Bool: True at a row's target (CENTERS columns of a tile), and past the slab's end."""
     target = in_slab(tl.load(targets + row, mask=row < N, other=-1), first_class, B)
     dropped = target[:, None] == column[None, :]
     if CENTERS > 1:
@@ -112,7 +112,7 @@ def exponential_tile(cosine, log2_scale, targets, shifts, row, column, N, B, fir
 
 @triton.jit
 def store_tile(tile, out, first_row, first_column, N, stride, RAGGED: tl.constexpr, DESCRIPTORS: tl.constexpr):
-    """Into out (N, stride); what is past a slab's end is stored as well, as far as the row goes."""
+    """Store a tile into out (N, stride), with its columns past the slab's end, up to the end of the row."""
     if DESCRIPTORS:
         out.store([first_row, first_column], tile.to(out.dtype))
     else:

@@ -1,5 +1,5 @@
-"""The functions of batch_rows.py, all but `losses` for cosines with one row to a class, in five launches, one kernel each but for
-slab_factors' two: at a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long
+"""The functions of batch_rows.py in five launches: a kernel for each, two for slab_factors. All but `losses` are for cosines and
+one row to a class. At a table of 10^4 classes the launches of plain PyTorch's hundred-odd operators would take ten times as long
 as the slabs.
 
     enter_rows          x̂, 1 / ‖x‖, ŵ_{y_n}, x̂_n·ŵ_{y_n} and the target from raw features, table and labels
@@ -48,7 +48,7 @@ def enter(x, table, labels, options, wide):
 
 
 def losses(lse, logit, counted, scale, reduction):
-    """See batch_rows.losses. One program goes over all rows: N numbers, of which it makes one."""
+    """See batch_rows.losses. One program reads all rows: it reduces N numbers to one."""
     num_rows, is_reduced = lse.shape[0], reduction != "none"
     loss, slope = lse.new_empty(() if is_reduced else num_rows), torch.empty_like(lse)
     reduce_losses[(1,)](

@@ -5,7 +5,7 @@
     adamw       g = ±dw          m = β1 m + (1 - β1) g, v = β2 v + (1 - β2) g²   w -= η λ w + η / c1 · m / (√v / c2 + ε)
 
 Rows and state are decoded before and encoded after, with stochastic rounding, all in registers: neither a slab of dw nor one of
-decoded rows exists. formats.py and optim/rules.py say the same in PyTorch, and the random bits are theirs.
+decoded rows exists. formats.py and optim/rules.py do the same in PyTorch, with the same random bits.
 """
 
 import math
@@ -31,8 +31,8 @@ def blocks(size):
 def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=None, targets=(None, None)):
     """One step of a rules.Part, for the rows at index: a slice, or int64 positions (R,).
 
-    grad (R, >= column + D) float32: theirs, from `column` on. Given unscale it is dw̃, and all else as backends.backward has it,
-    with `start` the position of the slab's first row.
+    grad (R, >= column + D) float32: their gradient, from `column` on. If unscale is given, grad is dw̃, the other arguments are
+    those of backends.backward, and `start` is the position of the slab's first row.
     """
     num_rows, size, rule = grad.shape[0], part.rows.shape[1], part.rule
     first, second, *_ = *part.states, (None, None), (None, None)
@@ -55,7 +55,7 @@ def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=Non
 
 
 def _signed(word):
-    """32 bits as an int32: the size of a number must not be a reason to compile again."""
+    """32 bits as an int32, because Triton compiles again for integers of another size."""
     return (word + 2**31) % 2**32 - 2**31
 
 
