@@ -233,7 +233,7 @@ def _tables(found, environment):
             loss = f"{row['losses'][0]:.1f} -> {row['losses'][-1]:.1f}"
             yield f"| {describe(row)} | {_median(row['seconds']):.2f} | {row['peak_bytes'] / 2**30:.1f} | {loss} |"
     for shape, rows in itertools.groupby(found.get("step", ()), _shape):
-        yield f"\n| {shape} | step, s | FusedSGD, s | faster | peak, GiB | FusedSGD, GiB | of it |"
+        yield f"\n| {shape} | step, s | FusedSGD, s | faster | peak, GiB | FusedSGD, GiB | share |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"
         for row in rows:
             names = row["optimizer"], "FusedSGD"
@@ -244,7 +244,7 @@ def _tables(found, environment):
             ratio = _median([other / fused for other, fused in zip(*seconds, strict=True)])
             times = " | ".join(f"{median:.2f}" if median > 0.1 else f"{median:.4f}" for median in map(_median, seconds))
             yield f"| {row['optimizer']} | {times} | {ratio:.2f} x | {theirs:.1f} | {ours:.1f} | {ours / theirs:.0%} |"
-        yield "\nFaster: the median of what each turn's two had as their ratio."
+        yield "\nFaster: the median, over the turns, of the ratio of the two times."
     if "identities" in found:
         yield f"\n| identities, D = {GROWTH_SIZE} | step, ms | ns for each identity |\n| --- | --- | --- |"
         for row in found["identities"]:

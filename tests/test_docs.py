@@ -144,6 +144,10 @@ def test_margins_of_classes():
     names = run("margins.md")[3]
     assert names["margin_of_class"].unique().tolist() == pytest.approx([0.35])
     torch.testing.assert_close(names["loss"], cosface_loss(names["features"], names["head"].weight, names["labels"]))
+    expected = cosface_loss(names["features"], names["learnt"].weight, names["labels"])
+    torch.testing.assert_close(names["loss_of_scale"], expected)
+    (by_scale,) = torch.autograd.grad(names["loss_of_scale"], names["scale"])
+    assert by_scale.isfinite() and by_scale != 0
 
 
 def test_margins_what_the_paper_compares():
