@@ -6,7 +6,8 @@ x̃ and w̃ are unit rows, or the rows as they are; l_n is the product of the le
 negatives do not depend on the margin, so a new one is a frozen dataclass with `psi`. Autograd differentiates it; a ψ of the angle
 first moves the cosine just `inside` ±1, where an arc cosine's derivative is infinite (and the cosine's own gradient is zero).
 
-A margin that reweights the negatives, such as CurricularFace's, is not of this form.
+A margin that reweights the negatives, such as CurricularFace's, is not of this form. A parameter of the wrong type or outside its
+range is a TypeError or ValueError at construction.
 """
 
 import math

@@ -20,6 +20,7 @@ class MarginSoftmaxLoss(nn.Module):
     """`margin_softmax_loss` with a learned class table, and the running statistics of margins that have any.
 
         head = MarginSoftmaxLoss(512, 1_000_000, margin=ArcFace(0.5))
+        loss = head(features, labels)  # (N, 512), (N,) -> mean of -log( e^{s ψ_n} / ( e^{s ψ_n} + Σ_{j≠y_n} e^{s cos_nj} ) )
 
     weight (num_classes · centers_per_class, embedding_size) is drawn from N(0, 0.01²), and bias, a number for each
     of its rows, is zero.
@@ -267,9 +268,10 @@ def _table_dtype(table_format, dtype):
 
 
 class CosFaceLoss(MarginSoftmaxLoss):
-    """`cosface_loss` with a learned class table: `MarginSoftmaxLoss` with the one margin CosFace.
+    """`cosface_loss` with a learned class table: `MarginSoftmaxLoss` with the one margin CosFace, ψ_n = cos_ny - m.
 
         head = CosFaceLoss(512, 1_000_000)
+        loss = head(features, labels)  # (N, 512), (N,) -> scalar
 
     Args:
         embedding_size, num_classes, **options: as for `MarginSoftmaxLoss`.
