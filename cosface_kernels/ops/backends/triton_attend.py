@@ -45,23 +45,31 @@ def width(size):
     return max(SIZE_MIN, 1 << (size - 1).bit_length())
 
 
-def constants(kernel, x, table, plan, precision):
+def constants(kernel, x, table, plan):
     """A kernel's launch options and constants if it serves the call; None if the slab loop does."""
     num_rows, size = x.shape
-    can = num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs and table.centers == 1
+    if not (num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs and table.centers == 1):
+        return None
     capability = triton_kernels.capability(x.device)
-    asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability) if can else None
+    asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability)
+    if asked is None:
+        return None
     shapes = _shapes(kernel, plan.dtype, capability)
     # At other D ptxas has each wgmma of so wide a tile wait for the one before.
     waits = kernel == "attend_table" and capability[0] == 9 and width(size) == 512 and size % 16 and plan.dtype != torch.float32
-    if asked is None or width(size) not in shapes or waits:
+    if width(size) not in shapes or waits:
         return None
     if plan.dtype == torch.float32:
         asked = {**asked, "DESCRIPTORS": False}  # spills
     names = *BLOCKS[kernel], "num_warps", "num_stages"
     return {
         **dict(zip(names, shapes[width(size)], strict=True)),
-        **{"SIZE": width(size), "DESCRIPTORS": False, "PRECISION": precision, "UPCAST": triton_kernels.INTERPRETED},
+        **{
+            "SIZE": width(size),
+            "DESCRIPTORS": False,
+            "PRECISION": triton_kernels.precision(),
+            "UPCAST": triton_kernels.INTERPRETED,
+        },
         **FUSE,
         **asked,
     }

@@ -47,7 +47,7 @@ def pull_parts(num_rows, size, width):
 
 def forward(x, table, targets, plan, *, need_pull):
     num_rows, size = x.shape
-    attend = triton_attend.constants("attend_features", x, table, plan, _precision()) if need_pull else None
+    attend = triton_attend.constants("attend_features", x, table, plan) if need_pull else None
     slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
     shift = _shift(slab, plan, num_rows)
@@ -94,14 +94,14 @@ def forward(x, table, targets, plan, *, need_pull):
 
 def backward(x, table, factors, shift, kept, plan, sink):
     num_rows, size = x.shape
-    attend = triton_attend.constants("attend_table", x, table, plan, _precision())
+    attend = triton_attend.constants("attend_table", x, table, plan)
     if attend:
         triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
         return
     scaled = _padded(x, plan.dtype, row_scale=factors.row_scale)
-    low = _padded(x, plan.dtype) if plan.kept_slabs * plan.slab < table.num_rows else scaled
-    slab = _Slab(low, table, factors.targets, plan)
-    partial = slab.partial()
+    if plan.kept_slabs * plan.slab < table.num_rows:
+        slab = _Slab(_padded(x, plan.dtype), table, factors.targets, plan)
+        partial = slab.partial()
     num_targets, blocks = factors.target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
     parts, targets = sink.device_update(), (factors.target_rows, factors.target_sums)
@@ -156,7 +156,7 @@ class _Slab:
         self._low = self._source(low, "BLOCK_N", self.config["BLOCK_K"])
         self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
         self._constants = {
-            "PRECISION": _precision(),
+            "PRECISION": triton_kernels.precision(),
             "UPCAST": triton_kernels.INTERPRETED,
             "DESCRIPTORS": self._descriptors,
             # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at logits
@@ -257,8 +257,3 @@ def _padded(rows, dtype, attend=None, row_scale=None):
     else:
         torch.mul(rows, row_scale[:, None], out=inside)
     return padded
-
-
-def _precision():
-    """Triton's name of the precision that PyTorch's switch sets for float32 matrix products on a GPU."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -42,6 +42,11 @@ def capability(device):
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
+def precision():
+    """PyTorch's own switch for float32 matrix products on a GPU, as Triton spells it."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 @triton.jit
 def unit_and_inverse(rows):
     """(unit rows, 1 / norm) of a float32 tile (R, D); see normalize.unit_rows."""
