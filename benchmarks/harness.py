@@ -18,9 +18,9 @@ REPLAYS = 3  # of a graph in one turn
 
 
 class Case(NamedTuple):
-    facts: dict  # what its row is known by
+    facts: dict  # the facts that identify its row
     run: Callable  # run(i): the i-th call, with other inputs each time where they would stay in cache
-    check: Callable | None = None  # check(): {"errors": [relative ones], "wrong": bool}, or whatever else its row should say
+    check: Callable | None = None  # check(): {"errors": [relative ones], "wrong": bool}, or other facts for its row
     calls: int = 1  # in one measurement
     graph: bool = True  # on a GPU
     seconds_most: float = 5.0  # no further turn for a case that has taken as long

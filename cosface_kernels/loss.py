@@ -73,7 +73,7 @@ class Negatives(NamedTuple):
     target_length: torch.Tensor | None  # ‖w̃_y‖ (N,); None where they are 1
     feature_length: torch.Tensor | None  # ‖x̃‖ (N,); None where they are 1
     unit: torch.Tensor  # x̃ (N, D) without gradient
-    counted: torch.Tensor  # which rows are not ignored (N,)
+    counted: torch.Tensor  # bool (N,): False for ignored rows
 
 
 class WholeTable:

@@ -46,7 +46,7 @@ def exponentials():
     launches = [*((tile, {}) for tile in TILES), *itertools.product(TILES[:2], OPTIONS)]
     shapes = (4096, WAVE), (1024, 2 * WAVE), (512, 2 * WAVE)
     for (n, b), d, (launch, options), store in itertools.product(shapes, (512, 256, 128), launches, (True, False)):
-        if "HALVES" in options and not store:  # which are E's
+        if "HALVES" in options and not store:  # halves are of E, which is not stored here
             continue
         tile, warps, stages = launch
         shape = {"kind": "exponentials", "rows": n, "classes": b, "size": d, "store": store}

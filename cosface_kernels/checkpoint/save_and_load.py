@@ -181,7 +181,7 @@ def _write(temporary, tensors, small):
 
 def _not_saved(folder, error):
     """The error to raise for a save that failed."""
-    text = f"rank 0: {type(error).__name__}: {error}" if world() is ONE_PROCESS else error  # which names its rank
+    text = f"rank 0: {type(error).__name__}: {error}" if world() is ONE_PROCESS else error  # error names its rank
     message = f"checkpoint {folder} was not saved, earlier ones are as they were: {text}"
     return OSError(error.errno, message) if isinstance(error, OSError) and error.errno else RuntimeError(message)
 

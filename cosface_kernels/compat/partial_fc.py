@@ -75,7 +75,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
             self.weight.register_post_accumulate_grad_hook(_make_dense)
 
     def check_checkpoint(self):
-        """`save_checkpoint` asks, which would save rank 0's rows alone of what is plain."""
+        """Raise if there are several ranks. save_checkpoint calls this: of a plain tensor it would save rank 0's rows alone."""
         if self.world_size > 1:
             raise ValueError(
                 f"{type(self).__name__} on several ranks has each rank's rows as a plain tensor, of which rank 0's alone would "

@@ -100,7 +100,7 @@ class MarginSoftmaxLoss(nn.Module):
         if sample_rate < 1:
             self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
         for name, value in margin.state.items():
-            # Whatever the default dtype: in 16 bits a mean of 20 hardly moves, and a count past 2048 not at all.
+            # Not the default dtype: in 16 bits a mean of 20 hardly moves, and a count past 2048 not at all.
             dtype = torch.float32 if isinstance(value, float) else torch.int64
             self.register_buffer(name, torch.tensor(value, dtype=dtype, device=device))
         recording.register(self)

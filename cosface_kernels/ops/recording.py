@@ -51,7 +51,7 @@ def _change(seen, *tensors):
 class Record(NamedTuple):
     """The factors of dW from one backward call."""
 
-    options: Options  # those of two records must be equal for them to be one
+    options: Options  # records with equal options can be concatenated
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     factors: TableFactors
     seen: list  # Seen of weight, bias and index then

@@ -56,7 +56,7 @@ class Plan(NamedTuple):
 
     log2_scale: float  # k = s log2(e): e^{s cos} = 2^{k cos}
     shift: float | None  # h in E = 2^{k cos - h}; None: logits too wide for a constant, so each row's maximum is found first
-    dtype: torch.dtype  # what the matrix products read: bfloat16, float32 or float64
+    dtype: torch.dtype  # of the matrix products' operands: bfloat16, float32 or float64
     slab: int  # B, rows of the table per slab, a multiple of SLAB_ALIGNMENT and whole classes; the last slab may be shorter
     kept_slabs: int  # exponentials of this many slabs, the first ones, are kept from forward for backward
     kept_elements: int  # how many numbers that is

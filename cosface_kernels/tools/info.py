@@ -56,7 +56,7 @@ def why_unusable(name, device, dtype=torch.float32):
     """`backends.unusable` for any installation."""
     try:
         return backends.unusable(name, device, dtype)
-    except Exception as error:  # whatever a broken installation of an optional part raises belongs into the report
+    except Exception as error:  # a broken installation may raise anything, and the report shows it
         return f"cannot be imported: {type(error).__name__}: {error}"
 
 

@@ -43,7 +43,7 @@ class Result(NamedTuple):
     peak_bytes: int
     losses: list[float]  # of every step
     plain_dtype: str
-    plain_classes: int  # what the plain expression was run with; where it is not CLASSES, the next two are extrapolated
+    plain_classes: int  # C of the plain expression's run; if it is not CLASSES, the next two are extrapolated
     plain_seconds: float
     plain_peak_bytes: int
 
