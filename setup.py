@@ -2,6 +2,7 @@
 works with its other backends, and `cosface info` says so.
 """
 
+import glob
 import os
 import platform
 
@@ -55,7 +56,7 @@ setup(
         Extension(
             "cosface_kernels.ops.backends.libcosface_cpu",
             SOURCES,
-            depends=["csrc/cpu/update.h", "csrc/cpu/vector.h"],
+            depends=sorted(glob.glob("csrc/cpu/*.h")),
             optional=True,
         )
     ],

@@ -116,6 +116,19 @@ def test_an_update_of_rows_that_the_table_has_not_is_refused(index, columns):
     assert (table == 1).all() and (state == 0).all()
 
 
+def test_a_field_that_is_left_out_or_unknown_is_refused():
+    for fields in ({"rows": None, "panels": None, "num_rows": 3}, {"rows": None, "panels": None, "num_rows": 3, "sizes": 2}):
+        with pytest.raises(TypeError, match="for a structure of rows, panels, num_rows, size"):
+            cpu_library._arguments(cpu_library._ARGUMENTS["row_panels"], **fields)
+
+
+def test_a_library_with_other_structures_is_refused(monkeypatch):
+    library, _ = cpu_library._load()
+    assert cpu_library._fits(library)
+    monkeypatch.setitem(cpu_library._ARGUMENTS, "accumulate", cpu_library._structure(pointers="e_panels unit_panels pull"))
+    assert not cpu_library._fits(library)
+
+
 def test_rounding_to_bfloat16(instruction_set):
     x = every_kind_of_float()
     got = torch.from_numpy(elementary("to_bfloat16", instruction_set, x, np.empty(len(x), np.int16))).view(torch.bfloat16)

@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 6
+INTERFACE = 7
 # Of rows of the table, as they lie.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -102,35 +102,54 @@ def update(step, grad, index):
     )
 
 
+def _structure(*fields, pointers="", sizes="", double="", floats="", bools=""):
+    """A structure of csrc/cpu/kernels.h, whose fields of each type come in this order."""
+    types = (pointers, _POINTER), (sizes, _SIZE), (double, ctypes.c_double), (floats, ctypes.c_float), (bools, ctypes.c_bool)
+    fields = [*fields, *((name, type_) for names, type_ in types for name in names.split())]
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields, "NAMES": dict(fields).keys()})
+
+
+_EXPONENTS = _structure(pointers="x_panels unit targets", sizes="num_rows classes size first_class", floats="log2_scale")
+# What each kernel takes, in the order of kernels.cpp's KERNELS.
 _ARGUMENTS = {
-    "row_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
-    "column_panels": [_POINTER, _SIZE, _SIZE, _POINTER],
-    "normalize": [_POINTER, ctypes.c_bool, _SIZE, _SIZE, ctypes.c_bool, _POINTER, _SIZE, _POINTER, _POINTER],
-    "exponentials": [
-        *[_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE],
-        *[_POINTER, ctypes.c_float, _POINTER, _POINTER, _POINTER],
-    ],
-    "maxima": [_POINTER, _SIZE, _POINTER, _SIZE, _SIZE, _POINTER, _SIZE, _SIZE, ctypes.c_float, _POINTER, _POINTER],
-    "accumulate": [_POINTER, _POINTER, _SIZE, _SIZE, _SIZE, _POINTER],
-    "table_gradient": [
-        *[_POINTER, _SIZE, _POINTER, _POINTER, ctypes.c_bool, _SIZE, _SIZE, ctypes.c_bool, ctypes.c_double, _SIZE],
-        *[_SIZE, _POINTER, _POINTER, _POINTER, _SIZE, _POINTER, ctypes.c_bool, ctypes.POINTER(Step)],
-    ],
+    "row_panels": _structure(pointers="rows panels", sizes="num_rows size"),
+    "column_panels": _structure(pointers="rows panels", sizes="num_rows size"),
+    "normalize": _structure(
+        pointers="table scratch unit panels", sizes="classes size scratch_size", bools="is_bfloat16 normalized"
+    ),
+    "exponentials": _structure(("of", _EXPONENTS), pointers="shifts e e_panels partial"),
+    "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial", sizes="centers"),
+    "accumulate": _structure(pointers="e_panels unit_panels pull", sizes="num_rows classes size"),
+    "table_gradient": _structure(
+        pointers="e x_panels table target_classes target_sums scratch grad step",
+        sizes="num_rows classes size first_class num_targets scratch_size",
+        double="unscale",
+        bools="is_bfloat16 normalized grad_is_bfloat16",
+    ),
 }
 
 
+class _Kernel(ctypes.Structure):
+    """csrc/cpu/kernels.h's Kernel."""
+
+    _fields_ = [("function", ctypes.CFUNCTYPE(None, _POINTER, ctypes.c_int)), ("bytes", _SIZE)]
+
+
+def _kernels(library, dtype, instruction_set):
+    """{name: _Kernel}."""
+    table = getattr(library, f"cosface_kernels_{_NUMBERS[dtype]}_{instruction_set}")
+    table.restype = ctypes.POINTER(_Kernel * len(_ARGUMENTS))
+    return dict(zip(_ARGUMENTS, table().contents, strict=True))
+
+
 class Kernels:
-    """The steps as csrc/cpu/kernels.cpp declares them, for one number type and instruction set. Tensors are (rows, columns) or
-    panels of them, checked against the sizes; None is null; the number of threads is PyTorch's.
+    """The kernels of csrc/cpu for one number type and instruction set. Tensors are (rows, columns) or panels of them, checked
+    against the sizes; None is null; the number of threads is PyTorch's.
     """
 
     def __init__(self, dtype, instruction_set):
         library, _ = _load()
-        self.dtype, self._functions = dtype, {}
-        for step, types in _ARGUMENTS.items():
-            function = getattr(library, f"cosface_{step}_{_NUMBERS[dtype]}_{instruction_set}")
-            function.argtypes, function.restype = [*types, ctypes.c_int], None
-            self._functions[step] = function
+        self.dtype, self._kernels = dtype, _kernels(library, dtype, instruction_set)
         per_word = getattr(library, f"cosface_per_word_{_NUMBERS[dtype]}_{instruction_set}")()
         self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # the dtype in which products read numbers of `dtype`
         self._scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
@@ -145,42 +164,58 @@ class Kernels:
         return self._scratch_numbers(num_rows, size)
 
     def row_panels(self, rows, num_rows, size, panels):
-        self._call(
-            "row_panels", self._numbers("rows", rows, num_rows, size), num_rows, size, self._panels(panels, size, num_rows)
-        )
+        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, size, num_rows)
+        self._call("row_panels", rows=rows, panels=panels, num_rows=num_rows, size=size)
 
     def column_panels(self, rows, num_rows, size, panels):
-        panels = self._panels(panels, num_rows, size)
-        self._call("column_panels", self._numbers("rows", rows, num_rows, size), num_rows, size, panels)
+        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, num_rows, size)
+        self._call("column_panels", rows=rows, panels=panels, num_rows=num_rows, size=size)
 
     def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
         """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
-        unit, panels = self._operands("unit rows", unit, classes, size), self._panels(panels, classes, size)
         self._call(
-            *("normalize", *_table("weight", weight, classes, size), classes, size, normalized),
-            *(_floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)), scratch.shape[1], unit, panels),
+            "normalize",
             threads=len(scratch),
+            table=_table("weight", weight, classes, size),
+            scratch=_floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)),
+            unit=self._operands("unit rows", unit, classes, size),
+            panels=self._panels(panels, classes, size),
+            classes=classes,
+            size=size,
+            scratch_size=scratch.shape[1],
+            is_bfloat16=weight.dtype == torch.bfloat16,
+            normalized=normalized,
         )
 
     def exponentials(self, x_panels, num_rows, unit, classes, size, targets, first, shift, log2_scale, e, e_panels, partial):
         self._call(
-            *("exponentials", self._panels(x_panels, size, num_rows), num_rows, self._operands("unit rows", unit, classes, size)),
-            *(classes, size, _integers("targets", targets, num_rows), first, _floats("shift", shift, num_rows), log2_scale),
-            *(self._numbers("exponentials", e, classes, num_rows), self._panels(e_panels, classes, num_rows)),
-            _floats("partial sums", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+            "exponentials",
+            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
+            shifts=_floats("shift", shift, num_rows),
+            e=self._numbers("exponentials", e, classes, num_rows),
+            e_panels=self._panels(e_panels, classes, num_rows),
+            partial=_floats("partial sums", partial, ceil_div(classes, constant("sum_classes")), num_rows),
         )
 
     def maxima(self, x_panels, num_rows, unit, classes, size, targets, centers, first, log2_scale, exponents, partial):
         self._call(
-            *("maxima", self._panels(x_panels, size, num_rows), num_rows, self._operands("unit rows", unit, classes, size)),
-            *(classes, size, _integers("targets", targets, num_rows), centers, first, log2_scale),
-            _floats("exponents", exponents, classes, num_rows),
-            _floats("partial maxima", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+            "maxima",
+            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
+            exponents=_floats("exponents", exponents, classes, num_rows),
+            partial=_floats("partial maxima", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+            centers=centers,
         )
 
     def accumulate(self, e_panels, unit_panels, classes, num_rows, size, pull):
-        panels = self._panels(e_panels, classes, num_rows), self._panels(unit_panels, classes, size)
-        self._call("accumulate", *panels, classes, num_rows, size, ("pull", pull, torch.float64, num_rows * padded(size)))
+        self._call(
+            "accumulate",
+            e_panels=self._panels(e_panels, classes, num_rows),
+            unit_panels=self._panels(unit_panels, classes, size),
+            pull=("pull", pull, torch.float64, num_rows * padded(size)),
+            num_rows=num_rows,
+            classes=classes,
+            size=size,
+        )
 
     def table_gradient(
         self,
@@ -208,14 +243,39 @@ class Kernels:
             step.check(first, classes, size)
             threads = min(threads, step.threads)
         self._call(
-            *("table_gradient", self._numbers("exponentials", e, classes, num_rows), num_rows),
-            *(self._panels(x_panels, num_rows, size), *_table("weight", weight, classes, size), classes, size, normalized),
-            *(unscale, first, num_targets, _integers("target rows", rows, num_targets)),
-            _floats("target sums", sums, num_targets, size),
-            *(_floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)), scratch.shape[1]),
-            *((None, False) if step else _table("the gradient", grad, classes, size)),
-            step,
+            "table_gradient",
             threads=threads,
+            e=self._numbers("exponentials", e, classes, num_rows),
+            x_panels=self._panels(x_panels, num_rows, size),
+            table=_table("weight", weight, classes, size),
+            target_classes=_integers("target rows", rows, num_targets),
+            target_sums=_floats("target sums", sums, num_targets, size),
+            scratch=_floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)),
+            grad=None if step else _table("the gradient", grad, classes, size),
+            step=ctypes.addressof(step) if step else None,
+            num_rows=num_rows,
+            classes=classes,
+            size=size,
+            first_class=first,
+            num_targets=num_targets,
+            scratch_size=scratch.shape[1],
+            unscale=unscale,
+            is_bfloat16=weight.dtype == torch.bfloat16,
+            normalized=normalized,
+            grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
+        )
+
+    def _exponents(self, x_panels, num_rows, unit, classes, size, targets, first, log2_scale):
+        return _arguments(
+            _EXPONENTS,
+            x_panels=self._panels(x_panels, size, num_rows),
+            unit=self._operands("unit rows", unit, classes, size),
+            targets=_integers("targets", targets, num_rows),
+            num_rows=num_rows,
+            classes=classes,
+            size=size,
+            first_class=first,
+            log2_scale=log2_scale,
         )
 
     def _numbers(self, name, tensor, *shape):
@@ -227,9 +287,16 @@ class Kernels:
     def _panels(self, panels, summed, columns):
         return "panels", panels, torch.int32, self.panel_words(summed, columns)
 
-    def _call(self, step, *arguments, threads=None):
-        addresses = (pointer(*a) if isinstance(a, tuple) else a for a in arguments)
-        self._functions[step](*addresses, threads or torch.get_num_threads())
+    def _call(self, name, *, threads=None, **fields):
+        arguments = _arguments(_ARGUMENTS[name], **fields)
+        self._kernels[name].function(ctypes.addressof(arguments), threads or torch.get_num_threads())
+
+
+def _arguments(structure, **fields):
+    """The structure, each tensor in it checked, as (name, tensor, dtype, numbers)."""
+    if fields.keys() != structure.NAMES:  # ctypes takes any names, and leaves the others null
+        raise TypeError(f"got {', '.join(fields)} for a structure of {', '.join(structure.NAMES)}")
+    return structure(**{name: pointer(*value) if isinstance(value, tuple) else value for name, value in fields.items()})
 
 
 def _floats(name, tensor, *shape):
@@ -237,9 +304,9 @@ def _floats(name, tensor, *shape):
 
 
 def _table(name, tensor, *shape):
-    """Rows in either of TABLE_DTYPES, and whether it is bfloat16."""
-    is_bfloat16 = tensor.dtype == torch.bfloat16
-    return (name, tensor, torch.bfloat16 if is_bfloat16 else torch.float32, math.prod(shape)), is_bfloat16
+    """Rows in either of TABLE_DTYPES."""
+    dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
+    return name, tensor, dtype, math.prod(shape)
 
 
 def _integers(name, tensor, count):
@@ -293,6 +360,12 @@ def _load():
         library = ctypes.CDLL(str(LIBRARY))
     except OSError as error:
         return None, str(error)
-    if getattr(library, "cosface_interface_portable", lambda: None)() != INTERFACE:
+    if getattr(library, "cosface_interface_portable", lambda: None)() != INTERFACE or not _fits(library):
         return None, f"{LIBRARY} is of another version: install the package again"
     return library, None
+
+
+def _fits(library):
+    """Whether each kernel takes as many bytes as are written for it here."""
+    kernels = [_kernels(library, dtype, "portable") for dtype in _NUMBERS]
+    return all(each[name].bytes == ctypes.sizeof(_ARGUMENTS[name]) for each in kernels for name in _ARGUMENTS)

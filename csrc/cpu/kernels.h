@@ -1,0 +1,81 @@
+// What each kernel of kernels.cpp takes, and nothing else: cpu_library.py has these fields, in this order. N rows of x, D columns.
+
+#pragma once
+
+#include "update.h"
+#include "vector.h"
+
+namespace {
+
+template <class Number> struct RowPanels {
+    const Number *rows;  // (num_rows, size)
+    uint32_t *panels;
+    int64_t num_rows, size;
+};
+
+template <class Number> struct ColumnPanels {
+    const Number *rows;  // (num_rows, size)
+    uint32_t *panels;
+    int64_t num_rows, size;
+};
+
+template <class Number> struct Normalize {
+    const void *table;  // (classes, size)
+    float *scratch;     // (threads, scratch_size)
+    Operand<Number> *unit;
+    uint32_t *panels;  // of unit's columns, or null
+    int64_t classes, size, scratch_size;
+    bool is_bfloat16, normalized;
+};
+
+// A slab's k w̃ xᵀ, which exponentials and maxima are made of while it is in registers.
+template <class Number> struct Exponents {
+    const uint32_t *x_panels;
+    const Operand<Number> *unit;
+    const int64_t *targets;  // (N,) each row's class, or the first of its `centers` rows
+    int64_t num_rows, classes, size, first_class;
+    float log2_scale;
+};
+
+template <class Number> struct Exponentials {
+    Exponents<Number> of;
+    const float *shifts;  // (N,)
+    Number *e;            // (classes, N), or null
+    uint32_t *e_panels;   // of E's columns, or null
+    float *partial;       // (pieces of SUM_CLASSES, N)
+};
+
+template <class Number> struct Maxima {
+    Exponents<Number> of;
+    float *exponents;  // (classes, N), or null
+    float *partial;    // (pieces of SUM_CLASSES, N)
+    int64_t centers;
+};
+
+template <class Number> struct Accumulate {
+    const uint32_t *e_panels, *unit_panels;  // of columns of a slab
+    double *pull;                            // (N, D rounded up to WIDEST_PANEL)
+    int64_t num_rows, classes, size;
+};
+
+template <class Number> struct TableGradient {
+    const Number *e;           // (classes, N)
+    const uint32_t *x_panels;  // of the columns of a x
+    const void *table;         // (classes, D)
+    const int64_t *target_classes;  // (num_targets,), ascending
+    const float *target_sums;       // (num_targets, D)
+    float *scratch;                 // (threads, scratch_size)
+    void *grad;                     // (classes, D), or null where the step uses it up
+    const Step *step;               // or null
+    int64_t num_rows, classes, size, first_class, num_targets, scratch_size;
+    double unscale;
+    bool is_bfloat16, normalized, grad_is_bfloat16;
+};
+
+// A kernel, and the bytes of what it takes.
+struct Kernel {
+    void (*function)(const void *arguments, int threads);
+    int64_t bytes;
+};
+
+}  // namespace

@@ -1,0 +1,80 @@
+// One row of the class table, in float32 of any magnitude: its norm, and the projection of its gradient.
+
+#pragma once
+
+#include <math.h>
+
+#include "vector.h"
+
+namespace {
+
+constexpr double TINY_NORM = 1e-12;  // normalize.py: a shorter row has no direction
+
+// A factor of any magnitude that a row of any magnitude can be multiplied with in float32: first by a power of two, which is
+// exact, then by what remains.
+struct Factor {
+    float power = 0, rest = 0;
+
+    Factor() = default;
+    explicit Factor(double value) {
+        if (value == 0) return;
+        const int64_t exponent = (int64_t)(load<uint64_t>(&value) >> 52 & 0x7ff) - 1023;
+        // Both halves of what lies further out are 0 or infinite in float32 anyway.
+        const int64_t half = exponent / 2 < -126 ? -126 : exponent / 2 > 126 ? 126 : exponent / 2;
+        const uint32_t bits = (uint32_t)(half + 127) << 23;
+        power = load<float>(&bits);
+        rest = (float)(value / power);
+    }
+    Vector operator*(Vector x) const { return x * power * rest; }
+    float operator*(float x) const { return x * power * rest; }
+};
+
+// 1 / ‖row‖, 0 for a row without direction, NaN for an infinite one. In double: the square of 1e20 is no float.
+inline double inverse_norm(const float *row, int64_t size) {
+    Doubles sums[2] = {};
+    int64_t d = 0;
+    for (; d + LANES <= size; d += LANES) {
+        for (int half = 0; half < 2; half++) {
+            const Doubles part = widen(row + d + half * LANES / 2);
+            sums[half] += part * part;
+        }
+    }
+    double sum = 0;
+    for (; d < size; d++) sum += (double)row[d] * row[d];
+    for (int i = 0; i < LANES / 2; i++) sum += sums[0][i] + sums[1][i];
+    const double norm = sqrt(sum);
+    return norm < TINY_NORM ? 0.0 : isinf(norm) ? NAN : 1.0 / norm;
+}
+
+// Rows first .. last of a table as floats: where they lie if it has them, else in room.
+inline const float *table_rows(const void *table, bool is_bfloat16, int64_t size, int64_t first, int64_t last, float *room) {
+    if (!is_bfloat16) return (const float *)table + first * size;
+    widen_row((const bfloat16 *)table + first * size, (last - first) * size, room);
+    return room;
+}
+
+// ŵ·dw̃ of one class.
+inline float component(const float *row, const float *unit_grad, int64_t size, Factor normalize) {
+    Vector sums = {};
+    by_lanes(size, [&](int64_t d, int64_t count) {
+        sums += normalize * load_lanes(row + d, count) * load_lanes(unit_grad + d, count);
+    });
+    float sum = 0;
+    for (int i = 0; i < LANES; i++) sum += sums[i];
+    return sum;
+}
+
+// dw of one class from dw̃ and, where it is normalised, along = ŵ·dw̃; share: what its targets add, or null.
+inline void project(const float *row, const float *unit_grad, int64_t size, bool normalized, double inverse, float along,
+                    double unscale, const float *share, float *grad) {
+    const Factor normalize(inverse), factor(inverse * unscale);
+    by_lanes(size, [&](int64_t d, int64_t count) {
+        Vector across = load_lanes(unit_grad + d, count);
+        if (normalized) across -= normalize * load_lanes(row + d, count) * along;
+        Vector out = inverse == 0 ? Vector{} : factor * across;
+        if (share) out += load_lanes(share + d, count);
+        store(grad + d, out, count);
+    });
+}
+
+}  // namespace
