@@ -44,15 +44,17 @@ _HOMES = {
 }
 
 
-def __getattr__(name):
-    """Import names on first use: the command answers without torch, and torch.distributed takes half as long to import as it."""
-    if name in ("margins", "reference", "theory"):
-        return import_module(f".{name}", __name__)
-    for home, names in _HOMES.items():
-        if name in names:
-            globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
-            return found
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker then reports an unknown name
+
+    def __getattr__(name):
+        """Import names on first use: the command answers without torch, and torch.distributed takes half as long to import."""
+        if name in ("margins", "reference", "theory"):
+            return import_module(f".{name}", __name__)
+        for home, names in _HOMES.items():
+            if name in names:
+                globals()[name] = found = getattr(import_module(f".{home}", __name__), name)
+                return found
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():

@@ -1,13 +1,24 @@
 """The public losses, flat and explicit. loss.py computes them; the N x C work is in ops/."""
 
 import torch
+from torch import Tensor
 
 from . import validation
 from .loss import Inputs, LossOptions, loss_of_table, negatives
-from .margins import CosFace, NormSoftmax
+from .margins import CosFace, Margin, NormSoftmax
+from .validation import Backend, MemoryBudget, Reduction
 
 
-def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memory_budget="auto", backend="auto"):
+def cosine_lse(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    scale: float = 64.0,
+    ignore_index: int = -100,
+    memory_budget: MemoryBudget = "auto",
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
     """The margin-free core of every cosine softmax loss, without an N x C matrix.
 
         negative_lse_n = log Σ_{j≠y_n} e^{s cos_nj},    target_cosine_n = cos_{n,y_n},    cos_nj = x_n·w_j / (‖x_n‖ ‖w_j‖)
@@ -47,19 +58,19 @@ def cosine_lse(features, weight, labels, *, scale=64.0, ignore_index=-100, memor
 
 
 def cosface_loss(
-    features,
-    weight,
-    labels,
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
     *,
-    scale=64.0,
-    margin=0.35,
-    reduction="mean",
-    ignore_index=-100,
-    memory_budget="auto",
-    backend="auto",
-    classes=None,
-    sample_correction=False,
-):
+    scale: float = 64.0,
+    margin: float = 0.35,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    memory_budget: MemoryBudget = "auto",
+    backend: Backend = "auto",
+    classes: Tensor | None = None,
+    sample_correction: bool = False,
+) -> Tensor:
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
 
         loss_n = -log( e^{s(cos_ny - m)} / ( e^{s(cos_ny - m)} + Σ_{j≠y} e^{s cos_nj} ) ),    cos_nj = x_n·w_j / (‖x_n‖ ‖w_j‖)
@@ -99,22 +110,22 @@ def cosface_loss(
 
 
 def margin_softmax_loss(
-    features,
-    weight,
-    labels,
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
     *,
-    margin,
-    scale=None,
-    bias=None,
-    normalize_features=None,
-    centers_per_class=1,
-    reduction="mean",
-    ignore_index=-100,
-    memory_budget="auto",
-    backend="auto",
-    classes=None,
-    sample_correction=False,
-):
+    margin: Margin,
+    scale: float | None = None,
+    bias: Tensor | None = None,
+    normalize_features: bool | None = None,
+    centers_per_class: int = 1,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    memory_budget: MemoryBudget = "auto",
+    backend: Backend = "auto",
+    classes: Tensor | None = None,
+    sample_correction: bool = False,
+) -> Tensor:
     """Softmax cross-entropy with any margin over any number of classes, without an N x C matrix.
 
         loss_n = -log( e^{s t_n} / ( e^{s t_n} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    t_n = ‖x̃_n‖ ‖w̃_{y_n}‖ ψ(cos θ_{n,y_n})

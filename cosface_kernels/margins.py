@@ -11,10 +11,12 @@ range is a TypeError or ValueError at construction.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
+from torch import Tensor
 
 from .validation import check_flag, check_number, shown
 
@@ -28,17 +30,21 @@ class Margin:
     needs_norm: ClassVar[bool] = False  # `terms` and `penalty` are given ‖x‖
     state: ClassVar[dict] = {}  # initial values of running statistics by name; the module keeps them as buffers
 
-    def psi(self, cosine, *terms):
-        """ψ(cos θ) (N,); terms: what `terms` returned."""
-        raise NotImplementedError(f"{type(self).__name__} defines no psi(self, cosine, *terms)")
+    if TYPE_CHECKING:  # a subclass takes the terms that its own `terms` returns
+        psi: ClassVar[Callable[..., Tensor]]
+    else:
 
-    def target_logit(self, product, length, *terms):
+        def psi(self, cosine, *terms):
+            """ψ(cos θ) (N,); terms: what `terms` returned."""
+            raise NotImplementedError(f"{type(self).__name__} defines no psi(self, cosine, *terms)")
+
+    def target_logit(self, product: Tensor, length: Tensor | None, *terms: Tensor) -> Tensor:
         """The target's logit over s (N,): l ψ(product / l). length: l (N,), or None where it is 1."""
         if length is None:
             return self.psi(product, *terms)
         return length * self.psi(product / torch.where(length == 0, 1.0, length), *terms)
 
-    def terms(self, norm, counted, state):
+    def terms(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """Arguments of `psi` that differ from row to row or step to step: a tuple of tensors (N,) or 0-dim.
 
         norm: ‖x‖ (N,), None without needs_norm; counted: bool (N,), False for ignored rows; state: the running statistics, {}
@@ -46,10 +52,10 @@ class Margin:
         """
         return ()
 
-    def update(self, norm, counted, state):
+    def update(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> None:
         """Update the running statistics in place. Called before `terms` in each training step."""
 
-    def penalty(self, norm):
+    def penalty(self, norm: Tensor | None) -> Tensor | None:
         """A term (N,) that is added to the loss of each row, or None."""
         return None
 
@@ -73,10 +79,10 @@ class CosFace(Margin):
     def __post_init__(self):
         _check(self, m=(-math.inf, math.inf))
 
-    def psi(self, cosine):
+    def psi(self, cosine: Tensor) -> Tensor:
         return cosine - float(self.m)
 
-    def target_logit(self, product, length):
+    def target_logit(self, product: Tensor, length: Tensor | None) -> Tensor:
         """l cos θ - l m without dividing by l, so that a row of zeros keeps its gradient."""
         return product - (float(self.m) if length is None else float(self.m) * length)
 
@@ -85,10 +91,10 @@ class CosFace(Margin):
 class NormSoftmax(Margin):
     """ψ(cos θ) = cos θ: no margin. Source: NormFace, arXiv 1704.06369; the CosFace paper's NSL, eq. 3."""
 
-    def psi(self, cosine):
+    def psi(self, cosine: Tensor) -> Tensor:
         return cosine
 
-    def target_logit(self, product, length):
+    def target_logit(self, product: Tensor, length: Tensor | None) -> Tensor:
         return product  # l ψ(product / l)
 
 
@@ -117,7 +123,7 @@ class ArcFace(Margin):
         if self.gradient not in ("exact", "straight_through"):
             raise ValueError(f'gradient of ArcFace must be "exact" or "straight_through", got {self.gradient!r}')
 
-    def psi(self, cosine):
+    def psi(self, cosine: Tensor) -> Tensor:
         m = float(self.m)
         value = _rotated(cosine, m, math.cos(m), math.sin(m), self.easy_margin)
         return value if self.gradient == "exact" else cosine + (value - cosine).detach()
@@ -148,19 +154,19 @@ class SphereFace(Margin):
     def state(self):
         return {"step": 0} if self.annealing else {}
 
-    def psi(self, cosine, step=None):
+    def psi(self, cosine: Tensor, step: Tensor | None = None) -> Tensor:
         value = _continued(float(self.m) * inside(cosine).acos())
         if step is None:
             return value
         weight = (1000.0 / (1.0 + 0.12 * step.to(cosine.dtype))).clamp(min=5.0)
         return (weight * cosine + value) / (1 + weight)
 
-    def terms(self, norm, counted, state):
+    def terms(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
         if not self.annealing:
             return ()
         return (state["step"] if state else counted.new_zeros((), dtype=torch.int64),)
 
-    def update(self, norm, counted, state):
+    def update(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> None:
         if self.annealing:
             state["step"].add_(1)
 
@@ -182,7 +188,7 @@ class Combined(Margin):
     def __post_init__(self):
         _check(self, m1=(0.0, math.inf), m2=(0.0, math.pi), m3=(-math.inf, math.inf))
 
-    def psi(self, cosine):
+    def psi(self, cosine: Tensor) -> Tensor:
         return _continued(float(self.m1) * inside(cosine).acos() + float(self.m2)) - float(self.m3)
 
 
@@ -213,17 +219,17 @@ class AdaFace(Margin):
     def __post_init__(self):
         _check(self, m=(0.0, math.pi / 2), h=(0.0, math.inf), t_alpha=(0.0, 1.0))
 
-    def psi(self, cosine, quality):
+    def psi(self, cosine: Tensor, quality: Tensor) -> Tensor:
         shift = float(self.m) * quality
         angle = (inside(cosine).acos() - shift).clamp(1e-3, math.pi - 1e-3)
         return angle.cos() - (float(self.m) + shift)
 
-    def terms(self, norm, counted, state):
+    def terms(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
         norm = self._clipped(norm)
         mean, std = (state["batch_mean"], state["batch_std"]) if state else self._statistics(norm, counted)
         return ((float(self.h) * (norm - mean) / (std + 1e-3)).clamp(-1, 1),)
 
-    def update(self, norm, counted, state):
+    def update(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> None:
         norm = self._clipped(norm)
         enough = (counted & norm.isfinite()).sum() > 1
         for name, value in zip(self.state, self._statistics(norm, counted), strict=True):
@@ -276,14 +282,14 @@ class MagFace(Margin):
         if self.l_margin > self.u_margin:
             raise ValueError(f"MagFace needs l_margin <= u_margin, got {self.l_margin} and {self.u_margin}")
 
-    def psi(self, cosine, m):
+    def psi(self, cosine: Tensor, m: Tensor) -> Tensor:
         return _rotated(cosine, m, m.cos(), m.sin(), self.easy_margin)
 
-    def terms(self, norm, counted, state):
+    def terms(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
         slope = float((self.u_margin - self.l_margin) / (self.u_a - self.l_a))
         return (slope * (self._clipped(norm) - float(self.l_a)) + float(self.l_margin),)
 
-    def penalty(self, norm):
+    def penalty(self, norm: Tensor | None) -> Tensor | None:
         norm, u_a = self._clipped(norm), float(self.u_a)
         return float(self.lambda_g) * (1 / norm + norm / u_a / u_a)
 

@@ -1,13 +1,14 @@
 """Sampled classes (Partial FC): which ones take part in a step, for a caller and for the heads."""
 
 import torch
+from torch import Tensor
 
 from . import validation
 from .loss import class_indices
 from .ops import operators
 
 
-def sample_classes(labels, num_classes, rate, *, seed=0, step=0):
+def sample_classes(labels: Tensor, num_classes: int, rate: float, *, seed: int = 0, step: int = 0) -> Tensor:
     """The classes that take part in a step: those of the labels, and others drawn at random.
 
     M = rate C in all, rounded, or P if that is more; P is the number of different classes among the labels. Each other class is

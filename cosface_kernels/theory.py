@@ -16,7 +16,7 @@ class Suggestion(NamedTuple):
     reason: str
 
 
-def min_scale(num_classes, probability=PROBABILITY):
+def min_scale(num_classes: int, probability: float = PROBABILITY) -> float:
     """The smallest scale with which every class centre can have softmax probability P for its own class.
 
         s >= (C-1)/C ln( (C-1) P / (1-P) )
@@ -46,7 +46,7 @@ def min_scale(num_classes, probability=PROBABILITY):
     return max(0.0, others / (others + 1) * (math.log(others) + math.log(probability) - math.log1p(-probability)))
 
 
-def max_margin(num_classes, embedding_size):
+def max_margin(num_classes: int, embedding_size: int) -> float:
     """The largest margin with room for all class centres: max over C directions of the smallest gap, min_{i≠j} (1 - cos_ij).
 
         C <= D+1            C/(C-1)           reached by the regular simplex
@@ -80,7 +80,7 @@ def max_margin(num_classes, embedding_size):
     return 2 * math.sin(math.pi / num_classes) ** 2  # as a difference, 1 - cos(2π/C) would be 0 from C = 10^9
 
 
-def suggest(num_classes, embedding_size):
+def suggest(num_classes: int, embedding_size: int) -> Suggestion:
     """A scale and a margin to start from: the paper's s = 64 and m = 0.35 where its bounds leave room for them.
 
         scale = max(64, min_scale(C, 0.9)),    margin = 0.35 if 0.35 <= max_margin(C, D) else max_margin(C, D) / 2
@@ -111,7 +111,7 @@ def suggest(num_classes, embedding_size):
     return Suggestion(scale, margin, reason)
 
 
-def warn_if_out_of_bounds(num_classes, embedding_size, scale, margin, stacklevel=1):
+def warn_if_out_of_bounds(num_classes: int, embedding_size: int, scale: float, margin: float, stacklevel: int = 1) -> None:
     """One UserWarning, if scale < min_scale(C, 0.9) or margin > max_margin(C, D) by more than rounding.
 
     Args:

@@ -2,13 +2,22 @@
 
 import math
 import numbers
+from typing import Literal, get_args
 
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
-REDUCTIONS = ("mean", "sum", "none")
-BACKENDS = ("auto", "torch", "cpu", "triton")
+
+# Types of arguments, for a type checker.
+Reduction = Literal["mean", "sum", "none"]
+Backend = Literal["auto", "torch", "cpu", "triton"]
+MemoryBudget = int | Literal["auto"]
+TableFormat = Literal["float32", "bfloat16"]
+StateFormat = Literal["float32", "bfloat16", "int8"]
+Device = torch.device | str | int | None
+
+REDUCTIONS, BACKENDS = get_args(Reduction), get_args(Backend)
 
 
 def check_tensors(features, weight, labels, bias=None, centers_per_class=1, classes=None):

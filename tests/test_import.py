@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -137,10 +137,6 @@ def test_exports():
 def test_version():
     assert isinstance(cosface_kernels.__version__, str)
     assert cosface_kernels.__version__ == metadata.version("cosface-kernels")
-
-
-def test_is_typed():
-    assert resources.files(cosface_kernels).joinpath("py.typed").is_file()
 
 
 def test_the_command_is_where_the_metadata_says():

@@ -18,6 +18,7 @@ import secrets
 import shutil
 import stat
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from torch.distributed.checkpoint.filesystem import FileSystem
@@ -250,7 +251,7 @@ def _sha256(path):
     return sha256.hexdigest()
 
 
-def latest_checkpoint(parent):
+def latest_checkpoint(parent: str | PathLike[str]) -> Path | None:
     """The finished checkpoint in the folder `parent` whose name ends in the largest number (step-2000), or None."""
     finished = (path.parent for path in Path(parent).glob(f"*/{MANIFEST}") if not _TEMPORARY.fullmatch(path.parent.name))
     numbered = [(int(match[0]), path) for path in finished if (match := re.search(r"[0-9]+$", path.name))]

@@ -5,12 +5,17 @@ import pickle
 import random
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.optim import Optimizer
 
 from ..distributed.ranks import ONE_PROCESS, world
 from . import files, optimizer_state
@@ -21,7 +26,13 @@ from .pieces import PiecewiseSavePlanner, RowsLoadPlanner
 __all__ = ["CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
 
-def save_checkpoint(folder, module, optimizer=None, *, extra=None):
+def save_checkpoint(
+    folder: str | PathLike[str],
+    module: nn.Module,
+    optimizer: Optimizer | dict[str, Optimizer] | Sequence[Optimizer] | None = None,
+    *,
+    extra: Any = None,
+) -> None:
     """Saves module, optimisers and random number generators into a new folder, which appears as a whole or not at all.
 
     All ranks of the default process group call it, if there is one. Sharded tensors (DTensor) are written by their ranks, plain
@@ -55,7 +66,14 @@ def save_checkpoint(folder, module, optimizer=None, *, extra=None):
             raise _not_saved(folder, error) from error
 
 
-def load_checkpoint(folder, module, optimizer=None, *, grow=(), strict=True):
+def load_checkpoint(
+    folder: str | PathLike[str],
+    module: nn.Module,
+    optimizer: Optimizer | dict[str, Optimizer] | Sequence[Optimizer] | None = None,
+    *,
+    grow: Sequence[str] = (),
+    strict: bool = True,
+) -> Any:
     """Loads what `save_checkpoint` saved, by any number of ranks, into module and optimisers of equal names, shapes and dtypes.
 
     First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimisers; only

@@ -8,13 +8,23 @@
 An object is measured, not trusted: see `translate`.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
 from ..heads import MarginSoftmaxLoss
 from .insightface_margins import translate
 
-__all__ = ["PartialFC_V2", "head", "translate"]  # noqa: F822 (PartialFC_V2 comes by __getattr__)
+if TYPE_CHECKING:
+    from .partial_fc import PartialFC_V2
+
+__all__ = ["PartialFC_V2", "head", "translate"]
 
 
-def head(margin_loss, embedding_size, num_classes, *, ignore_index=-1, **options):
+def head(
+    margin_loss: Callable[..., Tensor], embedding_size: int, num_classes: int, *, ignore_index: int = -1, **options: Any
+) -> MarginSoftmaxLoss:
     """A MarginSoftmaxLoss with the margin and scale of `margin_loss`, and InsightFace's convention that label -1 is no class.
 
     What differs from their PartialFC with that object, in one process and without sampling:

@@ -4,15 +4,17 @@ stands for several functions. ArcFace's gradient is exact in some releases and s
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
-from ..margins import ArcFace, Combined, CosFace
+from ..margins import ArcFace, Combined, CosFace, Margin
 
 KNOWN = ("ArcFace", "CombinedMarginLoss", "CosFace")
 
 
-def translate(margin_loss):
+def translate(margin_loss: Callable[..., Tensor]) -> tuple[Margin, float]:
     """(margin, scale) of this package that compute what an InsightFace margin object computes, as measured.
 
     The object is called on a few cosines in float64, and its values and gradients must be s ψ(cos θ) at the labels and s cos θ

@@ -1,9 +1,11 @@
 """InsightFace's PartialFC_V2 (recognition/arcface_torch/partial_fc_v2.py): its constructor, call and state dict, our loss."""
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from .. import validation
 from ..distributed.ranks import ONE_PROCESS, Ranks, world
@@ -60,7 +62,14 @@ class PartialFC_V2(MarginSoftmaxLoss):
         RuntimeError: several processes were launched, and have no process group yet.
     """
 
-    def __init__(self, margin_loss, embedding_size, num_classes, sample_rate=1.0, fp16=False):
+    def __init__(
+        self,
+        margin_loss: Callable[..., Tensor],
+        embedding_size: int,
+        num_classes: int,
+        sample_rate: float = 1.0,
+        fp16: bool = False,
+    ) -> None:
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("PartialFC_V2 on several ranks needs torch.distributed.init_process_group() before it")
         validation.check_flag("fp16", fp16)
@@ -82,7 +91,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
                 "be saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
             )
 
-    def forward(self, local_embeddings, local_labels):
+    def forward(self, local_embeddings: Tensor, local_labels: Tensor) -> Tensor:
         """The loss of the global batch, of which this rank has embeddings (N_r, D) with labels (N_r,) or (N_r, 1)."""
         if isinstance(local_labels, torch.Tensor) and local_labels.shape[1:] == (1,):
             local_labels = local_labels[:, 0]

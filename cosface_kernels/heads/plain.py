@@ -1,15 +1,20 @@
 """The class table and its loss as modules: MarginSoftmaxLoss for every margin, and CosFaceLoss, its subclass for one."""
 
 import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from .. import margins, theory, validation
 from ..loss import Inputs, LossOptions, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..ops.slabs import wide_dtype
 from ..sampling import classes_of_step
+from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
 from . import grow
 from .placement import Whole
 
@@ -50,28 +55,36 @@ class MarginSoftmaxLoss(nn.Module):
             see `theory.warn_if_out_of_bounds`.
     """
 
+    margin: margins.Margin
+    scale: float
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    if TYPE_CHECKING:
+
+        def __call__(self, features: Tensor, labels: Tensor) -> Tensor: ...
+
     def __init__(
         self,
-        embedding_size,
-        num_classes,
+        embedding_size: int,
+        num_classes: int,
         *,
-        margin,
-        scale=None,
-        bias=False,
-        normalize_features=None,
-        centers_per_class=1,
-        reduction="mean",
-        ignore_index=-100,
-        memory_budget="auto",
-        backend="auto",
-        table_format="float32",
-        sample_rate=1.0,
-        sample_seed=0,
-        sample_correction=False,
-        device=None,
-        dtype=None,
-        placement=WHOLE,
-    ):
+        margin: margins.Margin,
+        scale: float | None = None,
+        bias: bool = False,
+        normalize_features: bool | None = None,
+        centers_per_class: int = 1,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        memory_budget: MemoryBudget = "auto",
+        backend: Backend = "auto",
+        table_format: TableFormat = "float32",
+        sample_rate: float = 1.0,
+        sample_seed: int = 0,
+        sample_correction: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        placement: Whole = WHOLE,
+    ) -> None:
         super().__init__()
         validation.check_size("embedding_size", embedding_size)
         validation.check_size("num_classes", num_classes)
@@ -122,16 +135,16 @@ class MarginSoftmaxLoss(nn.Module):
         return self.margin
 
     @property
-    def normalize_weight(self):
+    def normalize_weight(self) -> bool:
         """True if the rows of the table are divided by their norms."""
         return self._margin().normalize_weight
 
     @property
-    def table_format(self):
+    def table_format(self) -> TableFormat:
         """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
         return self._table_format if self.weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
-    def forward(self, features, labels):
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """The loss of features (N, D) with labels (N,)."""
         weight, bias, parameters = self._trained_table()
         inputs = Inputs(features, weight, labels, bias, parameters=parameters)
@@ -141,12 +154,12 @@ class MarginSoftmaxLoss(nn.Module):
             self.sample_step += 1
         return loss
 
-    def logits(self, features):
+    def logits(self, features: Tensor) -> Tensor:
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
         return self.placement.logits(self, features)
 
     @torch.no_grad()
-    def topk(self, features, k):
+    def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(values, indices), each (N, k): the k largest of `logits(features)`, descending, slab by slab, never N x C.
 
         Over several ranks each has features (N_r, D) of its own, gets the largest of the whole table, and must call it.
@@ -156,7 +169,7 @@ class MarginSoftmaxLoss(nn.Module):
         """
         return self.placement.topk(self, features, k)
 
-    def grow(self, count, optimizer=None):
+    def grow(self, count: int, optimizer: Optimizer | None = None) -> range:
         """Add `count` identities, drawn as the initial ones were, and return the range of their ids.
 
         The parameters stay the same objects, so that an optimiser keeps them; their gradients are dropped. A replica by
@@ -174,7 +187,7 @@ class MarginSoftmaxLoss(nn.Module):
         """
         return grow.grow(self, count, optimizer)
 
-    def remove(self, ids, optimizer=None):
+    def remove(self, ids: Sequence[int] | Tensor, optimizer: Optimizer | None = None) -> Tensor:
         """Remove the identities `ids`, and return the new id of each old one, (C_old,) int64 on the CPU, -1 for those removed.
 
         The others move up and keep their order: `labels = new_ids[labels]`. For parameters, gradients and state see `grow`.
@@ -190,12 +203,12 @@ class MarginSoftmaxLoss(nn.Module):
         return grow.remove(self, ids, optimizer)
 
     @staticmethod
-    def draw(rows):
+    def draw(rows: Tensor) -> None:
         """Fill rows of a table with their initial values."""
         nn.init.normal_(rows, std=0.01)
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Draw the table anew; set bias, running statistics and sample_step to their first values."""
         self.placement.draw(self)
         if self.bias is not None:
@@ -244,7 +257,7 @@ class MarginSoftmaxLoss(nn.Module):
                 setattr(self, name, value.to(moved.device, wide_dtype(value.dtype)))
         return self
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         def unusual(**usual):
             found = {name: getattr(self, name) if name != "bias" else self.bias is not None for name in usual}
             return "".join(f", {name}={value}" for name, value in found.items() if value != usual[name])
@@ -267,6 +280,22 @@ def _table_dtype(table_format, dtype):
     return wanted
 
 
+class HeadOptions(TypedDict, total=False):
+    """What the other heads take as MarginSoftmaxLoss does, for a type checker."""
+
+    normalize_features: bool | None
+    centers_per_class: int
+    reduction: Reduction
+    ignore_index: int
+    memory_budget: MemoryBudget
+    backend: Backend
+    table_format: TableFormat
+    sample_rate: float
+    sample_seed: int
+    sample_correction: bool
+    dtype: torch.dtype | None
+
+
 class CosFaceLoss(MarginSoftmaxLoss):
     """`cosface_loss` with a learned class table: `MarginSoftmaxLoss` with the one margin CosFace, ψ_n = cos_ny - m.
 
@@ -280,10 +309,21 @@ class CosFaceLoss(MarginSoftmaxLoss):
     Raises, and warns: as `MarginSoftmaxLoss`.
     """
 
-    def __init__(self, embedding_size, num_classes, *, scale=64.0, margin=0.35, **options):
+    margin: float  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        scale: float = 64.0,
+        margin: float = 0.35,
+        device: Device = None,
+        **options: Unpack[HeadOptions],
+    ) -> None:
         validation.check_scale(scale)
         validation.check_margin(margin)
-        super().__init__(embedding_size, num_classes, margin=margin, scale=scale, **options)
+        super().__init__(embedding_size, num_classes, margin=margin, scale=scale, device=device, **options)
 
     def _margin(self):
         return margins.CosFace(self.margin)

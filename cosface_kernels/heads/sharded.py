@@ -5,10 +5,24 @@ import os
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DeviceMesh, init_device_mesh
+from typing_extensions import Required, Unpack
 
 from .. import validation
+from ..margins import Margin
+from ..validation import Device
 from .over_ranks import OverMesh
-from .plain import CosFaceLoss, MarginSoftmaxLoss
+from .plain import CosFaceLoss, HeadOptions, MarginSoftmaxLoss
+
+
+class CosFaceOptions(HeadOptions, total=False):
+    scale: float
+    margin: float
+
+
+class MarginOptions(HeadOptions, total=False):
+    margin: Required[Margin]
+    scale: float | None
+    bias: bool
 
 
 class ShardedCosFaceLoss(CosFaceLoss):
@@ -39,7 +53,16 @@ class ShardedCosFaceLoss(CosFaceLoss):
         RuntimeError: another rank failed, or did not make the call within the process group's timeout.
     """
 
-    def __init__(self, embedding_size, num_classes, *, mesh=None, ddp_average=True, device=None, **options):
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        mesh: DeviceMesh | None = None,
+        ddp_average: bool = True,
+        device: Device = None,
+        **options: Unpack[CosFaceOptions],
+    ) -> None:
         super().__init__(embedding_size, num_classes, **_placed(mesh, ddp_average, device), **options)
         self.ddp_average = ddp_average
 
@@ -54,7 +77,16 @@ class ShardedMarginSoftmaxLoss(MarginSoftmaxLoss):
             same on every rank.
     """
 
-    def __init__(self, embedding_size, num_classes, *, mesh=None, ddp_average=True, device=None, **options):
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        mesh: DeviceMesh | None = None,
+        ddp_average: bool = True,
+        device: Device = None,
+        **options: Unpack[MarginOptions],
+    ) -> None:
         super().__init__(embedding_size, num_classes, **_placed(mesh, ddp_average, device), **options)
         self.ddp_average = ddp_average
 

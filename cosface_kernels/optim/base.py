@@ -1,7 +1,9 @@
 """A step of a fused optimiser: the records of backward, checked on all ranks, unscaled, and made into an update of each table."""
 
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ class Fused(torch.optim.Optimizer):
     def __getstate__(self):
         raise TypeError(f"{type(self).__name__} belongs to its tables and cannot be copied or pickled: save its state_dict()")
 
-    def add_param_group(self, param_group):
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
         if self._complete:
@@ -39,7 +41,7 @@ class Fused(torch.optim.Optimizer):
                 self.param_groups.pop()
                 raise
 
-    def check_options(self, options):
+    def check_options(self, options: dict[str, Any]) -> None:
         """Raise for options of a group, given here or loaded, of the wrong type or value."""
         for name in ("lr", "weight_decay"):
             validation.check_at_least_zero(name, number(options[name]))
@@ -52,12 +54,12 @@ class Fused(torch.optim.Optimizer):
             recording.attach(weight, bias, self)
 
     @property
-    def skipped_steps(self):
+    def skipped_steps(self) -> int:
         """The number of steps that changed nothing, because a loss or a gradient was not finite."""
         return max((int(self.state[weight].get("skipped", 0)) for weight, _ in self._tables), default=0)
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one step from the records of backward since the last one, and forget them.
 
         Returns:
@@ -110,13 +112,13 @@ class Fused(torch.optim.Optimizer):
                 )
             recording.pending(weight).check(weight)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """As in torch.optim.Optimizer. Raises RuntimeError after a step that was interrupted, see `step`."""
         for weight, _ in self._tables:
             table_state.check_whole(self.state.get(weight, {}))
         return super().state_dict()
 
-    def zero_grad(self, set_to_none=True):
+    def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the records of backward."""
         super().zero_grad(set_to_none)
         for weight, _ in self._tables:
@@ -128,7 +130,7 @@ class Fused(torch.optim.Optimizer):
         found = recording.pending(weight)
         return found is not None and found.optimizer() is self
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch.optim.Optimizer, but state keeps the dtype that it has in the state_dict.
 
         Raises:

@@ -9,9 +9,14 @@
 The backbone has an ordinary optimiser of its own.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from .. import validation
+from ..validation import StateFormat
 from . import rules
 from .base import Fused, number
 
@@ -43,21 +48,21 @@ class FusedSGD(Fused):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        momentum=0.0,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
         *,
-        weight_decay=0.0,
-        nesterov=False,
-        maximize=False,
-        state_format="float32",
-        seed=0,
-    ):
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        maximize: bool = False,
+        state_format: StateFormat = "float32",
+        seed: int = 0,
+    ) -> None:
         # The defaults of torch.optim.SGD, which can then load a state_dict of this one.
         defaults = {"lr": lr, "momentum": momentum, "dampening": 0, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__(params, {**defaults, "maximize": maximize, "state_format": state_format, "seed": seed})
 
-    def check_options(self, options):
+    def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)
         validation.check_at_least_zero("momentum", number(options["momentum"]))
         if options["nesterov"] and not options["momentum"]:
@@ -92,20 +97,20 @@ class FusedAdamW(Fused):
 
     def __init__(
         self,
-        params,
-        lr=1e-3,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=1e-2,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
         *,
-        maximize=False,
-        state_format="float32",
-        seed=0,
-    ):
+        maximize: bool = False,
+        state_format: StateFormat = "float32",
+        seed: int = 0,
+    ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False, "maximize": maximize}
         super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
 
-    def check_options(self, options):
+    def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)
         validation.check_at_least_zero("eps", number(options["eps"]))
         betas = options["betas"]
