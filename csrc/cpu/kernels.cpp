@@ -5,7 +5,7 @@
 //     maxima              each row's largest exponent, and with several centres to a class all exponents
 //     accumulate          U += E w̃, in float64
 //     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul;
-//                         stored, or used up by an optimiser's step (update.cpp) while it is in the cache
+//                         stored, or applied by an optimiser's step (update.cpp) while it is in the cache
 //
 // The three products are of product.h, and read
 //
@@ -27,9 +27,9 @@
 namespace {
 
 constexpr int64_t SUM_CLASSES = 72;       // exponentials added in float32 before their sum leaves the kernel
-constexpr int64_t CACHED_CLASSES = 48;    // class rows that a thread makes at a time, to be read again while in its cache
-constexpr int64_t SUM_ROWS = 48;          // rows of U that a thread makes at a time
-constexpr int32_t NO_TARGET = INT32_MAX;  // no class of a slab is within `centers` of it
+constexpr int64_t CACHED_CLASSES = 48;    // class rows that a thread computes at a time, to read them again from its cache
+constexpr int64_t SUM_ROWS = 48;          // rows of U that a thread computes at a time
+constexpr int32_t NO_TARGET = INT32_MAX;  // so far from every class that `class - target < centers` is false
 
 template <class Number> void row_panels(const RowPanels<Number> &in, int threads) {
     const Number *rows = in.rows;
@@ -50,7 +50,7 @@ template <class Number> void column_panels(const ColumnPanels<Number> &given, in
         column_panel(in.rows, in.num_rows, in.size, in.size, p, in.panels + p * words * PANEL);
 }
 
-// Numbers of scratch that each thread has. Its parts: dw̃, rows of the table and of E as floats.
+// Floats of scratch for each thread: dw̃, rows of the table, rows of E.
 inline int64_t scratch_of_gradient(int64_t size) { return CACHED_CLASSES * ceil_div(size, PANEL) * PANEL; }
 inline int64_t scratch_of_rows(int64_t size) { return CACHED_CLASSES * ceil_div(size, LANES) * LANES; }
 inline int64_t scratch_numbers(int64_t num_rows, int64_t size) {
@@ -65,7 +65,7 @@ template <class Number> void normalize(const Normalize<Number> &given, int threa
         const int64_t last = smaller(first + CACHED_CLASSES, in.classes);
         float *room = in.scratch + omp_get_thread_num() * in.scratch_size;
         const float *weight = table_rows(in.table, in.is_bfloat16, size, first, last, room);
-        // All norms first: a root and a division that the next row need not wait for.
+        // All norms first, so that no row waits for the root and division of the row before.
         Factor factors[CACHED_CLASSES];
         for (int64_t j = 0; j < last - first; j++) factors[j] = Factor(in.normalized ? inverse_norm(weight + j * size, size) : 1.0);
         for (int64_t j = 0; j < last - first; j++) {
@@ -90,19 +90,19 @@ template <class Number> struct ExponentTile {
     Integers target[VECTORS];
     Accumulator cosines[SUM_CLASSES / TILE];
 
-    // Rounded before the shift is subtracted, as it was when a row's largest became the shift.
+    // Round before subtracting the shift: the row maxima that became shifts were rounded products too.
     Vector exponent(int64_t j, int v) const {
         return rounded(cosines[(j - first) / TILE].at[(j - first) % TILE][v] * log2_scale);
     }
 };
 
-// read(n) for the rows of a panel, each into its lane; past the last of num_rows that of the last one.
+// read(n) for the rows of a panel, one in each lane; past num_rows, the last row again.
 template <class Lanes, class Read> inline void fill(Lanes *lanes, int64_t first_row, int64_t num_rows, Read read) {
     for (int v = 0; v < VECTORS; v++)
         for (int i = 0; i < LANES; i++) lanes[v][i] = read(smaller(first_row + v * LANES + i, num_rows - 1));
 }
 
-// epilogue(tile) for every tile of a slab, in any order and on any thread.
+// Calls epilogue(tile) for every tile of a slab, in any order and on any thread.
 template <class Number, class Epilogue>
 inline void exponent_tiles(const Exponents<Number> &given, int threads, Epilogue epilogue) {
     const Exponents<Number> in = given;
@@ -127,7 +127,7 @@ inline void exponent_tiles(const Exponents<Number> &given, int threads, Epilogue
     }
 }
 
-// What a tile has for each row, into piece first / SUM_CLASSES of partial (pieces, N).
+// Stores a tile's number for each row into piece first / SUM_CLASSES of partial (pieces, N).
 template <class Number>
 inline void store_partial(float *partial, const ExponentTile<Number> &tile, int64_t num_rows, const Vector *numbers) {
     for (int v = 0; v < VECTORS; v++) {
@@ -200,7 +200,7 @@ template <class Number> void accumulate(const Accumulate<Number> &given, int thr
             const int64_t padded = words / PANEL * PER_WORD<Number>;
             const uint32_t *panel = in.unit_panels + q * words;
             multiply(sums, tiles, row, PANEL * PER_WORD<Number>, panel, padded, [&](int64_t tile, int64_t piece) {
-                // The next piece: of a slab, and on its way from the third level.
+                // Prefetch the next piece: a slab comes from the third-level cache.
                 const int64_t next = smaller(PIECE_WORDS, words / PANEL - piece - PIECE_WORDS);
                 if (next > 0) prefetch(panel + (piece + PIECE_WORDS) * PANEL, next * PANEL * sizeof(uint32_t), tile, tiles);
             });
@@ -227,10 +227,10 @@ inline int64_t lower_bound(const int64_t *classes, int64_t count, int64_t wanted
     return low;
 }
 
-constexpr int BYTES[] = {4, 2, 1, 1};  // of a number in each of update.cpp's formats
+constexpr int BYTES[] = {4, 2, 1, 1};  // bytes of a number in each of update.cpp's formats
 
-// dw̃ of classes first .. last into unit_grad (last - first, D rounded up to PANEL), while what the rest of the block will read is
-// fetched: where N is small, nothing else of it is on its way from memory.
+// dw̃ of classes first .. last into unit_grad (last - first, D rounded up to PANEL). Prefetches the rows that the rest of the block
+// reads: with a small N nothing else brings them from memory in time.
 template <class Number>
 inline void unit_gradients(const TableGradient<Number> &in, int64_t first, int64_t last, float *widened_e, float *unit_grad) {
     const int64_t words = ceil_div(in.num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(in.size, PANEL) * PANEL;
@@ -261,7 +261,7 @@ template <class Number>
 inline void project_block(const TableGradient<Number> &in, int64_t first, int64_t last, const float *weight, const float *unit_grad,
                           float *out, int64_t stride) {
     const int64_t size = in.size, width = ceil_div(size, PANEL) * PANEL, count = last - first;
-    // Norms and components are long chains: those of all rows first, so that no row waits for the one before.
+    // Norms and components are long dependency chains: compute those of all rows first, so that no row waits for the one before.
     double inverse[CACHED_CLASSES];
     float along[CACHED_CLASSES] = {};
     for (int64_t i = 0; i < count; i++) inverse[i] = in.normalized ? inverse_norm(weight + i * size, size) : 1.0;
@@ -285,7 +285,7 @@ template <class Number> void table_gradient(const TableGradient<Number> &given, 
         float *unit_grad = in.scratch + omp_get_thread_num() * in.scratch_size, *room = unit_grad + scratch_of_gradient(size);
         unit_gradients(in, first, last, room + scratch_of_rows(size), unit_grad);
         const float *weight = table_rows(in.table, in.is_bfloat16, size, first, last, room);
-        // Where the gradient is not kept, or not as floats, its rows take the place of dw̃'s.
+        // If the gradient is not stored, or not in float32, its rows overwrite those of dw̃.
         const bool in_place = in.step || in.grad_is_bfloat16;
         float *out = in_place ? unit_grad : (float *)in.grad + first * size;
         const int64_t stride = in_place ? ceil_div(size, PANEL) * PANEL : size;
@@ -317,10 +317,10 @@ constexpr Kernel KERNELS[] = {
 EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
-// What callers are written for: cpu_library.py refuses a library of another number. Changes with any of kernels.h or update.h.
+// The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h or update.h.
 EXPORT(int, interface)() { return 7; }
 
-// How much room callers leave: cpu_library.py reads these.
+// Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
 EXPORT(int, sum_classes)() { return SUM_CLASSES; }
 // Numbers of one dtype in a word of panels; scratch of a thread, in floats.
@@ -328,7 +328,7 @@ EXPORT(int, per_word_float)() { return PER_WORD<float>; }
 EXPORT(int, per_word_bfloat16)() { return PER_WORD<bfloat16>; }
 EXPORT(int64_t, scratch_numbers)(int64_t num_rows, int64_t size) { return scratch_numbers(num_rows, size); }
 
-// Whether this processor can run what this file was compiled to.
+// True if this processor can run the instructions of this library's part.
 EXPORT(int, supported)() {
 #if defined(__AVX512F__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,4 +1,4 @@
-// What each kernel of kernels.cpp takes, and nothing else: cpu_library.py has these fields, in this order. N rows of x, D columns.
+// The arguments of each kernel of kernels.cpp: cpu_library.py has these fields, in this order. N: rows of x, D: its columns.
 
 #pragma once
 
@@ -28,7 +28,7 @@ template <class Number> struct Normalize {
     bool is_bfloat16, normalized;
 };
 
-// A slab's k w̃ xᵀ, which exponentials and maxima are made of while it is in registers.
+// The operands of k w̃ xᵀ of a slab; exponentials and maxima consume the product while it is in registers.
 template <class Number> struct Exponents {
     const uint32_t *x_panels;
     const Operand<Number> *unit;
@@ -65,14 +65,14 @@ template <class Number> struct TableGradient {
     const int64_t *target_classes;  // (num_targets,), ascending
     const float *target_sums;       // (num_targets, D)
     float *scratch;                 // (threads, scratch_size)
-    void *grad;                     // (classes, D), or null where the step uses it up
+    void *grad;                     // (classes, D), or null if the step consumes it
     const Step *step;               // or null
     int64_t num_rows, classes, size, first_class, num_targets, scratch_size;
     double unscale;
     bool is_bfloat16, normalized, grad_is_bfloat16;
 };
 
-// A kernel, and the bytes of what it takes.
+// A kernel, and the size of its arguments in bytes.
 struct Kernel {
     void (*function)(const void *arguments, int threads);
     int64_t bytes;

@@ -9,13 +9,13 @@
 
 namespace {
 
-constexpr int TILE = LANES == 16 ? 8 : 6;  // rows of a register tile: its sums, and what is multiplied, fill the registers
+constexpr int TILE = LANES == 16 ? 8 : 6;  // rows of a register tile: its sums and operands fill the registers
 constexpr int VECTORS = 2;                 // vectors in each of its rows
 constexpr int PANEL = VECTORS * LANES;
-constexpr int WIDEST_PANEL = 32;           // of any instruction set: callers leave room for it
+constexpr int WIDEST_PANEL = 32;           // of all instruction sets: callers leave room for it
 constexpr int64_t SUM_WORDS = 128;         // products added one after another in float32
-// Of a panel, read by one tile after another: where the first-level cache has to keep it, because a tile takes as long as its
-// operands take to come from the second level.
+// Words of a panel that one tile after another reads: so few that the first-level cache keeps them, where operands from the second
+// level take as long as the tile; else all.
 constexpr int64_t PIECE_WORDS = LANES == 16 ? INT64_MAX / 2 : SUM_WORDS;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -25,7 +25,7 @@ struct Accumulator {
     Vector at[TILE][VECTORS];
 };
 
-// sum[i] += word · panel, for the word of each row.
+// sum[i] += word · panel, with the word of row i.
 template <class Number, class Word>
 inline void add_words(Accumulator &sum, const Number *const *row, int64_t offset, const uint32_t *panel) {
     Words right[VECTORS];
@@ -72,7 +72,7 @@ inline void multiply(Accumulator *sums, int64_t tiles, const Number *const *row,
         for (int64_t t = 0; t < tiles; t++) add_words<Number, uint16_t>(sums[t], row + t * TILE, words * step, panel + words * PANEL);
 }
 
-// Rows first .. of a matrix (count, stride), a multiple of TILE; past its end the last one, whose products are dropped.
+// Pointers to rows first .. of a matrix (count, stride), a multiple of TILE. Past its end: the last row, whose products are dropped.
 template <class Number>
 inline int64_t tile_rows(const Number **row, const Number *matrix, int64_t stride, int64_t first, int64_t last, int64_t count) {
     const int64_t tiles = ceil_div(last - first, TILE);
@@ -89,7 +89,7 @@ inline uint32_t row_word(const Number *rows, int64_t num_rows, int64_t size, int
     return IS_WIDENED<Number> ? word << 16 : word;
 }
 
-// The word that pairs an element with the one in the next row, or with 0 where there is none, or has it alone.
+// A word with an element and the one below it (0 past the last row), or with the element alone.
 inline uint32_t paired(const float *here, const float *) { return load<uint32_t>(here); }
 inline uint32_t paired(const bfloat16 *here, const bfloat16 *next) {
     return IS_WIDENED<bfloat16> ? (uint32_t)here->bits << 16 : here->bits | (next ? (uint32_t)next->bits << 16 : 0);
@@ -117,7 +117,7 @@ inline void column_panel(const Number *rows, int64_t num_rows, int64_t stride, i
     }
 }
 
-// Numbers in a row one after another as operands: as they lie, or widened into room.
+// A row of numbers as operands: in place, or widened into room.
 inline const float *operands(const float *numbers, int64_t, float *) { return numbers; }
 inline const Operand<bfloat16> *operands(const bfloat16 *numbers, int64_t count, float *room) {
     if (!IS_WIDENED<bfloat16>) return (const Operand<bfloat16> *)numbers;
@@ -125,7 +125,7 @@ inline const Operand<bfloat16> *operands(const bfloat16 *numbers, int64_t count,
     return (const Operand<bfloat16> *)room;
 }
 
-// One of `parts` of some memory, into the second-level cache: the first is a product's.
+// Prefetch one of `parts` of some memory into the second-level cache; the first level belongs to the product.
 inline void prefetch(const void *row, int64_t bytes, int64_t part, int64_t parts) {
     for (int64_t i = bytes * part / parts; i < bytes * (part + 1) / parts; i += 64) __builtin_prefetch((const char *)row + i, 0, 2);
 }

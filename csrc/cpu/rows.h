@@ -10,8 +10,8 @@ namespace {
 
 constexpr double TINY_NORM = 1e-12;  // normalize.py: a shorter row has no direction
 
-// A factor of any magnitude that a row of any magnitude can be multiplied with in float32: first by a power of two, which is
-// exact, then by what remains.
+// A factor of any magnitude, as a power of two and a remainder: a row of any magnitude is multiplied by both in float32, by the
+// power exactly.
 struct Factor {
     float power = 0, rest = 0;
 
@@ -19,7 +19,7 @@ struct Factor {
     explicit Factor(double value) {
         if (value == 0) return;
         const int64_t exponent = (int64_t)(load<uint64_t>(&value) >> 52 & 0x7ff) - 1023;
-        // Both halves of what lies further out are 0 or infinite in float32 anyway.
+        // Beyond this range both halves are 0 or infinite in float32 anyway.
         const int64_t half = exponent / 2 < -126 ? -126 : exponent / 2 > 126 ? 126 : exponent / 2;
         const uint32_t bits = (uint32_t)(half + 127) << 23;
         power = load<float>(&bits);
@@ -46,7 +46,7 @@ inline double inverse_norm(const float *row, int64_t size) {
     return norm < TINY_NORM ? 0.0 : isinf(norm) ? NAN : 1.0 / norm;
 }
 
-// Rows first .. last of a table as floats: where they lie if it has them, else in room.
+// Rows first .. last of a table as floats: in place in a float32 table, else converted into room.
 inline const float *table_rows(const void *table, bool is_bfloat16, int64_t size, int64_t first, int64_t last, float *room) {
     if (!is_bfloat16) return (const float *)table + first * size;
     widen_row((const bfloat16 *)table + first * size, (last - first) * size, room);
@@ -64,7 +64,7 @@ inline float component(const float *row, const float *unit_grad, int64_t size, F
     return sum;
 }
 
-// dw of one class from dw̃ and, where it is normalised, along = ŵ·dw̃; share: what its targets add, or null.
+// dw of one class from dw̃ and, if the table is normalised, along = ŵ·dw̃; share: the targets' share, or null.
 inline void project(const float *row, const float *unit_grad, int64_t size, bool normalized, double inverse, float along,
                     double unscale, const float *share, float *grad) {
     const Factor normalize(inverse), factor(inverse * unscale);

@@ -1,5 +1,5 @@
 // One optimiser step for rows of the class table, their gradient still in the cache: rows and state are decoded, updated and encoded
-// again, a row at a time. Compiled once for each instruction set; plain C boundary. ops/formats.py and optim/rules.py say the
+// again, a row at a time. Compiled once for each instruction set; plain C boundary. ops/formats.py and optim/rules.py do the
 // same in PyTorch.
 //
 //     sgd      g += λ w                m = μ m + g                          w -= η m,  nesterov: η (g + μ m)
@@ -24,7 +24,7 @@ inline uint32_t mixed(uint32_t word) {
     return word ^ word >> 16;
 }
 
-// 32 random bits for each column: of streams 0 and 1, or where `second` of 2 and 3.
+// 32 random bits for each column: 16 each for streams 0 and 1, or with `second` for 2 and 3.
 inline void random_words(uint32_t row_key, int64_t size, bool second, uint32_t *words) {
     uint32_t column = row_key;  // + d · 0x9e3779b9, by addition
 #pragma omp simd linear(column : 0x9e3779b9u)
@@ -37,7 +37,7 @@ inline void random_words(uint32_t row_key, int64_t size, bool second, uint32_t *
     for (int64_t d = 0; d < size; d++) words[d] = mixed(words[d] ^ 0x85ebca6bu);
 }
 
-// The 16 of them that a stream has: of two that share a word the first has the upper ones.
+// The 16 bits of a stream: of two streams that share a word the first has the upper ones.
 template <int STREAM> inline uint32_t random_bits(uint32_t word) { return STREAM % 2 ? word & 0xffff : word >> 16; }
 
 inline uint32_t row_key(uint64_t key, uint64_t row) {
@@ -46,7 +46,7 @@ inline uint32_t row_key(uint64_t key, uint64_t row) {
 
 inline bool is_rounded(const Buffer &buffer) { return buffer.data && buffer.format != FLOAT32; }
 
-// A row as floats: where it lies if it has them, else in room.
+// A row as floats: in place if it is float32, else decoded into room.
 inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room) {
     if (from.format == FLOAT32) return (float *)from.data + row * size;
     if (from.format == BFLOAT16) {
@@ -100,7 +100,7 @@ template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t si
     memcpy(&largest, &largest_bits, sizeof largest);
     const float scale = largest / LARGEST_CODE, inverse = scale == 0 ? 0 : 1 / scale;
     if (isinf(inverse)) return 0;  // so small that it is 0
-    // Between 0 and 1 by more than a rounding of a code: a code that is read and written again stays.
+    // Further from 0 and 1 than a rounding of a code: a code that is read and written again stays.
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
         const float number = row[d] * inverse + ((float)(int32_t)(random_bits<STREAM>(random[d]) >> 1) + 0.5f) * 0x1p-15f;
@@ -123,7 +123,7 @@ template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, i
     else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
 }
 
-// Without momentum m is null. Two loops: in one that asks for m the compiler finds no vectors.
+// Without momentum m is null. Two loops: the compiler does not vectorise one that tests m.
 inline void sgd(const Step &h, int64_t size, float *w, const float *grad, float *m) {
     const bool nesterov = h.nesterov != 0;
     const int64_t moved = m ? size : 0;

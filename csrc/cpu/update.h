@@ -1,11 +1,11 @@
-// One optimiser step of a class table, as cpu_library.py describes it: what update.cpp does to rows, and kernels.cpp hands them to.
+// One optimiser step of a class table: update.cpp applies it to rows, kernels.cpp calls that, cpu_library.py has the same fields.
 
 #pragma once
 
 #include <stdint.h>
 
 struct Buffer {
-    void *data;    // (R, D), null where a rule has no such state
+    void *data;    // (R, D), null if the rule has no such state
     float *scale;  // (R,) for 8 bits
     int32_t format;
 };
@@ -19,11 +19,11 @@ struct Step {
     float first_correction, second_correction;
     Buffer table, states[STATES];
     int64_t size, first_of_shard;
-    uint64_t key;    // of the random bits that rounding takes
+    uint64_t key;    // of the random bits for rounding
     float *scratch;  // 4 D numbers for each thread
 };
 
-// What the library exports for each instruction set: cosface_<step>_<number>_<set>, and cosface_supported_<set>.
+// Exported for each instruction set: cosface_<step>_<number>_<set>, and cosface_supported_<set>.
 #define JOIN_(name, set) cosface_##name##_##set
 #define JOIN(name, set) JOIN_(name, set)
 #define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)

@@ -1,4 +1,4 @@
-// One vector type for every instruction set, and what the kernels need beyond + and *: 2^x, bfloat16, a dot product of words.
+// One vector type for every instruction set, and its operations beyond + and *: 2^x, bfloat16, a dot product of words.
 //
 // This header is compiled once for each instruction set (see setup.py), so everything in it is local to its translation unit:
 // a shared inline function would be merged by the linker, and the machine without AVX-512 might be given the copy that uses it.
@@ -86,7 +86,7 @@ template <> inline Vector add_product<bfloat16>(Vector sum, Words a, Words b) {
 
 inline Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Words) << 16); }
 
-// Rounded to bfloat16, to nearest even, and still a float; NaN stays NaN.
+// x rounded to bfloat16, to nearest even, as a float; NaN stays NaN.
 inline Vector nearest_bfloat16(Vector x) {
     const Words bits = (Words)x;
     return (Vector)((x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) & 0xffff0000u);

@@ -63,7 +63,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
 
 
 class _Slab:
-    """x as the kernels read it, and the buffers that every slab reuses."""
+    """x in the layout that the kernels read, and the buffers that every slab reuses."""
 
     def __init__(self, x, table, targets, plan):
         self.kernels = cpu_library.kernels(plan.dtype)
@@ -77,14 +77,14 @@ class _Slab:
         self._e = self._exponents = None
 
     def panels(self, summed, columns):
-        """Room for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+        """Memory for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
         return self.empty(self.kernels.panel_words(summed, columns), dtype=torch.int32)
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="cpu")
 
     def e(self):
-        """Room for the exponentials of a slab that is not kept."""
+        """Memory for the exponentials of a slab that is not kept."""
         if self._e is None:
             self._e = self.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
         return self._e
@@ -109,7 +109,7 @@ class _Slab:
         return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
 
     def _nearest(self, start, stop, shift, e, panels):
-        """The same of each class's nearest centre alone, which needs all exponents in float32 first."""
+        """The same for each class's nearest centre alone, from all exponents in float32."""
         if self._exponents is None:
             self._exponents = self.empty(self.plan.slab, self.num_rows)
         self.maxima(start, stop, self._exponents)
@@ -142,7 +142,7 @@ def _shift(slab, plan, num_rows):
 
 
 def _kept(plan, kept, index, start, stop, num_rows):
-    """(B, N): where the slab's exponentials are kept, its classes rounded up; or None."""
+    """The place (B, N) of a slab's kept exponentials, its classes rounded up; None if they are not kept."""
     width = aligned(stop - start)
     place = plan.kept_view(kept, index, num_rows, width)
     return None if place is None else place.view(width, num_rows)

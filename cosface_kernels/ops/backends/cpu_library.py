@@ -10,29 +10,29 @@ import torch
 
 from ..slabs import ceil_div
 
-# The variable is for a library built elsewhere or with other flags (make test-sanitize).
+# COSFACE_CPU_LIBRARY names a library built elsewhere or with other flags (make test-sanitize).
 LIBRARY = Path(os.environ.get("COSFACE_CPU_LIBRARY") or Path(__file__).with_name("libcosface_cpu.so"))
-# What the library may have been compiled for, best first.
+# Instruction sets that the library may have been compiled for, best first.
 INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
-# Of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
+# Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
 INTERFACE = 7
-# Of rows of the table, as they lie.
+# Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
 def pointer(name, tensor, dtype, count):
-    """The address of a tensor, or null for None: the one way of a tensor into native code.
+    """The address of a tensor, or null for None. Every tensor passes through here into native code.
 
     Raises:
-        RuntimeError: it is not `count` numbers of `dtype` or more, one after another in this machine's memory.
+        RuntimeError: it has not `count` or more contiguous numbers of `dtype` in this machine's memory.
     """
     if tensor is None:
         return None
     fits = tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() >= count
-    # What was resized under its tensor, or never had memory, is shorter than its shape says.
+    # A storage that was resized under its tensor, or never had memory, is shorter than the tensor's shape says.
     if not fits or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + count) * dtype.itemsize:
         raise RuntimeError(
             f"native code wants {count} or more contiguous numbers of {dtype} on the CPU for {name}, got {tensor.dtype} of shape "
@@ -59,7 +59,7 @@ class _Buffer(ctypes.Structure):
 
 
 class Step(ctypes.Structure):
-    """csrc/cpu/update.h's Step: one optimiser step as optim.rules.Part says it."""
+    """csrc/cpu/update.h's Step: one optimiser step, that of an optim.rules.Part."""
 
     _STATES = 2
     _fields_ = [
@@ -77,11 +77,11 @@ class Step(ctypes.Structure):
             *(rule, numbers, _Buffer.of("the table", rows, None, rows.shape), (_Buffer * cls._STATES)(*buffers)),
             *(size, first_row, key, pointer("scratch", room, torch.float32, threads * 4 * size)),
         )
-        step.shape, step.threads, step._room = rows.shape, threads, room  # the room for as long as the step
+        step.shape, step.threads, step._room = rows.shape, threads, room  # keep the scratch alive as long as the step
         return step
 
     def check(self, first, rows, size):
-        """Raises where rows first .. of a gradient of `size` columns are not the table's."""
+        """Raise if rows first .. of a gradient with `size` columns are not rows of the table."""
         if first < 0 or first + rows > self.shape[0] or size != self.shape[1]:
             raise RuntimeError(
                 f"a gradient of rows {first} to {first + rows - 1} and {size} columns is none of a table of shape "
@@ -90,7 +90,7 @@ class Step(ctypes.Structure):
 
 
 def update(step, grad, index):
-    """index: which rows, a slice or int64 positions; grad (M, D) float32."""
+    """Apply a step to rows. index: a slice or int64 positions; grad: their gradient (M, D) float32."""
     library, _ = _load()
     grad, is_slice = grad.contiguous(), isinstance(index, slice)
     first, last = (index.start, index.start + len(grad) - 1) if is_slice else map(int, index.aminmax()) if len(index) else (0, -1)
@@ -103,14 +103,14 @@ def update(step, grad, index):
 
 
 def _structure(*fields, pointers="", sizes="", double="", floats="", bools=""):
-    """A structure of csrc/cpu/kernels.h, whose fields of each type come in this order."""
+    """The ctypes class of a structure of csrc/cpu/kernels.h; the fields of each type are in this order."""
     types = (pointers, _POINTER), (sizes, _SIZE), (double, ctypes.c_double), (floats, ctypes.c_float), (bools, ctypes.c_bool)
     fields = [*fields, *((name, type_) for names, type_ in types for name in names.split())]
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields, "NAMES": dict(fields).keys()})
 
 
 _EXPONENTS = _structure(pointers="x_panels unit targets", sizes="num_rows classes size first_class", floats="log2_scale")
-# What each kernel takes, in the order of kernels.cpp's KERNELS.
+# The arguments of each kernel, in the order of kernels.cpp's KERNELS.
 _ARGUMENTS = {
     "row_panels": _structure(pointers="rows panels", sizes="num_rows size"),
     "column_panels": _structure(pointers="rows panels", sizes="num_rows size"),
@@ -151,16 +151,16 @@ class Kernels:
         library, _ = _load()
         self.dtype, self._kernels = dtype, _kernels(library, dtype, instruction_set)
         per_word = getattr(library, f"cosface_per_word_{_NUMBERS[dtype]}_{instruction_set}")()
-        self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # the dtype in which products read numbers of `dtype`
+        self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # dtype of the operands for numbers of `dtype`
         self._scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
         self._scratch_numbers.argtypes, self._scratch_numbers.restype = [_SIZE, _SIZE], _SIZE
 
     def panel_words(self, summed, columns):
-        """How many int32 hold a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+        """The number of int32 of a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
         return ceil_div(summed, 4 // self.operand.itemsize) * padded(columns)
 
     def scratch_numbers(self, num_rows, size):
-        """How many floats `normalize` and `table_gradient` need for each thread."""
+        """The number of floats of scratch that `normalize` and `table_gradient` need for each thread."""
         return self._scratch_numbers(num_rows, size)
 
     def row_panels(self, rows, num_rows, size, panels):
@@ -235,7 +235,7 @@ class Kernels:
         grad,
         step,
     ):
-        """weight, grad: float32 or bfloat16; scratch (threads, scratch_numbers); with a step, which uses the gradient up, grad is
+        """weight, grad: float32 or bfloat16; scratch (threads, scratch_numbers). With a step, which applies the gradient, grad is
         None.
         """
         threads = len(scratch)
@@ -293,7 +293,7 @@ class Kernels:
 
 
 def _arguments(structure, **fields):
-    """The structure, each tensor in it checked, as (name, tensor, dtype, numbers)."""
+    """The structure. A tensor is given as (name, tensor, dtype, numbers), and checked."""
     if fields.keys() != structure.NAMES:  # ctypes takes any names, and leaves the others null
         raise TypeError(f"got {', '.join(fields)} for a structure of {', '.join(structure.NAMES)}")
     return structure(**{name: pointer(*value) if isinstance(value, tuple) else value for name, value in fields.items()})
@@ -314,7 +314,7 @@ def _integers(name, tensor, count):
 
 
 def padded(columns):
-    """Rounded up to the widest panel of any instruction set."""
+    """A number of columns rounded up to the widest panel of any instruction set."""
     return ceil_div(columns, constant("widest_panel")) * constant("widest_panel")
 
 
@@ -332,19 +332,19 @@ def available():
 
 
 def has_vectors():
-    """Whether the library can run here with vector instructions; without them it is slower than PyTorch's operators."""
+    """True if the library can run here with vector instructions; without them it is slower than PyTorch's operators."""
     return available()[:1] not in ((), ("portable",))
 
 
 def unavailable():
-    """Why there is no library, or None."""
+    """The reason why there is no library, or None."""
     return _load()[1]
 
 
 @functools.cache
 def constant(name):
-    """How much room callers leave: widest_panel, the columns of any instruction set's panel; sum_classes, the classes
-    whose exponentials one partial sum adds.
+    """A size for callers' buffers: widest_panel, the columns of any instruction set's panel; sum_classes, the classes whose
+    exponentials one partial sum adds.
     """
     library, _ = _load()
     return getattr(library, f"cosface_{name}_portable")()
@@ -366,6 +366,6 @@ def _load():
 
 
 def _fits(library):
-    """Whether each kernel takes as many bytes as are written for it here."""
+    """True if each kernel's arguments have the size of the structure here."""
     kernels = [_kernels(library, dtype, "portable") for dtype in _NUMBERS]
     return all(each[name].bytes == ctypes.sizeof(_ARGUMENTS[name]) for each in kernels for name in _ARGUMENTS)
