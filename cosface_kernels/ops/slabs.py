@@ -29,6 +29,9 @@ ROW_ALIGNMENT = 16
 # On a GPU a slab's launches take the host 50 us or more, so forward's kernels should take half a millisecond: this many flops
 # of each processor at the 4.5e12 a second that one of an H100 reaches. A class is 4 N D of them, in two products, and its row is
 # read and written in the time of 1024 D more.
+# That costs memory: on an H100 at N = 4096, D = 512 a slab takes 353 MB, 2.2% of the logits in float32 at C = 10^6. Below 1% of
+# them it would be one wave of 8448 classes, whose launches take the host more than half of the time that its kernels take
+# (benchmarks/host_time.py): too near to waiting for the host. It does not grow with C, and SLAB_SHARE bounds it.
 SLAB_FLOPS = 2**31
 ROW_FLOPS = 1024
 # But at most this share of the memory goes to what there is of one slab: E, ŵ in the same dtype, dŵ in float32.
