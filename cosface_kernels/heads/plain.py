@@ -281,7 +281,7 @@ def _table_dtype(table_format, dtype):
 
 
 class HeadOptions(TypedDict, total=False):
-    """What the other heads take as MarginSoftmaxLoss does, for a type checker."""
+    """Options of `MarginSoftmaxLoss` that the other heads take too, for a type checker."""
 
     normalize_features: bool | None
     centers_per_class: int
