@@ -1,6 +1,8 @@
 """Large Margin Cosine Loss (CosFace, arXiv 1801.09414) and its relatives over millions of classes, without an N x C matrix."""
 
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .version import __version__
@@ -47,7 +49,7 @@ _HOMES = {
 if not TYPE_CHECKING:  # a checker then reports an unknown name
 
     def __getattr__(name):
-        """Import names on first use: the command answers without torch, and torch.distributed takes half as long to import."""
+        """Import names on first use: torch.distributed takes half as long to import as torch itself."""
         if name in ("margins", "reference", "theory"):
             return import_module(f".{name}", __name__)
         for home, names in _HOMES.items():
@@ -59,3 +61,15 @@ if not TYPE_CHECKING:  # a checker then reports an unknown name
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+def _is_the_command():
+    """True in a process of `cosface` or `python -m cosface_kernels`, which answers --help and mistakes without torch."""
+    is_module = ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return is_module or [Path(path).name for path in sys.argv[:1]] == ["cosface"]
+
+
+# Everywhere else the import registers the package's operators, as torch.export.load needs.
+if not _is_the_command():
+    for home in ("functional", "heads", "optim", "sampling"):
+        import_module(f".{home}", __name__)
