@@ -61,6 +61,13 @@ def _check_dense(name, shape, tensor):
         raise ValueError(f"{name} must have its numbers in memory, got shape {tuple(tensor.shape)} over a storage of 0 bytes")
 
 
+def check_read(name, shape, tensor):
+    """Check that a value is a tensor whose numbers can be read now, by whoever has its address."""
+    _check_dense(name, shape, tensor)
+    if isinstance(tensor, torch._subclasses.FakeTensor):
+        raise TypeError(f"{name} must have its numbers in memory, got a FakeTensor, which has shapes alone")
+
+
 def _is_transformed(tensor):
     """True if torch.func wraps the tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -200,7 +207,7 @@ def check_ids(ids, num_classes):
         found = ids if isinstance(ids, torch.Tensor) else torch.as_tensor([*ids], device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"ids must be class ids, a sequence or tensor of ints, got {shown(ids)}") from error
-    _check_dense("ids", "(M,)", found)
+    check_read("ids", "(M,)", found)
     if not found.numel():
         return found.flatten().long()
     if found.dtype not in INTEGER_DTYPES:

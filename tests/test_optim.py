@@ -13,6 +13,7 @@ import torch.utils.checkpoint
 from cases import make
 from margin_rows import every_row
 from selection import attend_too, interpreted, slow_when
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, save_checkpoint
 from cosface_kernels.distributed import ranks
@@ -789,7 +790,7 @@ def test_state_of_another_width_is_refused_and_strides_do_not_matter(state_forma
     head(features, labels).backward()
     optimizer.step()
     saved["state"][0]["momentum_buffer"] = None
-    with pytest.raises(TypeError, match="momentum_buffer must be a tensor, got None"):
+    with pytest.raises(TypeError, match=r"momentum_buffer must be a tensor of shape .*, got NoneType"):
         optimizer.load_state_dict(saved)
     saved["state"][0]["momentum_buffer"] = buffer.half()
     with pytest.raises(ValueError, match=r"momentum_buffer must be one of .*float16"):
@@ -1065,7 +1066,10 @@ def test_a_table_replaced_between_forward_and_backward_is_noticed(device):
         ("momentum_buffer", lambda buffer: buffer.float().double(), "is torch.float64, but the table is torch.float32"),
         ("momentum_buffer", lambda buffer: buffer.half(), "must be one of"),
         ("momentum_buffer", lambda buffer: buffer.T.contiguous().T, "must be contiguous"),
-        ("momentum_buffer", lambda buffer: buffer.to("meta"), "must be contiguous on cpu"),
+        ("momentum_buffer", lambda buffer: buffer.to("meta"), "must have its numbers in memory"),
+        ("momentum_buffer", lambda buffer: freed(buffer), "must have its numbers in memory"),
+        ("momentum_buffer", lambda buffer: buffer.sum().char(), "must have shape"),
+        ("momentum_buffer", lambda buffer: buffer.to(torch.uint8), "must be one of"),  # codes of squares
         ("momentum_buffer", lambda buffer: None, "must be a tensor"),
         ("momentum_buffer_scale", lambda scale: scale[:-1], "must have shape"),
         ("momentum_buffer_scale", lambda scale: scale.double(), "must be one of"),
@@ -1083,6 +1087,87 @@ def test_state_that_was_replaced_is_refused(name, change, message):
         optimizer.step()
     assert torch.equal(head.weight, before)
     del state["momentum_buffer_scale"], state["momentum_buffer"]
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
+def freed(tensor):
+    tensor = tensor.clone()
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+LOADED = {
+    "freed": (lambda state: state[0].update(momentum_buffer=freed(state[0]["momentum_buffer"])), "its numbers in memory"),
+    "meta": (lambda state: state[0].update(momentum_buffer=state[0]["momentum_buffer"].to("meta")), "its numbers in memory"),
+    "sparse": (lambda state: state[0].update(momentum_buffer=torch.zeros(NUM_CLASSES, SIZE).to_sparse()), "must be a dense"),
+    "a number": (lambda state: state[0].update(momentum_buffer=torch.tensor(1.0)), "must have shape"),
+    "a count of three": (lambda state: state[0].update(skipped=torch.zeros(3)), "must have shape"),
+    "of nobody": (lambda state: state.update({7: state.pop(0)}), "must be of a parameter that param_groups has"),
+}
+
+
+@pytest.mark.parametrize("change, message", LOADED.values(), ids=LOADED)
+def test_state_to_load_that_is_none_is_refused(change, message):
+    """Freed memory was read, and ended the process."""
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9, state_format="int8")
+    train(head, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    change(saved["state"])
+    before = {name: value.clone() for name, value in optimizer.state[head.weight].items()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.load_state_dict(saved)
+    assert all(torch.equal(optimizer.state[head.weight][name], value) for name, value in before.items())
+
+
+def test_a_table_without_memory_is_not_stepped():
+    """As FSDP leaves a parameter between its uses."""
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head(*next(batches(1))).backward()
+    head.weight.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="must have its numbers in memory"):
+        optimizer.step()
+
+
+def test_state_without_counts_goes_on():
+    head, _ = twins()
+    optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9)
+    train(head, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["rounding_step"]
+    optimizer.load_state_dict(saved)
+    train(head, optimizer, 1)
+    assert optimizer.state[head.weight]["rounding_step"] == 1
+
+
+NUMBERS = {
+    "meta": (lambda: torch.tensor(0.1, device="meta"), "its numbers in memory"),
+    "fake": (lambda: FakeTensorMode().from_tensor(torch.tensor(0.1)), "its numbers in memory"),
+    "freed": (lambda: freed(torch.tensor(0.1)), "its numbers in memory"),
+    "two": (lambda: torch.ones(2), "or a tensor of one"),
+    "nan": (lambda: torch.tensor(torch.nan), "must be finite"),
+    "complex": (lambda: torch.tensor(1j), "must be a real number"),
+}
+
+
+@pytest.mark.parametrize("number, message", NUMBERS.values(), ids=NUMBERS)
+def test_hyperparameters_that_are_no_numbers_are_refused(number, message):
+    """Given, or set later as a scheduler does; then no step is made, and its batch is not lost."""
+    head, _ = twins()
+    with pytest.raises((TypeError, ValueError), match=message):
+        FusedSGD(head.parameters(), lr=number())
+    with pytest.raises((TypeError, ValueError), match=message):
+        FusedAdamW(head.parameters(), betas=(0.9, number()))
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head(*next(batches(1))).backward()
+    optimizer.param_groups[0]["lr"] = number()
+    before = head.weight.detach().clone()
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert torch.equal(head.weight, before)
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.5)
     optimizer.step()
     assert not torch.equal(head.weight, before)
 

@@ -44,7 +44,7 @@ class Fused(torch.optim.Optimizer):
     def check_options(self, options: dict[str, Any]) -> None:
         """Raise for options of a group, given here or loaded, of the wrong type or value."""
         for name in ("lr", "weight_decay"):
-            validation.check_at_least_zero(name, number(options[name]))
+            validation.check_at_least_zero(name, number(name, options[name]))
         validation.check_choice("state_format", options["state_format"], formats.STATE_FORMATS)
         validation.check_integer("seed", options["seed"])
 
@@ -102,8 +102,11 @@ class Fused(torch.optim.Optimizer):
                 "GradScaler.unscale_ cannot reach the gradient of a class table, which does not exist yet: don't call it for "
                 f"{type(self).__name__}, whose step divides by the scale"
             )
+        for group in self.param_groups:  # a scheduler may have changed them
+            self.check_options(group)
         for weight, bias in self._tables:
             for parameter in (weight,) if bias is None else (weight, bias):
+                validation.check_read("a class table to step", "(C, D)", parameter)
                 table_state.check_rows(parameter, self._group_of(parameter), self.state.get(parameter, {}))
             if not self._records(weight):
                 raise RuntimeError(
@@ -143,12 +146,14 @@ class Fused(torch.optim.Optimizer):
         ids = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
         params = dict(zip(ids, chain.from_iterable(group["params"] for group in self.param_groups), strict=False))
         for key, state in state_dict["state"].items():
+            if key not in params:
+                raise ValueError(f"state must be of a parameter that param_groups has, {ids}, got one of {key!r}")
             for name, value in state.items():
                 if name.removesuffix("_scale") not in (*self._STATE, *table_state.COUNTS):
                     raise ValueError(
                         f"{name} is no state of {type(self).__name__}, which has {[*self._STATE]}: another optimiser's"
                     )
-                table_state.check_state(name, value, params.get(key))
+                table_state.check_state(name, value, params[key])
                 if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
                     raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
         super().load_state_dict({**state_dict, "state": {}})
@@ -206,9 +211,9 @@ class Fused(torch.optim.Optimizer):
 
     def _step_table(self, weight, bias, records, finite):
         state = self.state[weight]
-        if "skipped" not in state:
-            state["skipped"] = torch.zeros((), dtype=torch.int64, device=weight.device)
-            state["rounding_step"] = torch.zeros((), dtype=torch.int64, device="cpu")
+        for name, device in (("skipped", weight.device), ("rounding_step", "cpu")):
+            if name not in state:
+                state[name] = torch.zeros((), dtype=torch.int64, device=device)
         state["skipped"] += ~finite
         state["rounding_step"] += 1
         known = weight.device.type == "cpu"  # elsewhere asking would wait for the device
@@ -250,6 +255,11 @@ class Fused(torch.optim.Optimizer):
         return next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
 
 
-def number(value):
+def number(name, value):
     """A hyperparameter, which may be a tensor, as a number."""
-    return value.item() if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    validation.check_read(name, "()", value)
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one, got {validation.shown(value)}")
+    return value.item()

@@ -64,7 +64,7 @@ class FusedSGD(Fused):
 
     def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)
-        validation.check_at_least_zero("momentum", number(options["momentum"]))
+        validation.check_at_least_zero("momentum", number("momentum", options["momentum"]))
         if options["nesterov"] and not options["momentum"]:
             raise ValueError("nesterov needs a momentum, got momentum = 0")
         if options["dampening"]:
@@ -112,11 +112,12 @@ class FusedAdamW(Fused):
 
     def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)
-        validation.check_at_least_zero("eps", number(options["eps"]))
+        validation.check_at_least_zero("eps", number("eps", options["eps"]))
         betas = options["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2:
             raise ValueError(f"betas must be two numbers, got {validation.shown(betas)}")
-        for index, beta in enumerate(map(number, betas)):
+        for index, given in enumerate(betas):
+            beta = number(f"betas[{index}]", given)
             validation.check_number(f"betas[{index}]", beta)
             if not 0 <= beta < 1:
                 raise ValueError(f"betas[{index}] must be in [0, 1), got {beta}")

@@ -7,6 +7,7 @@ step, skipped, rounding_step    counts
 
 import torch
 
+from .. import validation
 from ..distributed import dtensors
 from ..ops import formats
 
@@ -72,18 +73,16 @@ def check_whole(state):
 
 def check_state(name, value, parameter):
     """Check a buffer: it has its parameter's shape (a scale: one number for each row), and is sharded as the parameter is."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {value!r}")
-    if parameter is None or not value.dim():
-        return
-    shape = parameter.shape[:1] if name.endswith("_scale") else parameter.shape
+    shape = () if name in COUNTS else parameter.shape[:1] if name.endswith("_scale") else parameter.shape
+    validation.check_read(name, tuple(shape), value)
     if value.shape != shape:
         raise ValueError(
             f"{name} must have shape {tuple(shape)} for the table of {tuple(parameter.shape)}, got {tuple(value.shape)}"
         )
-    dtypes = (
-        (torch.float32,) if name.endswith("_scale") else (torch.float32, torch.float64, torch.bfloat16, *formats.LARGEST_CODE)
-    )
+    if name in COUNTS:
+        return
+    codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
+    dtypes = (torch.float32,) if name.endswith("_scale") else (torch.float32, torch.float64, torch.bfloat16, codes)
     if value.dtype not in dtypes:
         raise ValueError(f"{name} must be one of {dtypes}, got {value.dtype}")
     if dtensors.is_sharded(value) != dtensors.is_sharded(parameter):
