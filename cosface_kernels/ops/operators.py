@@ -140,7 +140,8 @@ _NEGATIVE_LSE_BACKWARD = _register_named("negative_lse_backward", _negative_lse_
 
 @library.register_fake("cosface_kernels::negative_lse_backward", lib=LIBRARY)
 def _(*flat):
-    _, problem, _, options, needs = split(flat, _BACKWARD_TAKES)
+    _, problem, _, *constants = split(flat, _BACKWARD_TAKES)
+    options, needs = constants
     x_grad = problem.x.new_empty(problem.x.shape if needs.need_x_grad else 0)
     weight, bias = problem.weight, problem.bias
     if not needs.need_table_grad:

@@ -189,12 +189,23 @@ def _recorded(parameters, vectors, saved, problem, options):
     return Vectors(lse, product, target_length, vectors.feature_length)
 
 
+class _Held(NamedTuple):
+    """The tensors that backward records."""
+
+    labels: torch.Tensor
+    index: torch.Tensor | None
+    unit: torch.Tensor
+    shift: torch.Tensor
+    total: torch.Tensor
+    kept: torch.Tensor
+
+
 class _Record(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, vectors, saved, problem, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
-        ctx.save_for_backward(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept)
+        ctx.save_for_backward(*_Held(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept))
         ctx.options, ctx.shapes = options, [vector.shape for vector in vectors[:3]]
         ctx.set_materialize_grads(False)
         return tuple(torch.zeros_like(vector) for vector in vectors[:3])
@@ -202,15 +213,16 @@ class _Record(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        labels, index, unit, shift, total, kept = ctx.saved_tensors
+        held = _Held(*ctx.saved_tensors)
         if change := _change(ctx.seen, *ctx.parameters):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
-        factors = TableFactors(unit, labels.clone(), shift, total, *zeros_for_none(grads, ctx.shapes, total), kept)
+        grads = zeros_for_none(grads, ctx.shapes, held.total)
+        factors = TableFactors(held.unit, held.labels.clone(), held.shift, held.total, *grads, held.kept)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(Record(ctx.options, index, factors, [*ctx.seen, *Seen.all(index)], ctx.needs_input_grad[:2]))
+        found.add(Record(ctx.options, held.index, factors, [*ctx.seen, *Seen.all(held.index)], ctx.needs_input_grad[:2]))
         return (None,) * 6
 
 
