@@ -202,7 +202,7 @@ class AdaFace(Margin):
 
     Args:
         m: the margin.
-        h: z reaches ±1 at 1 / h standard deviations.
+        h: z reaches ±1 at 1 / |h| standard deviations; below 0 where norms fall with quality, as its authors advise then.
         t_alpha: how far the running statistics move towards the batch's in a step, from 0 to 1.
 
     Source: AdaFace, arXiv 2204.00964, eq. 8 to 11; statistics as in the published code, where they start from 20 and 100. A
@@ -217,7 +217,7 @@ class AdaFace(Margin):
     state: ClassVar[dict] = {"batch_mean": 20.0, "batch_std": 100.0}
 
     def __post_init__(self):
-        _check(self, m=(0.0, math.pi / 2), h=(0.0, math.inf), t_alpha=(0.0, 1.0))
+        _check(self, m=(0.0, math.pi / 2), h=(-math.inf, math.inf), t_alpha=(0.0, 1.0))
 
     def psi(self, cosine: Tensor, quality: Tensor) -> Tensor:
         shift = float(self.m) * quality

@@ -102,9 +102,9 @@ def adaface_statistics(norm):
     return norm.mean(), norm.std() if len(norm) > 1 else norm.new_zeros(())
 
 
-def adaface(theta, norm, state):
+def adaface(theta, norm, state, h=0.333):
     mean, std = (state["batch_mean"], state["batch_std"]) if state else adaface_statistics(norm)
-    quality = (0.333 * (norm.detach().clip(1e-3, 100) - mean) / (std + 1e-3)).clip(-1, 1)
+    quality = (h * (norm.detach().clip(1e-3, 100) - mean) / (std + 1e-3)).clip(-1, 1)
     return (theta - 0.4 * quality).clip(1e-3, PI - 1e-3).cos() - (0.4 + 0.4 * quality)
 
 

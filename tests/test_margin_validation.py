@@ -33,7 +33,6 @@ OUTSIDE = [
     ("Combined", {"m2": -0.1}),
     ("AdaFace", {"m": -0.1}),
     ("AdaFace", {"m": 1.6}),
-    ("AdaFace", {"h": -0.1}),
     ("AdaFace", {"t_alpha": -0.1}),
     ("AdaFace", {"t_alpha": 1.1}),
     ("MagFace", {"l_a": 0}),
@@ -52,6 +51,7 @@ AT_THE_EDGE = [
     margins.Combined(0, 0, -1),
     margins.AdaFace(m=0, h=0, t_alpha=0),
     margins.AdaFace(m=math.pi / 2, t_alpha=1),
+    margins.AdaFace(h=-0.333),
     margins.MagFace(l_margin=0.8, lambda_g=0),
     margins.MagFace(u_a=1e200),
 ]

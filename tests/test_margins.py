@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_as_accurate
-from margin_rows import ROWS, Row, batch, every_row, steepness, written_out
+from margin_rows import ROWS, Row, adaface, batch, every_row, steepness, written_out
 from rounding import SIZE, assert_close, tolerance
 from selection import attend_too, interpreted, slow_when
 
@@ -90,6 +90,15 @@ def test_adaface_has_no_gradient_through_the_norm(name, device):
     _, dx, _ = results(partial(ours, ROWS[name], reduction="none"), features, weight, labels)
     along = (dx * features).sum(1).abs() / (dx.norm(dim=1) * features.norm(dim=1))
     assert (along < tolerance(torch.float64)).all() and (dx.norm(dim=1) > 0).all()
+
+
+def test_adaface_with_a_negative_h(device):
+    """The longest features then have the lowest quality."""
+    row = ROWS["AdaFace"]._replace(margin=margins.AdaFace(h=-0.333), psi=partial(adaface, h=-0.333))
+    tensors = batch(row, device)
+    relative = tolerance(torch.float64, steepness(row, *tensors[:2]))
+    for tensor, wanted in zip(results(partial(ours, row), *tensors), results(partial(written_out, row), *tensors), strict=True):
+        assert_close(tensor, wanted, relative)
 
 
 @every_row
