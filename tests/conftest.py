@@ -18,6 +18,7 @@ import torch
 from selection import HAS_GPU
 
 from cosface_kernels.ops import backends
+from cosface_kernels.ops.backends import cpu_library
 
 os.environ["TRITON_INTERPRET"] = "0" if HAS_GPU else "1"
 
@@ -25,6 +26,9 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if HAS_GPU else [
 
 
 def pytest_configure(config):
+    asked, why = os.environ.get("COSFACE_CPU_LIBRARY"), cpu_library.unavailable()
+    if asked and (why or not cpu_library.available()):  # else all of its tests would be skipped
+        raise pytest.UsageError(f"COSFACE_CPU_LIBRARY={asked} cannot be used: {why or 'no instruction set of it runs here'}")
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     if HAS_GPU:
