@@ -264,6 +264,53 @@ def test_only_the_tables_gradient_records(device):
     assert not torch.equal(head.weight, before)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"margin": margin, "sample_rate": rate, "bias": isinstance(margin, Softmax)}
+        for margin in (ArcFace(), Softmax())
+        for rate in (1.0, 0.2)
+    ],
+    ids=["whole", "sampled", "bias", "sampled bias"],
+)
+def test_autograd_grad_returns_the_gradient_and_records_nothing(device, options):
+    ours, theirs = twins(device, head=MarginSoftmaxLoss, **options)
+    optimizer = FusedSGD(ours.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    losses = [head(features, labels) for head in (ours, theirs)]
+    for names in (["weight"], [*dict(ours.named_parameters())]):
+        got, wanted = (
+            torch.autograd.grad(loss, [head.get_parameter(name) for name in names], retain_graph=True)
+            for loss, head in zip(losses, (ours, theirs), strict=True)
+        )
+        assert all(one.layout == other.layout for one, other in zip(got, wanted, strict=True))
+        assert all(torch.equal(one.to_dense(), other.to_dense()) for one, other in zip(got, wanted, strict=True))
+        assert not recording.pending(ours.weight).records
+    before = [parameter.detach().clone() for parameter in ours.parameters()]
+    optimizer.step()
+    assert all(torch.equal(parameter, was) for parameter, was in zip(ours.parameters(), before, strict=True))
+    losses[0].backward()
+    assert len(recording.pending(ours.weight).records) == 1
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_for_the_gradient_is_refused(device, register, name):
+    head, _ = twins(device, head=MarginSoftmaxLoss, margin=Softmax(), bias=True)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, device))
+    hook = getattr(head.get_parameter(name), register)(lambda given: None)
+    with pytest.raises(RuntimeError, match=f"the head's {name} has a hook.*a fused optimiser.*torch.optim"):
+        head(features, labels).backward()
+    before = head.weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(head.weight, before)
+    hook.remove()
+    head(features, labels).backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+
+
 def test_step_and_zero_grad_forget(device):
     head, _ = twins(device)
     optimizer = FusedSGD(head.parameters(), lr=0.5)

@@ -196,8 +196,8 @@ class _NegativeLse(torch.autograd.Function):
         grads = Gradients(*_NEGATIVE_LSE_BACKWARD(*vector_grads, *problem, *saved, *ctx.options, *needs))
         if problem.index is not None:
             grads = grads._replace(
-                weight=_in_rows(problem.index, grads.weight, problem.weight),
-                bias=_in_rows(problem.index, grads.bias, problem.bias),
+                weight=in_rows(problem.index, grads.weight, problem.weight),
+                bias=in_rows(problem.index, grads.bias, problem.bias),
             )
         grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
         return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
@@ -206,7 +206,7 @@ class _NegativeLse(torch.autograd.Function):
 _differentiable(_NEGATIVE_LSE, _NegativeLse)
 
 
-def _in_rows(index, grad, of):
+def in_rows(index, grad, of):
     """The gradient of `of` as a sparse tensor with the rows of grad at index."""
     if of is None or grad.shape[0] == 0:  # not needed
         return grad

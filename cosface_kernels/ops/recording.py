@@ -14,8 +14,8 @@ import torch
 from ..distributed import dtensors
 from . import operators
 from .operands import Needs, Options, TableFactors, Vectors
-from .operators import write_table_gradient, zeros_for_none
-from .table import Table
+from .operators import in_rows, write_table_gradient, zeros_for_none
+from .table import Table, TableGradient
 
 PUT_ROWS = 2**16  # rows of a sum that are handed on at once
 MANY_RECORDS = 256  # records of a table after which a warning asks whether `step` was forgotten
@@ -219,11 +219,53 @@ class _Record(torch.autograd.Function):
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
         grads = zeros_for_none(grads, ctx.shapes, held.total)
         factors = TableFactors(held.unit, held.labels.clone(), held.shift, held.total, *grads, held.kept)
+        record = Record(ctx.options, held.index, factors, [*ctx.seen, *Seen.all(held.index)], ctx.needs_input_grad[:2])
+        returned = [node is not None and _is_returned(node) for node, _ in ctx.next_functions]  # of tensors: not of no bias
+        if any(returned):
+            return *_gradients(ctx.parameters, record, returned), *(None,) * (6 - len(returned))
+        _check_hooks(ctx.parameters)
         found = pending(ctx.parameters[0])
         if found is None:
             raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
-        found.add(Record(ctx.options, held.index, factors, [*ctx.seen, *Seen.all(held.index)], ctx.needs_input_grad[:2]))
+        found.add(record)
         return (None,) * 6
+
+
+def _is_returned(leaf):
+    """True if torch.autograd.grad returns the gradient of this leaf's node; False if backward accumulates it."""
+    try:
+        torch._C._will_engine_execute_node(leaf)
+    except RuntimeError as error:  # how PyTorch answers for a leaf of autograd.grad
+        if "autograd.grad" not in str(error):
+            raise
+        return True
+    return False
+
+
+def _gradients(parameters, record, wanted):
+    """The gradients of weight and bias that are wanted, as without a fused optimiser."""
+    weight, bias = parameters
+    if dtensors.is_sharded(weight):
+        raise RuntimeError(
+            "torch.autograd.grad of a sharded class table that a fused optimiser trains is not made: its gradient exists slab by "
+            "slab in the optimiser's step alone. Ask for the gradient of the features, or train the head with torch.optim"
+        )
+    table = Table(weight.detach(), None if bias is None else bias.detach(), index=record.index)
+    made = TableGradient.of(table)
+    write_gradient(table, [record], made)
+    grads = made if record.index is None else [in_rows(record.index, *each) for each in zip(made, parameters, strict=True)]
+    return [grad if needed else None for grad, needed in zip(grads, wanted, strict=False)]
+
+
+def _check_hooks(parameters):
+    """Raise for a hook that would be called with None, or not at all."""
+    for name, parameter in zip(("weight", "bias"), parameters, strict=True):
+        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+            raise RuntimeError(
+                f"the head's {name} has a hook for its gradient, which does not exist: a fused optimiser makes it slab by "
+                "slab in its step and calls no hook. Remove the hook (wandb.watch: give it the backbone alone), or train the "
+                "head with torch.optim"
+            )
 
 
 def refused(weight):
