@@ -119,6 +119,21 @@ def check_labels(labels):
         raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
 
 
+def check_call(labels, others, named):
+    """Check that a head was called with features and labels, and nothing else."""
+    if others or named:
+        got = ", ".join([*(type(each).__name__ for each in others), *(f"{name}=" for name in named)])
+        raise TypeError(
+            f"a head is called as head(features, labels), got {got} too; an optimizer is not passed: it is given "
+            "head.parameters(), and takes its step after backward"
+        )
+    if labels is None:
+        raise TypeError(
+            "a head is called as head(features, labels), got no labels; without them head.logits(features) has the logits, "
+            "N x C, and head.topk(features, k) the largest of them"
+        )
+
+
 def check_features(features, weight):
     """Check features (N, D) and weight (C, D) of any float dtype on one device."""
     for name, shape, tensor in (("features", "(N, D)", features), ("weight", "(C, D)", weight)):

@@ -13,6 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse, margin_softmax_loss, margins
+from cosface_kernels.compat.insightface import PartialFC_V2
 from cosface_kernels.sampling import sample_classes
 
 EMBEDDING_SIZE, NUM_CLASSES, NUM_ROWS = 3, 5, 4
@@ -144,6 +145,38 @@ WRONG_K = [(-1, ValueError), (NUM_CLASSES + 1, ValueError), (2.5, TypeError), ("
 def test_wrong_k(k, error, arguments):
     head = CosFaceLoss(EMBEDDING_SIZE, NUM_CLASSES, device=arguments["features"].device)
     assert_refused(error, rf"^k must .*got {k!r}", arguments, lambda: head.topk(arguments["features"], k))
+
+
+# As heads of other libraries are called.
+WRONG_CALLS = {
+    "without labels": (lambda head, x, y: head(x), r"got no labels; .*head\.logits\(features\).*head\.topk\(features, k\)"),
+    "labels None": (lambda head, x, y: head(x, None), "got no labels"),
+    "an optimiser": (
+        lambda head, x, y: head(x, y, torch.optim.SGD(head.parameters())),
+        "got SGD too; an optimizer is not passed",
+    ),
+    "pairs": (lambda head, x, y: head(x, y, indices_tuple=(y, y, y)), "got indices_tuple= too"),
+    "label": (lambda head, x, y: head(x, label=y), "got label= too"),
+}
+
+
+class CosFace:
+    """InsightFace's."""
+
+    s, m = 64.0, 0.4
+
+    def __call__(self, cosines, labels):
+        return self.s * (cosines - self.m * torch.nn.functional.one_hot(labels, cosines.shape[1]))
+
+
+@pytest.mark.parametrize("case", WRONG_CALLS)
+@pytest.mark.parametrize("kind", ["CosFaceLoss", "PartialFC_V2"])
+def test_wrong_call_of_a_head(kind, case):
+    head = CosFaceLoss(3, 5, sample_rate=0.6) if kind == "CosFaceLoss" else PartialFC_V2(CosFace(), 3, 5, sample_rate=0.6)
+    call, message = WRONG_CALLS[case]
+    with pytest.raises(TypeError, match=rf"^a head is called as head\(features, labels\), {message}"):
+        call(head, torch.ones(4, 3), torch.arange(4))
+    assert head.sample_step == 0
 
 
 @pytest.mark.parametrize("case", [case for case in WRONG_TENSORS if case.startswith("features")])

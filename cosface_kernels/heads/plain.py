@@ -144,8 +144,9 @@ class MarginSoftmaxLoss(nn.Module):
         """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
         return self._table_format if self.weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
-    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The loss of features (N, D) with labels (N,)."""
+    def forward(self, features: Tensor, labels: Tensor | None = None, *others: object, **named: object) -> Tensor:
+        """The loss of features (N, D) with labels (N,). Whatever else a call has is a TypeError that says what to call."""
+        validation.check_call(labels, others, named)
         weight, bias, parameters = self._trained_table()
         inputs = Inputs(features, weight, labels, bias, parameters=parameters)
         inputs, options, shards = self.placement.batch(self, inputs, self._loss_options())
