@@ -44,6 +44,18 @@ def test_reductions(reduction, ignore_index, dtype, device):
     assert losses.shape == (labels.shape if reduction == "none" else ())
 
 
+def test_ignored_rows_take_no_nan_from_one_class_to_others(device, backend, small_slabs):
+    """As F.cross_entropy of a batch without a row that counts: the gradient of each other class is 0."""
+    features, weight, labels = draw(device, torch.float32)
+    weight[3] = torch.nan
+    labels[:] = -100
+    for budget in (0, "auto"):
+        loss = partial(cosface_loss, reduction="none", backend=backend, memory_budget=budget)
+        losses, dx, dw = evaluate(loss, features, weight, labels, torch.ones(len(labels), device=device))
+        assert not losses.any() and not dx.any()
+        assert not dw[:3].any() and not dw[4:].any()
+
+
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
 @pytest.mark.parametrize("ignore_index", [-100, 1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])

@@ -81,7 +81,9 @@ def slab_factors(factors, table, options):
     unit, total = factors.unit, factors.total
     targets = _targets(factors.labels, table, options.ignore_index)
     power = _power_of_two(factors.lse_grad)
-    row_scale = torch.where(total == 0, 0.0, factors.lse_grad * power / total)
+    # An ignored row's 0 over a total that a class of NaN made NaN would reach every row of the table.
+    left_out = (total == 0) | (factors.labels == options.ignore_index)
+    row_scale = torch.where(left_out, 0.0, factors.lse_grad * power / total)
     rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
     unit_grad = factors.product_grad[:, :, None] * unit[:, None]
     if not table.normalize:

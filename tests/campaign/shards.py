@@ -34,6 +34,8 @@ def settle(case):
         case = case | {"margin": "CosFace"}
     if case["sample_rate"] < 1:  # such shards want a fused optimiser; and without it rows have no AdamW of theirs
         case = case | {"rule": "SGD"} | ({} if not ROWS[case["margin"]].state else {"margin": "CosFace"})
+    if ROWS[case["margin"]].centers > 1:  # shards of whole classes
+        case = case | {"classes": -(-case["classes"] // case["ranks"]) * case["ranks"]}
     return case | ({"dtype": "float64"} if case["rule"] == "AdamW" else {})
 
 

@@ -288,7 +288,8 @@ def order_targets(
     power = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
     total = tl.load(total_ptr + row, mask=live, other=1.0)
     row_scale = tl.load(lse_grad_ptr + row, mask=live, other=0.0) * power / tl.where(total == 0.0, 1.0, total)
-    tl.store(row_scale_ptr + row, tl.where(total == 0.0, 0.0, row_scale), mask=live)
+    # An ignored row's 0 over a total that a class of NaN made NaN would reach every row of the table.
+    tl.store(row_scale_ptr + row, tl.where((total == 0.0) | (label == ignore_index), 0.0, row_scale), mask=live)
     tl.store(unscale_ptr, scale / power, mask=tl.program_id(0) == 0)
 
 
