@@ -1,11 +1,13 @@
 """Is a checkpoint whole or not there, refused when it is damaged or another's, and does training go on from it to the bit?"""
 
+import copy
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import checkpoint_worker
@@ -408,6 +410,64 @@ def test_not_strict(intact):
     assert model.more.item() == 5.0
     with pytest.raises(ValueError, match=r"weight has shape \(7, 3\) in the checkpoint, \(7, 4\) here"):
         load_checkpoint(intact, other_size(), strict=False)
+
+
+def pair(wrap_head=lambda head: head, wrap=lambda model: model):
+    """(a model, its head, its optimiser), trained for a step."""
+    head = CosFaceLoss(4, 20)
+    model = wrap(nn.ModuleDict({"backbone": nn.Linear(4, 4), "head": wrap_head(head)}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    head(torch.randn(3, 4), torch.arange(3)).backward()
+    optimizer.step()
+    return model, head, optimizer
+
+
+WRAPPERS = {
+    "compiled head": {"wrap_head": torch.compile},
+    "compiled model": {"wrap": torch.compile},
+    "DataParallel": {"wrap": nn.DataParallel},
+    "DataParallel of a compiled model": {"wrap": lambda model: nn.DataParallel(torch.compile(model))},
+}
+
+
+@pytest.mark.parametrize("saved_plain", [False, True])
+@pytest.mark.parametrize("wrappers", WRAPPERS.values(), ids=WRAPPERS)
+def test_wrapped_models(wrappers, saved_plain, tmp_path):
+    """With names that differ by wrappers alone, table and momentum are loaded and go on as they were."""
+    there, here = (pair(**options) for options in (({}, wrappers) if saved_plain else (wrappers, {})))
+    save_checkpoint(tmp_path / "a", there[0], there[2])
+    load_checkpoint(tmp_path / "a", here[0], here[2])
+    assert torch.equal(here[1].weight, there[1].weight)
+    momenta = [optimizer.state[head.weight]["momentum_buffer"] for _, head, optimizer in (there, here)]
+    assert torch.equal(*momenta) and momenta[0].any()
+
+
+def test_grow_of_a_wrapped_head(tmp_path):
+    model, head, _ = pair(torch.compile)
+    save_checkpoint(tmp_path / "a", model)
+    larger = nn.ModuleDict({"backbone": nn.Linear(4, 4), "head": CosFaceLoss(4, 25)})
+    load_checkpoint(tmp_path / "a", larger, grow=("head.weight",))
+    assert torch.equal(larger["head"].weight[:20], head.weight)
+
+
+def test_wrappers_that_leave_two_tensors_one_name_are_not_guessed(tmp_path):
+    two = nn.ModuleDict({"a": nn.Linear(4, 4), "module": nn.ModuleDict({"a": nn.Linear(4, 4)})})
+    save_checkpoint(tmp_path / "two", two)
+    load_checkpoint(tmp_path / "two", copy.deepcopy(two))  # both as they are named
+    with pytest.raises(ValueError, match=r"_orig_mod\.a\.weight is in module and not in the checkpoint"):
+        load_checkpoint(tmp_path / "two", nn.ModuleDict({"_orig_mod": nn.ModuleDict({"a": nn.Linear(4, 4)})}))
+
+
+def test_a_table_that_is_not_loaded_is_said(tmp_path):
+    there, here = nn.ModuleDict({"other": CosFaceLoss(4, 20)}), nn.ModuleDict({"head": CosFaceLoss(4, 20)})
+    save_checkpoint(tmp_path / "a", there)
+    with pytest.warns(UserWarning, match="no head.weight, so the class table keeps its present values"):
+        load_checkpoint(tmp_path / "a", here, strict=False)
+    with pytest.warns(UserWarning, match=r"no weight, .*; \['module.weight'\] there have its shape"):
+        here["head"].load_state_dict(nn.DataParallel(there["other"]).state_dict(), strict=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        here.load_state_dict(here.state_dict() | {"more": torch.zeros(1)}, strict=False)
 
 
 @pytest.mark.parametrize("rates", [(1.0, 0.5), (0.5, 1.0)])

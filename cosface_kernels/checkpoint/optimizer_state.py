@@ -64,13 +64,14 @@ def is_flat(prefix, saved, metadata):
         return False
 
 
-def prepare(prefix, optimizer, module, saved, metadata, grow):
+def prepare(prefix, optimizer, module, saved, metadata, grow, there):
     """Prepare to load what `flatten` saved: ({key: tensor to load into}, {parameter: state}, problems). Changes no optimiser.
 
     State that exists is loaded in place, other state is allocated; `metadata` is {key: TensorStorageMetadata} of the checkpoint,
-    `grow` the names of parameters that may have more rows than there, whose state is zero.
+    `grow` the names of parameters that may have more rows than there, whose state is zero. there: {name here: name in the
+    checkpoint}.
     """
-    names = _names(prefix, optimizer, module)
+    names = {parameter: there.get(name, name) for parameter, name in _names(prefix, optimizer, module).items()}
     parameters = {name: parameter for parameter, name in names.items()}
     groups = [sorted(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups]
     saved_groups = [sorted(group["names"]) for group in saved["groups"]]

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from ..distributed.ranks import ONE_PROCESS, world
-from . import files, optimizer_state
+from . import files, names, optimizer_state
 from .files import CorruptCheckpointError, HashedFiles, latest_checkpoint
 from .metadata import METADATA, CheckedReader, read_metadata
 from .pieces import PiecewiseSavePlanner, RowsLoadPlanner
@@ -76,6 +76,9 @@ def load_checkpoint(
 ) -> Any:
     """Loads what `save_checkpoint` saved, by any number of ranks, into module and optimisers of equal names, shapes and dtypes.
 
+    Names are equal too if torch.compile, DataParallel or DistributedDataParallel wraps a part of module here and did not there,
+    or the reverse: `_orig_mod.` and `module.` in them do not count where the rest is the name of one tensor alone.
+
     First all checksums are verified, each rank its share of the files, and all of it is compared with module and optimisers; only
     then is anything changed. A tensor may have been sharded and be plain now, or the reverse. State of an optimiser is loaded in
     place where it exists, and allocated where it does not.
@@ -92,7 +95,8 @@ def load_checkpoint(
         grow: names of parameters and buffers that may have more rows here than in the checkpoint, such as ("head.weight",). The
             further rows keep their values, and their optimiser state is zero: so does a sharded table get new identities.
         strict: whether module must have the checkpoint's names and no others. If not, what one of them lacks stays as it is, or
-            is not loaded, as in load_state_dict: a head that is sampled only now has a sample_step more.
+            is not loaded, as in load_state_dict: a head that is sampled only now has a sample_step more. A head says with a
+            warning that its class table stayed as it is.
 
     Returns:
         This rank's `extra`, its tensors on the CPU.
@@ -111,7 +115,7 @@ def load_checkpoint(
     metadata, shared, own = _together(lambda: _read(folder, manifest))
     state, optimizers, tensors = _together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
     _together(lambda: _read_tensors(folder, metadata, tensors))
-    module.load_state_dict(state | shared["module"], strict=strict)
+    module.load_state_dict(state, strict=strict)
     for name, (each, states) in optimizers.items():
         optimizer_state.apply(each, shared["optimizers"][name], states)
     if shared["world_size"] == ranks.size:
@@ -258,16 +262,20 @@ def _is_own(found):
 
 
 def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
-    """(the module's state, {name: (optimizer, its state to be)}, {key: tensor to load into}), if all of it fits."""
+    """(the module's state to be, {name: (optimizer, its state to be)}, {key: tensor to load into}), if all of it fits."""
     saved = metadata.state_dict_metadata
     everything = module.state_dict()
-    state = {name: value for name, value in everything.items() if _is_in_place(name, value)}
-    if unknown := [name for name in grow if name not in state]:
-        raise ValueError(f"grow must have names of parameters and buffers of module, got {unknown}; there are {[*state]}")
+    in_place = [name for name, value in everything.items() if _is_in_place(name, value)]
+    if unknown := [name for name in grow if name not in in_place]:
+        raise ValueError(f"grow must have names of parameters and buffers of module, got {unknown}; there are {in_place}")
+    there = names.in_checkpoint(everything, [*_of_module(saved), *shared["module"]])
+    grow = [there[name] for name in grow]
+    state = {there[name]: everything[name] for name in in_place}
+    plain = set(there.values()) - state.keys()
     if not strict:
         state = {name: value for name, value in state.items() if f"module/{name}" in saved}
     problems = _differences(state, saved, grow, strict)
-    if strict and (plain := everything.keys() - state.keys()) != shared["module"].keys():
+    if strict and plain != shared["module"].keys():
         problems.append(f"there is extra state {sorted(shared['module'])} in the checkpoint, {sorted(plain)} here")
     tensors, optimizers = {f"module/{name}": value for name, value in state.items()}, {}
     named = optimizer_state.by_name(optimizer)
@@ -276,20 +284,25 @@ def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
     elif not problems:
         for name, each in named.items():
             found, states, differences = optimizer_state.prepare(
-                f"optimizer/{name}", each, module, shared["optimizers"][name], saved, grow
+                f"optimizer/{name}", each, module, shared["optimizers"][name], saved, grow, there
             )
             optimizers[name] = each, states
             tensors |= found
             problems += differences
     if problems:
         raise ValueError(f"{folder} does not fit, and nothing was loaded:\n  " + "\n  ".join(problems))
-    return state, optimizers, tensors
+    here = {name: own for own, name in there.items()}
+    return {here.get(name, name): value for name, value in (state | shared["module"]).items()}, optimizers, tensors
+
+
+def _of_module(saved):
+    """{name: what metadata says of it} of the module's tensors in a checkpoint."""
+    return {key.removeprefix("module/"): found for key, found in saved.items() if key.startswith("module/")}
 
 
 def _differences(state, saved, grow, strict):
     """The differences between module and checkpoint, a sentence for each."""
-    saved = {key.removeprefix("module/"): found for key, found in saved.items() if key.startswith("module/")}
-    problems = []
+    saved, problems = _of_module(saved), []
     if strict:
         hint = "; strict=False leaves it out"
         problems += [f"{name} is in the checkpoint and not in module{hint}" for name in saved.keys() - state.keys()]

@@ -1,6 +1,7 @@
 """The class table and its loss as modules: MarginSoftmaxLoss for every margin, and CosFaceLoss, its subclass for one."""
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypedDict
 
@@ -118,6 +119,14 @@ class MarginSoftmaxLoss(nn.Module):
             self.register_buffer(name, torch.tensor(value, dtype=dtype, device=device))
         recording.register(self)
         self.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        name = f"{prefix}weight"
+        if name not in state_dict:  # strict=False is not told to this method
+            alike = [key for key, value in state_dict.items() if getattr(value, "shape", None) == self.weight.shape]
+            hint = f"; {alike} there have its shape: rename the one that is meant" if alike else ""
+            warnings.warn(f"the state dict has no {name}, so the class table keeps its present values{hint}", stacklevel=4)
 
     def _callers_level(self):
         """The stacklevel of the first caller outside the constructors of subclasses."""
