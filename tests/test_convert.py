@@ -138,6 +138,37 @@ def test_insightface(here, capsys, wrap, dtype):
     assert capsys.readouterr().out == f"wrote out.pt: C = 11, D = 5, {name}, from {key} of 3 files by rank\n"
 
 
+def older_insightface(folder, whole, ranks):
+    """The files of PartialFC before V2, momentum beside each."""
+    save_shards(folder, torch.zeros_like(whole), ranks, lambda weight: weight, name="rank_{}_softmax_weight_mom.pt")
+    return save_shards(folder, whole, ranks, lambda weight: weight, name="rank_{}_softmax_weight.pt")
+
+
+@pytest.mark.parametrize("pattern", ["rank_*_softmax_weight.pt", "rank_*.pt"], ids=["tables", "momentum mixed in"])
+def test_older_insightface(here, capsys, pattern):
+    whole = table(25)
+    older_insightface(here, whole, 11)
+    assert run(*sorted(glob(pattern)), "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(whole)
+    left_out = ", without 11 files of momentum" if pattern == "rank_*.pt" else ""
+    assert capsys.readouterr().out == (f"wrote out.pt: C = 25, D = 5, float32, from bare-tensor of 11 files by rank{left_out}\n")
+
+
+def test_momentum_is_no_table(here, capsys):
+    files = older_insightface(here, table(25), 3)
+    os.unlink(files[1])
+    before = contents(here)
+    line = refusal(capsys, *sorted(glob("rank_*.pt")), "out.pt", "--from", "insightface")
+    assert "the table is not given: rank_1_softmax_weight_mom.pt;" in line
+    assert contents(here) == before
+
+
+def test_bare_tensor_of_any_system(here):
+    torch.save(table(11).T.contiguous(), "in.pt")
+    assert run("in.pt", "out.pt", "--key", "bare-tensor", "--transpose") == 0
+    assert converted("out.pt").equal(table(11))
+
+
 @pytest.mark.parametrize("num_classes", [22, 25], ids=["equal shards", "unequal shards"])
 @pytest.mark.parametrize("name", ["rank_{r}.pt", "{r}/head.pt", "{r}/head_{r}.pt", "r{r:02}.pt", "v2.0-gpu{r}of11.pt"])
 def test_order_of_eleven_ranks(here, num_classes, name):
@@ -358,7 +389,8 @@ class Payload:
         ({"head.weight": table(3)}, ["--key", "weight"], ["no tensor at weight;"]),
         ({"a.b": table(2), "a": {"b": table(3)}}, ["--key", "a.b"], ["several tensors at a.b"]),
         ({"weight": [1.0]}, ["--from", "insightface"], ["chooses from: nothing\n"]),
-        (table(3), ["--from", "insightface"], ["holds a Tensor, must hold a dict of tensors"]),
+        (table(3), ["--from", "pml"], ["no tensor at W or *.W; --key NAME chooses from: bare-tensor (3, 5)"]),
+        (table(3), ["--to", "pml"], ["no tensor at weight; --key NAME chooses from: bare-tensor (3, 5)"]),
         ([table(3)], ["--from", "insightface"], ["holds a list"]),
         ({"weight": table(3)[0]}, ["--from", "insightface"], ["must be a 2-D tensor", "got (5,) float32"]),
         ({"weight": table(3)[None]}, ["--from", "insightface"], ["got (1, 3, 5) float32"]),
@@ -670,6 +702,8 @@ def test_disk_that_is_really_full(here, limit):
 def save_what_the_document_names(whole):
     """The files of its table, in each system's layout."""
     columns = whole.T.contiguous()
+    Path("models").mkdir()
+    older_insightface(Path("models"), whole, 11)
     for rank, weight in enumerate(shards(whole, 11)):
         torch.save(checkpoint(weight), f"checkpoint_gpu_{rank}.pt")
         torch.save({"weight": weight}, f"rank_{rank}.pt")
@@ -699,7 +733,7 @@ def test_commands_of_the_document(here):
     there, back = DOCUMENT.split("And back:")
     whole = table(25)
     save_what_the_document_names(whole)
-    assert len(commands(there)) == 12 and len(commands(back)) == 3
+    assert len(commands(there)) == 13 and len(commands(back)) == 3
     for command in commands(there):
         Path("head.pt").unlink(missing_ok=True)
         assert cli.main([name for word in shlex.split(command) for name in (sorted(glob(word)) or [word])]) == 0, command

@@ -2,6 +2,7 @@
 
     CosFaceLoss                            weight (C, D)
     insightface, PartialFC_V2              weight (C_local, D), one file a rank; state_dict_softmax_fc.weight in a checkpoint
+    insightface, PartialFC before it       rank_N_softmax_weight.pt, a bare tensor (C_local, D); its momentum in ..._mom.pt beside
     pml, pytorch-metric-learning           W (D, C)
 
 Memory: one copy of the file being written. Inputs are mapped, and compared with the checksums in them; those of torch before 1.6,
@@ -24,7 +25,8 @@ import torch
 
 from ..validation import FLOAT_DTYPES
 
-KEYS = {None: ("weight",), "insightface": ("weight", "state_dict_softmax_fc.weight"), "pml": ("W",)}
+BARE = "bare-tensor"  # the key of a file that holds no dict but one tensor
+KEYS = {None: ("weight",), "insightface": ("weight", "state_dict_softmax_fc.weight", BARE), "pml": ("W",)}
 LISTED = 20  # keys, files or ranks that a message names; it counts the rest
 SLAB = 8192  # rows looked through for NaN and infinity at a time, so that this takes no memory to speak of
 
@@ -33,7 +35,8 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     """Write the table in `inputs` to `out`, and return one line that says what was written.
 
     Args:
-        inputs: paths of files written by torch.save, one, or all shards of a table.
+        inputs: paths of files written by torch.save, one, or all shards of a table; of "insightface" also its files of momentum,
+            NAME_mom.pt beside NAME.pt, which are left out.
         out: a path; with several ranks its text {rank} becomes 0, 1, ...
         system: the system that wrote `inputs`, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
         key: dotted key of the table in each file, for any other system.
@@ -46,7 +49,8 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
         ValueError: the inputs hold no such table or are damaged, or the output is refused. Nothing was written.
         OSError: writing failed. No half a file is left behind: all are written before the first of them takes its place.
     """
-    inputs, by_rank = in_rank_order([Path(path) for path in inputs])
+    inputs, momenta = without_momenta([Path(path) for path in inputs]) if system == "insightface" else ([*map(Path, inputs)], 0)
+    inputs, by_rank = in_rank_order(inputs)
     if ranks > 1 and (to != "insightface" or "{rank}" not in str(out)):
         raise ValueError(f'several ranks are for "insightface" and need {{rank}} in OUT, got {ranks} ranks, {to!r} and {out}')
     with ExitStack() as stack:
@@ -80,10 +84,24 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     origin = " or ".join(dict.fromkeys(keys))
     if len(inputs) > 1:
         origin += f" of {len(inputs)} files {'by rank' if by_rank else 'in the order given'}"
+    if momenta:
+        origin += f", without {momenta:,} files of momentum"
     return (
         f"wrote {out}{f' for {ranks} ranks' if ranks > 1 else ''}: C = {num_classes:,}, D = {size:,}, {_name(tables[0].dtype)}, "
         f"from {origin}{f'; rows that are not finite: {not_finite:,}' if not_finite else ''}"
     )
+
+
+def without_momenta(paths):
+    """(the paths of tables, the number of others): of PartialFC before V2, NAME_mom.pt holds the momentum of NAME.pt."""
+    alone = [path for path in paths if path.stem.endswith("_mom") and path.with_stem(path.stem[:-4]) not in paths]
+    if alone:
+        raise ValueError(
+            f"the momentum of a table, and the table is not given: {_listing(sorted(map(str, alone)))}; "
+            "give the files without _mom"
+        )
+    tables = [path for path in paths if not path.stem.endswith("_mom")]
+    return tables, len(paths) - len(tables)
 
 
 def in_rank_order(paths):
@@ -142,7 +160,7 @@ def read_table(path, *, system=None, key=None, transpose=False):
 
 
 def _load(path):
-    """[(dotted key, tensor)] of all tensors in the nested dicts of a file."""
+    """[(dotted key, tensor)] of all tensors in the nested dicts of a file, or of the one tensor that it holds."""
     try:
         is_zip = _is_zip(path)
     except OSError as error:
@@ -150,9 +168,10 @@ def _load(path):
     with _reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = {BARE: content} if isinstance(content, torch.Tensor) else content
         tensors = list(_flatten(content)) if isinstance(content, dict) else None
     if tensors is None:
-        raise ValueError(f"{path}: holds a {type(content).__name__}, must hold a dict of tensors")
+        raise ValueError(f"{path}: holds a {type(content).__name__}, must hold a dict of tensors, or one tensor")
     return tensors
 
 
