@@ -7,9 +7,10 @@ import pickle
 import pytest
 import torch
 from rounding import NUM_CLASSES, SIZE, draw
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosface_kernels import CosFaceLoss, cosface_loss, reference
+from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, cosface_loss, reference
 from cosface_kernels.margins import CosFace
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
@@ -129,6 +130,30 @@ def test_topk_finds_the_best_at_slab_boundaries(best, device):
     head, *_ = head_and_batch(device)
     _, indices = head.topk(head.weight[[best]], 3)
     assert indices[0, 0] == best
+
+
+class Counted(torch.nn.Module):
+    """A parametrisation that counts how often the table is made."""
+
+    made = 0
+
+    def forward(self, rows):
+        self.made += 1
+        return 2 * rows
+
+
+@pytest.mark.parametrize("kind", [CosFaceLoss, ShardedCosFaceLoss])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+def test_a_parametrised_table_is_made_once_a_call(kind, sample_rate, device):
+    head = kind(SIZE, NUM_CLASSES, device=device, sample_rate=sample_rate)
+    counted = Counted()
+    parametrize.register_parametrization(head, "weight", counted)
+    features, _, labels = draw(device, torch.float32)
+    for call in (lambda: head(features, labels).backward(), lambda: head.logits(features), lambda: head.topk(features, 3)):
+        counted.made = 0
+        call()
+        assert counted.made == 1
+    assert head.parametrizations.weight.original.grad.to_dense().any()
 
 
 class Widths(TorchDispatchMode):

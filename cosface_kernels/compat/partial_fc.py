@@ -26,7 +26,7 @@ class PlainShards(OverRanks):
     def ranks(self, weight):
         return Ranks(dist.group.WORLD) if self.size > 1 else ONE_PROCESS
 
-    def first_class(self, head):
+    def first_class(self, head, weight):
         return head.num_classes // self.size * self.rank + min(self.rank, head.num_classes % self.size)
 
     def check_resizable(self, head, instead):
@@ -78,7 +78,8 @@ class PartialFC_V2(MarginSoftmaxLoss):
         options = {"ignore_index": -1, "sample_rate": sample_rate, "placement": PlainShards(rank, size)}
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, **options)
         self.rank, self.world_size, self.ddp_average, self.fp16 = rank, size, True, fp16
-        self.embedding_size, self.num_local, self.class_start = embedding_size, len(self.weight), self.placement.first_class(self)
+        self.embedding_size, self.num_local = embedding_size, len(self.weight)
+        self.class_start = self.placement.first_class(self, self.weight)
         if sample_rate < 1:
             self.register_buffer("sample_step", self.sample_step, persistent=False)
             self.weight.register_post_accumulate_grad_hook(_make_dense)
@@ -97,7 +98,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
             local_labels = local_labels[:, 0]
         if not self.fp16:
             return super().forward(local_embeddings, local_labels, *others, **named)
-        with torch.autocast(self.weight.device.type, torch.bfloat16):
+        with torch.autocast(next(self.parameters()).device.type, torch.bfloat16):
             return super().forward(local_embeddings, local_labels, *others, **named)
 
 

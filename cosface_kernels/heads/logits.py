@@ -1,6 +1,6 @@
 """The logits of a head without its margin, s x̃_n·w̃_j: all of them for small C, and the largest of each row for any C.
 
-Autocast is off here: many of a million cosines are equal after rounding to 16 bits.
+Autocast is off here: many of a million cosines are equal after rounding to 16 bits. table: (weight, bias), this process's rows.
 """
 
 import torch
@@ -10,21 +10,21 @@ from ..ops.slabs import slab_rows, wide_dtype
 from ..ops.table import Table
 
 
-def of_all(head, features):
+def of_all(head, table, features):
     """All logits (N, C), differentiable."""
-    return _logits(head, _rows(head, features), 0, len(head.weight))
+    return _logits(head, table, _rows(head, table, features), 0, len(table[0]))
 
 
-def largest(head, features, k):
+def largest(head, table, features, k):
     """(values, indices) of the k largest logits, each (N, k), descending, slab by slab; fewer columns if this process holds fewer
     classes.
     """
-    rows, weight, centers = _rows(head, features), head._local_table()[0], head.centers_per_class
+    rows, weight, centers = _rows(head, table, features), table[0], head.centers_per_class
     values = rows.new_empty(len(rows), 0)
     indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
     slab = slab_rows(features, Table(weight, centers=centers), rows.dtype)
     for start in range(0, len(weight), slab or 1):  # 0: an empty shard
-        found = _logits(head, rows, start, start + slab)
+        found = _logits(head, table, rows, start, start + slab)
         best = found.topk(min(k, found.shape[1]))
         candidates = torch.cat([values, best.values], 1)
         values, order = candidates.topk(min(k, candidates.shape[1]))
@@ -32,18 +32,18 @@ def largest(head, features, k):
     return values, indices
 
 
-def _rows(head, features):
+def _rows(head, table, features):
     """x̃ (N, D), in float32 or float64."""
-    rows = features.to(wide_dtype(torch.promote_types(features.dtype, head.weight.dtype)))
+    rows = features.to(wide_dtype(torch.promote_types(features.dtype, table[0].dtype)))
     return unit_rows(rows)[0] if head.normalize_features else rows
 
 
-def _logits(head, rows, start, stop):
+def _logits(head, table, rows, start, stop):
     """The logits (N, B) of the table's rows from `start` to `stop`."""
     with torch.autocast(rows.device.type, enabled=False):
-        weight, bias = head._local_table()
-        table = weight[start:stop].to(rows.dtype)
-        products = rows @ (unit_rows(table)[0] if head.normalize_weight else table).T
+        weight, bias = table
+        slab = weight[start:stop].to(rows.dtype)
+        products = rows @ (unit_rows(slab)[0] if head.normalize_weight else slab).T
         if bias is not None:
             products = products + bias[start:stop].to(rows.dtype)
         if head.centers_per_class > 1:

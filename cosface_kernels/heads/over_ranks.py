@@ -112,7 +112,7 @@ class Batch:
 class OverRanks(Whole):
     """A placement with some of the rows, and a part of the batch, on each rank; a single process has all of both.
 
-    A subclass defines the rows: empty, local, ranks, and first_class(head), the number of this rank's first class.
+    A subclass defines the rows: empty, local, ranks, and first_class(head, weight), the number of this rank's first class.
     """
 
     @torch.no_grad()
@@ -122,23 +122,23 @@ class OverRanks(Whole):
         seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu").item() + self.ranks(head.weight).rank
         weight.normal_(std=0.01, generator=None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed))
 
-    def batch(self, head, inputs, options):
+    def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, Batch) of all ranks' rows with this rank's rows of the table."""
-        ranks = self.ranks(head.weight)
+        ranks = self.ranks(table[0])
         if ranks is ONE_PROCESS:
-            return super().batch(head, inputs, options)
+            return super().batch(head, table, inputs, options)
         features, weight, bias, parameters = inputs.features, inputs.weight, inputs.bias, inputs.parameters
         num_classes_here = len(weight) // head.centers_per_class
         if not num_classes_here:
             # A rank without classes gets one of zeros, which Batch.combine leaves out of the sum.
             weight, bias = (_with_zeros(each, head.centers_per_class) for each in (weight, bias))
             if parameters is not None:  # the loss has a gradient here too; nobody asks for this one's
-                weight.requires_grad_(head.weight.requires_grad)
+                weight.requires_grad_(table[0].requires_grad)
                 parameters = None
         inputs = inputs._replace(weight=weight, bias=bias, parameters=parameters)
 
         def told():
-            _check(head, inputs, options)
+            _check(head, table, inputs, options)
             return Told.of(head, features)
 
         counts, needs_gradient = Told.agreed(
@@ -148,22 +148,24 @@ class OverRanks(Whole):
             features = features.detach().requires_grad_()
         features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
         labels = ranks.gather(class_indices(inputs.labels), counts)
-        labels = _labels_here(labels, head.ignore_index, head.num_classes, self.first_class(head), num_classes_here)
+        first = self.first_class(head, table[0])
+        labels = _labels_here(labels, head.ignore_index, head.num_classes, first, num_classes_here)
         inputs = inputs._replace(features=features, labels=labels)
         if head._samples():
             seed = (head.sample_seed * ranks.size + ranks.rank) % 2**63
             inputs = inputs._replace(classes=head._classes(labels, IGNORED, max(num_classes_here, 1), seed))
         return inputs, options._replace(ignore_index=IGNORED), Batch(ranks, counts, bool(num_classes_here))
 
-    def logits(self, head, features):
-        if self.ranks(head.weight) is ONE_PROCESS:
-            return super().logits(head, features)
+    def logits(self, head, table, features):
+        if self.ranks(table[0]) is ONE_PROCESS:
+            return super().logits(head, table, features)
         raise NotImplementedError("a sharded head has no logits, which would be N x C; topk has each row's largest")
 
-    def topk(self, head, features, k):
-        ranks, weight = self.ranks(head.weight), head._local_table()[0]
+    def topk(self, head, table, features, k):
+        ranks = self.ranks(table[0])
         if ranks is ONE_PROCESS:
-            return super().topk(head, features, k)
+            return super().topk(head, table, features, k)
+        rows = weight, _ = self.rows(table)
 
         def told():
             validation.check_features(features, _with_zeros(weight, 1))
@@ -172,11 +174,11 @@ class OverRanks(Whole):
 
         counts, _ = Told.agreed(ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device))
         gathered = ranks.gather(features, counts)
-        values, indices = logits.largest(head, gathered, k)
+        values, indices = logits.largest(head, rows, gathered, k)
         missing = k - values.shape[1]
         found = [
             ranks.gather(torch.nn.functional.pad(each, (0, missing), value=fill), [len(gathered)] * ranks.size)
-            for each, fill in ((values, -math.inf), (indices + self.first_class(head), 0))
+            for each, fill in ((values, -math.inf), (indices + self.first_class(head, table[0]), 0))
         ]
         own = slice(*ranks.place(counts))
         values, indices = (each.unflatten(0, (ranks.size, -1))[:, own].transpose(0, 1).flatten(1) for each in found)
@@ -208,8 +210,8 @@ class OverMesh(OverRanks):
         local = torch.empty(stop - first, *size, device=device, dtype=dtype)
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=(rows, *size), stride=(*size, 1))
 
-    def first_class(self, head):
-        return dtensors.first_row(head.weight) // head.centers_per_class
+    def first_class(self, head, weight):
+        return dtensors.first_row(weight) // head.centers_per_class
 
     def local(self, tensor):
         """This rank's rows of a parameter, as an ordinary tensor with a gradient. Nothing else converts a DTensor for a loss."""
@@ -229,11 +231,11 @@ def _labels_here(labels, ignore_index, num_classes, first, count):
     return torch.where(labels == ignore_index, IGNORED, place)
 
 
-def _check(head, inputs, options):
+def _check(head, table, inputs, options):
     """Check everything that can be wrong on one rank alone, before ranks wait for each other."""
     features, weight, labels = inputs.features, inputs.weight, inputs.labels
-    wants_sparse = head._samples() and torch.is_grad_enabled() and head.weight.requires_grad
-    if dtensors.is_sharded(head.weight) and wants_sparse and recording.pending(head.weight) is None:
+    wants_sparse = head._samples() and torch.is_grad_enabled() and table[0].requires_grad
+    if dtensors.is_sharded(table[0]) and wants_sparse and recording.pending(table[0]) is None:
         raise RuntimeError(
             "a sharded table with sample_rate < 1 trains with FusedSGD or FusedAdamW alone, made before the forward pass: a "
             "DTensor has no sparse gradient"

@@ -1,5 +1,7 @@
 """The placement of a head's table: an object of the head that knows where the rows are. Here: all of them in this process.
 
+table: (weight, bias) as the head holds them.
+
 over_ranks.py has the placements over several ranks, with the same methods.
 """
 
@@ -26,11 +28,15 @@ class Whole:
         """This process's rows of a parameter."""
         return tensor
 
+    def rows(self, table):
+        """(weight, bias or None), the rows that this process holds."""
+        return tuple(each if each is None else self.local(each) for each in table)
+
     def ranks(self, weight):
         """The Ranks that hold the rows."""
         return dtensors.ranks(weight)
 
-    def batch(self, head, inputs, options):
+    def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, shards) of a step, as loss.loss_of_table takes them."""
         if head._samples():
             validation.check_tensors(inputs.features, inputs.weight, inputs.labels, inputs.bias, head.centers_per_class)
@@ -38,14 +44,14 @@ class Whole:
             inputs = inputs._replace(classes=classes)
         return inputs, options, WholeTable()
 
-    def logits(self, head, features):
-        validation.check_features(features, head.weight)
-        return logits.of_all(head, features)
+    def logits(self, head, table, features):
+        validation.check_features(features, table[0])
+        return logits.of_all(head, self.rows(table), features)
 
-    def topk(self, head, features, k):
-        validation.check_features(features, head.weight)
+    def topk(self, head, table, features, k):
+        validation.check_features(features, table[0])
         validation.check_k(k, head.num_classes)
-        return logits.largest(head, features, k)
+        return logits.largest(head, self.rows(table), features, k)
 
     def check_resizable(self, head, instead):
         """Raise if rows of this table cannot be added or removed."""

@@ -151,14 +151,18 @@ class MarginSoftmaxLoss(nn.Module):
     @property
     def table_format(self) -> TableFormat:
         """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
-        return self._table_format if self.weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
+        return self._format_of(self.weight)
+
+    def _format_of(self, weight):
+        return self._table_format if weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
     def forward(self, features: Tensor, labels: Tensor | None = None, *others: object, **named: object) -> Tensor:
         """The loss of features (N, D) with labels (N,). Whatever else a call has is a TypeError that says what to call."""
         validation.check_call(labels, others, named)
-        weight, bias, parameters = self._trained_table()
+        table = self._table()
+        weight, bias, parameters = self._trained(table)
         inputs = Inputs(features, weight, labels, bias, parameters=parameters)
-        inputs, options, shards = self.placement.batch(self, inputs, self._loss_options())
+        inputs, options, shards = self.placement.batch(self, table, inputs, self._loss_options())
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
         if inputs.classes is not None:
             self.sample_step += 1
@@ -166,7 +170,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
-        return self.placement.logits(self, features)
+        return self.placement.logits(self, self._table(), features)
 
     @torch.no_grad()
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -177,7 +181,7 @@ class MarginSoftmaxLoss(nn.Module):
         Raises:
             TypeError, ValueError: k is no int, negative, or larger than the number of classes.
         """
-        return self.placement.topk(self, features, k)
+        return self.placement.topk(self, self._table(), features, k)
 
     def grow(self, count: int, optimizer: Optimizer | None = None) -> range:
         """Add `count` identities, drawn as the initial ones were, and return the range of their ids.
@@ -228,21 +232,21 @@ class MarginSoftmaxLoss(nn.Module):
         for name, value in self._margin().state.items():
             getattr(self, name).fill_(value)
 
-    def _local_table(self):
-        """(weight, bias), the rows that this process holds."""
-        return tuple(each if each is None else self.placement.local(each) for each in (self.weight, self.bias))
+    def _table(self):
+        """(weight, bias), to read once a call: torch.nn.utils.parametrize makes a table anew whenever it is read."""
+        return self.weight, self.bias
 
     def _samples(self):
         """True if only some of the classes take part in this step."""
         return self.sample_rate < 1 and self.training
 
-    def _trained_table(self):
-        """(weight, bias, parameters): this process's rows; their nn.Parameters if a fused optimiser trains them, else None."""
-        if recording.pending(self.weight) is not None:
+    def _trained(self, table):
+        """(weight, bias, parameters): this process's rows; the table itself if a fused optimiser trains it, else None."""
+        if recording.pending(table[0]) is not None:
             with torch.no_grad():
-                return *self._local_table(), (self.weight, self.bias)
-        weight, bias = self._local_table()
-        return weight if self.table_format == "float32" else recording.refused(weight), bias, None
+                return *self.placement.rows(table), table
+        weight, bias = self.placement.rows(table)
+        return weight if self._format_of(weight) == "float32" else recording.refused(weight), bias, None
 
     def _classes(self, labels, ignore_index, num_classes, seed):
         """The classes of this step."""
