@@ -318,10 +318,15 @@ class LSoftmax(SphereFace):
     normalize_weight: ClassVar[bool] = False
 
 
-def check(margin, has_bias, normalize_features):
-    """A Margin, and what goes with it."""
+def check_kind(margin):
+    """Check that a value is a Margin."""
     if not isinstance(margin, Margin):
         raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {shown(margin)}")
+
+
+def check(margin, has_bias, normalize_features):
+    """A Margin, and what goes with it."""
+    check_kind(margin)
     if not (normalize_features is None or isinstance(normalize_features, bool)):
         raise TypeError(f"normalize_features must be True, False or None, got {shown(normalize_features)}")
     if has_bias and not isinstance(margin, Softmax):

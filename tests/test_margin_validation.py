@@ -13,7 +13,7 @@ from cases import evaluate
 from margin_rows import ROWS, every_row
 from rounding import draw
 
-from cosface_kernels import MarginSoftmaxLoss, margin_softmax_loss, margins
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margin_softmax_loss, margins
 
 MARGINS = {type(row.margin).__name__: type(row.margin) for row in ROWS.values()}
 NUMBERS, FLAGS = (
@@ -148,6 +148,27 @@ def test_wrong_head(case):
     wrong, error, message = WRONG_HEADS[case]
     with pytest.raises(error, match=message):
         MarginSoftmaxLoss(**{"embedding_size": 3, "num_classes": 5, "margin": margins.CosFace(), **wrong})
+
+
+SET_LATER = {
+    "a number": (margins.ArcFace(), 0.2, TypeError, r"margin must be one of cosface_kernels\.margins, .* got 0\.2"),
+    "a margin with statistics": (
+        margins.ArcFace(),
+        margins.AdaFace(),
+        ValueError,
+        "no running statistics .* AdaFace.* batch_std",
+    ),
+    "an object for a number": (None, margins.ArcFace(), TypeError, "margin must be a real number, got ArcFace"),
+}
+
+
+@pytest.mark.parametrize("case", SET_LATER)
+def test_wrong_margin_set_on_a_head(case):
+    first, margin, error, message = SET_LATER[case]
+    head = CosFaceLoss(3, 5) if first is None else MarginSoftmaxLoss(3, 5, margin=first)
+    head.margin = margin
+    with pytest.raises(error, match=message):
+        head(torch.ones(4, 3), torch.arange(4))
 
 
 @pytest.mark.parametrize("shape", [(-1, 1), (1, -1)], ids=str)

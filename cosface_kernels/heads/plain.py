@@ -140,7 +140,8 @@ class MarginSoftmaxLoss(nn.Module):
         recording.register(self)
 
     def _margin(self):
-        """The margin as a Margin."""
+        """The margin as a Margin. It may have been set since construction."""
+        margins.check_kind(self.margin)
         return self.margin
 
     @property
@@ -259,7 +260,13 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _statistics(self):
         """Running statistics of the margin, by name."""
-        return {name: getattr(self, name) for name in self._margin().state}
+        margin = self._margin()
+        if missing := [name for name in margin.state if name not in self._buffers]:
+            raise ValueError(
+                f"margin must have no running statistics but those that the head was made with, got {margin}, which keeps "
+                f"{', '.join(missing)}: make a head with this margin, and load the state_dict with strict=False"
+            )
+        return {name: getattr(self, name) for name in margin.state}
 
     def _apply(self, function, recurse=True):
         """Move and convert, but keep running statistics in float32: in bfloat16 a mean of 20 ignores changes below 0.06."""
@@ -340,4 +347,5 @@ class CosFaceLoss(MarginSoftmaxLoss):
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, device=device, **options)
 
     def _margin(self):
+        validation.check_margin(self.margin)
         return margins.CosFace(self.margin)
