@@ -14,6 +14,7 @@ from cases import make
 from margin_rows import every_row
 from selection import attend_too, interpreted, slow_when
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, save_checkpoint
 from cosface_kernels.distributed import ranks
@@ -922,6 +923,37 @@ def test_learning_rate_as_a_tensor(device):
         head(*next(batches(1, device, torch.float64))).backward()
         optimizer.step()
     assert torch.equal(ours.weight, theirs.weight)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("state_format", ["float32", "int8"])
+@pytest.mark.parametrize("kind, options", [(FusedSGD, {}), (FusedSGD, {"momentum": 0.9, "weight_decay": 0.01}), (FusedAdamW, {})])
+def test_state_dict_of_distributed_checkpoint(kind, options, state_format, steps):
+    """get_state_dict and set_state_dict, which have an optimiser without state make a step with zeros; all go on to the bit."""
+    untouched, saved = twins(head=MarginSoftmaxLoss, margin=Softmax(), bias=True)
+    loaded = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=Softmax(), bias=True)
+    heads = untouched, saved, loaded
+    optimizers = [kind(head.parameters(), lr=0.5, state_format=state_format, **options) for head in heads]
+    first, *rest = batches(3)
+
+    def step(head, optimizer, features, labels):
+        head(features, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for head, optimizer in list(zip(heads, optimizers, strict=True))[: 2 * steps]:
+        step(head, optimizer, *first)
+    model, state = copy.deepcopy(get_state_dict(saved, optimizers[1]))
+    set_state_dict(loaded, optimizers[2], model_state_dict=model, optim_state_dict=state)
+    for batch in rest:
+        for head, optimizer in zip(heads, optimizers, strict=True):
+            step(head, optimizer, *batch)
+    for head, optimizer in zip(heads[1:], optimizers[1:], strict=True):
+        for ours, wanted in zip(head.parameters(), untouched.parameters(), strict=True):
+            assert torch.equal(ours, wanted)
+            there = optimizers[0].state[wanted]
+            assert optimizer.state[ours].keys() == there.keys()
+            assert all(torch.equal(optimizer.state[ours][name], value) for name, value in there.items())
 
 
 def test_an_optimiser_is_not_copied(device):

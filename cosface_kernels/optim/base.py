@@ -18,6 +18,7 @@ class Fused(torch.optim.Optimizer):
     """Base class of the fused optimisers. A subclass defines its rule and the names of its state."""
 
     _STATE = ()  # names of its buffers of the table's shape
+    _COUNTS_STEPS = False  # whether its rule needs the number of steps
     _OPTION = None  # an option that its rule has and others do not
     # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
     _step_supports_amp_scaling = True
@@ -75,6 +76,9 @@ class Fused(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._is_empty_step():
+            self._allocate()
+            return loss
         self._on_all_ranks(self._check)
         finite = self._finite([record.factors for weight, _ in self._tables for record in recording.pending(weight).records])
         for weight, bias in self._tables:
@@ -84,6 +88,25 @@ class Fused(torch.optim.Optimizer):
                 self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
                 del self.state[weight][table_state.INTERRUPTED]
         return loss
+
+    def _is_empty_step(self):
+        """True for the step by which torch.distributed.checkpoint.state_dict has an optimiser allocate its state: the first one,
+        at a learning rate of 0, with a gradient of zeros for every parameter and none recorded.
+        """
+        return (
+            not self.state
+            and all(number("lr", group["lr"]) == 0 for group in self.param_groups)
+            and not any(recording.pending(weight).records for weight, _ in self._tables if self._records(weight))
+            and all(_is_zero(each.grad) for pair in self._tables for each in pair if each is not None and each.requires_grad)
+        )
+
+    def _allocate(self):
+        """Allocate the state of all tables, as it is before any step."""
+        for weight, bias in self._tables:
+            self._allocate_counts(weight)
+            for parameter in (weight, bias):
+                if parameter is not None and parameter.requires_grad:
+                    self._allocate_buffers(parameter)
 
     def _on_all_ranks(self, action):
         """Call action() on all ranks that have rows of these tables; if it raises on one of them, raise that on all."""
@@ -210,10 +233,8 @@ class Fused(torch.optim.Optimizer):
         return record._replace(factors=factors._replace(**scaled))
 
     def _step_table(self, weight, bias, records, finite):
+        self._allocate_counts(weight)
         state = self.state[weight]
-        for name, device in (("skipped", weight.device), ("rounding_step", "cpu")):
-            if name not in state:
-                state[name] = torch.zeros((), dtype=torch.int64, device=device)
         state["skipped"] += ~finite
         state["rounding_step"] += 1
         known = weight.device.type == "cpu"  # elsewhere asking would wait for the device
@@ -233,12 +254,24 @@ class Fused(torch.optim.Optimizer):
         torch.autograd.graph.increment_version(changed)  # native code does not do it
         recording.write_gradient(table, records, rules.Update(table, *parts))
 
-    def _part(self, parameter, rounding_step, skip):
+    def _allocate_counts(self, weight):
+        for name, device in (("skipped", weight.device), ("rounding_step", "cpu")):
+            if name not in self.state[weight]:
+                self.state[weight][name] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def _allocate_buffers(self, parameter):
         group, state = self._group_of(parameter), self.state[parameter]
-        buffers = []
         for name in self._names(group):
             if name not in state:
                 table_state.allocate(parameter, state, name, group["state_format"])
+        if self._COUNTS_STEPS and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
+    def _part(self, parameter, rounding_step, skip):
+        self._allocate_buffers(parameter)
+        group, state = self._group_of(parameter), self.state[parameter]
+        buffers = []
+        for name in self._names(group):
             scale = state.get(f"{name}_scale")
             buffers.append((table_state.rows_of(state[name]), None if scale is None else dtensors.local(scale)))
         key = formats.rounding_key(group["seed"], rounding_step)
@@ -253,6 +286,10 @@ class Fused(torch.optim.Optimizer):
 
     def _group_of(self, parameter):
         return next(group for group in self.param_groups if any(parameter is other for other in group["params"]))
+
+
+def _is_zero(grad):
+    return grad is not None and not dtensors.local(grad).any()
 
 
 def number(name, value):

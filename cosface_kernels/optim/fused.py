@@ -11,7 +11,6 @@ The backbone has an ordinary optimiser of its own.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -93,7 +92,7 @@ class FusedAdamW(Fused):
     Source: torch.optim.AdamW; Loshchilov and Hutter, arXiv 1711.05101.
     """
 
-    _STATE, _OPTION = ("exp_avg", "exp_avg_sq"), "betas"
+    _STATE, _OPTION, _COUNTS_STEPS = ("exp_avg", "exp_avg_sq"), "betas", True
 
     def __init__(
         self,
@@ -131,8 +130,6 @@ class FusedAdamW(Fused):
     def _rule(self, group, parameter, skip):
         """The AdamW rule of the current step. Increments the step counter, so call it once per step."""
         state = self.state[parameter]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["step"] += 1 if skip is None else ~skip
         betas = tuple(map(float, group["betas"]))
         return rules.AdamW(
