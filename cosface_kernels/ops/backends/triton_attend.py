@@ -36,7 +36,7 @@ BLACKWELL = {size: HOPPER[size] for size in (64, 128, 256)}  # 64 rows of 512 sp
 BLACKWELL_TABLE = {size: HOPPER[size] for size in (64, 128)}
 OLDER = {64: (64, 64, 4, 3), 128: (64, 32, 4, 3), 256: (64, 32, 8, 2), 512: (32, 32, 8, 1)}  # 99 KB of shared memory
 FLOAT32 = {64: (32, 16, 8, 1), 128: (32, 16, 8, 1), 256: (32, 16, 8, 1), 512: (16, 16, 8, 1)}
-FLOAT32_TABLE = {**FLOAT32, 128: (16, 16, 8, 1)}
+FLOAT32_TABLE = {**FLOAT32, 64: (16, 16, 8, 1), 128: (16, 16, 8, 1)}
 BLOCKS = {"attend_features": ("BLOCK_N", "BLOCK_C"), "attend_table": ("BLOCK_R", "BLOCK_N")}  # of Q, of KV
 
 
