@@ -127,7 +127,7 @@ def _one(case, seed):
     least = 64 * torch.finfo(torch.float64).eps * _largest_exponent(case, features, weight)
     slope = least * 2.0 ** case["upstream"]
     if case["size"] == 1:  # a row has one direction, along which it has no gradient: ours are the rounding of the products alone
-        slope = 4 * _largest_exponent(case, features, weight) * torch.finfo(_products(case)).eps * float(upstream.abs().sum())
+        slope = 16 * _largest_exponent(case, features, weight) * torch.finfo(_products(case)).eps * float(upstream.abs().sum())
     lengths = (rows.double().nan_to_num().norm(dim=1, keepdim=True).clamp(min=1e-12) for rows in (features, weight))
     floors = least, *(slope / length for length in lengths)
     got = [_no_nearer(*each) for each in zip(got, exact, floors, strict=True)]
