@@ -48,7 +48,7 @@ def _add_demo(commands):
         commands,
         _demo,
         "demo",
-        help="the paper's toy experiment, then real training steps over one million identities (under three minutes)",
+        help="the paper's toy experiment, then real training steps over one million identities",
         description="Two experiments, with figures: the paper's toy experiment (what the margin does to the angles between "
         "identities, on handwritten digits), and real training steps over one million identities beside what plain PyTorch "
         "needs for them. Uses a GPU if there is one.",
@@ -124,7 +124,11 @@ def _add_plan(commands):
         "they fit, and which way to train to take. Options that are not given are varied. For example: "
         "cosface plan --identities 10e6 --dim 512 --batch 1024 --memory 24GiB.",
     )
-    for flag, what in (("--identities", "C: 10e6, 10M, 10_000_000"), ("--dim", "D"), ("--batch", "N, of all devices together")):
+    for flag, what in (
+        ("--identities", "C, such as 10e6, 10M or 10_000_000"),
+        ("--dim", "D, embedding size"),
+        ("--batch", "N, rows of a step on all devices"),
+    ):
         option(flag, type=count, required=True, metavar="N", help=what)
     for flag, choices in (("--optimizer", OPTIMIZERS), ("--table-format", TABLES), ("--state-format", STATES)):
         option(flag, nargs="+", choices=choices, metavar="NAME", help=f"of {', '.join(choices)}")

@@ -168,6 +168,7 @@ def _draw(losses):
     axes.plot(range(1, len(losses) + 1), losses, marker="o", markersize=4 if len(losses) < 50 else 0)
     axes.set_title(f"CosFaceLoss over {CLASSES:,} identities: {POOL:,} of them revisited, {ROWS} a step")
     axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     return figure
 
