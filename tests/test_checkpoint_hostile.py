@@ -309,6 +309,14 @@ def test_metadata_that_is_absurd(folder, case):
     assert_refused(folder, match)
 
 
+def test_metadata_with_an_absurd_memo(folder):
+    """One flipped bit of a pickle had the process killed for memory: here the index is one that costs 160 MB."""
+    data = pickle.dumps(pickle.loads((folder / ".metadata").read_bytes()), protocol=4)
+    assert data[-1:] == pickle.STOP
+    put(folder, ".metadata", data[:-1] + pickle.LONG_BINPUT + (10**7).to_bytes(4, "little") + pickle.STOP)
+    assert_refused(folder, "notes an object number 10000000")
+
+
 def without(key):
     return lambda found: {name: value for name, value in found.items() if name != key}
 

@@ -7,6 +7,7 @@ stand-ins. DCP's objects are then built here from numbers that were checked agai
 import io
 import math
 import pickle
+import pickletools
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -53,7 +54,7 @@ def read_metadata(folder, manifest):
     """
     path = folder / METADATA
     try:
-        saved = _Unpickler(io.BytesIO(path.read_bytes())).load().state
+        saved = _unpickled(path.read_bytes()).state
         tensors = {_checked(str, name): _tensor(record) for name, record in saved["state_dict_metadata"].items()}
         items = dict(_item(index, info, manifest) for index, info in saved["storage_data"].items())
         for name, tensor in tensors.items():
@@ -72,6 +73,14 @@ class _Record:
 
     def __setstate__(self, state):
         self.state = state
+
+
+def _unpickled(data):
+    """The object of a pickle. Its memo is a list as long as its largest index: one of 10^9 would take 16 GB."""
+    for operation, argument, _ in pickletools.genops(data):
+        if "PUT" in operation.name and argument >= len(data):
+            raise CorruptCheckpointError(f"a pickle of {len(data)} bytes notes an object number {argument}")
+    return _Unpickler(io.BytesIO(data)).load()
 
 
 class _Unpickler(pickle.Unpickler):
