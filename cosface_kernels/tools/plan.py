@@ -171,7 +171,8 @@ def process_bytes(device_type):
     head = MarginSoftmaxLoss(64, 1000, margin=NormSoftmax(), device="cpu", dtype=torch.float32)
     optimizer = FusedSGD(head.parameters(), momentum=0.9)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = head(torch.randn(16, 64, requires_grad=True), torch.arange(16))
+        features = torch.randn(16, 64, dtype=torch.float32, device="cpu", requires_grad=True)
+        loss = head(features, torch.arange(16, dtype=torch.int64, device="cpu"))
     loss.backward()
     optimizer.step()
     return int(re.search(r"VmRSS:\s+(\d+) kB", status.read_text())[1]) * 1024
