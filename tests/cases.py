@@ -25,7 +25,7 @@ FLOAT32_LUCK = {"": 3.0, " in the worst row": 4.0}
 
 def draws(kind, shape, *dtypes, backend=None):
     """Enough draws of (features, weight, labels) to tell an error from chance; dtypes: of features and weight."""
-    fewest, most = (1, 4) if interpreted(backend) else (3, 16)
+    fewest, most = (1, 4) if interpreted(backend) else (3, 8)
     count = max(fewest, min(most, 2000 // (shape[0] * shape[1])))
     made = (make(kind, *shape, seed=seed) for seed in range(count))
     return [(features.to(dtypes[0]), weight.to(dtypes[1]), labels) for features, weight, labels in made]

@@ -75,6 +75,7 @@ print(torch.cuda.is_initialized())
 """) == ["False"]
 
 
+@pytest.mark.slow
 def test_a_machine_without_triton():
     """As on macOS: everything but the triton backend works."""
     assert run("""
@@ -104,6 +105,7 @@ with warnings.catch_warnings(record=True) as caught:
 """) == ["0", "1", "1"]
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler(tmp_path):
     """Building says so in a line and succeeds, and `cosface info` says what is missing."""
     for name in ("setup.py", "pyproject.toml", "README.md"):

@@ -187,6 +187,7 @@ assert threads() == pool > alone, "a pool beside PyTorch's"
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc, which only Linux has")
+@pytest.mark.slow
 def test_runs_in_pytorchs_threads():
     run = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]

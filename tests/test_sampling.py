@@ -620,7 +620,8 @@ def test_a_refused_call_is_no_step():
     assert head.sample_step == 0
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], pytest.param(KINDS[1], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, device):
     """Every step in one graph as eager, its gradient too, which is computed when the step has moved on; but in a batch of more
     rows than classes are asked for, whose sample's size is not known beforehand."""
