@@ -18,7 +18,7 @@ _patched = set()  # modules of Triton's language that the launch under way has r
 def install():
     """Rounds float32 to bfloat16 as a GPU does, to nearest even: the interpreter truncates, and tests of accuracy would fail.
 
-    And takes two thirds of its time, by doing once what it does in every call: replacing the language, and a dictionary of types.
+    And does once what the interpreter does in every call: it replaces the language, and makes a dictionary of types.
     """
     interpreter._convert_float = _convert_float
     interpreter._patch_lang = _patch_lang_once
