@@ -54,10 +54,9 @@ class LossOptions(NamedTuple):
         return self._replace(scale=scale, normalize_features=normalize_features)
 
     def check_values(self):
-        validation.check_scale(self.scale)
-        validation.check_ignore_index(self.ignore_index)
-        validation.check_memory_budget(self.memory_budget)
-        validation.check_backend(self.backend)
+        validation.check_options(
+            scale=self.scale, ignore_index=self.ignore_index, memory_budget=self.memory_budget, backend=self.backend
+        )
 
     @property
     def bound(self):
