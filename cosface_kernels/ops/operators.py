@@ -43,6 +43,15 @@ def _register_named(name, implementation, takes, gives):
     return _register(name, schema(takes, gives), flat)
 
 
+def _register_fake(name, takes):
+    """Register a function of objects of the classes `takes` as what the operator gives for tensors without numbers."""
+
+    def register(function):
+        library.register_fake(f"cosface_kernels::{name}", lambda *flat: function(*split(flat, takes)), lib=LIBRARY)
+
+    return register
+
+
 def negative_lse(problem, options, needs):
     """(Vectors, Saved) of a Problem; Vectors are differentiable. needs: gradients wanted though no tensor here requires any."""
     return split(_NEGATIVE_LSE(*problem, *options, *needs), _FORWARD_GIVES)
@@ -80,9 +89,8 @@ _FORWARD_TAKES, _FORWARD_GIVES = (Problem, Options, Needs), (Vectors, Saved)
 _NEGATIVE_LSE = _register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _FORWARD_GIVES)
 
 
-@library.register_fake("cosface_kernels::negative_lse", lib=LIBRARY)
-def _(*flat):
-    problem, options, needs = split(flat, _FORWARD_TAKES)
+@_register_fake("negative_lse", _FORWARD_TAKES)
+def _(problem, options, needs):
     x, centers, wide = problem.x, options.centers, wide_dtype(options.dtype)
     num_rows, size = x.shape[0], x.shape[1] + int(problem.bias is not None)  # sympy adds no bool
     elements = 0
@@ -138,10 +146,8 @@ _BACKWARD_TAKES = Vectors, Problem, Saved, Options, Needs
 _NEGATIVE_LSE_BACKWARD = _register_named("negative_lse_backward", _negative_lse_backward, _BACKWARD_TAKES, (Gradients,))
 
 
-@library.register_fake("cosface_kernels::negative_lse_backward", lib=LIBRARY)
-def _(*flat):
-    _, problem, _, *constants = split(flat, _BACKWARD_TAKES)
-    options, needs = constants
+@_register_fake("negative_lse_backward", _BACKWARD_TAKES)
+def _(grads, problem, saved, options, needs):
     x_grad = problem.x.new_empty(problem.x.shape if needs.need_x_grad else 0)
     weight, bias = problem.weight, problem.bias
     if not needs.need_table_grad:
