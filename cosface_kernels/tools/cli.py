@@ -28,7 +28,7 @@ def main(argv=None):
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_bench, _add_convert, _add_plan, _add_info):
+    for add in (_add_demo, _add_bench, _add_convert, _add_plan, _add_eval, _add_info):
         add(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -140,6 +140,23 @@ def _add_plan(commands):
     option("--device", **DEVICE)
 
 
+def _add_eval(commands):
+    option = _add(
+        commands,
+        _eval,
+        "eval",
+        help="verification and identification, of embeddings",
+        description="Compare all pairs of embeddings, and search each image among the others: TAR at FAR, equal error rate, "
+        "rank 1, CMC, TPIR at FPIR, with intervals, in memory that does not grow with the number of pairs. docs/evaluation.md "
+        "has the definitions.",
+    )
+    arrays = "a .npy or .safetensors file"
+    option("--embeddings", type=Path, required=True, metavar="FILE", help=f"(N, D), {arrays}")
+    option("--labels", type=Path, required=True, metavar="FILE", help=f"(N,), the identity of each, {arrays}")
+    option("--distractors", type=Path, metavar="FILE", help=f"(M, D), images of nobody in --labels, {arrays}")
+    option("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
+
+
 def _add_info(commands):
     text = "versions, devices, and which backends can be used here"
     _add(commands, _info, "info", help=text, description=f"Print {text}: what a bug report should contain.")
@@ -242,6 +259,19 @@ def _plan(arguments):
         print(report(arguments))
     except ValueError as error:
         arguments.wrong_usage(str(error))
+    return 0
+
+
+def _eval(arguments):
+    from ..training import arrays, evaluate
+
+    try:
+        record = evaluate.of_embeddings(arguments.embeddings, arguments.labels, arguments.distractors)
+        if arguments.json:
+            arrays.write_json(arguments.json, record)
+    except (OSError, ValueError) as error:
+        return _fail(error)
+    print("\n".join(evaluate.summary(record)))
     return 0
 
 

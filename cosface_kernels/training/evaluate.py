@@ -1,0 +1,115 @@
+"""`cosface eval`: numbers of verification and identification, of embeddings."""
+
+from ..version import __version__
+from . import identification, verification
+from .all_pairs import AllPairs
+from .arrays import read_embeddings, read_labels
+
+FARS = {f"1e-{exponent}": exponent for exponent in verification.FAR_EXPONENTS}
+FPIRS = {f"1e-{exponent}": exponent for exponent in (1, 2, 3)}
+
+
+def of_embeddings(embeddings, labels, distractors=None):
+    """The record of files: all pairs compared, each image searched.
+
+    Args:
+        embeddings: path of an array (N, D), .npy or .safetensors.
+        labels: path of an array (N,), the identity of each.
+        distractors: path of an array (M, D) of images of nobody in `labels`.
+
+    Raises:
+        ValueError: a file cannot be used; the message names it.
+    """
+    rows = read_embeddings(embeddings)
+    identities = read_labels(labels, len(rows))
+    others = None if distractors is None else read_embeddings(distractors)
+    if others is not None and others.shape[1] != rows.shape[1]:
+        raise ValueError(f"{distractors}: has D = {others.shape[1]}, and {embeddings} has D = {rows.shape[1]}")
+    pairs = AllPairs(rows, identities, others)
+    record = {
+        "version": __version__,
+        "embeddings": {"file": str(embeddings), "images": len(rows), "size": rows.shape[1], "identities": len(pairs.identities)},
+        "distractors": None if others is None else {"file": str(distractors), "images": len(others)},
+        "verification": verification_of(verification.steps_of(pairs), pairs.accepted_of_identities),
+    }
+    return record | {"identification": identification_of(identification.search(rows, identities, others))}
+
+
+def verification_of(steps, accepted_of_identities=None):
+    """The record of Steps. accepted_of_identities(thresholds): see AllPairs; without it there is no bootstrap over identities."""
+    genuine, impostors = (int(counts.sum()) for counts in (steps.genuine, steps.impostors))
+    rates = {name: verification.tar_at_far(steps, exponent) for name, exponent in FARS.items()}
+    found = {name: rate for name, rate in rates.items() if rate}
+    error, threshold = verification.equal_error_rate(steps)
+    area, area_error = verification.area_under_roc(steps)
+    return {
+        "pairs": {"genuine": genuine, "impostor": impostors},
+        "tar": {name: rate and rate.tar for name, rate in rates.items()},
+        "far": {name: rate and rate.far for name, rate in rates.items()},
+        "threshold": {name: rate and rate.threshold for name, rate in rates.items()},
+        "tar_interval": _intervals(found, genuine, accepted_of_identities),
+        "unresolved": {
+            name: f"needs {10**exponent:,} impostor pairs, there are {impostors:,}"
+            for name, exponent in FARS.items()
+            if name not in found
+        },
+        "eer": error,
+        "eer_threshold": threshold,
+        "auc": area,
+        "auc_error": area_error,
+        "roc": dict(zip(("far", "tar", "threshold"), verification.roc_points(steps), strict=True)),
+    }
+
+
+def _intervals(rates, genuine, accepted_of_identities):
+    """{"wilson": {FAR: [low, high]}, "identities": the same by the bootstrap}, of TAR at thresholds held as they are."""
+    wilson = {name: list(verification.wilson(round(rate.tar * genuine), genuine)) for name, rate in rates.items()}
+    if not (accepted_of_identities and rates):
+        return {"wilson": wilson}
+    bounds = verification.bootstrap(*accepted_of_identities([rate.threshold for rate in rates.values()]))
+    return {"wilson": wilson, "identities": dict(zip(rates, bounds.T.tolist(), strict=True))}
+
+
+def identification_of(searches):
+    """The record of Searches."""
+    curve, count = identification.cmc(searches), len(searches.ranks)
+    found = {name: identification.tpir_at_fpir(searches, exponent) for name, exponent in FPIRS.items()}
+    return {
+        "searches": count,
+        "probes": len(searches.best),
+        "gallery": searches.gallery + 1,
+        "rank1": curve[0],
+        "rank1_interval": list(verification.wilson(round(curve[0] * count), count)),
+        "cmc": curve,
+        "tpir": {name: pair and pair[0] for name, pair in found.items()},
+        "threshold": {name: pair and pair[1] for name, pair in found.items()},
+        "unresolved": {
+            name: f"needs {10 ** FPIRS[name]:,} probes, there are {len(searches.best):,}"
+            for name, pair in found.items()
+            if not pair
+        },
+    }
+
+
+def summary(record):
+    """Lines of text."""
+    verified, found = record["verification"], record.get("identification")
+    pairs = verified["pairs"]
+    yield f"verification: {pairs['genuine']:,} genuine pairs, {pairs['impostor']:,} impostor pairs"
+    for name, tar in verified["tar"].items():
+        yield f"  TAR at FAR {name}  " + (verified["unresolved"][name] if tar is None else _rate(verified, name))
+    yield f"  equal error rate {verified['eer']:.4%}, area under the ROC {verified['auc']:.6f}"
+    if found:
+        yield f"identification: {found['searches']:,} searches of {found['probes']:,} probes among {found['gallery']:,} images"
+        low, high = found["rank1_interval"]
+        yield f"  rank 1 {found['rank1']:.2%} ({low:.2%} to {high:.2%}), rank 10 {found['cmc'][9]:.2%}"
+        for name, tpir in found["tpir"].items():
+            yield f"  TPIR at FPIR {name}  " + (found["unresolved"][name] if tpir is None else f"{tpir:.2%}")
+
+
+def _rate(verified, name):
+    intervals = verified["tar_interval"]
+    kind = "identities" if "identities" in intervals else "wilson"
+    low, high = intervals[kind][name]
+    how = "bootstrap over identities" if kind == "identities" else "Wilson"
+    return f"{verified['tar'][name]:.2%} ({low:.2%} to {high:.2%}, {how}) at score {verified['threshold'][name]:.4f}"

@@ -1,0 +1,113 @@
+"""Finding a probe's identity among distractors, as MegaFace asks: rank, CMC, and TPIR at FPIR, in bounded memory.
+
+A search has a probe, its mate (another image of its identity) and others. With distractors these are the others, and each image
+is searched with each other image of its identity as the mate. Without, the first image of each identity is enrolled, each other
+image is a probe, and the others of its search are the enrolled images of other identities.
+
+    rank = 1 + others that score >= the mate               CMC(r) = searches of rank <= r / searches
+    FPIR(t) = probes with another that scores >= t / probes     TPIR(t) = searches of rank 1 whose mate scores >= t / searches
+
+Only the best CMC_RANKS others of each probe are kept; the slabs of the others find them (heads/logits.py).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from ..heads import logits
+from .all_pairs import unit
+
+CMC_RANKS = 20
+PROBES = 1024  # searched at a time
+
+
+class Searches(NamedTuple):
+    """One row for each search; best for each probe. Scores are float64 cosines."""
+
+    mates: np.ndarray  # (S,), the mate's score
+    ranks: np.ndarray  # (S,), CMC_RANKS + 1 for any beyond
+    best: np.ndarray  # (P,), the highest score of a probe's others
+    gallery: int  # others of one search
+
+
+class _Cosines:
+    """The options of a head whose logits are cosines of unit rows."""
+
+    normalize_features = normalize_weight = False
+    centers_per_class, scale = 1, 1.0
+
+
+def search(embeddings, labels, distractors=None):
+    """The Searches of embeddings (N, D), labels (N,), distractors (M, D) or None.
+
+    Raises:
+        ValueError: no identity has two images, or there is nobody to confuse them with.
+    """
+    rows, number = unit(embeddings), np.unique(np.asarray(labels), return_inverse=True)[1].ravel()
+    order = number.argsort(kind="stable")
+    first = np.flatnonzero(np.diff(number[order], prepend=-1))  # the place of each identity's first image
+    sizes = np.diff(first, append=len(order))
+    if sizes.max() < 2:
+        raise ValueError("no identity has two images, so nobody can be found: give another image of some identities")
+    if distractors is None:
+        gallery = rows[order[first]]
+        probes = np.setdiff1d(np.arange(len(order)), order[first])
+        mates = [[order[first[number[probe]]]] for probe in probes]
+        own = number[probes]
+    else:
+        gallery = unit(distractors)
+        probes = order[np.repeat(sizes, sizes) > 1]
+        members = np.split(order, first[1:])
+        mates = [members[number[probe]][members[number[probe]] != probe] for probe in probes]
+        own = np.full(len(probes), -1)
+    if len(gallery) < 1 + (distractors is None):
+        raise ValueError("there is one identity and no distractor, so nobody can be confused: give --distractors")
+    found = [_search(rows, probes[at], mates[at], own[at], gallery) for at in _slices(len(probes))]
+    return Searches(*map(np.concatenate, zip(*found, strict=True)), len(gallery) - (distractors is None))
+
+
+def _slices(count):
+    return [slice(start, start + PROBES) for start in range(0, count, PROBES)]
+
+
+def _search(rows, probes, mates, own, gallery):
+    """(mates' scores, ranks, best others) of some probes. own: the row of the gallery that is no other of each, or -1."""
+    x = rows[probes]
+    indices = logits.largest(_Cosines, (gallery, None), x, CMC_RANKS + 1)[1]
+    # float32 finds the candidates. Their scores are summed as the mates' are, so that equal images have equal scores.
+    scores = torch.stack([_cosines(x, gallery[column]) for column in indices.T], 1)
+    scores[indices == torch.from_numpy(own)[:, None]] = -torch.inf
+    scores = scores.sort(1, descending=True).values[:, :CMC_RANKS]
+    counts = [len(some) for some in mates]
+    probe = torch.arange(len(x)).repeat_interleave(torch.tensor(counts))
+    with_mate = _cosines(x[probe], rows[np.concatenate(mates)])
+    ranks = 1 + (scores[probe] >= with_mate[:, None]).sum(1)
+    return with_mate.numpy(), ranks.numpy(), scores[:, 0].numpy()
+
+
+def _cosines(x, y):
+    return (x.double() * y.double()).sum(1)
+
+
+def cmc(searches):
+    """[the share of searches of rank <= r, for r = 1 .. CMC_RANKS]; beyond the number of others it is 1."""
+    counts = np.bincount(searches.ranks, minlength=CMC_RANKS + 2)[1 : CMC_RANKS + 1]
+    return (counts.cumsum() / len(searches.ranks)).tolist()
+
+
+def tpir_at_fpir(searches, exponent):
+    """(TPIR, threshold) at the smallest threshold, of the scores that occur, with FPIR <= 10^-exponent.
+
+    None if there are fewer than 10^exponent probes.
+    """
+    allowed = len(searches.best) // 10**exponent
+    if not allowed:
+        return None
+    best = np.sort(searches.best)[::-1]
+    right = searches.mates[searches.ranks == 1]
+    above = best[allowed] if allowed < len(best) else -np.inf  # the threshold is the next score that occurs
+    scores = np.concatenate([best, right])
+    scores = scores[scores > above]
+    threshold = scores.min() if len(scores) else np.nextafter(above, np.inf)
+    return float((right >= threshold).sum() / len(searches.mates)), float(threshold)
