@@ -5,8 +5,11 @@ works with its other backends, and `cosface info` says so.
 import glob
 import os
 import platform
+import shutil
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCES = ["csrc/cpu/kernels.cpp", "csrc/cpu/update.cpp"]
@@ -37,6 +40,8 @@ class BuildNative(build_ext):
         return os.path.join(*fullname.split(".")) + ".so"  # loaded with ctypes: no Python module, no ABI tag
 
     def build_extension(self, extension):
+        path = self.get_ext_fullpath(extension.name)
+        Path(path).unlink(missing_ok=True)  # where compiling fails, no older library is taken
         objects = []
         for name, flags in INSTRUCTION_SETS.items():
             objects += self.compiler.compile(
@@ -46,8 +51,19 @@ class BuildNative(build_ext):
                 extra_preargs=[*FLAGS, *flags, *SANITIZERS],
                 depends=extension.depends,
             )
-        path = self.get_ext_fullpath(extension.name)
         self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp", *SANITIZERS])
+
+
+class OneWheel(bdist_wheel):
+    """A wheel for every Python, and without the library for every platform too."""
+
+    def run(self):
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)  # may hold files that are gone
+        super().run()
+
+    def get_tag(self):
+        self.root_is_pure = not any(Path(self.bdist_dir).rglob("libcosface_cpu.so"))
+        return "py3", "none", super().get_tag()[2]
 
 
 # optional: where it cannot be compiled, setuptools says so in a line and goes on.
@@ -60,5 +76,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": OneWheel},
 )
