@@ -38,7 +38,9 @@ print(*(name for name in sys.modules if name.startswith("torch.distributed.check
 """)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["plan", "--help"], ["bench", "--rows", "ten"], ["convert", "in.pt"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["--help"], ["plan", "--help"], ["train", "epoch=1"], ["bench", "--rows", "ten"], ["convert", "in.pt"]]
+)
 def test_the_command_answers_without_torch(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "cosface_kernels", *arguments]
     process = subprocess.run(command, capture_output=True, text=True, timeout=120)

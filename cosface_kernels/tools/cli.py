@@ -16,6 +16,7 @@ COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
 SIZES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
 DEMO_EXTRAS = {"matplotlib", "sklearn", "tqdm"}
+TRAIN_EXTRAS = {"PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm", "sklearn": "scikit-learn", "timm": "timm"}
 DEVICE = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"}
 # The names that plan.py knows.
 OPTIMIZERS = "sgd", "adamw", "plain-sgd", "torch-sgd", "torch-adamw"
@@ -28,7 +29,7 @@ def main(argv=None):
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_bench, _add_convert, _add_plan, _add_eval, _add_info):
+    for add in (_add_demo, _add_train, _add_eval, _add_bench, _add_convert, _add_plan, _add_info):
         add(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -55,6 +56,22 @@ def _add_demo(commands):
     )
     where = "where toy_features.png, million_loss.png and summary.json go (default: ./demo-output)"
     option("--out", type=Path, default=Path("demo-output"), metavar="DIR", help=where)
+
+
+def _add_train(commands):
+    option = _add(
+        commands,
+        _train,
+        "train",
+        help="a backbone with any margin, from a folder of faces, InsightFace's records or rendered faces, to a report",
+        usage="cosface train [FILE.yaml] [KEY=VALUE ...] [--resume] [--print-config]",
+        description="Train a backbone and a class table into a folder: config.yaml, metrics.jsonl, checkpoints, report.html. "
+        "For example: cosface train data=faces:100 epochs=5 out=runs/first. Under torchrun: torchrun --nproc-per-node 8 "
+        "--no-python cosface train ... A first Ctrl-C saves and stops.",
+    )
+    option("settings", nargs="*", metavar="KEY=VALUE", help="a setting, or a YAML file of them; --print-config shows all")
+    option("--resume", action="store_true", help="go on with the run in out=DIR, with its own settings")
+    option("--print-config", action="store_true", help="print all settings as YAML, and do nothing")
 
 
 def _add_bench(commands):
@@ -215,6 +232,27 @@ def _demo(arguments):
     except MemoryError as error:
         return _fail(error)
     return 0
+
+
+def _train(arguments):
+    try:
+        from ..training import config as settings
+
+        config = settings.of_command(arguments.settings, arguments.resume)
+        if arguments.print_config:
+            print(settings.text(config), end="")
+            return 0
+        from ..training.loop import train
+
+        return train(config, arguments.resume)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in TRAIN_EXTRAS:
+            raise
+        return _fail(f'this needs {TRAIN_EXTRAS[error.name]}, which is not installed: pip install "cosface-kernels[train]"')
+    except settings.ConfigError as error:
+        arguments.wrong_usage(str(error))
+    except (OSError, RuntimeError, ArithmeticError) as error:
+        return _fail(error)
 
 
 def _bench(arguments):

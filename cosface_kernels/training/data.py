@@ -1,0 +1,215 @@
+"""What a step is trained on: which images, in which order, and how they are changed, all functions of (seed, step).
+
+A source has `num_classes`, `len()`, and `batch(indices)` -> (images uint8 (N, 3, S, S), labels int64 (N,), damaged): damaged
+images are left out of the batch and named, {index: (name, reason)}.
+"""
+
+import io
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from . import faces
+from .config import ConfigError
+
+IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
+_AUGMENTATION = 4  # a stream of random numbers beside those of faces.py
+IMAGES_PER_FACE = 20
+
+
+def open_source(config):
+    """The source that config.data names."""
+    name, _, rest = config.data.partition(":")
+    if name == "faces":
+        return Faces(rest, config.image_size, config.seed)
+    if config.data == "digits":
+        return Digits(config.image_size)
+    path = Path(config.data)
+    if path.is_dir():
+        return Folder(path, config.image_size)
+    raise ConfigError(
+        f"data: there is no {path}; it takes faces:IDENTITIES, digits, or a folder with a folder of images for each identity"
+    )
+
+
+class Faces:
+    """faces:IDENTITIES[:IMAGES]: rendered, IMAGES (20) of each identity."""
+
+    def __init__(self, sizes, image_size, seed):
+        try:
+            self.num_classes, self.images = ([int(part) for part in sizes.split(":")] + [IMAGES_PER_FACE])[:2]
+            if min(self.num_classes, self.images) < 1 or sizes.count(":") > 1:
+                raise ValueError
+        except ValueError:
+            raise ConfigError(
+                f"data=faces:{sizes} must be faces:IDENTITIES or faces:IDENTITIES:IMAGES, as in faces:100:50"
+            ) from None
+        self.image_size, self.seed = image_size, seed
+
+    def __len__(self):
+        return self.num_classes * self.images
+
+    def batch(self, indices):
+        labels, images = np.divmod(np.asarray(indices), self.images)
+        return torch.from_numpy(faces.render(labels, images, self.image_size, self.seed)), torch.from_numpy(labels), {}
+
+
+class Digits:
+    """scikit-learn's handwritten digits, 1,797 of ten classes."""
+
+    num_classes = 10
+
+    def __init__(self, image_size):
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) * (255 / 16)
+        images = F.interpolate(images, (image_size, image_size), mode="bilinear")
+        self.images, self.labels = images.round().to(torch.uint8).expand(-1, 3, -1, -1), torch.tensor(labels)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, indices):
+        return self.images[indices], self.labels[indices], {}
+
+
+class Files:
+    """A source of image files. A subclass has labels (N,), and encoded(index) -> (name, bytes)."""
+
+    def batch(self, indices):
+        images, labels, damaged = [], [], {}
+        for index in indices:
+            name, data = self.encoded(index)
+            try:
+                images.append(decode(data, self.image_size))
+                labels.append(int(self.labels[index]))
+            except Exception as error:  # a decoder of damaged bytes may raise anything
+                damaged[int(index)] = str(name), f"{type(error).__name__}: {error}"
+        stacked = torch.stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return stacked, torch.tensor(labels, dtype=torch.int64), damaged
+
+
+class Folder(Files):
+    """A folder with a folder of images for each identity; identities are numbered in the order of their names."""
+
+    def __init__(self, path, image_size):
+        self.path, self.image_size, self.names, labels, self.identities = path, image_size, [], [], []
+        for folder in sorted(each.name for each in os.scandir(path) if each.is_dir()):
+            found = sorted(each.name for each in os.scandir(path / folder) if each.name.lower().endswith(IMAGES))
+            if found:
+                self.names += [f"{folder}/{name}" for name in found]
+                labels += [len(self.identities)] * len(found)
+                self.identities.append(folder)
+        self.labels, self.num_classes = np.array(labels, dtype=np.int64), len(self.identities)
+        if not self.names:
+            raise ConfigError(
+                f"data: {path} has no images: it needs a folder for each identity, with {', '.join(IMAGES)} files in it"
+            )
+
+    def __len__(self):
+        return len(self.names)
+
+    def encoded(self, index):
+        name = self.path / self.names[index]
+        try:
+            return name, name.read_bytes()
+        except OSError as error:
+            return name, error
+
+    def remarks(self):
+        """What a user may not know of the data, lines of text."""
+        counts = np.bincount(self.labels)
+        if len(alone := np.flatnonzero(counts == 1)):
+            yield (
+                f"{len(alone)} of {self.num_classes} identities have one image, such as {self.path / self.identities[alone[0]]}: "
+                "a class learns little from it; add images, or remove the folder"
+            )
+
+
+def decode(data, size):
+    """uint8 (3, size, size) of an image file's bytes, or raises the error that took their place."""
+    from PIL import Image
+
+    if isinstance(data, Exception):
+        raise data
+    with Image.open(io.BytesIO(data)) as image:
+        image = image.convert("RGB")
+        if image.size != (size, size):
+            image = image.resize((size, size), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def prepare(images):
+    """float32 in [-1, 1], a backbone's input, of uint8 images."""
+    return images.float() / 127.5 - 1
+
+
+class Order:
+    """The (epoch, indices) of each piece of each step, this rank's part of it: batch t is a function of seed and t alone."""
+
+    def __init__(self, count, config, ranks, start, total):
+        self.count, self.seed, self.batch, self.start, self.total = count, config.seed, config.batch_size, start, total
+        self.rank, self.size, self.pieces = ranks.rank, ranks.size, config.accumulate
+
+    def __iter__(self):
+        steps, epoch = self.count // self.batch, None
+        for step in range(self.start, self.total):
+            if epoch != step // steps:
+                epoch = step // steps
+                key = int(faces.mix(self.seed, epoch) >> np.uint64(1))
+                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(key)).numpy()
+            own = order[step % steps * self.batch :][: self.batch].reshape(self.pieces, self.size, -1)
+            for piece in own[:, self.rank]:
+                yield epoch, piece
+
+    def __len__(self):
+        return (self.total - self.start) * self.pieces
+
+
+class _Batches(Dataset):
+    def __init__(self, source, config):
+        self.source, self.config = source, config
+
+    def __getitem__(self, key):
+        epoch, indices = key
+        images, labels, damaged = self.source.batch(indices)
+        # Not the places of damaged images, so that what happens to one does not depend on the others.
+        whole = [index for index in indices if index not in damaged]
+        numbers = faces.uniform(4, self.config.seed, _AUGMENTATION, epoch, whole)
+        return augment(images, self.config, numbers), labels, damaged
+
+
+def batches(source, config, order, pin=False):
+    """Iterator of (images, labels, damaged), in this process or in config.workers others."""
+    options = {"num_workers": config.workers, "worker_init_fn": _ignore_signals, "pin_memory": pin}
+    # A generator of its own: the global one belongs to the backbone, and its state to the checkpoint.
+    return DataLoader(_Batches(source, config), None, sampler=order, generator=torch.Generator(), **options)
+
+
+def _ignore_signals(_):
+    """Ctrl-C reaches every process of a terminal; the main one saves, and needs its workers until then."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def augment(images, config, numbers):
+    """Mirror, shift and blur uint8 images by random numbers (4, N) in [0, 1)."""
+    mirrored, right, down, blurred = numbers
+    size = images.shape[-1]
+    if config.flip:
+        images = torch.where(torch.from_numpy(mirrored < 0.5)[:, None, None, None], images.flip(3), images)
+    if config.crop:
+        places = [torch.from_numpy(np.rint((each * 2 - 1) * config.crop * size)).long()[:, None] for each in (down, right)]
+        rows, columns = ((torch.arange(size) + place).clamp(0, size - 1) for place in places)
+        images = images[torch.arange(len(images))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    for factor, low, high in ((2, 0, 0.5), (4, 0.5, 1)):
+        chosen = torch.from_numpy((low * config.downscale <= blurred) & (blurred < high * config.downscale)).nonzero()[:, 0]
+        if len(chosen):
+            small = F.interpolate(images[chosen].float(), (size // factor, size // factor), mode="area")
+            images = images.index_copy(0, chosen, F.interpolate(small, (size, size), mode="bilinear").round().to(torch.uint8))
+    return images

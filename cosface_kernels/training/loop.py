@@ -1,0 +1,210 @@
+"""The training loop: steps, signals, checkpoints. A killed run goes on from its last checkpoint with the same numbers."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ..distributed.ranks import world
+from . import config as settings
+from . import data, environment, model, report
+from .config import ConfigError
+from .log import Log
+
+
+def train(config, resume=False):
+    """Train, or go on. Returns the exit status: 0 done, 128 + the signal's number if one stopped it.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the data or the run's folder; nothing was written.
+        OSError, RuntimeError: a disk, a worker or the loss failed; the run can be resumed.
+    """
+    with _processes(config):
+        run = Run(config, resume)
+        with _Signals() as signals:
+            return run.train(signals)
+
+
+@contextlib.contextmanager
+def _processes(config):
+    """A process group, under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        yield
+        return
+    cuda = (config.device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class _Signals:
+    """SIGINT and SIGTERM set `got`; the second one acts as it would without us."""
+
+    def __enter__(self):
+        self.got, self.before = 0, {}
+        for each in (signal.SIGINT, signal.SIGTERM):
+            self.before[each] = signal.signal(each, self._note)
+        return self
+
+    def _note(self, number, _):
+        self.got = number
+        self._restore()
+
+    def _restore(self):
+        for number, before in self.before.items():
+            signal.signal(number, before)
+
+    def __exit__(self, *_):
+        self._restore()
+
+
+class Run:
+    """A run: its parts, and its folder, which is made when all parts are there."""
+
+    def __init__(self, config, resume):
+        self.config, self.ranks, self.out = config, world(), Path(config.out)
+        self.device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if config.batch_size % (config.accumulate * self.ranks.size):
+            raise ConfigError(
+                f"batch_size={config.batch_size} must be a multiple of accumulate={config.accumulate} times "
+                f"{self.ranks.size} processes"
+            )
+        self.source = data.open_source(config)
+        steps = len(self.source) // config.batch_size
+        if not steps:
+            raise ConfigError(
+                f"data: {config.data} has {len(self.source)} images, fewer than batch_size={config.batch_size}: lower that"
+            )
+        self.total, self.epoch_steps = steps * config.epochs, steps
+        self.margin = model.margin_of(config.margin)
+        model.check_margin_warmup(config, self.margin)
+        self.model = model.Model(config, self.source.num_classes, self.device, self.ranks)
+        self.optimizers = model.optimizers(config, self.model)
+        self.start = self._open_folder(resume)
+        self.network = torch.compile(self.model.backbone) if config.compile else self.model.backbone
+        if self.ranks.size > 1:
+            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+        self.log = Log(self.out, self.start, self.ranks.rank == 0, config)
+
+    def _open_folder(self, resume):
+        """Make the run's folder, or load the last checkpoint of the one that is there. Returns the number of steps done."""
+        exists = self.ranks.objects((self.out / "config.yaml").exists())[0]
+        if exists and not resume:
+            raise ConfigError(
+                f"{self.out} has a run already: --resume goes on with it; or choose another out=, or remove the folder"
+            )
+        if self.out.exists() and not exists and any(self.out.iterdir()):
+            raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
+        self.ranks.together(
+            "the making of the run's folder", lambda: self._write_folder() if self.ranks.rank == 0 and not exists else None
+        )
+        found = self.ranks.objects(latest_checkpoint(self.out / "checkpoints"))[0]
+        if found is None:
+            return 0
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "(?s).*random number generators were not restored")
+            return load_checkpoint(found, self.model, self.optimizers)["step"]
+
+    def _write_folder(self):
+        self.out.mkdir(parents=True, exist_ok=True)
+        partial = self.out / "config.yaml.partial"
+        partial.write_text(settings.text(self.config))
+        os.replace(partial, self.out / "config.yaml")
+        (self.out / "environment.json").write_text(json.dumps(environment.describe(self), indent=2) + "\n")
+
+    def train(self, signals):
+        self.model.backbone.train(), self.model.head.train()
+        order = data.Order(len(self.source), self.config, self.ranks, self.start, self.total)
+        pieces = self._pieces(iter(data.batches(self.source, self.config, order, self.device.type == "cuda")))
+        step, saved = self.start, self.start
+        for line in getattr(self.source, "remarks", tuple)() if self.ranks.rank == 0 else ():
+            self.log.say(line)
+        with self.log.progress(self.total, self.start):
+            while step < self.total and not self._stopped(signals, step):
+                self._step(step, pieces)
+                step += 1
+                if step % self.config.log_every == 0 or step == self.total:
+                    self.log.flush(self.device)
+                if step % self.config.checkpoint_every == 0 and step < self.total:
+                    saved = self._save(step)
+        self.log.flush(self.device)
+        if step > saved:
+            self._save(step)
+        if self.ranks.rank == 0:
+            report.write(self.out)
+        return self._goodbye(step, signals)
+
+    def _goodbye(self, step, signals):
+        if step == self.total:
+            self.log.say(f"done: {step} steps; {self.out / 'report.html'}")
+            return 0
+        self.log.say(f"stopped after step {step} of {self.total}, which is saved: cosface train --resume out={self.out} goes on")
+        return 128 + (signals.got or signal.SIGTERM)
+
+    def _step(self, step, pieces):
+        config, head = self.config, self.model.head
+        rate = model.learning_rate(config, step, self.total)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.zero_grad(set_to_none=True)
+        head.margin = model.margin_at(config, self.margin, step, self.total)
+        for piece in range(config.accumulate):
+            images, labels = next(pieces)
+            last = piece == config.accumulate - 1
+            with contextlib.nullcontext() if last or self.ranks.size == 1 else self.network.no_sync():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+                    features = self.network(data.prepare(images))
+                    loss = head(features, labels)
+                (loss / config.accumulate).backward()
+            self.log.add(step, rate, loss, features, labels, head, len(images) * self.ranks.size)
+        if config.clip is not None:
+            torch.nn.utils.clip_grad_norm_(self.model.backbone.parameters(), config.clip)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        if config.ema is not None:
+            self.model.update_ema(config.ema)
+
+    def _pieces(self, loader):
+        """(images, labels) on the device; damaged images are written down, up to the limit."""
+        while True:
+            try:
+                images, labels, damaged = next(loader)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise RuntimeError(
+                    f"a worker that reads images died: {str(error).splitlines()[0]}; often memory, or /dev/shm, is too small: "
+                    "workers=0 reads in the main process"
+                ) from error
+            self.log.damaged(damaged, self.config.max_damaged)
+            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+
+    def _stopped(self, signals, step):
+        """True if a signal came; processes agree on the step every log_every steps."""
+        if self.ranks.size == 1:
+            return signals.got
+        return step % self.config.log_every == 0 and step > self.start and any(self.ranks.objects(signals.got))
+
+    def _save(self, step):
+        folder = self.out / "checkpoints"
+        save_checkpoint(folder / f"step-{step}", self.model, self.optimizers, extra={"step": step})
+        if self.ranks.rank == 0:
+            numbers = sorted(int(each.name.partition("-")[2]) for each in folder.glob("step-*") if each.name[5:].isdigit())
+            for old in numbers[: -self.config.keep]:
+                shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+        return step

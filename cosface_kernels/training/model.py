@@ -1,0 +1,160 @@
+"""What a config trains: backbone, head, optimisers, and how learning rate and margin move with the step."""
+
+import ast
+import copy
+import dataclasses
+import math
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from .. import margins
+from ..distributed.dtensors import first_row
+from ..heads.sharded import ShardedMarginSoftmaxLoss
+from ..optim import FusedAdamW, FusedSGD
+from . import backbones, faces
+from .config import ConfigError
+
+_TABLE, _ROWS = 5, 4096  # the stream of random numbers of the class table, and how many rows one generator draws
+
+
+class Model(nn.Module):
+    """backbone, head and, with config.ema, the running mean of the backbone: what a checkpoint holds."""
+
+    def __init__(self, config, num_classes, device, ranks):
+        super().__init__()
+        torch.manual_seed(config.seed)
+        self.backbone = backbones.build(config.backbone, config.embedding_size, config.image_size)
+        if ranks.size > 1 and config.sync_batchnorm:
+            self.backbone = synced(self.backbone)
+        self.backbone.to(device)
+        self.head = _head(config, num_classes, device)
+        if config.ema is not None:
+            self.ema = copy.deepcopy(self.backbone).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update_ema(self, decay):
+        """Move the running mean towards the backbone; its statistics are the backbone's present ones."""
+        here, mean = self.backbone.parameters(), self.ema.parameters()
+        torch._foreach_lerp_(list(mean), list(here), 1 - decay)
+        for own, new in zip(self.ema.buffers(), self.backbone.buffers(), strict=True):
+            own.copy_(new)
+
+
+def _head(config, num_classes, device):
+    options = {name: getattr(config, name) for name in ("scale", "centers_per_class", "sample_rate", "table_format")}
+    margin = margin_of(config.margin)
+    try:
+        head = ShardedMarginSoftmaxLoss(config.embedding_size, num_classes, margin=margin, device=device, **options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the head cannot be made: {error}") from error
+    rows, first = head.placement.local(head.weight), first_row(head.weight)
+    with torch.no_grad():  # by blocks, so that the table does not depend on the number of processes
+        for block in range(first // _ROWS, -(-(first + len(rows)) // _ROWS)):
+            key = int(faces.mix(config.seed, _TABLE, block) >> 1)
+            drawn = torch.empty(_ROWS, config.embedding_size).normal_(std=0.01, generator=torch.Generator().manual_seed(key))
+            start = block * _ROWS
+            low, high = max(first, start), min(first + len(rows), start + _ROWS)
+            rows[low - first : high - first] = drawn[low - start : high - start].to(rows)
+    return head
+
+
+def margin_of(text):
+    """The margin of a text such as "ArcFace(0.5)" or "AdaFace(m=0.4, h=0.333)". Nothing is run but a constructor of margins."""
+    kinds = {
+        kind.__name__: kind for kind in vars(margins).values() if isinstance(kind, type) and issubclass(kind, margins.Margin)
+    }
+    kinds.pop("Margin")
+    try:
+        call = ast.parse(text, mode="eval").body
+        name = call.func if isinstance(call, ast.Call) else call
+        arguments = [ast.literal_eval(each) for each in getattr(call, "args", ())]
+        options = {each.arg: ast.literal_eval(each.value) for each in getattr(call, "keywords", ())}
+        return kinds[name.id](*arguments, **options)
+    except (SyntaxError, KeyError, AttributeError):
+        raise ConfigError(f'margin must be one of {", ".join(kinds)}, as in margin="ArcFace(0.5)", got {text!r}') from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"margin={text!r}: {error}") from error
+
+
+def optimizers(config, model):
+    """{"backbone": ..., "head": ...}; the table's is fused unless config.fused is false."""
+    if config.optimizer == "sgd":
+        options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
+        plain, fused = torch.optim.SGD, FusedSGD
+    else:
+        options = {"lr": config.lr, "weight_decay": config.weight_decay}
+        plain, fused = torch.optim.AdamW, FusedAdamW
+    table = (
+        fused(model.head.parameters(), **options, state_format=config.state_format, seed=config.seed) if config.fused else None
+    )
+    trained = [each for each in model.backbone.parameters() if each.requires_grad]
+    return {"backbone": plain(trained, **options), "head": table or plain(model.head.parameters(), **options)}
+
+
+def learning_rate(config, step, total):
+    """Of step 0 .. total - 1."""
+    warm = config.warmup * total
+    if step < warm:
+        return config.lr * min(1.0, (step + 1) / warm)
+    part = (step - warm) / max(total - warm, 1)
+    if config.schedule == "cosine":
+        return config.lr * (1 + math.cos(math.pi * part)) / 2
+    if config.schedule == "poly":
+        return config.lr * (1 - part) ** 2
+    return config.lr * 0.1 ** (sum(step >= each * total for each in config.milestones) if config.schedule == "step" else 0)
+
+
+def margin_at(config, margin, step, total):
+    """The margin of a step, while config.margin_warmup lets m rise from 0."""
+    if not config.margin_warmup:
+        return margin
+    return dataclasses.replace(margin, m=margin.m * min(1.0, (step + 1) / (config.margin_warmup * total)))
+
+
+def check_margin_warmup(config, margin):
+    """Raise unless the margin vanishes at m = 0."""
+    if config.margin_warmup and not isinstance(margin, margins.CosFace | margins.ArcFace | margins.AdaFace):
+        raise ConfigError(
+            f"margin_warmup needs CosFace, ArcFace or AdaFace, whose m may rise from 0, got margin={config.margin!r}"
+        )
+
+
+def synced(module):
+    """The module with SyncedBatchNorm for each BatchNorm, of the same names."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            new = SyncedBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
+            new.load_state_dict(child.state_dict())
+            for parameter, old in zip(new.parameters(), child.parameters(), strict=True):
+                parameter.requires_grad = old.requires_grad
+            setattr(module, name, new)
+        else:
+            synced(child)
+    return module
+
+
+class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the rows of all processes, on a CPU too, where torch.nn.SyncBatchNorm does not run."""
+
+    def _check_input_dim(self, x):
+        pass
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        places = [0, *range(2, x.dim())]
+        wide = x.float()
+        count = wide.new_full((1,), x.numel() / x.shape[1])
+        sums = torch.cat([count, wide.sum(places), wide.square().sum(places)])
+        count, total, squares = dist.nn.functional.all_reduce(sums).split([1, x.shape[1], x.shape[1]])
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        factor = (variance + self.eps).rsqrt() * self.weight
+        return ((wide - mean.view(shape)) * factor.view(shape) + self.bias.view(shape)).to(x.dtype)

@@ -1,0 +1,216 @@
+"""Does `cosface train` train, stop and go on as it says, and refuse what it cannot read by name?"""
+
+import json
+import signal
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL")
+pytest.importorskip("yaml")
+pytest.importorskip("tqdm")
+
+from PIL import Image
+
+from cosface_kernels.tools import cli
+from cosface_kernels.training import backbones, config, data, faces, loop, model
+
+SMALL = (
+    "data=faces:2:4",
+    "image_size=16",
+    "batch_size=4",
+    "embedding_size=8",
+    "backbone=sphere4",
+    "workers=0",
+    "tensorboard=false",
+)
+
+
+def settings(out, *more):
+    return config.of_command([*SMALL, f"out={out}", *more], False)
+
+
+def losses(run):
+    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_settings_come_from_files_and_the_command_line(tmp_path):
+    (tmp_path / "a.yaml").write_text("lr: 1e-3\nepochs: 7\nclip: null\nflip: false\nmilestones: [0.1, 0.2]\n")
+    found = config.parse([str(tmp_path / "a.yaml"), "epochs=9", "data=digits", "out=x"])
+    assert (found.lr, found.epochs, found.clip, found.flip, found.milestones) == (1e-3, 9, None, False, [0.1, 0.2])
+    (tmp_path / "b.yaml").write_text(config.text(found))
+    assert config.parse([str(tmp_path / "b.yaml")]) == found
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("epoch=1", "did you mean epochs?"),
+        ("epochs=ten", "epochs must be a whole number from 1, got 'ten'"),
+        ("epochs=1.5", "epochs must be a whole number"),
+        ("lr=nan", "lr must be a number"),
+        ("flip=maybe", "flip must be true or false"),
+        ("optimizer=adam", "optimizer must be one of sgd, adamw"),
+        ("nowhere.yaml", "cannot read nowhere.yaml"),
+        ("margin=ArcFace(m=9)", "m of ArcFace must be from 0"),
+        ("margin=print(1)", "margin must be one of CosFace"),
+        ("margin=SphereFace() margin_warmup=0.5", "margin_warmup needs CosFace, ArcFace or AdaFace"),
+        ("backbone=smal", "backbone must be one of small"),
+        ("backbone=nowhere:net", "cannot be imported"),
+        ("data=faces:many", "data=faces:many must be faces:IDENTITIES"),
+        ("data=nowhere", "data: there is no nowhere"),
+        ("batch_size=100", "fewer than batch_size=100"),
+        ("accumulate=3", "must be a multiple of accumulate=3"),
+        ("fused=false table_format=bfloat16", "need fused=true"),
+        ("out=", "out is missing"),
+    ],
+)
+def test_wrong_settings_are_named_and_leave_no_folder(tmp_path, capsys, argument, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", *SMALL, f"out={tmp_path / 'run'}", *argument.split(" ")])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_is_a_function_of_its_numbers():
+    both = faces.render([5, 9, 5], [0, 3, 1], size=16, seed=1)
+    assert both.shape == (3, 3, 16, 16) and both.dtype == np.uint8
+    assert (faces.render([9], [3], size=16, seed=1)[0] == both[1]).all()
+    others = [faces.render([9], [3], size=16, seed=2)[0], both[0], both[2]]
+    assert all((other != both[1]).mean() > 0.5 for other in others)
+    assert both.reshape(3, -1).std(1).min() > 10
+
+
+def test_identities_differ_more_than_images():
+    """The mean of many images, which loses pose and light, is nearer to that of others of the identity than to the rest."""
+    identities, images = np.repeat(np.arange(6), 128), np.tile(np.arange(128), 6)
+    means = faces.render(identities, images, size=16).reshape(6, 2, 64, -1).mean(2)
+    distances = np.linalg.norm(means[:, None, 0] - means[None, :, 1], axis=2)
+    assert distances.diagonal().mean() < 0.6 * distances.mean()
+
+
+def test_order_is_the_same_on_any_number_of_processes():
+    class Ranks:
+        def __init__(self, rank, size):
+            self.rank, self.size = rank, size
+
+    options = config.Config(batch_size=8, accumulate=2, seed=3)
+    whole = [piece.tolist() for _, piece in data.Order(20, options, Ranks(0, 1), 0, 5)]
+    parts = [[piece.tolist() for _, piece in data.Order(20, options, Ranks(rank, 2), 0, 5)] for rank in range(2)]
+    assert whole == [[*first, *second] for first, second in zip(*parts, strict=True)]
+    resumed = [piece.tolist() for _, piece in data.Order(20, options, Ranks(0, 1), 3, 5)]
+    assert whole[6:] == resumed
+    assert len({*whole[0], *whole[1], *whole[2], *whole[3]}) == 16 and whole[0] != whole[4]
+
+
+def test_a_run_stops_and_goes_on_with_the_same_numbers(tmp_path, capsys):
+    """With everything that has a state: momentum, table in 16 bits, augmentation, pieces, EMA, a moving margin."""
+    options = [
+        "epochs=2",
+        "table_format=bfloat16",
+        "accumulate=2",
+        "ema=0.9",
+        "crop=0.2",
+        "downscale=0.5",
+        "margin_warmup=0.5",
+        "clip=5",
+    ]
+    assert loop.train(settings(tmp_path / "whole", *options)) == 0
+
+    class Stops(loop._Signals):
+        """SIGTERM after the first step."""
+
+        asked = 0
+
+        @property
+        def got(self):
+            self.asked += 1
+            return signal.SIGTERM if self.asked > 1 else 0
+
+        @got.setter
+        def got(self, value):
+            pass
+
+    part = tmp_path / "part"
+    assert loop.Run(settings(part, *options), False).train(Stops()) == 128 + signal.SIGTERM
+    assert f"cosface train --resume out={part} goes on" in capsys.readouterr().out and len(losses(part)) == 1
+    assert cli.main(["train", "--resume", f"out={part}", "workers=0"]) == 0
+    assert losses(part) == losses(tmp_path / "whole") and len({*losses(part)}) == 4
+    whole, found = (backbones.load_backbone(run)[0].state_dict() for run in (tmp_path / "whole", part))
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    assert (part / "report.html").exists()
+
+
+def test_a_run_is_not_trained_over(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(config.ConfigError, match="no run and not empty"):
+        loop.train(settings(tmp_path))
+    (tmp_path / "file").rename(tmp_path / "config.yaml")
+    with pytest.raises(config.ConfigError, match="has a run already: --resume"):
+        loop.train(settings(tmp_path))
+    (tmp_path / "config.yaml").write_text(config.text(settings(tmp_path)))
+    with pytest.raises(config.ConfigError, match="lr cannot change with --resume"):
+        config.of_command([f"out={tmp_path}", "lr=0.2"], True)
+
+
+def folder_of_images(path):
+    for identity, count in (("ann", 3), ("bob", 3), ("eve", 1), ("nobody", 0)):
+        (path / identity).mkdir(parents=True)
+        for image in range(count):
+            Image.fromarray(faces.render([len(identity)], [image], 20)[0].transpose(1, 2, 0)).save(
+                path / identity / f"{image}.png"
+            )
+
+
+def test_a_folder_of_images(tmp_path, capsys):
+    folder_of_images(tmp_path / "crops")
+    (tmp_path / "crops/bob/1.png").write_bytes((tmp_path / "crops/bob/1.png").read_bytes()[:99])
+    assert loop.train(settings(tmp_path / "run", f"data={tmp_path / 'crops'}", "batch_size=7", "epochs=2")) == 0
+    assert f"1 of 3 identities have one image, such as {tmp_path / 'crops/eve'}" in capsys.readouterr().out
+    (line,) = (tmp_path / "run/damaged.txt").read_text().splitlines()
+    assert "bob/1.png" in line
+    with pytest.raises(RuntimeError, match=r"1 damaged images, more than max_damaged=0; the last is .*bob/1\.png"):
+        loop.train(settings(tmp_path / "other", f"data={tmp_path / 'crops'}", "batch_size=7", "max_damaged=0"))
+    with pytest.raises(config.ConfigError, match="run has no images"):
+        loop.train(settings(tmp_path / "other2", f"data={tmp_path / 'run'}"))
+
+
+def test_augmentation_moves_whole_images():
+    images = torch.from_numpy(faces.render(range(3), range(3), 16))
+    options = config.Config(flip=True, crop=0.25, downscale=1.0)
+    still = np.full((4, 3), 0.5)
+    still[0], still[3] = 0.9, 1.0
+    assert torch.equal(data.augment(images, options, still), images)
+    mirrored, moved, small = still.copy(), still.copy(), still.copy()
+    mirrored[0, 1], moved[2, 0], small[3, 2] = 0.0, 1.0, 0.7
+    assert torch.equal(data.augment(images, options, mirrored)[1], images[1].flip(2))
+    found = data.augment(images, options, moved)
+    assert torch.equal(found[0, :, :-4], images[0, :, 4:]) and torch.equal(found[1:], images[1:])
+    found = data.augment(images, options, small)
+    assert torch.equal(found[:2], images[:2]) and found[2].float().std() < images[2].float().std()
+
+
+def test_learning_rate_and_margin():
+    options = config.Config(lr=1.0, warmup=0.2, margin_warmup=0.5)
+    rates = [model.learning_rate(options, step, 10) for step in range(10)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates == rates[:2] + sorted(rates[2:], reverse=True) and rates[-1] < 0.05
+    options.schedule, options.warmup = "step", 0.0
+    assert [model.learning_rate(options, step, 10) for step in (0, 5, 8, 9)] == pytest.approx([1, 0.1, 0.01, 0.001])
+    margin = model.margin_of("ArcFace(0.5, easy_margin=True)")
+    assert [model.margin_at(options, margin, step, 10).m for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 0.5])
+
+
+@pytest.mark.parametrize(("name", "size"), [("small", 16), ("small", 56), ("sphere20", 16), ("iresnet18", 16)])
+def test_backbones(name, size):
+    net = backbones.build(name, 5, size)
+    assert net(torch.zeros(2, 3, size, size)).shape == (2, 5)
+
+
+def test_load_backbone_says_what_is_missing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no run"):
+        backbones.load_backbone(tmp_path)
+    (tmp_path / "config.yaml").write_text(config.text(settings(tmp_path)))
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"), warnings.catch_warnings():
+        backbones.load_backbone(tmp_path)
