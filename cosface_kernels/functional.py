@@ -63,7 +63,7 @@ def cosface_loss(
     labels: Tensor,
     *,
     scale: float = 64.0,
-    margin: float = 0.35,
+    margin: float | Tensor = 0.35,
     reduction: Reduction = "mean",
     ignore_index: int = -100,
     memory_budget: MemoryBudget = "auto",
@@ -80,7 +80,7 @@ def cosface_loss(
 
     Args:
         features, weight, labels, scale, ignore_index, memory_budget, backend: as in `cosine_lse`.
-        margin: m, a finite number in units of cosine.
+        margin: m, a finite number in units of cosine, or a tensor (C,) with one for each class.
         reduction: "mean" over the rows that are not ignored (0 with zero gradients if there are none), "sum", or "none".
         classes, sample_correction: as in `margin_softmax_loss`.
 
@@ -93,7 +93,7 @@ def cosface_loss(
     Source: CosFace, arXiv 1801.09414, eq. 4; s = 64 and m = 0.35 are the paper's.
     """
     validation.check_scale(scale)
-    validation.check_margin(margin)
+    validation.check_margins(margin)
     return margin_softmax_loss(
         features,
         weight,
@@ -135,8 +135,8 @@ def margin_softmax_loss(
     Args:
         features, weight, labels, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: CosFace(), ArcFace(), NormSoftmax(), SphereFace(), Combined(), AdaFace(), MagFace(), Softmax() or LSoftmax() of
-            `cosface_kernels.margins`, or one of your own. Running statistics need `MarginSoftmaxLoss`: here AdaFace takes the
-            batch's own, and annealing stays at its first step.
+            `cosface_kernels.margins`, or one of your own. Its numbers may be tensors (C,), one for each class. Running
+            statistics need `MarginSoftmaxLoss`: here AdaFace takes the batch's own, and annealing stays at its first step.
         scale: s > 0. None: 64 for cosines, and 1 where logits depend on the norms of the features or of the table.
         bias: (C,), or (C K,) with sub-centres, for Softmax() alone: the logits are s (x_n·w_j + b_j).
         normalize_features: True: x̃ = x / ‖x‖, False: x̃ = x. None: True, except for Softmax() and LSoftmax(). The table's rows

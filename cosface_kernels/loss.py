@@ -84,6 +84,10 @@ class WholeTable:
         """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table. bound: of |logits|."""
         return lse, product, target_length
 
+    def classes(self, inputs, options):
+        """(the class of each row (N,), the number of classes) in the whole table."""
+        return class_indices(inputs.labels), len(inputs.weight) // options.centers_per_class
+
     def of_all_shards(self, num_classes, num_sampled, device):
         """(number of classes in the whole table, number of them that take part)."""
         return num_classes, num_sampled
@@ -99,8 +103,8 @@ class WholeTable:
 def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=False):  # noqa: B008 (it has no state)
     """`margin_softmax_loss`. state: a module's running statistics, brought up to date first when training."""
     options = options.checked(inputs.bias is not None)
-    margin = options.margin
     found = negatives(inputs, options, shards.foreign_index)
+    margin = _margin_of_rows(options.margin, *shards.classes(inputs, options))
     lse = _corrected_for_sampling(found.lse, inputs, options, shards)
     norm = _feature_norm(inputs.features, found) if margin.needs_norm else None
     lse, product, target_length = shards.combine(options.bound, lse, found.product, found.target_length)
@@ -171,6 +175,17 @@ def _corrected_for_sampling(lse, inputs, options, shards):
 def _feature_norm(features, found):
     """‖x‖ (N,), computed as x·x̂ so that its derivative is x̂. NaN where a GPU made x̂ NaN for a label outside [0, C)."""
     return (torch.where(found.counted[:, None], features, 0.0).to(found.unit.dtype) * direction(found.unit)).sum(1)
+
+
+def _margin_of_rows(margin, labels, num_classes):
+    """The margin for the rows' classes; an ignored row's is that of any class."""
+    margins.check_classes(margin, num_classes, labels.device)
+    own = type(margin).for_labels is not Margin.for_labels
+    if not own and all(value.dim() == 0 for value in margins.class_tensors(margin).values()):
+        return margin
+    margin = margin.for_labels(labels.clamp(0, num_classes - 1))
+    margins.check_kind(margin)
+    return margin
 
 
 def _target_logit(margin, product, length, terms):

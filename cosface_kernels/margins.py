@@ -6,19 +6,24 @@ x̃ and w̃ are unit rows, or the rows as they are; l_n is the product of the le
 negatives do not depend on the margin, so a new one is a frozen dataclass with `psi`. Autograd differentiates it; a ψ of the angle
 first moves the cosine just `inside` ±1, where an arc cosine's derivative is infinite (and the cosine's own gradient is zero).
 
+The numbers of a margin are numbers, or tensors: () for one, or (C,) for one of each class, which `for_labels` turns into one of
+each row before ψ.
+
 A margin that reweights the negatives, such as CurricularFace's, is not of this form. A parameter of the wrong type or outside its
 range is a TypeError or ValueError at construction.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from .validation import check_flag, check_number, shown
+from .validation import check_flag, check_number, check_numbers, shown
+
+Number = float | Tensor  # a number, or a tensor of shape () or, a number for each class, (C,)
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,12 @@ class Margin:
     normalize_weight: ClassVar[bool] = True  # divide the rows of the table by their norms
     needs_norm: ClassVar[bool] = False  # `terms` and `penalty` are given ‖x‖
     state: ClassVar[dict] = {}  # initial values of running statistics by name; the module keeps them as buffers
+    by_class: ClassVar[tuple[str, ...]] = ()  # fields that may be tensors, () or (C,); the module keeps them as buffers
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        for name in ("__repr__", "__eq__"):  # else `dataclass` writes its own, which print and compare tensors in full
+            setattr(cls, name, getattr(cls, name))
 
     if TYPE_CHECKING:  # a subclass takes the terms that its own `terms` returns
         psi: ClassVar[Callable[..., Tensor]]
@@ -37,6 +48,23 @@ class Margin:
         def psi(self, cosine, *terms):
             """ψ(cos θ) (N,); terms: what `terms` returned."""
             raise NotImplementedError(f"{type(self).__name__} defines no psi(self, cosine, *terms)")
+
+    def for_labels(self, labels: Tensor) -> "Margin":
+        """This margin for rows of these classes: labels (N,) int64, in [0, C); for ignored rows any class.
+
+        Each field that `by_class` names and that is a tensor (C,) becomes one of (N,). A margin of your own may return any other.
+        """
+        return replaced(self, {name: value[labels] for name, value in class_tensors(self).items() if value.dim()})
+
+    def __repr__(self):
+        given = ", ".join(f"{field.name}={shown(getattr(self, field.name))}" for field in fields(self) if field.repr)
+        return f"{type(self).__qualname__}({given})"
+
+    def __eq__(self, other):
+        if type(self) is not type(other):
+            return NotImplemented
+        pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self) if field.compare]
+        return all(a is b or (not (isinstance(a, Tensor) or isinstance(b, Tensor)) and a == b) for a, b in pairs)
 
     def target_logit(self, product: Tensor, length: Tensor | None, *terms: Tensor) -> Tensor:
         """The target's logit over s (N,): l ψ(product / l). length: l (N,), or None where it is 1."""
@@ -61,30 +89,63 @@ class Margin:
 
 
 def _check(margin, **ranges):
-    """Check that each named field is a finite number within its closed range."""
+    """Check that each named field is a finite number, or a tensor of such where it may be one, within its closed range."""
     for name, (low, high) in ranges.items():
         value = getattr(margin, name)
-        check_number(name, value)
-        if not low <= value <= high:
+        if name in margin.by_class and isinstance(value, Tensor):
+            wrong = check_numbers(name, value, low, high)
+        else:
+            check_number(name, value)
+            wrong = None if low <= value <= high else value
+        if wrong is not None:
             unit = " radians" if high in (math.pi, math.pi / 2) else ""
-            raise ValueError(f"{name} of {type(margin).__name__} must be from {low:g} to {high:g}{unit}, got {value}")
+            raise ValueError(f"{name} of {type(margin).__name__} must be from {low:g} to {high:g}{unit}, got {wrong}")
+
+
+def class_tensors(margin):
+    """The numbers of a margin that are tensors, () or (C,), by the names of their fields."""
+    return {name: getattr(margin, name) for name in margin.by_class if isinstance(getattr(margin, name), Tensor)}
+
+
+def row_tensors(margin, num_rows):
+    """The fields of a margin that are tensors with a number for each of a batch's rows, by name; none of `by_class` is."""
+    named = {field.name: getattr(margin, field.name) for field in fields(margin) if field.name not in margin.by_class}
+    return {name: each for name, each in named.items() if isinstance(each, Tensor) and each.shape[:1] == (num_rows,)}
+
+
+def replaced(margin, values):
+    """A copy of a margin with other values in some of its fields, which are not checked again."""
+    if not values:
+        return margin
+    copy = object.__new__(type(margin))
+    for field in fields(margin):
+        object.__setattr__(copy, field.name, values.get(field.name, getattr(margin, field.name)))
+    return copy
+
+
+def _number(value, like):
+    """A number as a float, or a tensor in the dtype of another."""
+    return value.to(like.dtype) if isinstance(value, Tensor) else float(value)
 
 
 @dataclass(frozen=True)
 class CosFace(Margin):
     """ψ(cos θ) = cos θ - m. Source: CosFace (LMCL), arXiv 1801.09414, eq. 4; m = 0.35 is the paper's, InsightFace uses 0.40."""
 
-    m: float = 0.35
+    m: Number = 0.35
+
+    by_class: ClassVar = ("m",)
 
     def __post_init__(self):
         _check(self, m=(-math.inf, math.inf))
 
     def psi(self, cosine: Tensor) -> Tensor:
-        return cosine - float(self.m)
+        return cosine - _number(self.m, cosine)
 
     def target_logit(self, product: Tensor, length: Tensor | None) -> Tensor:
         """l cos θ - l m without dividing by l, so that a row of zeros keeps its gradient."""
-        return product - (float(self.m) if length is None else float(self.m) * length)
+        m = _number(self.m, product)
+        return product - (m if length is None else m * length)
 
 
 @dataclass(frozen=True)
@@ -113,9 +174,11 @@ class ArcFace(Margin):
     Source: ArcFace, arXiv 1801.07698, eq. 3.
     """
 
-    m: float = 0.5
+    m: Number = 0.5
     easy_margin: bool = False
     gradient: Literal["exact", "straight_through"] = "exact"
+
+    by_class: ClassVar = ("m",)
 
     def __post_init__(self):
         _check(self, m=(0.0, math.pi))
@@ -124,8 +187,7 @@ class ArcFace(Margin):
             raise ValueError(f'gradient of ArcFace must be "exact" or "straight_through", got {self.gradient!r}')
 
     def psi(self, cosine: Tensor) -> Tensor:
-        m = float(self.m)
-        value = _rotated(cosine, m, math.cos(m), math.sin(m), self.easy_margin)
+        value = _rotated(cosine, _number(self.m, cosine), self.easy_margin)
         return value if self.gradient == "exact" else cosine + (value - cosine).detach()
 
 
@@ -143,8 +205,10 @@ class SphereFace(Margin):
     Source: SphereFace, arXiv 1704.08063, eq. 7 and section 4.1 (schedule: its published configuration).
     """
 
-    m: float = 4
+    m: Number = 4
     annealing: bool = False
+
+    by_class: ClassVar = ("m",)
 
     def __post_init__(self):
         _check(self, m=(1.0, math.inf))
@@ -155,7 +219,7 @@ class SphereFace(Margin):
         return {"step": 0} if self.annealing else {}
 
     def psi(self, cosine: Tensor, step: Tensor | None = None) -> Tensor:
-        value = _continued(float(self.m) * inside(cosine).acos())
+        value = _continued(_number(self.m, cosine) * inside(cosine).acos())
         if step is None:
             return value
         weight = (1000.0 / (1.0 + 0.12 * step.to(cosine.dtype))).clamp(min=5.0)
@@ -181,15 +245,18 @@ class Combined(Margin):
     Source: ArcFace, arXiv 1801.07698, eq. 4.
     """
 
-    m1: float = 1.0
-    m2: float = 0.0
-    m3: float = 0.0
+    m1: Number = 1.0
+    m2: Number = 0.0
+    m3: Number = 0.0
+
+    by_class: ClassVar = ("m1", "m2", "m3")
 
     def __post_init__(self):
         _check(self, m1=(0.0, math.inf), m2=(0.0, math.pi), m3=(-math.inf, math.inf))
 
     def psi(self, cosine: Tensor) -> Tensor:
-        return _continued(float(self.m1) * inside(cosine).acos() + float(self.m2)) - float(self.m3)
+        m1, m2, m3 = (_number(m, cosine) for m in (self.m1, self.m2, self.m3))
+        return _continued(m1 * inside(cosine).acos() + m2) - m3
 
 
 @dataclass(frozen=True)
@@ -209,10 +276,11 @@ class AdaFace(Margin):
     batch of one row has no standard deviation, and moves no statistics.
     """
 
-    m: float = 0.4
-    h: float = 0.333
+    m: Number = 0.4
+    h: Number = 0.333
     t_alpha: float = 0.01
 
+    by_class: ClassVar = ("m", "h")
     needs_norm: ClassVar[bool] = True
     state: ClassVar[dict] = {"batch_mean": 20.0, "batch_std": 100.0}
 
@@ -220,14 +288,15 @@ class AdaFace(Margin):
         _check(self, m=(0.0, math.pi / 2), h=(-math.inf, math.inf), t_alpha=(0.0, 1.0))
 
     def psi(self, cosine: Tensor, quality: Tensor) -> Tensor:
-        shift = float(self.m) * quality
+        m = _number(self.m, cosine)
+        shift = m * quality
         angle = (inside(cosine).acos() - shift).clamp(1e-3, math.pi - 1e-3)
-        return angle.cos() - (float(self.m) + shift)
+        return angle.cos() - (m + shift)
 
     def terms(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
         norm = self._clipped(norm)
         mean, std = (state["batch_mean"], state["batch_std"]) if state else self._statistics(norm, counted)
-        return ((float(self.h) * (norm - mean) / (std + 1e-3)).clamp(-1, 1),)
+        return ((_number(self.h, norm) * (norm - mean) / (std + 1e-3)).clamp(-1, 1),)
 
     def update(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> None:
         norm = self._clipped(norm)
@@ -264,37 +333,39 @@ class MagFace(Margin):
     Source: MagFace, arXiv 2103.06627, eq. 3 and 4, and its published code.
     """
 
-    l_a: float = 10.0
-    u_a: float = 110.0
-    l_margin: float = 0.45
-    u_margin: float = 0.8
-    lambda_g: float = 35.0
+    l_a: Number = 10.0
+    u_a: Number = 110.0
+    l_margin: Number = 0.45
+    u_margin: Number = 0.8
+    lambda_g: Number = 35.0
     easy_margin: bool = False
 
+    by_class: ClassVar = ("l_a", "u_a", "l_margin", "u_margin", "lambda_g")
     needs_norm: ClassVar[bool] = True
 
     def __post_init__(self):
         _check(self, l_a=(0.0, math.inf), u_a=(0.0, math.inf), lambda_g=(0.0, math.inf))
         _check(self, l_margin=(0.0, math.pi), u_margin=(0.0, math.pi))
         check_flag("easy_margin", self.easy_margin)
-        if not 0 < self.l_a < self.u_a:
-            raise ValueError(f"MagFace needs 0 < l_a < u_a, got l_a = {self.l_a}, u_a = {self.u_a}")
-        if self.l_margin > self.u_margin:
-            raise ValueError(f"MagFace needs l_margin <= u_margin, got {self.l_margin} and {self.u_margin}")
+        if not _all(self.l_a > 0) or not _all(self.l_a < self.u_a):
+            raise ValueError(f"MagFace needs 0 < l_a < u_a, got l_a = {shown(self.l_a)}, u_a = {shown(self.u_a)}")
+        if not _all(self.l_margin <= self.u_margin):
+            raise ValueError(f"MagFace needs l_margin <= u_margin, got {shown(self.l_margin)} and {shown(self.u_margin)}")
 
     def psi(self, cosine: Tensor, m: Tensor) -> Tensor:
-        return _rotated(cosine, m, m.cos(), m.sin(), self.easy_margin)
+        return _rotated(cosine, m, self.easy_margin)
 
     def terms(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> tuple[Tensor, ...]:
-        slope = float((self.u_margin - self.l_margin) / (self.u_a - self.l_a))
-        return (slope * (self._clipped(norm) - float(self.l_a)) + float(self.l_margin),)
+        names = ("l_a", "u_a", "l_margin", "u_margin")
+        l_a, u_a, l_margin, u_margin = (_number(getattr(self, name), norm) for name in names)
+        return ((u_margin - l_margin) / (u_a - l_a) * (self._clipped(norm) - l_a) + l_margin,)
 
     def penalty(self, norm: Tensor | None) -> Tensor | None:
-        norm, u_a = self._clipped(norm), float(self.u_a)
-        return float(self.lambda_g) * (1 / norm + norm / u_a / u_a)
+        norm, u_a = self._clipped(norm), _number(self.u_a, norm)
+        return _number(self.lambda_g, norm) * (1 / norm + norm / u_a / u_a)
 
     def _clipped(self, norm):
-        return norm.clamp(float(self.l_a), float(self.u_a))
+        return norm.clamp(min=_number(self.l_a, norm)).clamp(max=_number(self.u_a, norm))
 
 
 @dataclass(frozen=True)
@@ -324,6 +395,20 @@ def check_kind(margin):
         raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {shown(margin)}")
 
 
+def check_classes(margin, num_classes, device):
+    """Check that the tensors of a margin have a number for each class, on the device of the features."""
+    for name, value in class_tensors(margin).items():
+        if value.shape not in ((), (num_classes,)):
+            raise ValueError(
+                f"{name} of {type(margin).__name__} must be a number, or a tensor with one for each class, shape (C,) = "
+                f"({num_classes},), got shape {tuple(value.shape)}; numbers for rows belong into a margin of your own"
+            )
+        if value.device != device:
+            raise ValueError(
+                f"{name} of {type(margin).__name__} must be on the device of features ({device}), got {value.device}"
+            )
+
+
 def check(margin, has_bias, normalize_features):
     """A Margin, and what goes with it."""
     check_kind(margin)
@@ -339,13 +424,19 @@ def inside(cosine):
     return cosine.clamp(-limit, limit)
 
 
-def _rotated(cosine, m, cos_m, sin_m, easy_margin):
-    """cos(θ + m) where it falls, and what ArcFace takes elsewhere; m and its cosine and sine: floats or (N,)."""
+def _rotated(cosine, m, easy_margin):
+    """cos(θ + m) where it falls, and what ArcFace takes elsewhere; m: a float, or a tensor (N,) or ()."""
     cosine = inside(cosine)
+    cos_m, sin_m = (m.cos(), m.sin()) if isinstance(m, Tensor) else (math.cos(m), math.sin(m))
     rotated = cosine * cos_m - (1 - cosine.square()).sqrt() * sin_m
     if easy_margin:
         return torch.where(cosine > 0, rotated, cosine)
     return torch.where(cosine >= -cos_m, rotated, cosine - m * sin_m)
+
+
+def _all(holds):
+    """Whether a comparison of numbers or tensors holds; of tensors that have no numbers while torch.compile traces, True."""
+    return bool(holds) if not isinstance(holds, Tensor) else torch.compiler.is_compiling() or bool(holds.all())
 
 
 def _continued(angle):

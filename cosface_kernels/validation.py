@@ -2,6 +2,7 @@
 
 import math
 import numbers
+import sys
 from typing import Literal, get_args
 
 import torch
@@ -172,6 +173,14 @@ def check_margin(margin):
     check_number("margin", margin)
 
 
+def check_margins(margin):
+    """Check a number, or a tensor of such, one for each class."""
+    if isinstance(margin, torch.Tensor):
+        check_numbers("margin", margin, -math.inf, math.inf)
+    else:
+        check_margin(margin)
+
+
 def check_probability(probability):
     check_number("probability", probability)
     if not 0 < float(probability) < 1:  # as a float: a fraction next to 1 may round to it
@@ -287,6 +296,20 @@ def check_number(name, value):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_numbers(name, tensor, low, high):
+    """Check a tensor of numbers, () or (C,), and return the text of the first that is outside of a closed range, or None."""
+    if not tensor.is_floating_point() or tensor.dim() > 1:
+        raise TypeError(f"{name} must be a real number, or a float tensor of shape () or (C,), got {shown(tensor)}")
+    _check_dense(name, "() or (C,), or a real number", tensor)
+    if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
+        return None
+    wrong = (~(tensor.isfinite() & (tensor >= low) & (tensor <= high))).flatten().nonzero()
+    if not len(wrong):
+        return None
+    place = int(wrong[0])
+    return f"{float(tensor.flatten()[place])}" + (f" for class {place}" if tensor.dim() else "")
+
+
 def shown(value):
     """The text of a value in a message. A tensor's shape and dtype: PyTorch's repr of one without memory ends the process."""
     if isinstance(value, torch.Tensor):
@@ -295,6 +318,8 @@ def shown(value):
 
 
 def _is_finite(value):
+    if torch.compiler.is_compiling():  # a number that moves from step to step is a symbol, which isfinite does not take
+        return -sys.float_info.max <= value <= sys.float_info.max
     try:
         return math.isfinite(value)
     except OverflowError:  # an integer beyond every float

@@ -14,6 +14,7 @@ import time
 import traceback
 import warnings
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -808,6 +809,46 @@ for name, make in SHARDED.items():
     check(f"a step that one rank cannot make is made by none: {name}", 2, 3)(made_by_none(make))
 
 
+@dataclass(frozen=True)
+class PerRow(margins.Margin):
+    m: torch.Tensor
+
+    def psi(self, cosine):
+        return cosine - self.m
+
+
+@check("numbers by class and by row", 2, 3)
+def _(world):
+    """As CosFace in one process; those by class differ by one number on one rank at last."""
+    features, weight, labels = draw()
+    labels[4] = -100
+    m = torch.linspace(0.1, 0.4, NUM_CLASSES, dtype=torch.float64)
+    wanted = single(weight, features, labels=labels, margin=m)
+    of_rows = PerRow(world.mine(m[labels.clamp(min=0)]))
+    for kind, margin in (
+        (ShardedCosFaceLoss, m),
+        (ShardedMarginSoftmaxLoss, margins.CosFace(m)),
+        (ShardedMarginSoftmaxLoss, of_rows),
+    ):
+        head = kind(SIZE, NUM_CLASSES, margin=margin, dtype=torch.float64, ddp_average=False)
+        fill(world, head, weight)
+        local = world.mine(features).requires_grad_()
+        loss = head(local, world.mine(labels))
+        loss.backward()
+        for ours, exact in (
+            (loss.detach(), wanted[0]),
+            (local.grad, world.mine(wanted[1])),
+            (head.weight.grad.to_local(), world.shard(wanted[2])),
+        ):
+            assert_close(ours, exact, tolerance(torch.float64), size=exact.norm())
+        if margin is m:
+            m2 = head.margin.clone()
+            m2[7] += 1e-3 * (world.rank == 1)
+            head.margin = m2
+            with raises(ValueError, "options of the head must be the same"):
+                head(local, world.mine(labels))
+
+
 @check("options that differ between ranks", 2, 3)
 def _(world):
     """Some would wait for each other, some would only be wrong."""
@@ -820,6 +861,7 @@ def _(world):
         {"ddp_average": True},
         {"ignore_index": 7},
         {"sample_correction": True},
+        {"margin": torch.full((NUM_CLASSES,), 0.35)},
     ]
     for options in different:
         head = sharded(world, weight)

@@ -21,7 +21,7 @@ NUMBERS, FLAGS = (
     for types in ((int, float), (bool,))
 )
 WRONG_NUMBERS = [
-    *[(value, TypeError) for value in (True, "0.5", None, 1j, torch.tensor(0.5))],
+    *[(value, TypeError) for value in (True, "0.5", None, 1j, [0.5])],
     *[(value, ValueError) for value in (math.nan, math.inf, -math.inf, 10**400)],
 ]
 OUTSIDE = [
@@ -152,12 +152,6 @@ def test_wrong_head(case):
 
 SET_LATER = {
     "a number": (margins.ArcFace(), 0.2, TypeError, r"margin must be one of cosface_kernels\.margins, .* got 0\.2"),
-    "a margin with statistics": (
-        margins.ArcFace(),
-        margins.AdaFace(),
-        ValueError,
-        "no running statistics .* AdaFace.* batch_std",
-    ),
     "an object for a number": (None, margins.ArcFace(), TypeError, "margin must be a real number, got ArcFace"),
 }
 

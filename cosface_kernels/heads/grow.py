@@ -4,6 +4,7 @@ import torch
 
 from .. import validation
 from ..ops import recording
+from . import margin_buffers
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def grow(head, count, optimizer=None):
     changes = [(head.weight, torch.cat([head.weight, drawn]))]
     if head.bias is not None:
         changes.append((head.bias, with_new_rows(head.bias)))
-    _change(head, changes, optimizer, with_new_rows)
+    _change(head, changes, optimizer, with_new_rows, lambda numbers: torch.cat([numbers, numbers.mean().expand(count)]))
     head.num_classes += count
     first = rows // head.centers_per_class
     return range(first, first + count)
@@ -45,7 +46,7 @@ def remove(head, ids, optimizer=None):
         return tensor.index_select(0, rows.to(tensor.device))
 
     changes = [(parameter, of_kept_rows(parameter)) for parameter in (head.weight, head.bias) if parameter is not None]
-    _change(head, changes, optimizer, of_kept_rows)
+    _change(head, changes, optimizer, of_kept_rows, lambda numbers: numbers[kept.to(numbers.device)])
     head.num_classes = int(kept.sum())
     return new_ids
 
@@ -61,7 +62,7 @@ def follow(optimizer, parameter, change):
     return [(state, key, change(tensor)) for key, tensor in per_row.items()]
 
 
-def _change(head, changes, optimizer, change):
+def _change(head, changes, optimizer, change, change_by_class):
     """Compute all new tensors, then replace the old ones, so that running out of memory changes nothing."""
     states, recorded = [], recording.pending(head.weight)
     if optimizer is None and recorded is not None:
@@ -69,6 +70,9 @@ def _change(head, changes, optimizer, change):
     if optimizer is not None:
         validation.check_optimizer(optimizer, head.weight)
         states = [new for parameter, _ in changes for new in follow(optimizer, parameter, change)]
+    by_class = {name: change_by_class(numbers) for name, numbers in margin_buffers.by_class(head).items()}
+    for name, numbers in by_class.items():
+        setattr(head, name, numbers)
     for state, key, tensor in states:
         state[key] = tensor
     for parameter, rows in changes:

@@ -11,12 +11,14 @@ r: a rank. y_n: the class of row n. A_n: log-sum-exp over the negatives, A_n^r o
 
 import math
 import zlib
+from dataclasses import fields
 from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .. import validation
+from .. import margins, validation
 from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
@@ -29,6 +31,8 @@ IGNORED, FOREIGN, INVALID = -100, -1, -2
 
 # With logits up to this e^A, of any number of classes, is a float64, and not 0: their sum needs no maximum before it.
 LARGEST_EXPONENT = 600.0
+
+_checksums = WeakTensorKeyDictionary()  # of a margin's tensors: (version, checksum)
 
 
 class Told(NamedTuple):
@@ -43,9 +47,10 @@ class Told(NamedTuple):
 
     @classmethod
     def of(cls, head, features, k=0):
-        names = ("num_classes", "scale", "margin", "reduction", "normalize_features", "ignore_index", "ddp_average")
+        names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average")
         sampling = ("sample_rate", "sample_correction", "training")
-        options = zlib.crc32(repr([getattr(head, name) for name in (*names, *sampling)]).encode())
+        values = [getattr(head, name) for name in (*names, *sampling)]
+        options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
         return cls(len(features), dtype, grad_mode, options, grad_mode and features.requires_grad, k)
 
@@ -71,8 +76,9 @@ class Batch:
 
     foreign_index = FOREIGN
 
-    def __init__(self, ranks, counts, holds_classes):
+    def __init__(self, ranks, counts, holds_classes, labels, num_classes):
         self.ranks, self.counts, self.holds_classes = ranks, counts, holds_classes
+        self.labels, self.num_classes = labels, num_classes
 
     def combine(self, bound, lse, product, target_length):
         """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table from those of this shard. bound: of |logits|."""
@@ -91,6 +97,10 @@ class Batch:
         lse = torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + shift)
         lse, product, target_length, *_ = (*(column.to(dtype) for column in (lse, *others)), None)
         return lse, product, target_length
+
+    def classes(self, inputs, options):
+        """(the class of each row (N,), the number of classes) in the whole table."""
+        return self.labels, self.num_classes
 
     def of_all_shards(self, num_classes, num_sampled, device):
         """(C, M) of the whole table, from the number of classes in this shard and of those that take part."""
@@ -136,6 +146,7 @@ class OverRanks(Whole):
                 weight.requires_grad_(table[0].requires_grad)
                 parameters = None
         inputs = inputs._replace(weight=weight, bias=bias, parameters=parameters)
+        per_row = margins.row_tensors(options.margin, len(features))
 
         def told():
             _check(head, table, inputs, options)
@@ -147,14 +158,17 @@ class OverRanks(Whole):
         if needs_gradient and not features.requires_grad:
             features = features.detach().requires_grad_()
         features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
-        labels = ranks.gather(class_indices(inputs.labels), counts)
+        everywhere = ranks.gather(class_indices(inputs.labels), counts)
         first = self.first_class(head, table[0])
-        labels = _labels_here(labels, head.ignore_index, head.num_classes, first, num_classes_here)
+        labels = _labels_here(everywhere, head.ignore_index, head.num_classes, first, num_classes_here)
         inputs = inputs._replace(features=features, labels=labels)
+        per_row = {name: ranks.gather(value.detach().to(features.device), counts) for name, value in per_row.items()}
+        margin = margins.replaced(options.margin, per_row)
         if head._samples():
             seed = (head.sample_seed * ranks.size + ranks.rank) % 2**63
             inputs = inputs._replace(classes=head._classes(labels, IGNORED, max(num_classes_here, 1), seed))
-        return inputs, options._replace(ignore_index=IGNORED), Batch(ranks, counts, bool(num_classes_here))
+        batch = Batch(ranks, counts, bool(num_classes_here), everywhere, head.num_classes)
+        return inputs, options._replace(margin=margin, ignore_index=IGNORED), batch
 
     def logits(self, head, table, features):
         if self.ranks(table[0]) is ONE_PROCESS:
@@ -218,6 +232,29 @@ class OverMesh(OverRanks):
         return dtensors.local(tensor)
 
 
+def _margin_told(margin, num_rows):
+    """What must be the same of a margin on all ranks: its kind and its numbers, but those for this rank's own rows."""
+    per_row = margins.row_tensors(margin, num_rows)
+    for name in (field.name for field in fields(margin)):
+        value = getattr(margin, name)
+        shared = isinstance(value, torch.Tensor) and name not in per_row
+        yield name, "of rows" if name in per_row else _checksum(value) if shared else value
+    yield type(margin).__qualname__
+
+
+def _checksum(tensor):
+    """A checksum of a tensor's numbers, made once: on a GPU it waits for the device."""
+    version, checksum = _checksums.get(tensor, (None, None))
+    if version != tensor._version:
+        numbers = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        memory = bytearray(len(numbers))
+        if memory:
+            torch.frombuffer(memory, dtype=torch.uint8).copy_(numbers)
+        checksum = zlib.crc32(memory)
+        _checksums[tensor] = tensor._version, checksum
+    return checksum
+
+
 def _with_zeros(rows, count):
     return None if rows is None else torch.cat([rows, rows.new_zeros(count, *rows.shape[1:])])
 
@@ -244,3 +281,7 @@ def _check(head, table, inputs, options):
     validation.check_tensors(features, weight, labels, inputs.bias, head.centers_per_class)
     backends.choose(head.backend, weight.device, product_dtype(features, weight))
     operators.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
+    margins.check_classes(options.margin, head.num_classes, features.device)
+    for name, value in margins.row_tensors(options.margin, len(features)).items():
+        if value.requires_grad:
+            raise ValueError(f"{name} of {type(options.margin).__name__} must need no gradient: other ranks' rows have none")

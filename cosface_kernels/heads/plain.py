@@ -13,10 +13,9 @@ from typing_extensions import Unpack
 from .. import margins, theory, validation
 from ..loss import Inputs, LossOptions, default_scale, loss_of_table
 from ..ops import formats, recording
-from ..ops.slabs import wide_dtype
 from ..sampling import classes_of_step
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
-from . import grow
+from . import grow, margin_buffers
 from .placement import Whole
 
 WHOLE = Whole()
@@ -34,9 +33,11 @@ class MarginSoftmaxLoss(nn.Module):
     Args:
         embedding_size: D.
         num_classes: C, the number of identities.
-        margin: one of `cosface_kernels.margins`. Its running statistics, if any, are buffers by the names in its `state`, and
-            move in training mode only, in every forward as BatchNorm's do, so twice a step under activation checkpointing; `to`,
-            `half` and the like leave them float32 at least.
+        margin: one of `cosface_kernels.margins`; `head.margin = ArcFace(0.4)` sets another at any time. Its running statistics,
+            if any, are buffers by the names in its `state`, and move in training mode only, in every forward as BatchNorm's do,
+            so twice a step under activation checkpointing; those that two margins have in common go on. Its numbers that are
+            tensors are copied to buffers, m to margin_m; `grow`, `remove` and `head.margin = ...` change those. `to`, `half` and
+            the like leave all these float32 at least. Over several ranks each has the numbers of all classes.
         bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`.
@@ -56,7 +57,6 @@ class MarginSoftmaxLoss(nn.Module):
             see `theory.warn_if_out_of_bounds`.
     """
 
-    margin: margins.Margin
     scale: float
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -91,8 +91,7 @@ class MarginSoftmaxLoss(nn.Module):
         validation.check_size("num_classes", num_classes)
         validation.check_size("centers_per_class", centers_per_class)
         validation.check_flag("bias", bias)
-        self.margin = margin
-        margin = self._margin()
+        given, margin = margin, self._as_margin(margin)
         margins.check(margin, bias, normalize_features)
         self.normalize_features = margin.normalize_features if normalize_features is None else normalize_features
         self.scale = default_scale(margin, self.normalize_features) if scale is None else scale
@@ -109,14 +108,11 @@ class MarginSoftmaxLoss(nn.Module):
         rows = {"centers": centers_per_class, "device": device, "dtype": _table_dtype(table_format, dtype)}
         self.weight = nn.Parameter(placement.empty(num_classes * centers_per_class, embedding_size, **rows))
         self.register_parameter("bias", nn.Parameter(placement.empty(num_classes * centers_per_class, **rows)) if bias else None)
-        if isinstance(margin, margins.CosFace) and self.normalize_features:
+        if isinstance(margin, margins.CosFace) and self.normalize_features and not isinstance(margin.m, Tensor):
             theory.warn_if_out_of_bounds(num_classes, embedding_size, self.scale, margin.m, stacklevel=self._callers_level())
         if sample_rate < 1:
             self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
-        for name, value in margin.state.items():
-            # Not the default dtype: in 16 bits a mean of 20 hardly moves, and a count past 2048 not at all.
-            dtype = torch.float32 if isinstance(value, float) else torch.int64
-            self.register_buffer(name, torch.tensor(value, dtype=dtype, device=device))
+        self.margin = given
         recording.register(self)
         self.reset_parameters()
 
@@ -139,10 +135,29 @@ class MarginSoftmaxLoss(nn.Module):
         super().__setstate__(state)
         recording.register(self)
 
+    @property
+    def margin(self) -> margins.Margin:
+        """The margin, also to set: see margin_buffers.py."""
+        return self._margin_refused[0] if self._margin_refused else self._as_given(self._margin())
+
+    @margin.setter
+    def margin(self, margin: margins.Margin) -> None:
+        margin_buffers.write(self, margin)
+
     def _margin(self):
-        """The margin as a Margin. It may have been set since construction."""
-        margins.check_kind(self.margin)
-        return self.margin
+        """The margin as a Margin. It may have been set since construction, also to something else."""
+        return margin_buffers.read(self)
+
+    @staticmethod
+    def _as_margin(given):
+        """The Margin of what `margin` was set to."""
+        margins.check_kind(given)
+        return given
+
+    @staticmethod
+    def _as_given(margin):
+        """What `margin` was set to for a Margin."""
+        return margin
 
     @property
     def normalize_weight(self) -> bool:
@@ -188,7 +203,7 @@ class MarginSoftmaxLoss(nn.Module):
         """Add `count` identities, drawn as the initial ones were, and return the range of their ids.
 
         The parameters stay the same objects, so that an optimiser keeps them; their gradients are dropped. A replica by
-        DistributedDataParallel has to be wrapped anew.
+        DistributedDataParallel has to be wrapped anew. Of a margin's numbers by class new identities get the mean.
 
         Args:
             count: how many.
@@ -260,22 +275,13 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _statistics(self):
         """Running statistics of the margin, by name."""
-        margin = self._margin()
-        if missing := [name for name in margin.state if name not in self._buffers]:
-            raise ValueError(
-                f"margin must have no running statistics but those that the head was made with, got {margin}, which keeps "
-                f"{', '.join(missing)}: make a head with this margin, and load the state_dict with strict=False"
-            )
-        return {name: getattr(self, name) for name in margin.state}
+        return {name: getattr(self, name) for name in self._margin().state}
 
     def _apply(self, function, recurse=True):
-        """Move and convert, but keep running statistics in float32: in bfloat16 a mean of 20 ignores changes below 0.06."""
-        before = self._statistics()
+        """Move and convert, but keep the margin's buffers in float32 at least, and the numbers of its fields as they are."""
+        before = margin_buffers.values(self)
         super()._apply(function, recurse)
-        for name, value in before.items():
-            moved = getattr(self, name)
-            if moved.is_floating_point() and moved.dtype.itemsize < 4:
-                setattr(self, name, value.to(moved.device, wide_dtype(value.dtype)))
+        margin_buffers.restore(self, before)
         return self
 
     def extra_repr(self) -> str:
@@ -286,7 +292,7 @@ class MarginSoftmaxLoss(nn.Module):
         shape = f"{self.weight.shape[1]}, {self.num_classes}"
         sampling = unusual(table_format="float32", sample_rate=1.0, sample_seed=0, sample_correction=False)
         form = unusual(bias=False, normalize_features=self._margin().normalize_features, centers_per_class=1)
-        loss = f"scale={self.scale}, margin={self.margin}, reduction={self.reduction!r}"
+        loss = f"scale={self.scale}, margin={validation.shown(self.margin)}, reduction={self.reduction!r}"
         return f"{shape}, {loss}{sampling}{self.placement.extra_repr(self)}{form}"
 
 
@@ -325,7 +331,7 @@ class CosFaceLoss(MarginSoftmaxLoss):
 
     Args:
         embedding_size, num_classes, **options: as for `MarginSoftmaxLoss`.
-        scale, margin: s and m, as in `cosface_loss`. `head.margin = 0.4` changes m.
+        scale, margin: s and m, as in `cosface_loss`. `head.margin = 0.4` changes m, `head.scale = 32.0` s, at any time.
 
     Raises, and warns: as `MarginSoftmaxLoss`.
     """
@@ -338,14 +344,18 @@ class CosFaceLoss(MarginSoftmaxLoss):
         num_classes: int,
         *,
         scale: float = 64.0,
-        margin: float = 0.35,
+        margin: float | Tensor = 0.35,
         device: Device = None,
         **options: Unpack[HeadOptions],
     ) -> None:
         validation.check_scale(scale)
-        validation.check_margin(margin)
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, device=device, **options)
 
-    def _margin(self):
-        validation.check_margin(self.margin)
-        return margins.CosFace(self.margin)
+    @staticmethod
+    def _as_margin(given):
+        validation.check_margins(given)
+        return margins.CosFace(given)
+
+    @staticmethod
+    def _as_given(margin):
+        return margin.m

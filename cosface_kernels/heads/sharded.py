@@ -4,6 +4,7 @@ import os
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, init_device_mesh
 from typing_extensions import Required, Unpack
 
@@ -16,7 +17,7 @@ from .plain import CosFaceLoss, HeadOptions, MarginSoftmaxLoss
 
 class CosFaceOptions(HeadOptions, total=False):
     scale: float
-    margin: float
+    margin: float | Tensor
 
 
 class MarginOptions(HeadOptions, total=False):
