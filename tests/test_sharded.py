@@ -4,10 +4,12 @@ What each rank checks is in sharded_worker.py. All checks for one number of rank
 start; each is a test here.
 """
 
+import copy
 import functools
 import itertools
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -22,8 +24,9 @@ from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
 from selection import slow_when
 from torch import library
 
-from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
 from cosface_kernels.compat import insightface
+from cosface_kernels.heads import data_parallel
 from cosface_kernels.heads.over_ranks import FOREIGN, IGNORED, INVALID, _labels_here
 from cosface_kernels.loss import Inputs, LossOptions, negatives
 from cosface_kernels.margins import NormSoftmax
@@ -141,6 +144,35 @@ def test_one_process_draws_with_the_default_generator():
     first, second = (ShardedCosFaceLoss(SIZE, 40).weight for _ in range(2))
     torch.manual_seed(3)
     assert torch.equal(ShardedCosFaceLoss(SIZE, 40).weight, first) and not first.eq(second).any()
+
+
+def test_names_that_ddp_leaves_out():
+    """Of shards that are there when DDP asks, at any depth; a copy has its own."""
+    shards = MarginSoftmaxLoss(4, 6, margin=margins.Softmax(), bias=True)
+    data_parallel.leave_out(shards)
+    outer = torch.nn.ModuleDict({"model": torch.nn.ModuleList([torch.nn.Linear(3, 4), shards])})
+    copied = copy.deepcopy(outer)
+    again = pickle.loads(pickle.dumps(copied))
+    outer["model"][1] = CosFaceLoss(4, 6)
+    outer["other"] = torch.nn.Sequential(torch.nn.Identity(), None, CosFaceLoss(4, 6))
+    names = "_ddp_params_and_buffers_to_ignore"
+    found = {each: [*getattr(module, names)] for each, module in {"outer": outer, "copied": copied, "again": again}.items()}
+    assert found == {"outer": [], "copied": ["model.1.weight", "model.1.bias"], "again": ["model.1.weight", "model.1.bias"]}
+    assert [*getattr(shards, names)] == ["weight", "bias"]
+    mine = torch.nn.ModuleDict()
+    setattr(mine, names, ["theirs"])
+    mine["head"] = shards
+    assert getattr(mine, names) == ["theirs", "head.weight", "head.bias"]
+
+
+@pytest.mark.slow
+def test_names_that_ddp_leaves_out_of_a_compiled_module():
+    shards = CosFaceLoss(4, 6)
+    data_parallel.leave_out(shards)
+    module = torch.nn.ModuleList([shards])
+    compiled = torch.compile(module)
+    assert [*compiled._ddp_params_and_buffers_to_ignore] == ["_orig_mod.0.weight"]
+    assert [*module._ddp_params_and_buffers_to_ignore] == ["0.weight"]
 
 
 def test_partial_fc_in_one_process(small_slabs):

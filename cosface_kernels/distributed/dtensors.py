@@ -1,5 +1,6 @@
 """Parameters that may be DTensors sharded by rows, Shard(0). torch.distributed.tensor is not imported here: that takes long."""
 
+import functools
 import sys
 
 import torch
@@ -39,3 +40,25 @@ def zeros(like, shape, dtype):
         return torch.zeros(shape, dtype=dtype, device=like.device)
     distributed = sys.modules["torch.distributed.tensor"]
     return distributed.zeros(shape, dtype=dtype, device_mesh=like.device_mesh, placements=like.placements)
+
+
+@functools.cache
+def unscale_beside_plain():
+    """Let torch.amp.GradScaler unscale the gradients of one optimiser of which some are DTensors: those after the others.
+
+    It passes all of them to one operator, and DTensor's implementation of that takes no other tensors.
+    """
+    operator = torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default
+    handlers = getattr(sys.modules["torch.distributed.tensor"].DTensor._op_dispatcher, "_custom_op_handlers", {})
+    usual = handlers.get(operator)
+    if usual is None:  # another PyTorch, which may do without
+        return
+
+    def handler(operator, arguments, named):
+        grads, found_inf, inverse_scale = arguments
+        plain = [grad for grad in grads if not is_sharded(grad)]
+        if plain:
+            operator(plain, found_inf, inverse_scale)
+        return usual(operator, ([grad for grad in grads if is_sharded(grad)], found_inf, inverse_scale), named)
+
+    handlers[operator] = handler

@@ -23,7 +23,7 @@ from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
 from ..ops import backends, operators, recording
-from . import logits
+from . import data_parallel, logits
 from .placement import Whole
 
 # Labels as the operator of one shard gets them: ignored, a class of another shard, and a number outside [0, C).
@@ -125,6 +125,10 @@ class OverRanks(Whole):
     A subclass defines the rows: empty, local, ranks, and first_class(head, weight), the number of this rank's first class.
     """
 
+    def enter(self, head):
+        if self.ranks(head.weight).size > 1:
+            data_parallel.leave_out(head)
+
     @torch.no_grad()
     def draw(self, head):
         """Draw this rank's rows. The seed is a number from the default generator plus the rank."""
@@ -221,6 +225,7 @@ class OverMesh(OverRanks):
                 f"num_classes must be a multiple of the number of ranks, such as {-(-rows // centers // num_ranks) * num_ranks}"
             )
         first, stop = dtensors.bounds(rows, self.mesh)
+        dtensors.unscale_beside_plain()
         local = torch.empty(stop - first, *size, device=device, dtype=dtype)
         return DTensor.from_local(local, self.mesh, [Shard(0)], run_check=False, shape=(rows, *size), stride=(*size, 1))
 

@@ -10,7 +10,7 @@ import torch
 from .. import validation
 from ..distributed import dtensors
 from ..loss import WholeTable
-from . import logits
+from . import agreement, data_parallel, logits
 
 
 class Whole:
@@ -19,6 +19,9 @@ class Whole:
     def empty(self, rows, *size, centers, device, dtype):
         """An uninitialised tensor with one entry for each row of the table; `centers` rows are a class."""
         return torch.empty(rows, *size, device=device, dtype=dtype)
+
+    def enter(self, head):
+        """Prepare a head that was just made for what it may be put into."""
 
     def draw(self, head):
         """Fill the table with its initial values."""
@@ -30,6 +33,11 @@ class Whole:
 
     def rows(self, table):
         """(weight, bias or None), the rows that this process holds."""
+        if type(self) is Whole and dtensors.is_sharded(table[0]):
+            raise RuntimeError(
+                "the head's table is in shards outside of the forward pass of the model that fully_shard wraps: call the head "
+                "from there, or have torch.distributed.fsdp.register_fsdp_forward_method(model, name) of the method that calls it"
+            )
         return tuple(each if each is None else self.local(each) for each in table)
 
     def ranks(self, weight):
@@ -38,10 +46,14 @@ class Whole:
 
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, shards) of a step, as loss.loss_of_table takes them."""
+        agreement.watch(head, table[0])
+        if inputs.parameters is not None:
+            data_parallel.check_fused()
         if head._samples():
             validation.check_tensors(inputs.features, inputs.weight, inputs.labels, inputs.bias, head.centers_per_class)
             classes = head._classes(inputs.labels, head.ignore_index, head.num_classes, head.sample_seed)
-            inputs = inputs._replace(classes=classes)
+            weight, bias = map(data_parallel.with_dense_gradient, (inputs.weight, inputs.bias))
+            inputs = inputs._replace(classes=classes, weight=weight, bias=bias)
         return inputs, options, WholeTable()
 
     def logits(self, head, table, features):

@@ -114,6 +114,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
         self.margin = given
         recording.register(self)
+        placement.enter(self)
         self.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
