@@ -8,16 +8,19 @@ null or empty; "error" says why nothing can be. `tables.py` makes the rest of it
 import torch
 
 from . import harness, measure, tables
-from .peers import PRECISIONS, inputs, peers, step
+from .peers import PLAIN, PRECISIONS, in_precision, inputs, peers, plain, step
 from .record import fail, keep, say
 
 # A peer gets no further turn once its turns took this long, so that a slow one has fewer.
 SECONDS_PER_PEER = 6.0
 # Steps in one turn: on a GPU one untimed step first brings its memory back from the others.
 STEPS_PER_TURN = {"cpu": 1, "cuda": 3}
-# With --plot: the C of the figures, and the seconds past which a peer's next step is not tried.
+# A peer whose step should take longer is not run. On a CPU a step over the first of these classes says what it should take: where
+# a processor has no bfloat16 product, PyTorch's takes a hundred times as long as that in float32.
+SECONDS_PER_STEP, SECONDS_PER_CHECK = 60.0, 10.0
+PROBE_CLASSES = 1000
+# With --plot: the C of the figures.
 SWEEP = (10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000)
-SWEEP_SECONDS = 60.0
 
 
 def main(arguments):
@@ -84,7 +87,16 @@ def _row(peer):
 def ceilings(device, precisions):
     """Flops a second of a matrix product in each precision, and bytes a second of a copy."""
     say("ceilings of this machine")
-    return {**{name: measure.product_rate(device, name) for name in precisions}, "copy": measure.copy_rate(device)}
+    rates = {name: measure.product_rate(device, name) for name in PRECISIONS}
+    # Without a product of bfloat16 a processor computes it in float32.
+    rates["bfloat16"] = max(rates.values())
+    return {**{name: rates[name] for name in precisions}, "copy": measure.copy_rate(device)}
+
+
+def raise_ceilings(known, device):
+    """Measure them again and keep the best: the machine may have been busy before."""
+    found = ceilings(device, [name for name in known if name != "copy"])
+    known.update({name: max(rate, found[name]) for name, rate in known.items()})
 
 
 def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row: 0.0):
@@ -104,8 +116,9 @@ def _run(report, entries, device, repeats, save, expected):
     shape = tuple(report["shape"])
     for row, peer in entries:
         row["error"] = measure.shortage(peer.bytes_needed(*shape), device)
-        if not row["error"] and expected(row) > SWEEP_SECONDS:
+        if not row["error"] and expected(row) > SECONDS_PER_STEP:
             row["error"] = f"not run: a step would take about {expected(row):.0f} s"
+    check_most = _leave_out_the_slow(entries, shape) if device.type == "cpu" else shape[1]
     if device.type == "cpu":
         for row, peer in _open(entries):
             say(f"C = {shape[1]:,}: memory of {peer.key}")
@@ -114,13 +127,46 @@ def _run(report, entries, device, repeats, save, expected):
             save()
     if _open(entries):
         torch.compiler.reset()  # compiled code of other sizes counts against a limit
-        _measure(report, entries, device, repeats, save)
+        _measure(report, entries, device, repeats, check_most, save)
 
 
-def _measure(report, entries, device, repeats, save):
+def _leave_out_the_slow(entries, shape):
+    """Write so into the rows of peers whose step takes too long. Returns the number of classes with which the plain expression,
+    which results are compared with, takes seconds.
+    """
+    num_rows, num_classes, size = shape
+    if num_classes <= 4 * PROBE_CLASSES:
+        return num_classes
+    tensors, scale = inputs(num_rows, PROBE_CLASSES, size), num_classes / PROBE_CLASSES
+    precisions = dict.fromkeys(row["precision"] for row, _ in _open(entries))
+    plain_seconds = {name: _probed(f"{PLAIN}, {name}", in_precision(name, plain), tensors, scale) for name in precisions}
+    for row, peer in _open(entries):
+        whose, about = "a step", plain_seconds[peer.precision]
+        if peer.compiled:  # a probe would compile too
+            whose = f"a step of {PLAIN}, which has the same products,"
+        elif peer.name != PLAIN:
+            with harness.recorded(row):
+                about = _probed(peer.key, peer.function, tensors, scale)
+        if not row["error"] and about > SECONDS_PER_STEP:
+            row["error"] = f"not run: {whose} would take about {about:.0f} s"
+    slowest = max(plain_seconds.values(), default=0.0)
+    return num_classes if slowest <= SECONDS_PER_STEP else max(int(num_classes * SECONDS_PER_CHECK / slowest), 2)
+
+
+def _probed(name, function, tensors, scale):
+    """Seconds of a step over `scale` times as many classes, from the second one where the first, which loads code, was slow."""
+    say(f"C = {len(tensors[1]):,}: {name}")
+    for _ in range(2):
+        took = scale * measure.seconds(lambda: step(function, *tensors), torch.device("cpu"))
+        if took < SECONDS_PER_STEP:
+            break
+    return took
+
+
+def _measure(report, entries, device, repeats, check_most, save):
     shape = num_rows, num_classes, size = tuple(report["shape"])
     tensors = inputs(*shape, device)
-    report["check_classes"] = measure.check_classes(num_rows, num_classes, device)
+    report["check_classes"] = measure.check_classes(num_rows, min(num_classes, check_most), device)
     fits = report["check_classes"] == num_classes
     say(f"the exact result, C = {report['check_classes']:,}")
     check = measure.Check(tensors if fits else inputs(num_rows, report["check_classes"], size, device))
@@ -139,7 +185,11 @@ def _measure(report, entries, device, repeats, save):
             _mark_lost(entries, row)
             return
     del check
+    last = 0
     for turn, (row, peer) in harness.in_turns(entries, repeats - 1):
+        if turn != last and report["ceilings"]:
+            raise_ceilings(report["ceilings"], device)
+            last = turn
         if not row["error"] and sum(row["seconds"]) < SECONDS_PER_PEER:
             say(f"C = {num_classes:,}, turn {turn + 2} of {repeats}: {peer.key}")
             with harness.recorded(row):

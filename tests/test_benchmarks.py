@@ -210,6 +210,46 @@ def test_a_slow_peer_has_one_turn(monkeypatch):
     assert rows_of(tables.markdown(report))["slow", "float32"][0].endswith(" (one step)")
 
 
+def test_peers_that_take_minutes_are_not_run(capsys, monkeypatch):
+    """Plain PyTorch in bfloat16 takes 200 s here; results in bfloat16 are then judged with fewer classes."""
+    probed = {"plain PyTorch, bfloat16": 200.0, "pytorch-metric-learning, bfloat16": 61.0}
+    monkeypatch.setattr(bench, "PROBE_CLASSES", 90)
+    monkeypatch.setattr(bench, "_probed", lambda name, *arguments: probed.get(name, 1.0))
+    assert cli.main(["bench", *SIZES, "--peers=p"]) == 0
+    printed = capsys.readouterr().out
+    rows = rows_of(printed)
+    left_out = {key: cells[0] for key, cells in rows.items() if "not run" in cells[0]}
+    assert left_out == {
+        (peers.PLAIN, "bfloat16"): "not run: a step would take about 200 s",
+        ("pytorch-metric-learning", "bfloat16"): "not run: a step would take about 61 s",
+        (
+            "torch.compile of plain PyTorch",
+            "bfloat16",
+        ): "not run: a step of plain PyTorch, which has the same products, would take about 200 s",
+    }
+    assert "at C = 20;" in printed and len(rows) > 6
+
+
+def test_a_probe_is_of_the_whole_step(monkeypatch):
+    """And its first call, which loads code, is not taken where it was slow."""
+    took = iter([7.0, 0.5])
+    monkeypatch.setattr(measure, "seconds", lambda *arguments: next(took))
+    assert bench._probed("slow at first", None, peers.inputs(2, 8, 4), 100.0) == 50
+
+
+def test_a_ceiling_is_the_best_of_the_run(monkeypatch):
+    """The first turn's was taken on a busy machine. A processor without bfloat16 products makes them in float32."""
+    measured = [{"float32": 3.0, "bfloat16": 1.0}, {"float32": 8.0, "bfloat16": 1.0}, {"float32": 5.0, "bfloat16": 1.0}]
+    monkeypatch.setattr(measure, "product_rate", lambda device, name: measured[0][name])
+    monkeypatch.setattr(measure, "copy_rate", lambda device: 2.0)
+    known = bench.ceilings(torch.device("cpu"), ["bfloat16"])
+    assert known == {"bfloat16": 3.0, "copy": 2.0}
+    while measured:
+        bench.raise_ceilings(known, torch.device("cpu"))
+        measured.pop(0)
+    assert known == {"bfloat16": 8.0, "copy": 2.0}
+
+
 def test_json_round_trip(capsys, tmp_path):
     path = tmp_path / "new" / "results.json"
     assert cli.main(["bench", *SIZES, "--peers=plain", f"--json={path}"]) == 0

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -244,10 +245,10 @@ def test_what_fits_nowhere(capsys):
 
 def test_recommended_code_runs(capsys):
     text = run(capsys, "--identities", "2000", "--memory", "2GB", "--table-format", "bfloat16", "--devices", "1")
-    head, optimizer, step = (line.strip() for line in text.splitlines()[-3:])
+    code = textwrap.dedent(text[text.index("    head = ") :])
     names = {name: getattr(cosface_kernels, name) for name in cosface_kernels.__all__}
     names |= {"features": torch.randn(4, 512, requires_grad=True), "labels": torch.arange(4)}
-    exec("\n".join([head, optimizer, step]), names)
+    exec(code, names)
     assert names["head"].weight.dtype == torch.bfloat16 and names["head"].weight.shape == (2000, 512)
     sampled = Training(10**7, 256, 64, "adamw", "float32", "int8", sample_rate=0.1, devices=4)
     assert sampled.code()[0] == "head = ShardedCosFaceLoss(256, 10_000_000, sample_rate=0.1)"
@@ -271,7 +272,7 @@ def test_documented_command(capsys):
     (command, output) = re.search(r"```\n\$ cosface (plan .*)\n((?:.*\n)*?)```", text).groups()
     assert cli.main([*command.split(), "--device", "cpu"]) == 0
     found, expected = capsys.readouterr().out.splitlines(), output.splitlines()
-    assert found[-3:] == expected[-3:]
+    assert found[-5:] == expected[-5:] and max(map(len, found)) <= 100
     assert [line.split()[:9] for line in found[:17]] == [line.split()[:9] for line in expected[:17]]
 
 
@@ -284,10 +285,10 @@ def test_without_memory_it_plans_for_this_machine(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--identities", "ten"], "'ten' is not a number such as 10e6"),
-        (["--identities", "10,00"], "'10,00' is not a number such as 10e6"),
-        (["--identities", "1M", "--memory", "24"], "'24' is not a size with its unit such as 141GB"),
-        (["--identities", "1M", "--memory", "24 apples"], "'24 apples' is not a size with its unit such as 141GB"),
+        (["--identities", "ten"], "'ten' is not a whole number from 1 on, such as 10e6"),
+        (["--identities", "10,00"], "'10,00' is not a whole number from 1 on, such as 10e6"),
+        (["--identities", "1M", "--memory", "24"], "'24' is not a size with its unit, such as 141GB"),
+        (["--identities", "1M", "--memory", "24 apples"], "'24 apples' is not a size with its unit, such as 141GB"),
         (["--identities", "1M", "--sample-rate", "1.5"], "'1.5' is not a rate"),
         (["--identities", "1M", "--optimizer", "adam"], "invalid choice"),
         (["--identities", "1M", "--optimizer", "torch-sgd", "--table-format", "bfloat16"], "go with float32"),

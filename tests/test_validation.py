@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse, margin_softmax_loss, margins
 from cosface_kernels.compat.insightface import PartialFC_V2
+from cosface_kernels.ops import backends
 from cosface_kernels.sampling import sample_classes
 
 EMBEDDING_SIZE, NUM_CLASSES, NUM_ROWS = 3, 5, 4
@@ -205,8 +206,17 @@ except ValueError as error:
 
 def test_triton_not_installed(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    message = 'backend "triton" .*pip install triton'
+    message = r'backend "triton" .*pip install "cosface-kernels\[triton\]"'
     assert_refused(ValueError, message, arguments, lambda: cosface_loss(**arguments, backend="triton"))
+
+
+def test_a_gpu_without_triton(monkeypatch):
+    """No slower backend in silence, but where triton would not serve either."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "cosface-kernels\[triton\]"; backend="torch" computes'):
+        backends.choose("auto", torch.device("cuda"), torch.float32)
+    for name, dtype in (("torch", torch.float32), ("auto", torch.float64)):
+        assert backends.choose(name, torch.device("cuda"), dtype).__name__.endswith("torch_backend")
 
 
 @pytest.mark.parametrize("name", ["features", "weight"])

@@ -4,6 +4,7 @@ Nothing that imports torch is imported before the arguments are known to be righ
 """
 
 import argparse
+import importlib.util
 import math
 import re
 import sys
@@ -15,7 +16,7 @@ from ..version import __version__
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
 SIZES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
-DEMO_EXTRAS = {"matplotlib", "sklearn", "tqdm"}
+DEMO_EXTRAS = "matplotlib", "sklearn", "tqdm"
 TRAIN_EXTRAS = {"PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm", "sklearn": "scikit-learn", "timm": "timm"}
 DEVICE = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"}
 # The names that plan.py knows.
@@ -183,13 +184,15 @@ def count(text):
     """A number of things: 10e6, 10M, 10_000_000 or 10,000,000."""
     plain = text.replace(",", "") if re.fullmatch(r"\d{1,3}(,\d{3})+", text.strip()) else text
     value = _number(plain, COUNTS)
-    return int(_right(text, value >= 1 and value == value // 1 and value, "a number such as 10e6, 10M or 10,000,000"))
+    return int(
+        _right(text, value >= 1 and value == value // 1 and value, "a whole number from 1 on, such as 10e6, 10M or 10,000,000")
+    )
 
 
 def size(text):
     """Bytes: 141GB, 24GiB, 3G."""
     value = _number(text, SIZES)
-    return int(_right(text, value >= 1 and value, "a size with its unit such as 141GB or 24GiB"))
+    return int(_right(text, value >= 1 and value, "a size with its unit, such as 141GB, 24GiB or 3G"))
 
 
 def rate(text):
@@ -215,18 +218,17 @@ def _right(text, value, what):
 
 def _demo(arguments):
     out = arguments.out
-    try:
-        from . import demo
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in DEMO_EXTRAS:
-            raise
-        return _fail(f'the demo needs {error.name}, which is not installed: pip install "cosface-kernels[demo]"')
+    for name in DEMO_EXTRAS:
+        if importlib.util.find_spec(name) is None:
+            return _fail(f'the demo needs {name}, which is not installed: pip install "cosface-kernels[demo]"')
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # an existing directory may still refuse files
             pass
     except OSError as error:
         return _fail(f"cannot write to --out {out}: {error.strerror}")
+    from . import demo
+
     try:
         demo.run(out)
     except MemoryError as error:
@@ -280,6 +282,11 @@ def _convert(arguments):
     ):
         if is_wrong:
             arguments.wrong_usage(message)
+    for path in arguments.inputs:
+        try:
+            open(path, "rb").close()
+        except OSError as error:
+            return _fail(f"cannot read {path}: {error.strerror}")
     from .convert import convert
 
     names = "inputs", "out", "system", "key", "transpose", "to", "force"

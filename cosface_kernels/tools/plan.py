@@ -34,7 +34,7 @@ class Optimizer(NamedTuple):
 
 
 OPTIMIZERS = {
-    "sgd": Optimizer('FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format="{}")', 1),
+    "sgd": Optimizer('FusedSGD(\n    head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format="{}"\n)', 1),
     "adamw": Optimizer('FusedAdamW(head.parameters(), lr=1e-3, state_format="{}")', 2),
     "plain-sgd": Optimizer("FusedSGD(head.parameters(), lr=0.1, weight_decay=5e-4)", 0),
     "torch-sgd": Optimizer("torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)", 1, 1),
@@ -82,7 +82,7 @@ class Training(NamedTuple):
         return f"{self.optimizer} with a {self.table_format} table{state} and {sampled}"
 
     def code(self):
-        """The three lines that make the head, its optimiser, and a step."""
+        """The three statements that make the head, its optimiser, and a step."""
         arguments = f"{self.dim}, {self.identities:_}"
         if self.table_format != "float32":
             arguments += f', table_format="{self.table_format}"'
@@ -216,7 +216,7 @@ def report(arguments):
     ]
     first, *advice = [textwrap.fill(paragraph, COLUMNS) for paragraph in paragraphs]
     training = recommended(totals, device)
-    code = ["", *(f"    {line}" for line in training.code())] if training else []
+    code = ["", textwrap.indent("\n".join(training.code()), "    ")] if training else []
     return "\n".join([first, "", *_table(plans, totals, device), "", *advice, *code])
 
 

@@ -46,13 +46,14 @@ class Sums(NamedTuple):
         return cls(torch.add(total.log(), shift, alpha=math.log(2)), shift, total, pull, kept)
 
 
+NO_TRITON = 'triton is not installed: pip install "cosface-kernels[triton]"'
 NAMES = validation.BACKENDS[1:]  # each is a module of this package, <name>_backend
 
 
 def choose(name, device, dtype):
     """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
     if name == "auto":
-        name = _fastest(device)
+        name = _fastest(device, dtype)
         name = "torch" if unusable(name, device, dtype) else name
     why = unusable(name, device, dtype)
     if why:
@@ -65,8 +66,13 @@ def _module(name):
     return importlib.import_module(f".{name}_backend", __package__)
 
 
-def _fastest(device):
+def _fastest(device, dtype):
     if device.type == "cuda":
+        if dtype != torch.float64 and not torch.version.hip and not _has_triton():
+            raise ModuleNotFoundError(
+                f'backend="auto" is "triton" on a GPU, and {NO_TRITON}; backend="torch" computes without it, slower',
+                name="triton",
+            )
         return "triton"
     if device.type != "cpu":
         return "torch"
@@ -100,9 +106,13 @@ def _cpu_unusable(device, dtype):
     return f"its native library cannot be used: {cpu_library.unavailable()}" if cpu_library.unavailable() else None
 
 
+def _has_triton():
+    return importlib.util.find_spec("triton") is not None
+
+
 def _triton_unusable(device, dtype):
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
+    if not _has_triton():
+        return NO_TRITON
     if dtype == torch.float64:
         return "its kernels compute in float32 and bfloat16, not float64"
     if device.type == "cuda":
