@@ -1,8 +1,6 @@
 """Are the numbers of `cosface eval` those of scikit-learn and of cases worked by hand, however the pairs are counted?"""
 
 import json
-import re
-import shlex
 from pathlib import Path
 
 import numpy as np
@@ -281,14 +279,3 @@ def test_bad_files(files, capsys):
     assert run(files, "--json", files / "nowhere" / "o.json") == 1
     assert f"cannot write {files / 'nowhere' / 'o.json'}: No such file" in capsys.readouterr().err
     assert not list(files.glob("*o.json*")) and not list(files.glob(".*"))
-
-
-@pytest.mark.slow
-def test_commands_of_the_document(tmp_path, monkeypatch):
-    commands = re.findall(r"^    (cosface eval .*)$", (ROOT / "docs/evaluation.md").read_text(), re.M)
-    rows, labels = embeddings(size=8)
-    monkeypatch.chdir(tmp_path)
-    for name, array in (("embeddings", rows), ("labels", labels), ("distractors", rows)):
-        np.save(tmp_path / f"{name}.npy", array)
-    assert len(commands) == 2 and all(cli.main(shlex.split(command)[1:]) == 0 for command in commands)
-    assert json.loads((tmp_path / "result.json").read_text()).keys() >= {"verification", "identification"}

@@ -12,12 +12,15 @@ import tempfile
 from pathlib import Path
 
 from ..version import __version__
+from . import evaluation
+from .command import add as _add
+from .command import fail as _fail
+from .command import without_extras
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
 SIZES |= {f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGTP", 1)}
 DEMO_EXTRAS = "matplotlib", "sklearn", "tqdm"
-TRAIN_EXTRAS = {"PIL": "pillow", "yaml": "pyyaml", "tqdm": "tqdm", "sklearn": "scikit-learn", "timm": "timm"}
 DEVICE = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"}
 # The names that plan.py knows.
 OPTIMIZERS = "sgd", "adamw", "plain-sgd", "torch-sgd", "torch-adamw"
@@ -30,19 +33,13 @@ def main(argv=None):
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_train, _add_eval, _add_bench, _add_convert, _add_plan, _add_info):
+    for add in (_add_demo, _add_train, *evaluation.COMMANDS, _add_bench, _add_convert, _add_plan, _add_info):
         add(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
         return 2
     return arguments.run(arguments)
-
-
-def _add(commands, run, name, **texts):
-    command = commands.add_parser(name, **texts)
-    command.set_defaults(run=run, wrong_usage=command.error)
-    return command.add_argument
 
 
 def _add_demo(commands):
@@ -158,23 +155,6 @@ def _add_plan(commands):
     option("--device", **DEVICE)
 
 
-def _add_eval(commands):
-    option = _add(
-        commands,
-        _eval,
-        "eval",
-        help="verification and identification, of embeddings",
-        description="Compare all pairs of embeddings, and search each image among the others: TAR at FAR, equal error rate, "
-        "rank 1, CMC, TPIR at FPIR, with intervals, in memory that does not grow with the number of pairs. docs/evaluation.md "
-        "has the definitions.",
-    )
-    arrays = "a .npy or .safetensors file"
-    option("--embeddings", type=Path, required=True, metavar="FILE", help=f"(N, D), {arrays}")
-    option("--labels", type=Path, required=True, metavar="FILE", help=f"(N,), the identity of each, {arrays}")
-    option("--distractors", type=Path, metavar="FILE", help=f"(M, D), images of nobody in --labels, {arrays}")
-    option("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-
-
 def _add_info(commands):
     text = "versions, devices, and which backends can be used here"
     _add(commands, _info, "info", help=text, description=f"Print {text}: what a bug report should contain.")
@@ -248,9 +228,7 @@ def _train(arguments):
 
         return train(config, arguments.resume)
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in TRAIN_EXTRAS:
-            raise
-        return _fail(f'this needs {TRAIN_EXTRAS[error.name]}, which is not installed: pip install "cosface-kernels[train]"')
+        return without_extras(error)
     except settings.ConfigError as error:
         arguments.wrong_usage(str(error))
     except (OSError, RuntimeError, ArithmeticError) as error:
@@ -307,26 +285,8 @@ def _plan(arguments):
     return 0
 
 
-def _eval(arguments):
-    from ..training import arrays, evaluate
-
-    try:
-        record = evaluate.of_embeddings(arguments.embeddings, arguments.labels, arguments.distractors)
-        if arguments.json:
-            arrays.write_json(arguments.json, record)
-    except (OSError, ValueError) as error:
-        return _fail(error)
-    print("\n".join(evaluate.summary(record)))
-    return 0
-
-
 def _info(_):
     from .info import report
 
     print(report())
     return 0
-
-
-def _fail(message):
-    print(f"cosface: {message}", file=sys.stderr)
-    return 1

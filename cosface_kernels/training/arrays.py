@@ -72,11 +72,9 @@ def _read(path, name):
 
 
 def _safetensors(path):
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError:
-        raise ValueError(f'{path}: needs safetensors, which is not installed: pip install "cosface-kernels[train]"') from None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

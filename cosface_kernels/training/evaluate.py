@@ -1,7 +1,12 @@
-"""`cosface eval`: numbers of verification and identification, of embeddings."""
+"""`cosface eval`: numbers of verification and identification, of embeddings or of pairs of images."""
 
+import numpy as np
+import torch
+
+from ..ops.normalize import unit_rows
 from ..version import __version__
 from . import identification, verification
+from . import pairs as lists
 from .all_pairs import AllPairs
 from .arrays import read_embeddings, read_labels
 
@@ -33,6 +38,46 @@ def of_embeddings(embeddings, labels, distractors=None):
         "verification": verification_of(verification.steps_of(pairs), pairs.accepted_of_identities),
     }
     return record | {"identification": identification_of(identification.search(rows, identities, others))}
+
+
+def of_pairs(path, checkpoint, flip, images=None):
+    """The record of a list of pairs (pairs.py), by the backbone of a run: accuracy in ten folds, and rates of all pairs.
+
+    Raises:
+        ValueError: the list or an image cannot be used; the message names it.
+        FileNotFoundError: there is no such run.
+    """
+    from .backbones import load_backbone
+    from .embed import embed
+
+    listed = lists.read(path, images)
+    backbone, config = load_backbone(checkpoint)
+    rows = embed(backbone, [image for template in listed.templates for image in template], config.image_size, flip)
+    scores = scores_of(listed, rows)
+    result = verification.folds(scores, listed.same)
+    right = sum(np.array_split(scores, 10)[fold].size * accuracy for fold, accuracy in enumerate(result.accuracies))
+    return {
+        "version": __version__,
+        "checkpoint": str(checkpoint),
+        "flip": flip,
+        "pairs": {"file": str(path), "templates": len(listed.templates), "images": len(rows)},
+        "verification": {
+            "accuracy": float(np.mean(result.accuracies)),
+            "accuracy_std": float(np.std(result.accuracies)),
+            "accuracy_interval": list(verification.wilson(round(right), len(scores))),
+            "folds": result._asdict(),
+            **verification_of(verification.Steps.of(scores[listed.same], scores[~listed.same])),
+        },
+    }
+
+
+def scores_of(listed, rows):
+    """(P,) cosines of Pairs; rows: the embeddings of all images of all templates, in order. A template is its mean unit row."""
+    sizes = torch.tensor([len(template) for template in listed.templates])
+    owner = torch.arange(len(sizes)).repeat_interleave(sizes)
+    sums = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64).index_add_(0, owner, unit_rows(rows.double())[0])
+    unit = unit_rows(sums)[0]
+    return (unit[listed.first] * unit[listed.second]).sum(1).numpy()
 
 
 def verification_of(steps, accepted_of_identities=None):
@@ -95,6 +140,10 @@ def summary(record):
     """Lines of text."""
     verified, found = record["verification"], record.get("identification")
     pairs = verified["pairs"]
+    if "accuracy" in verified:
+        low, high = verified["accuracy_interval"]
+        mean, spread = verified["accuracy"], verified["accuracy_std"]
+        yield f"accuracy in ten folds {mean:.2%} ± {spread:.2%} between folds, of all pairs {low:.2%} to {high:.2%} (Wilson)"
     yield f"verification: {pairs['genuine']:,} genuine pairs, {pairs['impostor']:,} impostor pairs"
     for name, tar in verified["tar"].items():
         yield f"  TAR at FAR {name}  " + (verified["unresolved"][name] if tar is None else _rate(verified, name))

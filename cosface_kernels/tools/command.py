@@ -1,0 +1,28 @@
+"""What the commands of `cosface` have in common."""
+
+import sys
+
+# Modules of the extras [train], and what they are installed as.
+TRAIN_EXTRAS = {name: name for name in ("tqdm", "safetensors", "timm")}
+TRAIN_EXTRAS |= {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+
+
+def add(commands, run, name, **texts):
+    """Add a command that run(arguments) does; the add_argument of its parser."""
+    command = commands.add_parser(name, **texts)
+    command.set_defaults(run=run, wrong_usage=command.error)
+    return command.add_argument
+
+
+def fail(message):
+    """Say why it cannot be done; exit status 1."""
+    print(f"cosface: {message}", file=sys.stderr)
+    return 1
+
+
+def without_extras(error):
+    """The same for a ModuleNotFoundError, which is raised again where it is none of the extras'."""
+    name = (error.name or "").partition(".")[0]
+    if name not in TRAIN_EXTRAS:
+        raise error
+    return fail(f'this needs {TRAIN_EXTRAS[name]}, which is not installed: pip install "cosface-kernels[train]"')

@@ -1,0 +1,114 @@
+"""The commands that say what a network is worth: eval, embed. cli.py adds them."""
+
+from pathlib import Path
+
+from .command import add, fail, without_extras
+
+
+def _add_eval(commands):
+    option = add(
+        commands,
+        _eval,
+        "eval",
+        help="verification and identification: TAR at FAR, folds, ranks, with intervals",
+        usage="cosface eval --embeddings FILE --labels FILE [--distractors FILE] [--json FILE]\n"
+        "       cosface eval --pairs FILE --checkpoint DIR [--flip RULE] [--images DIR] [--json FILE]",
+        description="Compare all pairs of embeddings, and search each image among the others, in memory that does not grow with "
+        "the number of pairs; or compare the pairs of a list, in ten folds. docs/evaluation.md has the definitions.",
+    )
+    arrays = "a .npy or .safetensors file"
+    option("--embeddings", type=Path, metavar="FILE", help=f"(N, D), {arrays}")
+    option("--labels", type=Path, metavar="FILE", help=f"(N,), the identity of each, {arrays}")
+    option("--distractors", type=Path, metavar="FILE", help=f"(M, D), images of nobody in --labels, {arrays}")
+    option("--pairs", type=Path, metavar="FILE", help="InsightFace's .bin file, or a .txt list of pairs")
+    option("--images", type=Path, metavar="DIR", help="where the images of a .txt list are (default: beside it)")
+    _add_network(option)
+    option("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
+
+
+def _add_network(option):
+    option("--checkpoint", type=Path, metavar="DIR", help="a run's folder: the network")
+    rule = "the image alone, beside its mirror image (as the paper; default), or their sum (as InsightFace)"
+    option("--flip", choices=("none", "concat", "sum"), help=rule)
+
+
+def _add_embed(commands):
+    option = add(
+        commands,
+        _embed,
+        "embed",
+        help="embeddings of a folder of images, or the network as an ONNX file",
+        usage="cosface embed DIR --checkpoint DIR --out FILE [--flip RULE]\n       cosface embed --checkpoint DIR --onnx FILE",
+        description="Write the embeddings of all images below a folder, with their names and folders; or write the network, with "
+        "what it does to pixels before and to features after, as an ONNX file.",
+    )
+    option("images", nargs="?", type=Path, metavar="DIR", help="a folder of images")
+    option("--out", type=Path, metavar="FILE", help="a .npy or .safetensors file")
+    option("--onnx", type=Path, metavar="FILE", help="the ONNX file")
+    _add_network(option)
+
+
+def _eval(arguments):
+    embeddings, labels, pairs = arguments.embeddings, arguments.labels, arguments.pairs
+    for is_wrong, message in (
+        (bool(embeddings) == bool(pairs), "give --embeddings, or --pairs"),
+        (bool(embeddings) != bool(labels), "--embeddings and --labels go together"),
+        (bool(pairs) != bool(arguments.checkpoint), "--pairs and --checkpoint go together"),
+        (arguments.distractors and pairs, "--distractors goes with --embeddings"),
+        ((arguments.flip or arguments.images) and embeddings, "--flip and --images go with --pairs"),
+    ):
+        if is_wrong:
+            arguments.wrong_usage(message)
+
+    for path in filter(None, (embeddings, labels, arguments.distractors, pairs)):
+        if not path.is_file():
+            return fail(f"{path}: there is no such file")
+
+    def evaluated():
+        from ..training import arrays, evaluate
+
+        if pairs:
+            record = evaluate.of_pairs(pairs, arguments.checkpoint, arguments.flip or "concat", arguments.images)
+        else:
+            record = evaluate.of_embeddings(embeddings, labels, arguments.distractors)
+        if arguments.json:
+            arrays.write_json(arguments.json, record)
+        return "\n".join(evaluate.summary(record))
+
+    return _print(evaluated)
+
+
+def _embed(arguments):
+    for is_wrong, message in (
+        (not arguments.checkpoint, "--checkpoint says whose network"),
+        (bool(arguments.images) != bool(arguments.out), "DIR and --out go together"),
+        (not (arguments.images or arguments.onnx), "give DIR and --out, or --onnx"),
+    ):
+        if is_wrong:
+            arguments.wrong_usage(message)
+
+    def embedded():
+        from ..training import embed
+
+        lines = []
+        if arguments.images:
+            lines.append(embed.folder(arguments.images, arguments.checkpoint, arguments.out, arguments.flip or "concat"))
+        if arguments.onnx:
+            lines.append(embed.onnx(arguments.checkpoint, arguments.onnx))
+        return "\n".join(lines)
+
+    return _print(embedded)
+
+
+def _print(text):
+    """Print what text() returns; 0, or 1 where it says why it cannot."""
+    try:
+        print(text())
+    except ModuleNotFoundError as error:
+        return without_extras(error)
+    except (OSError, ValueError, RuntimeError) as error:
+        return fail(error)
+    return 0
+
+
+COMMANDS = _add_eval, _add_embed
