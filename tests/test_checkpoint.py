@@ -26,6 +26,7 @@ from cosface_kernels import (
     load_checkpoint,
     save_checkpoint,
 )
+from cosface_kernels.checkpoint import files
 
 WORKER = Path(checkpoint_worker.__file__)
 
@@ -496,6 +497,77 @@ def test_never_over_another(tmp_path):
     assert not left_over(tmp_path)
 
 
+def save_number(folder, value=0.0, **options):
+    module = nn.Linear(1, 1)
+    nn.init.constant_(module.weight, value)
+    save_checkpoint(folder, module, **options)
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["renameat2", "two renames"])
+def test_overwrite(exchanges, tmp_path, monkeypatch):
+    """The old one is whole until the new one is; what is no checkpoint is never replaced."""
+    if not exchanges:
+        monkeypatch.setattr(files, "_renameat2", lambda *_: -1)
+    for value in (1.0, 2.0):
+        save_number(tmp_path / "best", value=value, overwrite=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["best"]
+        module = nn.Linear(1, 1)
+        load_checkpoint(tmp_path / "best", module)
+        assert module.weight == value
+    monkeypatch.setattr(files, "_has_size", lambda path, size: False)
+    with pytest.raises(RuntimeError, match="something else has removed"):
+        save_number(tmp_path / "best", value=3.0, overwrite=True)
+    load_checkpoint(tmp_path / "best", module)
+    assert module.weight == 2 and [path.name for path in tmp_path.iterdir()] == ["best"]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "link").symlink_to("best")
+    for name in ("notes", "link"):
+        with pytest.raises(FileExistsError, match="is no finished checkpoint"):
+            save_number(tmp_path / name, overwrite=True)
+    assert not left_over(tmp_path)
+
+
+def test_keep(tmp_path):
+    """The newest of the same name; others, larger numbers, and what is no checkpoint stay."""
+    for name in ("step-9", "step-10", "step-x-8", "best", "step-300", "7"):
+        save_number(tmp_path / name)
+    (tmp_path / "step-4").mkdir()
+    save_number(tmp_path / "step-11", keep=2)
+    others = {"step-x-8", "best", "step-300", "7", "step-4"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step-10", "step-11", *others}
+    save_number(tmp_path / "step-12", keep=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-12", *others}
+    save_number(tmp_path / "step-13", keep=5)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-12", "step-13", *others}
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"keep": 0}, ValueError, "keep must be 1 or more, got 0"),
+        ({"keep": 1.5}, TypeError, r"keep must be an int or None, got 1\.5"),
+        ({"keep": 1}, ValueError, "keep needs a name that ends in a number, such as step-2000, got best"),
+        ({"overwrite": 1}, TypeError, "overwrite must be True or False, got 1"),
+    ],
+)
+def test_wrong_keep_and_overwrite(options, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        save_number(tmp_path / "best", **options)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_an_older_one_that_stays_is_a_warning(tmp_path, monkeypatch):
+    save_number(tmp_path / "step-1")
+
+    def refuse(path, **_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(files.shutil, "rmtree", refuse)
+    monkeypatch.setattr(files.os, "unlink", refuse)
+    with pytest.warns(UserWarning, match=r"step-1 could not be removed: read-only"):
+        files.remove_older(tmp_path / "step-2", 1)
+
+
 def test_interrupted(tmp_path, monkeypatch):
     def interrupt(descriptor):
         raise KeyboardInterrupt
@@ -586,7 +658,8 @@ def test_examples_of_the_document(tmp_path, monkeypatch):
     names = {}
     for block in re.findall(r"```python\n(.*?)```", document.read_text(), re.S):
         exec(block, names)
-    assert names["extra"] == {"epoch": 0} and (tmp_path / "checkpoints" / "step-2000" / "manifest.json").exists()
+    assert names["extra"] == {"epoch": 0}
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-3000"]
     assert names["new"] == range(1000, 1050) and names["labels"].tolist() == [2, -1, 3]
     assert len(names["larger"]["head"].weight) == 2000
 

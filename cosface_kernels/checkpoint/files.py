@@ -2,10 +2,13 @@
 
 A checkpoint is written into `<folder>.tmp-<random>`: every file is hashed as it is written and fsynced as it is closed,
 then comes manifest.json with all sizes and SHA-256 sums, an fsync of the folder, and a rename that makes it a checkpoint.
+One that takes the place of another changes names with it in one call of the system; where the disk has none, the other is
+`<folder>.replaced` for that moment.
 A save that died at any point leaves a temporary folder. Nobody reads it, and the next save of that name removes it: that save
 holds the lock of the name, which the system takes from a process that dies, so no living process writes there.
 """
 
+import ctypes
 import errno
 import fcntl
 import glob
@@ -17,6 +20,7 @@ import re
 import secrets
 import shutil
 import stat
+import warnings
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -27,6 +31,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-[0-9a-f]{16}")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]+)")
 
 
 class CorruptCheckpointError(RuntimeError):
@@ -91,7 +96,7 @@ class HashedFiles(FileSystem):
 
 
 @contextmanager
-def temporary_folder(folder):
+def temporary_folder(folder, overwrite=False):
     """Yield a new folder for the files of the checkpoint `folder`; remove it after the block unless `finish` has renamed it.
 
     Removes the folders that killed saves of that name left.
@@ -102,10 +107,7 @@ def temporary_folder(folder):
         _sync_folder(parent.parent)
     with _only_save_of(folder) as others_are_dead:
         if os.path.lexists(folder):
-            raise FileExistsError(
-                f"{folder} exists, and a checkpoint is never written over: save into a new folder for each step, or remove it "
-                "first"
-            )
+            _check_replaceable(folder, overwrite)
         for path in folder.parent.glob(f"{glob.escape(folder.name)}.tmp-*") if others_are_dead else ():
             if (match := _TEMPORARY.fullmatch(path.name)) and match["name"] == folder.name:
                 shutil.rmtree(path)
@@ -156,18 +158,78 @@ def _is_at(descriptor, path):
         return False
 
 
+def _check_replaceable(folder, overwrite):
+    """Raise unless what has the name of a new checkpoint is a finished one that it may take the place of."""
+    if not overwrite:
+        raise FileExistsError(
+            f"{folder} exists, and a checkpoint is never written over: save into a new folder for each step, or pass "
+            "overwrite=True"
+        )
+    if folder.is_symlink() or not (folder / MANIFEST).is_file():
+        raise FileExistsError(f"{folder} exists and is no finished checkpoint: overwrite=True takes the place of nothing else")
+
+
 def finish(temporary, folder, written):
-    """Rename the temporary folder to the checkpoint `folder`. Raises, and leaves no checkpoint, if files are missing."""
+    """Rename the temporary folder to the checkpoint `folder`, or change its name with the one that is there.
+
+    Raises, and leaves things as they were, if files are missing.
+    """
     manifest = json.dumps({"format": FORMAT, "files": dict(sorted(written.items()))}, indent=1)
     files = HashedFiles()
     files.put(temporary / MANIFEST, manifest.encode())
     _sync_folder(temporary)
-    os.rename(temporary, folder)
+    take_name, give_back = (_exchange, _exchange) if os.path.lexists(folder) else (os.rename, lambda a, b: os.rename(b, a))
+    take_name(temporary, folder)
     lost = [name for name, file in (written | files.written).items() if not _has_size(folder / name, file["size"])]
     if lost:
-        os.rename(folder, temporary)
+        give_back(temporary, folder)
         raise RuntimeError(f"something else has removed or changed {', '.join(lost)}")
     _sync_folder(folder.parent)
+
+
+def _exchange(path, other):
+    """Two folders change their names: at once where the system can, else with a moment in which `other` is missing."""
+    if _renameat2 is not None and _renameat2(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return
+    aside = Path(f"{other}.replaced")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(other, aside)
+    os.rename(path, other)
+    os.rename(aside, path)
+
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+_renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # a libc of before 2018 has none
+
+
+def check_keep(folder, keep):
+    """Check what `keep` of save_checkpoint needs."""
+    if keep is None:
+        return
+    if not isinstance(keep, int) or isinstance(keep, bool):
+        raise TypeError(f"keep must be an int or None, got {keep!r}")
+    if keep < 1:
+        raise ValueError(f"keep must be 1 or more, got {keep}")
+    if not _NUMBERED.fullmatch(folder.name):
+        raise ValueError(f"keep needs a name that ends in a number, such as step-2000, got {folder.name}")
+
+
+def remove_older(folder, keep):
+    """Remove finished checkpoints beside `folder` whose names differ from its by a smaller number, all but the keep - 1 newest.
+
+    One that cannot be removed is a warning: the new one is saved.
+    """
+    stem, number = _NUMBERED.fullmatch(folder.name).groups()
+    beside = [(path.parent, _NUMBERED.fullmatch(path.parent.name)) for path in folder.parent.glob(f"*/{MANIFEST}")]
+    older = [(int(found["number"]), path) for path, found in beside if found and found["stem"] == stem]
+    older = sorted((each, path) for each, path in older if each < int(number) and not path.is_symlink())
+    for _, path in older[: len(older) - (keep - 1)]:
+        try:
+            gone = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
+            os.rename(path, gone)  # so that half of it is no checkpoint
+            shutil.rmtree(gone)
+        except OSError as error:
+            warnings.warn(f"the older checkpoint {path} could not be removed: {error}", stacklevel=2)
 
 
 def _has_size(path, size):

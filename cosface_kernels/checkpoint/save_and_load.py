@@ -32,6 +32,8 @@ def save_checkpoint(
     optimizer: Optimizer | dict[str, Optimizer] | Sequence[Optimizer] | None = None,
     *,
     extra: Any = None,
+    keep: int | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Saves module, optimisers and random number generators into a new folder, which appears as a whole or not at all.
 
@@ -40,23 +42,29 @@ def save_checkpoint(
     and leaves earlier checkpoints as they were.
 
     Args:
-        folder: path of the new checkpoint, on a disk that all ranks share; must not exist.
+        folder: path of the new checkpoint, on a disk that all ranks share; must not exist, unless overwrite.
         module: with every parameter of the optimisers; parameters and persistent buffers are saved.
         optimizer: a torch.optim.Optimizer, or a dict or sequence of them; state and options are saved by the parameters' names.
         extra: plain data of this rank's own, such as {"epoch": 3, "sampler": sampler.state_dict()}: numbers, strings, tensors,
             and tuples, lists and dicts of them.
+        keep: how many checkpoints of names like this one's, but for the number at the end (step-1000, step-2000), to keep: this
+            one and the keep - 1 with the largest smaller numbers. The others are removed after it is saved. None: all.
+        overwrite: whether the new checkpoint, once it is whole, takes the place of one that is there, such as "best". They
+            change names at once; on a disk that cannot do that, the old one is `<folder>.replaced` for a moment.
 
     Raises:
-        FileExistsError: folder exists, or another save of it has not ended.
-        ValueError: an optimiser has a parameter that module lacks; a PartialFC_V2 on several ranks.
-        TypeError: extra, or an option of an optimiser, is not plain data.
+        FileExistsError: folder exists, or is no checkpoint that can be overwritten, or another save of it has not ended.
+        ValueError: an optimiser has a parameter that module lacks; a PartialFC_V2 on several ranks; keep is less than 1, or the
+            name ends in no number.
+        TypeError: extra, or an option of an optimiser, is not plain data; keep is no int, overwrite no bool.
         OSError: no space left, or another failure of a disk.
         RuntimeError: another failure of a rank.
     """
     folder, ranks = Path(folder), world()
+    _together(lambda: _check_places(folder, keep, overwrite))
     tensors, small = _together(lambda: _contents(module, optimizer, extra))
     with ExitStack() as stack:
-        own = _together(lambda: stack.enter_context(files.temporary_folder(folder)) if ranks.rank == 0 else None)
+        own = _together(lambda: stack.enter_context(files.temporary_folder(folder, overwrite)) if ranks.rank == 0 else None)
         try:
             temporary, written = ranks.objects(own)[0], {}
             for part in ranks.objects(_together(lambda: _write(temporary, tensors, small))):
@@ -64,6 +72,14 @@ def save_checkpoint(
             _together(lambda: files.finish(temporary, folder, written) if ranks.rank == 0 else None)
         except Exception as error:
             raise _not_saved(folder, error) from error
+    if keep is not None and ranks.rank == 0:
+        files.remove_older(folder, keep)
+
+
+def _check_places(folder, keep, overwrite):
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite must be True or False, got {overwrite!r}")
+    files.check_keep(folder, keep)
 
 
 def load_checkpoint(
