@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .functional import cosface_loss, cosine_lse, margin_softmax_loss
     from .heads import CosFaceLoss, MarginSoftmaxLoss
     from .heads.sharded import ShardedCosFaceLoss, ShardedMarginSoftmaxLoss
+    from .loss import Statistics
     from .optim import FusedAdamW, FusedSGD
     from .sampling import sample_classes
 
@@ -24,6 +25,7 @@ __all__ = [
     "MarginSoftmaxLoss",
     "ShardedCosFaceLoss",
     "ShardedMarginSoftmaxLoss",
+    "Statistics",
     "__version__",
     "cosface_loss",
     "cosine_lse",
@@ -41,6 +43,7 @@ _HOMES = {
     "functional": ("cosface_loss", "cosine_lse", "margin_softmax_loss"),
     "heads": ("CosFaceLoss", "MarginSoftmaxLoss"),
     "heads.sharded": ("ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"),
+    "loss": ("Statistics",),
     "optim": ("FusedAdamW", "FusedSGD"),
     "sampling": ("sample_classes",),
 }

@@ -1,12 +1,61 @@
 """The public losses, flat and explicit. loss.py computes them; the N x C work is in ops/."""
 
+from typing import Literal, TypedDict, overload
+
 import torch
 from torch import Tensor
+from typing_extensions import Required, Unpack
 
 from . import validation
-from .loss import Inputs, LossOptions, loss_of_table, negatives
+from .loss import Inputs, LossOptions, Statistics, loss_of_table, negatives
 from .margins import CosFace, Margin, NormSoftmax
 from .validation import Backend, MemoryBudget, Reduction
+
+
+class Common(TypedDict, total=False):
+    """Options of every function, for a type checker."""
+
+    ignore_index: int
+    memory_budget: MemoryBudget
+    backend: Backend
+
+
+class LseArguments(Common, total=False):
+    scale: float
+
+
+class LossArguments(Common, total=False):
+    reduction: Reduction
+    classes: Tensor | None
+    sample_correction: bool
+
+
+class CosFaceArguments(LossArguments, total=False):
+    scale: float
+    margin: float | Tensor
+
+
+class MarginArguments(LossArguments, total=False):
+    margin: Required[Margin]
+    scale: float | None
+    bias: Tensor | None
+    normalize_features: bool | None
+    centers_per_class: int
+
+
+@overload
+def cosine_lse(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_largest: Literal[False] = ...,
+    **options: Unpack[LseArguments],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def cosine_lse(
+    features: Tensor, weight: Tensor, labels: Tensor, *, return_largest: Literal[True], **options: Unpack[LseArguments]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 
 
 def cosine_lse(
@@ -18,7 +67,8 @@ def cosine_lse(
     ignore_index: int = -100,
     memory_budget: MemoryBudget = "auto",
     backend: Backend = "auto",
-) -> tuple[Tensor, Tensor]:
+    return_largest: bool = False,
+) -> tuple[Tensor, ...]:
     """The margin-free core of every cosine softmax loss, without an N x C matrix.
 
         negative_lse_n = log Σ_{j≠y_n} e^{s cos_nj},    target_cosine_n = cos_{n,y_n},    cos_nj = x_n·w_j / (‖x_n‖ ‖w_j‖)
@@ -35,6 +85,7 @@ def cosine_lse(
         memory_budget: bytes for exponentials kept from forward for backward: 0 recomputes them all. "auto": at most what the
             weight's gradient takes and at most an eighth of the device's memory. Results do not depend on it beyond rounding.
         backend: "auto", "torch" (any device), "cpu" (native CPU kernels) or "triton" (GPU).
+        return_largest: whether to return each row's largest cosine with another class, and that class, from the same pass.
 
     Precision follows PyTorch's switches: products read the autocast dtype where autocast is on, else bfloat16 where the features
     have 16 bits, else float32 (on a GPU under `torch.backends.cuda.matmul.fp32_precision`); float64 if an input is. 16 bits
@@ -42,7 +93,8 @@ def cosine_lse(
     with zero gradient.
 
     Returns:
-        (negative_lse, target_cosine): two (N,) float32 tensors (float64 for float64). With C = 1 negative_lse is -inf.
+        (negative_lse, target_cosine): two (N,) float32 tensors (float64 for float64). With C = 1 negative_lse is -inf. With
+        return_largest also negative_cosine (N,), without gradient, and negative_class (N,) int64, as `Statistics` has them.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype, device or value.
@@ -52,9 +104,29 @@ def cosine_lse(
 
     Source: CosFace, arXiv 1801.09414, eq. 4.
     """
-    options = LossOptions(NormSoftmax(), scale, True, 1, ignore_index=ignore_index, memory_budget=memory_budget, backend=backend)
+    validation.check_flag("return_largest", return_largest)
+    options = LossOptions(
+        *(NormSoftmax(), scale, True, 1),
+        **{"ignore_index": ignore_index, "memory_budget": memory_budget, "backend": backend, "return_statistics": return_largest},
+    )
     found = negatives(Inputs(features, weight, labels), options)
-    return torch.where(found.counted, found.lse, 0.0), found.product
+    vectors = torch.where(found.counted, found.lse, 0.0), found.product
+    return (*vectors, *found.known_largest()) if return_largest else vectors
+
+
+@overload
+def cosface_loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_statistics: Literal[False] = ...,
+    **options: Unpack[CosFaceArguments],
+) -> Tensor: ...
+@overload
+def cosface_loss(
+    features: Tensor, weight: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[CosFaceArguments]
+) -> tuple[Tensor, Statistics]: ...
 
 
 def cosface_loss(
@@ -70,7 +142,8 @@ def cosface_loss(
     backend: Backend = "auto",
     classes: Tensor | None = None,
     sample_correction: bool = False,
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, Statistics]:
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
 
         loss_n = -log( e^{s(cos_ny - m)} / ( e^{s(cos_ny - m)} + Σ_{j≠y} e^{s cos_nj} ) ),    cos_nj = x_n·w_j / (‖x_n‖ ‖w_j‖)
@@ -82,10 +155,11 @@ def cosface_loss(
         features, weight, labels, scale, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: m, a finite number in units of cosine, or a tensor (C,) with one for each class.
         reduction: "mean" over the rows that are not ignored (0 with zero gradients if there are none), "sum", or "none".
-        classes, sample_correction: as in `margin_softmax_loss`.
+        classes, sample_correction, return_statistics: as in `margin_softmax_loss`.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or (N,) for "none" with 0 at ignored rows.
+        float32 (float64 for float64 inputs): a scalar, or (N,) for "none" with 0 at ignored rows; with return_statistics
+        (loss, Statistics).
 
     Raises:
         As `cosine_lse`.
@@ -94,7 +168,7 @@ def cosface_loss(
     """
     validation.check_scale(scale)
     validation.check_margins(margin)
-    return margin_softmax_loss(
+    return margin_softmax_loss(  # type: ignore[call-overload, no-any-return]
         features,
         weight,
         labels,
@@ -106,7 +180,23 @@ def cosface_loss(
         backend=backend,
         classes=classes,
         sample_correction=sample_correction,
+        return_statistics=return_statistics,
     )
+
+
+@overload
+def margin_softmax_loss(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_statistics: Literal[False] = ...,
+    **options: Unpack[MarginArguments],
+) -> Tensor: ...
+@overload
+def margin_softmax_loss(
+    features: Tensor, weight: Tensor, labels: Tensor, *, return_statistics: Literal[True], **options: Unpack[MarginArguments]
+) -> tuple[Tensor, Statistics]: ...
 
 
 def margin_softmax_loss(
@@ -125,7 +215,8 @@ def margin_softmax_loss(
     backend: Backend = "auto",
     classes: Tensor | None = None,
     sample_correction: bool = False,
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Tensor | tuple[Tensor, Statistics]:
     """Softmax cross-entropy with any margin over any number of classes, without an N x C matrix.
 
         loss_n = -log( e^{s t_n} / ( e^{s t_n} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    t_n = ‖x̃_n‖ ‖w̃_{y_n}‖ ψ(cos θ_{n,y_n})
@@ -149,6 +240,9 @@ def margin_softmax_loss(
             are then sparse tensors of those rows, as nn.Embedding(sparse=True) gives. None: all.
         sample_correction: whether to add log((C - 1) / (M - 1)) to the log-sum-exp of the M - 1 negatives, an estimate of that of
             all C - 1.
+        return_statistics: whether to return, beside the loss, what the same pass finds about each row: the `Statistics`, vectors
+            (N,) without gradient, such as the training accuracy's. The loss keeps its bits (on a GPU: where
+            triton_forms.json asks for no kernel that attends).
 
     Logits that are no cosines have no bound, so each row's largest one is found first: 2 N C D flops more.
 
@@ -164,6 +258,6 @@ def margin_softmax_loss(
     """
     options = LossOptions(
         *(margin, scale, normalize_features, centers_per_class, reduction, sample_correction),
-        *(ignore_index, memory_budget, backend),
+        *(ignore_index, memory_budget, backend, return_statistics),
     )
     return loss_of_table(Inputs(features, weight, labels, bias, classes), options)

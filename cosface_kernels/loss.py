@@ -9,6 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import margins, validation
@@ -16,7 +17,7 @@ from .margins import Margin
 from .ops import recording
 from .ops.batch_rows import reduced
 from .ops.normalize import direction
-from .ops.operands import Options, Problem
+from .ops.operands import Largest, Options, Problem
 from .ops.operators import margin_losses, snapshot
 
 
@@ -31,6 +32,20 @@ class Inputs(NamedTuple):
     parameters: tuple | None = None  # the nn.Parameters (weight, bias) that own these rows; None: the two above
 
 
+class Statistics(NamedTuple):
+    """What a batch's pass over the table finds about each row (N,), before the margin and without gradient.
+
+    A product is x̃_n·w̃_j, the cosine where both are normalised; with a bias x_n·w_j + b_j; of sub-centres the class's largest.
+    It is a logit over s. Of sampled classes those that take part count. Rows that are ignored, or hold NaN, have NaN, -1, False.
+    """
+
+    target_cosine: Tensor  # the product with the row's own class
+    negative_cosine: Tensor  # the largest product with another class; -inf where there is none
+    negative_class: Tensor  # int64: that class, the lowest of equal ones; -1 where there is none
+    correct: Tensor  # bool: whether the own class has the larger product: top-1 without a margin; of equal ones it has not
+    probability: Tensor  # of the own class, by a softmax without a margin: σ(s target_cosine_n - A_n)
+
+
 class LossOptions(NamedTuple):
     """The options of a loss, as in `margin_softmax_loss`."""
 
@@ -43,12 +58,14 @@ class LossOptions(NamedTuple):
     ignore_index: int = -100
     memory_budget: int | str = "auto"
     backend: str = "auto"
+    return_statistics: bool = False
 
     def checked(self, has_bias):
         """These options, validated, with the margin's defaults in place of None."""
         margins.check(self.margin, has_bias, self.normalize_features)
         validation.check_reduction(self.reduction)
         validation.check_flag("sample_correction", self.sample_correction)
+        validation.check_flag("return_statistics", self.return_statistics)
         normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
         scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
         return self._replace(scale=scale, normalize_features=normalize_features)
@@ -73,6 +90,12 @@ class Negatives(NamedTuple):
     feature_length: torch.Tensor | None  # ‖x̃‖ (N,); None where they are 1
     unit: torch.Tensor  # x̃ (N, D) without gradient
     counted: torch.Tensor  # bool (N,): False for ignored rows
+    largest: Largest  # the largest x̃·w̃_j and its class, if return_statistics
+
+    def known_largest(self):
+        """Largest, NaN and -1 for rows that are ignored or hold NaN."""
+        known = self.counted & ~self.product.isnan()
+        return Largest(torch.where(known, self.largest.value, torch.nan), torch.where(known, self.largest.place, -1))
 
 
 class WholeTable:
@@ -87,6 +110,10 @@ class WholeTable:
     def classes(self, inputs, options):
         """(the class of each row (N,), the number of classes) in the whole table."""
         return class_indices(inputs.labels), len(inputs.weight) // options.centers_per_class
+
+    def largest(self, found):
+        """Largest of the whole table."""
+        return found
 
     def of_all_shards(self, num_classes, num_sampled, device):
         """(number of classes in the whole table, number of them that take part)."""
@@ -121,7 +148,21 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
     if penalty is not None:
         _check_rows("penalty", margin, penalty, lse.shape)
         losses = losses + reduced(torch.where(found.counted, penalty, 0.0), found.counted, options.reduction)
-    return shards.own_rows(losses) if options.reduction == "none" else losses
+    losses = shards.own_rows(losses) if options.reduction == "none" else losses
+    if not options.return_statistics:
+        return losses
+    return losses, _statistics(lse, product, shards.largest(found.largest), found.counted, options.scale, shards)
+
+
+@torch.no_grad()
+def _statistics(lse, product, largest, counted, scale, shards):
+    """Statistics of this process's rows."""
+    known = counted & ~product.isnan() & ~lse.isnan()
+    value, place, nan = largest.value, torch.where(known, largest.place, -1), torch.nan
+    probability = (scale * product - lse).sigmoid()
+    cosines = (torch.where(known, each, nan) for each in (product, value))
+    every = *cosines, place, known & (product > value), torch.where(known, probability, nan)
+    return Statistics(*(shards.own_rows(each) for each in every))
 
 
 def negatives(inputs, options, foreign_index=None):
@@ -132,7 +173,7 @@ def negatives(inputs, options, foreign_index=None):
     options.check_values()
     _refuse_transforms(features, weight, *([] if bias is None else [bias]))
     labels, ignore_index = class_indices(inputs.labels), int(options.ignore_index)
-    vectors, unit = recording.negative_lse(
+    vectors, unit, largest = recording.negative_lse(
         Problem(features, weight, bias, labels, _rows_of(classes, centers, len(weight))),
         Options(
             scale=float(options.scale),
@@ -146,6 +187,7 @@ def negatives(inputs, options, foreign_index=None):
             foreign_index=foreign_index,
         ),
         (weight, bias) if inputs.parameters is None else inputs.parameters,
+        options.return_statistics,
     )
     product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
     if centers > 1:  # the gradient goes to the nearest centre alone
@@ -159,6 +201,7 @@ def negatives(inputs, options, foreign_index=None):
         feature_length=None if options.normalize_features else vectors.feature_length,
         unit=unit,
         counted=labels != ignore_index,
+        largest=largest,
     )
 
 

@@ -122,6 +122,8 @@ def _tiles():
         for options in ({}, {"scale": 100.0}, {"frozen": True}):
             yield Call(num_classes=num_classes, **case, **options)
         yield Call(num_classes=num_classes // 3, centers_per_class=3, **case)
+        for options in ({}, {"frozen": True}, {"centers_per_class": 3}):
+            yield Call(**case, statistics=True, **options)
 
 
 def _shapes():
@@ -189,8 +191,10 @@ def _forms(chip):
     for size, options in itertools.product((64, 512), EXPONENTIALS if chip >= 90 else ()):
         call = Call(num_classes=2 * SLAB + 80, size=size, dtypes=(BFLOAT16, BFLOAT16))
         yield asking(call, exponentials=options)
+        yield asking(call._replace(statistics=True), exponentials=options)
         if "HALVES" not in options:
             yield asking(call._replace(frozen=True), exponentials=options)
+            yield asking(call._replace(frozen=True, statistics=True), exponentials=options)
             yield asking(call._replace(scale=100.0), exponentials=options)
     for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
         yield asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
@@ -228,6 +232,7 @@ class Call(NamedTuple):
     scale: float | None = None
     ignore_index: int = -100
     reduction: str = "mean"
+    statistics: bool = False
 
     def __call__(self):
         layout = self.layout or (lambda tensor: tensor)
@@ -241,8 +246,9 @@ class Call(NamedTuple):
             options["bias"] = torch.ones(rows, dtype=self.dtypes[1], requires_grad=True)
         torch.backends.cuda.matmul.fp32_precision = self.precision
         with torch.autocast("cpu", BFLOAT16, enabled=self.autocast):
-            loss = margin_softmax_loss(features, weight, labels, memory_budget=0, backend="triton", **options)
-        loss.sum().backward()
+            options |= {"memory_budget": 0, "backend": "triton", "return_statistics": self.statistics}
+            loss = margin_softmax_loss(features, weight, labels, **options)
+        (loss[0] if self.statistics else loss).sum().backward()
 
 
 class Step:

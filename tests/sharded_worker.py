@@ -434,6 +434,29 @@ MISTAKES = {
 }
 
 
+@check("statistics", 1, 2, 3)
+def _(world):
+    """Each rank's rows have those of one process with the whole table, classes that tie across shards included."""
+    features, weight, labels = draw()
+    tied = [0, NUM_CLASSES // 2, NUM_CLASSES - 1]
+    weight[tied] = features[0] = torch.eye(SIZE, dtype=weight.dtype)[0]
+    labels[0], labels[3] = 1, -100
+    _, wanted = cosface_loss(features, weight, labels, return_statistics=True)
+    loss, found = sharded(world, weight)(world.mine(features), world.mine(labels), return_statistics=True)
+    assert wanted.negative_class[0] == 0
+    for ours, exact in zip(found, map(world.mine, wanted), strict=True):
+        assert_close(ours.double().nan_to_num(9), exact.double().nan_to_num(9), tolerance(torch.float64))
+    assert torch.equal(loss, sharded(world, weight)(world.mine(features), world.mine(labels)))
+    if world.size > 1:
+        with raises(ValueError, "return_statistics must be the same on all ranks"):
+            sharded(world, weight)(world.mine(features), world.mine(labels), return_statistics=world.rank == 0)
+    few, weight, labels = draw(world.size - 1 or 1)  # a rank without classes
+    _, wanted = cosface_loss(few, weight, labels, return_statistics=True)
+    _, found = sharded(world, weight)(world.mine(few), world.mine(labels), return_statistics=True)
+    assert torch.equal(found.negative_class, world.mine(wanted.negative_class))
+    assert torch.equal(found.correct, world.mine(wanted.correct))
+
+
 @check("a mistake on one rank is an error on all", 2, 3)
 def _(world):
     features, weight, labels = draw()

@@ -120,7 +120,7 @@ def test_exports():
     functions = {"cosface_loss", "cosine_lse", "margin_softmax_loss", "sample_classes"}
     heads = {"CosFaceLoss", "MarginSoftmaxLoss", "ShardedCosFaceLoss", "ShardedMarginSoftmaxLoss"}
     checkpoints = {"save_checkpoint", "load_checkpoint", "latest_checkpoint", "CorruptCheckpointError"}
-    others = {"FusedSGD", "FusedAdamW", "margins", "reference", "theory", "__version__"}
+    others = {"Statistics", "FusedSGD", "FusedAdamW", "margins", "reference", "theory", "__version__"}
     assert set(cosface_kernels.__all__) == functions | heads | checkpoints | others
     assert all(hasattr(cosface_kernels, name) for name in cosface_kernels.__all__)
 

@@ -10,6 +10,11 @@ from cosface_kernels import margins, theory
 features, labels = torch.randn(8, 512), torch.randint(1000, (8,))
 head = cosface_kernels.CosFaceLoss(512, 1000, margin=0.4, sample_rate=0.1, table_format="bfloat16", device="cuda")
 reveal_type(head(features, labels))  # Tensor
+reveal_type(head(features, labels, return_statistics=True)[1].correct)  # Tensor
+reveal_type(cosface_kernels.cosface_loss(features, head.weight, labels))  # Tensor
+reveal_type(cosface_kernels.cosface_loss(features, head.weight, labels, return_statistics=True))  # tuple[Tensor, Statistics]
+largest = cosface_kernels.cosine_lse(features, head.weight, labels, return_largest=True)
+reveal_type(largest)  # tuple[Tensor, Tensor, Tensor, Tensor]
 reveal_type(head.topk(features, 5))  # tuple[Tensor, Tensor]
 reveal_type(head.margin)  # float
 reveal_type(head.grow(3))  # range

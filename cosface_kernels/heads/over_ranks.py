@@ -23,6 +23,7 @@ from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
 from ..ops import backends, operators, recording
+from ..ops.operands import Largest
 from . import data_parallel, logits
 from .placement import Whole
 
@@ -44,15 +45,16 @@ class Told(NamedTuple):
     options: int
     needs_gradient: bool
     k: int
+    statistics: bool
 
     @classmethod
-    def of(cls, head, features, k=0):
+    def of(cls, head, features, k=0, statistics=False):
         names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average")
         sampling = ("sample_rate", "sample_correction", "training")
         values = [getattr(head, name) for name in (*names, *sampling)]
         options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
-        return cls(len(features), dtype, grad_mode, options, grad_mode and features.requires_grad, k)
+        return cls(len(features), dtype, grad_mode, options, grad_mode and features.requires_grad, k, statistics)
 
     @classmethod
     def agreed(cls, everyone):
@@ -65,6 +67,7 @@ class Told(NamedTuple):
             (options, told.options),
             (grad_modes, [*map(bool, told.grad_mode)]),
             ("k must be the same", told.k),
+            ("return_statistics must be the same", [*map(bool, told.statistics)]),
         ):
             if len({*values}) > 1:
                 raise ValueError(f"{what} on all ranks, got {', '.join(map(str, values))}")
@@ -76,8 +79,8 @@ class Batch:
 
     foreign_index = FOREIGN
 
-    def __init__(self, ranks, counts, holds_classes, labels, num_classes):
-        self.ranks, self.counts, self.holds_classes = ranks, counts, holds_classes
+    def __init__(self, ranks, counts, first_class, holds_classes, labels, num_classes):
+        self.ranks, self.counts, self.first_class, self.holds_classes = ranks, counts, first_class, holds_classes
         self.labels, self.num_classes = labels, num_classes
 
     def combine(self, bound, lse, product, target_length):
@@ -101,6 +104,15 @@ class Batch:
     def classes(self, inputs, options):
         """(the class of each row (N,), the number of classes) in the whole table."""
         return self.labels, self.num_classes
+
+    def largest(self, found):
+        """Largest of the whole table, by class numbers of that."""
+        value = found.value if self.holds_classes else torch.full_like(found.value, -torch.inf)
+        largest = self.ranks.maximum(value)
+        here = (value == largest) & (value > -torch.inf)
+        none = torch.iinfo(torch.int64).max
+        place = -self.ranks.maximum(-torch.where(here, found.place + self.first_class, none))
+        return Largest(largest, torch.where(place == none, -1, place))
 
     def of_all_shards(self, num_classes, num_sampled, device):
         """(C, M) of the whole table, from the number of classes in this shard and of those that take part."""
@@ -154,7 +166,7 @@ class OverRanks(Whole):
 
         def told():
             _check(head, table, inputs, options)
-            return Told.of(head, features)
+            return Told.of(head, features, statistics=options.return_statistics)
 
         counts, needs_gradient = Told.agreed(
             ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device)
@@ -171,7 +183,7 @@ class OverRanks(Whole):
         if head._samples():
             seed = (head.sample_seed * ranks.size + ranks.rank) % 2**63
             inputs = inputs._replace(classes=head._classes(labels, IGNORED, max(num_classes_here, 1), seed))
-        batch = Batch(ranks, counts, bool(num_classes_here), everywhere, head.num_classes)
+        batch = Batch(ranks, counts, first, bool(num_classes_here), everywhere, head.num_classes)
         return inputs, options._replace(margin=margin, ignore_index=IGNORED), batch
 
     def logits(self, head, table, features):

@@ -3,7 +3,7 @@
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from .. import margins, theory, validation
-from ..loss import Inputs, LossOptions, default_scale, loss_of_table
+from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..sampling import classes_of_step
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
@@ -62,7 +62,12 @@ class MarginSoftmaxLoss(nn.Module):
     bias: nn.Parameter | None
     if TYPE_CHECKING:
 
-        def __call__(self, features: Tensor, labels: Tensor) -> Tensor: ...
+        @overload
+        def __call__(self, features: Tensor, labels: Tensor, *, return_statistics: Literal[False] = ...) -> Tensor: ...
+        @overload
+        def __call__(
+            self, features: Tensor, labels: Tensor, *, return_statistics: Literal[True]
+        ) -> tuple[Tensor, Statistics]: ...
 
     def __init__(
         self,
@@ -173,13 +178,22 @@ class MarginSoftmaxLoss(nn.Module):
     def _format_of(self, weight):
         return self._table_format if weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, *others: object, **named: object) -> Tensor:
-        """The loss of features (N, D) with labels (N,). Whatever else a call has is a TypeError that says what to call."""
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        *others: object,
+        return_statistics: bool = False,
+        **named: object,
+    ) -> Tensor | tuple[Tensor, Statistics]:
+        """The loss of features (N, D) with labels (N,), with return_statistics also the Statistics of the rows, as in
+        `margin_softmax_loss`. Whatever else a call has is a TypeError that says what to call.
+        """
         validation.check_call(labels, others, named)
-        table = self._table()
+        table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
         inputs = Inputs(features, weight, labels, bias, parameters=parameters)
-        inputs, options, shards = self.placement.batch(self, table, inputs, self._loss_options())
+        inputs, options, shards = self.placement.batch(self, table, inputs, options)
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
         if inputs.classes is not None:
             self.sample_step += 1
@@ -271,7 +285,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _loss_options(self):
         """The LossOptions of the head's present attributes."""
-        own = {name: getattr(self, name) for name in LossOptions._fields if name != "margin"}
+        own = {name: getattr(self, name) for name in LossOptions._fields if name not in ("margin", "return_statistics")}
         return LossOptions(margin=self._margin(), **own)
 
     def _statistics(self):

@@ -36,10 +36,11 @@ class Options(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Flags: the gradients that are needed."""
+    """Flags: the gradients that are needed, and whether Largest is."""
 
     need_x_grad: bool
     need_table_grad: bool
+    need_largest: bool = False
 
 
 class Vectors(NamedTuple):
@@ -61,6 +62,20 @@ class Saved(NamedTuple):
     shift: Tensor  # (N,)
     total: Tensor  # (N,)
     kept: Tensor  # (any number,) exponentials, see slabs.SlabPlan.kept_view
+
+
+class Largest(NamedTuple):
+    """The largest x̃_n·w̃_j of each row's negatives, and where it is, the lowest of equal ones; (0,) where they are not needed."""
+
+    value: Tensor  # (N,); -inf where a row has no negative
+    place: Tensor  # (N,) int64, the class, in backends the position of its row; -1 where there is none
+
+    @classmethod
+    def of_parts(cls, values, places):
+        """The largest of a row's parts, each (P, N), in any order."""
+        value = values.amax(0)
+        place = torch.where(values == value, places, torch.iinfo(torch.int64).max).amin(0)
+        return cls(value, torch.where(value > -torch.inf, place, -1))
 
 
 class Gradients(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, library
 
 from . import backends, batch_rows, sampled_classes
-from .operands import Gradients, Needs, Options, Problem, Saved, TableFactors, Vectors, schema, split
+from .operands import Gradients, Largest, Needs, Options, Problem, Saved, TableFactors, Vectors, schema, split
 from .slabs import kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
 
@@ -53,7 +53,9 @@ def _register_fake(name, takes):
 
 
 def negative_lse(problem, options, needs):
-    """(Vectors, Saved) of a Problem; Vectors are differentiable. needs: gradients wanted though no tensor here requires any."""
+    """(Vectors, Saved, Largest) of a Problem; Vectors are differentiable. needs: also gradients wanted though no tensor here
+    requires any.
+    """
     return split(_NEGATIVE_LSE(*problem, *options, *needs), _FORWARD_GIVES)
 
 
@@ -67,12 +69,16 @@ def _negative_lse(problem, options, needs):
     backend = backends.choose(options.backend, x.device, options.dtype)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         entered = _row_functions(backend, table, options).enter(x, table, problem.labels, options, plan.wide)
-        sums = backend.forward(entered.unit, table, entered.targets, plan, need_pull=needs.need_x_grad)
+        wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest}
+        sums = backend.forward(entered.unit, table, entered.targets, plan, **wanted)
         product = entered.product
         target_length = product.new_empty(0, options.centers) if options.normalize_weight else entered.target_unit.norm(dim=2)
         feature_length = product.new_empty(0) if options.normalize_features else entered.unit.norm(dim=1)
     saved = Saved(entered.unit, entered.target_unit, entered.inverse_norm, sums.pull, sums.shift, sums.total, sums.kept)
-    return Vectors(sums.lse, product, target_length, feature_length), saved
+    largest = sums.largest or Largest(product.new_empty(0), problem.labels.new_empty(0))
+    if needs.need_largest:
+        largest = largest._replace(place=table.classes(largest.place))
+    return Vectors(sums.lse, product, target_length, feature_length), saved, largest
 
 
 def _table(problem, options):
@@ -85,7 +91,7 @@ def _row_functions(backend, table, options):
     return backend.row_functions if plain else batch_rows
 
 
-_FORWARD_TAKES, _FORWARD_GIVES = (Problem, Options, Needs), (Vectors, Saved)
+_FORWARD_TAKES, _FORWARD_GIVES = (Problem, Options, Needs), (Vectors, Saved, Largest)
 _NEGATIVE_LSE = _register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _FORWARD_GIVES)
 
 
@@ -112,7 +118,8 @@ def _(problem, options, needs):
         total=x.new_empty(num_rows, dtype=wide),
         kept=x.new_empty(elements, dtype=options.dtype),
     )
-    return *vectors, *saved
+    asked = num_rows if needs.need_largest else 0
+    return *vectors, *saved, x.new_empty(asked, dtype=wide), problem.labels.new_empty(asked)
 
 
 def _negative_lse_backward(grads, problem, saved, options, needs):
@@ -180,11 +187,11 @@ class _NegativeLse(torch.autograd.Function):
         problem, options, needs = split(flat, _FORWARD_TAKES)
         # needs_input_grad is right here, and not in the caller, under vmap and torch.export.
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
-        needs = Needs(needs.need_x_grad or for_x, needs.need_table_grad or for_weight or for_bias)
+        needs = Needs(needs.need_x_grad or for_x, needs.need_table_grad or for_weight or for_bias, needs.need_largest)
         with torch._C._AutoDispatchBelowAutograd():
             flat = _NEGATIVE_LSE(*problem, *options, *needs)
-        vectors, saved = split(flat, _FORWARD_GIVES)
-        ctx.mark_non_differentiable(*saved)
+        vectors, saved, largest = split(flat, _FORWARD_GIVES)
+        ctx.mark_non_differentiable(*saved, *largest)
         # Else autograd would hand backward a zero tensor as large as `kept`.
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*problem, *saved)
@@ -195,7 +202,7 @@ class _NegativeLse(torch.autograd.Function):
     def backward(ctx, *came_back):
         # saved_tensors once: each access unpacks them all, and activation checkpointing allows one.
         problem, saved = split(ctx.saved_tensors, (Problem, Saved))
-        vector_grads, _ = split(came_back, _FORWARD_GIVES)
+        vector_grads, *_ = split(came_back, _FORWARD_GIVES)
         vector_grads = zeros_for_none(vector_grads, ctx.shapes, saved.total)
         wanted = Gradients(*ctx.needs_input_grad[: len(Gradients._fields)])
         needs = Needs(wanted.x, wanted.weight or wanted.bias)

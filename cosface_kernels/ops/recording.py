@@ -149,21 +149,24 @@ def pending(weight):
     return getattr(weight, "_pending", None)
 
 
-def negative_lse(problem, options, parameters):
-    """operators.negative_lse's Vectors and x̃ (N, D). Backward records instead of making dW if a fused optimiser trains the table.
+def negative_lse(problem, options, parameters, need_largest=False):
+    """operators.negative_lse's Vectors, x̃ (N, D) and Largest.
+
+    Backward records instead of making dW if a fused optimiser trains the table.
 
     parameters: the nn.Parameters (weight, bias) that own the problem's rows.
     """
     needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
     if not needed or pending(parameters[0]) is None:
-        vectors, saved = operators.negative_lse(problem, options, Needs(False, False))  # it sees what needs a gradient
-        return vectors, saved.unit
+        needs = Needs(False, False, need_largest)  # it sees what needs a gradient
+        vectors, saved, largest = operators.negative_lse(problem, options, needs)
+        return vectors, saved.unit, largest
     bias = None if problem.bias is None else problem.bias.detach()
     problem = problem._replace(weight=problem.weight.detach(), bias=bias)
     if options.memory_budget is None:
         options = options._replace(memory_budget=automatic_budget(problem.weight))
-    vectors, saved = operators.negative_lse(problem, options, Needs(False, True))
-    return _recorded(parameters, vectors, saved, problem, options), saved.unit
+    vectors, saved, largest = operators.negative_lse(problem, options, Needs(False, True, need_largest))
+    return _recorded(parameters, vectors, saved, problem, options), saved.unit, largest
 
 
 def automatic_budget(weight):

@@ -37,6 +37,11 @@ class Table(NamedTuple):
             inside, first = inside & (self.index[place] == first), place
         return torch.where(inside, first, -1)
 
+    def classes(self, positions):
+        """The class (N,) of each position, -1 for -1."""
+        rows = positions if self.index is None else self.index[positions.clamp(min=0)]
+        return torch.where(positions < 0, -1, rows // self.centers)
+
     def rows(self, start, stop):
         """The raw rows of a slab: a view, or a copy of that slab if classes are sampled or there is a bias."""
         if self.index is not None:

@@ -3,6 +3,7 @@
 //     normalize           w̃ = w / ‖w‖, or w as it is
 //     exponentials        Eᵀ = 2^{k w̃ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
 //     maxima              each row's largest exponent, and with several centres to a class all exponents
+//                         both also each row's largest product and its class, in a form of their own, where these are asked for
 //     accumulate          U += E w̃, in float64
 //     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul;
 //                         stored, or applied by an optimiser's step (update.cpp) while it is in the cache
@@ -90,9 +91,25 @@ template <class Number> struct ExponentTile {
     Integers target[VECTORS];
     Accumulator cosines[SUM_CLASSES / TILE];
 
+    Vector product(int64_t j, int v) const { return cosines[(j - first) / TILE].at[(j - first) % TILE][v]; }
     // Round before subtracting the shift: the row maxima that became shifts were rounded products too.
-    Vector exponent(int64_t j, int v) const {
-        return rounded(cosines[(j - first) / TILE].at[(j - first) % TILE][v] * log2_scale);
+    Vector exponent(int64_t j, int v) const { return rounded(product(j, v) * log2_scale); }
+};
+
+// The largest product of each row of a tile, and its class, the first of equal ones; nothing if none is WANTED.
+template <bool WANTED> struct Largest {
+    Vector value[VECTORS];
+    Integers place[VECTORS] = {};
+
+    Largest() {
+        for (Vector &lanes : value) lanes = splat(-INFINITY);
+    }
+    // left_out: lanes of -1 where class j is a row's target.
+    template <class Lanes> void see(int64_t j, int v, Vector product, Lanes left_out) {
+        if (!WANTED) return;
+        const Integers larger = (product > value[v]) & ~(Integers)left_out;
+        value[v] = larger ? product : value[v];
+        place[v] = larger ? Integers{} + (int32_t)j : place[v];
     }
 };
 
@@ -128,18 +145,26 @@ inline void exponent_tiles(const Exponents<Number> &given, int threads, Epilogue
 }
 
 // Stores a tile's number for each row into piece first / SUM_CLASSES of partial (pieces, N).
-template <class Number>
-inline void store_partial(float *partial, const ExponentTile<Number> &tile, int64_t num_rows, const Vector *numbers) {
+template <class Number, class To, class Lanes>
+inline void store_partial(To *partial, const ExponentTile<Number> &tile, int64_t num_rows, const Lanes *numbers) {
     for (int v = 0; v < VECTORS; v++) {
         const int64_t n = tile.row + v * LANES;
-        if (n < num_rows) store(partial + tile.first / SUM_CLASSES * num_rows + n, numbers[v], num_rows - n);
+        if (n < num_rows) store_lanes(partial + tile.first / SUM_CLASSES * num_rows + n, numbers[v], num_rows - n);
     }
 }
 
-template <class Number> void exponentials(const Exponentials<Number> &out, int threads) {
+template <class Number, class Out, bool WANTED>
+inline void store_largest(const Out &out, const ExponentTile<Number> &tile, const Largest<WANTED> &largest) {
+    if (!WANTED) return;
+    store_partial(out.values, tile, out.of.num_rows, largest.value);
+    store_partial(out.places, tile, out.of.num_rows, largest.place);
+}
+
+template <class Number, bool LARGEST> void exponentials_and(const Exponentials<Number> &out, int threads) {
     const int64_t num_rows = out.of.num_rows, e_words = ceil_div(out.of.classes, PER_WORD<Number>) * PANEL;
     exponent_tiles<Number>(out.of, threads, [=](const ExponentTile<Number> &tile) {
         Vector shift[VECTORS], sum[VECTORS] = {};
+        Largest<LARGEST> largest;
         fill(shift, tile.row, num_rows, [&](int64_t n) { return out.shifts[n]; });
         uint32_t *panel = out.e_panels ? out.e_panels + tile.row / PANEL * e_words : nullptr;
         for (int64_t j = tile.first; j < tile.last; j += PER_WORD<Number>) {
@@ -152,6 +177,7 @@ template <class Number> void exponentials(const Exponentials<Number> &out, int t
                     if (j + i == tile.last) break;
                     const Vector e = exp2(tile.exponent(j + i, v) - shift[v]);
                     of_word[i] = tile.target[v] == (int32_t)(j + i) ? Vector{} : e;
+                    largest.see(j + i, v, tile.product(j + i, v), tile.target[v] == (int32_t)(j + i));
                     sum[v] += of_word[i];
                     if (out.e && n < num_rows) store(out.e + (j + i) * num_rows + n, of_word[i], num_rows - n);
                 }
@@ -159,26 +185,38 @@ template <class Number> void exponentials(const Exponentials<Number> &out, int t
             }
         }
         store_partial(out.partial, tile, num_rows, sum);
+        store_largest(out, tile, largest);
     });
 }
 
-template <class Number> void maxima(const Maxima<Number> &out, int threads) {
+template <class Number> void exponentials(const Exponentials<Number> &out, int threads) {
+    out.values ? exponentials_and<Number, true>(out, threads) : exponentials_and<Number, false>(out, threads);
+}
+
+template <class Number, bool LARGEST> void maxima_and(const Maxima<Number> &out, int threads) {
     const int64_t num_rows = out.of.num_rows;
     exponent_tiles<Number>(out.of, threads, [=](const ExponentTile<Number> &tile) {
-        Vector largest[VECTORS];
-        for (Vector &lanes : largest) lanes = splat(-INFINITY);
+        Vector maximum[VECTORS];
+        for (Vector &lanes : maximum) lanes = splat(-INFINITY);
+        Largest<LARGEST> largest;
         for (int64_t j = tile.first; j < tile.last; j++) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
                 const int64_t n = tile.row + v * LANES;
                 const auto is_target = (Words)((int32_t)j - tile.target[v]) < (uint32_t)out.centers;
                 const Vector exponent = is_target ? splat(-INFINITY) : tile.exponent(j, v);
-                largest[v] = exponent > largest[v] ? exponent : largest[v];
+                maximum[v] = exponent > maximum[v] ? exponent : maximum[v];
+                largest.see(j, v, tile.product(j, v), is_target);
                 if (out.exponents && n < num_rows) store(out.exponents + j * num_rows + n, exponent, num_rows - n);
             }
         }
-        store_partial(out.partial, tile, num_rows, largest);
+        store_partial(out.partial, tile, num_rows, maximum);
+        store_largest(out, tile, largest);
     });
+}
+
+template <class Number> void maxima(const Maxima<Number> &out, int threads) {
+    out.values ? maxima_and<Number, true>(out, threads) : maxima_and<Number, false>(out, threads);
 }
 
 template <class Number> void accumulate(const Accumulate<Number> &given, int threads) {
@@ -318,7 +356,7 @@ EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
 // The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h or update.h.
-EXPORT(int, interface)() { return 7; }
+EXPORT(int, interface)() { return 8; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }

@@ -43,12 +43,16 @@ template <class Number> struct Exponentials {
     Number *e;            // (classes, N), or null
     uint32_t *e_panels;   // of E's columns, or null
     float *partial;       // (pieces of SUM_CLASSES, N)
+    float *values;        // (the same), each piece's largest product, or null
+    int32_t *places;      // (the same), and its class in the slab
 };
 
 template <class Number> struct Maxima {
     Exponents<Number> of;
     float *exponents;  // (classes, N), or null
     float *partial;    // (pieces of SUM_CLASSES, N)
+    float *values;     // as Exponentials has them
+    int32_t *places;
     int64_t centers;
 };
 

@@ -8,6 +8,7 @@ Memory beyond the results: one slab each of w̃ and E, each in the two layouts t
 import torch
 
 from .. import batch_rows, page_pool
+from ..operands import Largest
 from ..slabs import aligned, ceil_div
 from . import Sums, centers, cpu_library
 
@@ -15,10 +16,12 @@ row_functions = batch_rows
 SUM_CLASSES = cpu_library.constant("sum_classes")
 
 
-def forward(x, table, targets, plan, *, need_pull):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     num_rows, size = x.shape
     slab = _Slab(x, table, targets, plan)
     shift = _shift(slab, plan, num_rows)
+    if need_largest:
+        slab.find_largest()
     total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
     pull = torch.zeros(num_rows if need_pull else 0, cpu_library.padded(size), dtype=torch.float64, device="cpu")
     kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
@@ -35,7 +38,7 @@ def forward(x, table, targets, plan, *, need_pull):
     pull = pull[:, :size]
     if need_pull:
         pull = pull / torch.where(total == 0, 1.0, total)[:, None]
-    return Sums.of(shift, total.float(), pull.float(), kept)
+    return Sums.of(shift, total.float(), pull.float(), kept, slab.largest)
 
 
 def backward(x, table, factors, shift, kept, plan, sink):
@@ -74,6 +77,7 @@ class _Slab:
         self.unit = self.empty(plan.slab, self.size, dtype=self.kernels.operand)
         self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
         self.partial = self.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
+        self.largest = self._values = self._places = None
         self._e = self._exponents = None
 
     def panels(self, summed, columns):
@@ -82,6 +86,10 @@ class _Slab:
 
     def empty(self, *shape, dtype=torch.float32):
         return torch.empty(*shape, dtype=dtype, device="cpu")
+
+    def find_largest(self):
+        """From now on `largest` is that of the slabs so far."""
+        self._values, self._places = torch.empty_like(self.partial), self.empty(*self.partial.shape, dtype=torch.int32)
 
     def e(self):
         """Memory for the exponentials of a slab that is not kept."""
@@ -104,9 +112,18 @@ class _Slab:
             return self._nearest(start, stop, shift, e, panels)
         self.kernels.exponentials(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
-            *(self.plan.log2_scale, e, panels, self.partial),
+            *(self.plan.log2_scale, e, panels, self.partial, self._values, self._places),
         )
-        return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
+        return self._parts(start, stop)
+
+    def _parts(self, start, stop):
+        """The numbers that a kernel has written for each piece of a slab (pieces, N). Its largest products are compared."""
+        pieces = ceil_div(stop - start, SUM_CLASSES)
+        if self._values is not None:
+            values, places = self._values[:pieces], self._places[:pieces].long() + start
+            before = [] if self.largest is None else [each[None] for each in self.largest]
+            self.largest = Largest.of_parts(torch.cat([*before[:1], values]), torch.cat([*before[1:], places]))
+        return self.partial[:pieces]
 
     def _nearest(self, start, stop, shift, e, panels):
         """The same for each class's nearest centre alone, from all exponents in float32."""
@@ -125,9 +142,9 @@ class _Slab:
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
         self.kernels.maxima(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
-            *(self.plan.log2_scale, exponents, self.partial),
+            *(self.plan.log2_scale, exponents, self.partial, self._values, self._places),
         )
-        return self.partial[: ceil_div(stop - start, SUM_CLASSES)]
+        return self._parts(start, stop)
 
 
 def _shift(slab, plan, num_rows):

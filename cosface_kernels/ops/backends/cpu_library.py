@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 7
+INTERFACE = 8
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -117,8 +117,8 @@ _ARGUMENTS = {
     "normalize": _structure(
         pointers="table scratch unit panels", sizes="classes size scratch_size", bools="is_bfloat16 normalized"
     ),
-    "exponentials": _structure(("of", _EXPONENTS), pointers="shifts e e_panels partial"),
-    "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial", sizes="centers"),
+    "exponentials": _structure(("of", _EXPONENTS), pointers="shifts e e_panels partial values places"),
+    "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial values places", sizes="centers"),
     "accumulate": _structure(pointers="e_panels unit_panels pull", sizes="num_rows classes size"),
     "table_gradient": _structure(
         pointers="e x_panels table target_classes target_sums scratch grad step",
@@ -187,22 +187,61 @@ class Kernels:
             normalized=normalized,
         )
 
-    def exponentials(self, x_panels, num_rows, unit, classes, size, targets, first, shift, log2_scale, e, e_panels, partial):
+    def exponentials(
+        self,
+        x_panels,
+        num_rows,
+        unit,
+        classes,
+        size,
+        targets,
+        first,
+        shift,
+        log2_scale,
+        e,
+        e_panels,
+        partial,
+        values=None,
+        places=None,
+    ):
+        """values, places: of the largest product in each piece of a row, where wanted."""
+        pieces = ceil_div(classes, constant("sum_classes")), num_rows
         self._call(
             "exponentials",
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
             shifts=_floats("shift", shift, num_rows),
             e=self._numbers("exponentials", e, classes, num_rows),
             e_panels=self._panels(e_panels, classes, num_rows),
-            partial=_floats("partial sums", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+            partial=_floats("partial sums", partial, *pieces),
+            values=_floats("largest products", values, *pieces),
+            places=("their places", places, torch.int32, math.prod(pieces)),
         )
 
-    def maxima(self, x_panels, num_rows, unit, classes, size, targets, centers, first, log2_scale, exponents, partial):
+    def maxima(
+        self,
+        x_panels,
+        num_rows,
+        unit,
+        classes,
+        size,
+        targets,
+        centers,
+        first,
+        log2_scale,
+        exponents,
+        partial,
+        values=None,
+        places=None,
+    ):
+        """values, places: as in `exponentials`."""
+        pieces = ceil_div(classes, constant("sum_classes")), num_rows
         self._call(
             "maxima",
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
             exponents=_floats("exponents", exponents, classes, num_rows),
-            partial=_floats("partial maxima", partial, ceil_div(classes, constant("sum_classes")), num_rows),
+            partial=_floats("partial maxima", partial, *pieces),
+            values=_floats("largest products", values, *pieces),
+            places=("their places", places, torch.int32, math.prod(pieces)),
             centers=centers,
         )
 

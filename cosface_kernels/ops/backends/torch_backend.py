@@ -10,6 +10,7 @@ import torch
 
 from .. import batch_rows, page_pool
 from ..normalize import project
+from ..operands import Largest
 from ..slabs import aligned
 from . import Sums, centers
 from .products import accumulated, cosines
@@ -17,7 +18,7 @@ from .products import accumulated, cosines
 row_functions = batch_rows
 
 
-def forward(x, table, targets, plan, *, need_pull):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     num_rows, size = x.shape
     low = x.to(plan.dtype)
     shift = _shift(low, table, targets, plan)
@@ -25,9 +26,15 @@ def forward(x, table, targets, plan, *, need_pull):
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
     kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
+    largest = None
     for index, start, stop in plan.slabs(table):
         unit = _unit(table, start, stop, plan)[0].to(plan.dtype)
-        e = _exponentials(low, unit, shift, targets - start, table, plan)
+        products = _products(low, unit, targets - start, table)
+        if need_largest:
+            value, place = products.max(1)  # the first of equal ones
+            parts = [*([] if largest is None else [largest]), Largest(value, place + start)]
+            largest = Largest.of_parts(*map(torch.stack, zip(*parts, strict=True)))
+        e = _exponentials(products, shift, table, plan)
         total += e.sum(1)
         place = plan.kept_view(kept, index, num_rows, aligned(stop - start))
         if place is not None:
@@ -37,7 +44,7 @@ def forward(x, table, targets, plan, *, need_pull):
             pull += accumulated(e.to(plan.dtype), unit)
     if need_pull:
         pull /= torch.where(total == 0, 1.0, total)[:, None]
-    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept)
+    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept, largest)
 
 
 def backward(x, table, factors, shift, kept, plan, sink):
@@ -47,7 +54,8 @@ def backward(x, table, factors, shift, kept, plan, sink):
         unit, inverse_norm = _unit(table, start, stop, plan)
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
-            e = _exponentials(low, unit.to(plan.dtype), shift, factors.targets - start, table, plan).to(plan.dtype)
+            products = _products(low, unit.to(plan.dtype), factors.targets - start, table)
+            e = _exponentials(products, shift, table, plan).to(plan.dtype)
         grad = project(unit, inverse_norm, accumulated(e[:, : stop - start].T, scaled)) * factors.unscale
         sink.put(start, stop, _add_rows(grad, factors.target_rows - start, factors.target_sums))
 
@@ -56,10 +64,14 @@ def _unit(table, start, stop, plan):
     return table.unit(table.rows(start, stop).to(plan.wide))
 
 
-def _exponentials(low, unit, shift, columns, table, plan):
-    """E (N, B) in plan.wide; columns: each row's target counted from the slab's first row."""
-    exponents = _without_targets(cosines(low, unit).mul_(plan.log2_scale), columns, table.centers)
-    return centers.exponentials(exponents, shift, table.centers, 1)
+def _products(low, unit, columns, table):
+    """x w̃ᵀ (N, B) in plan.wide, -inf at targets; columns: each row's target counted from the slab's first row."""
+    return _without_targets(cosines(low, unit), columns, table.centers)
+
+
+def _exponentials(products, shift, table, plan):
+    """E (N, B), in place of the products."""
+    return centers.exponentials(products.mul_(plan.log2_scale), shift, table.centers, 1)
 
 
 def _shift(low, table, targets, plan):
@@ -68,9 +80,8 @@ def _shift(low, table, targets, plan):
         return torch.full((low.shape[0],), plan.shift, dtype=plan.wide, device=low.device)
     largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
     for _, start, stop in plan.slabs(table):
-        exponents = cosines(low, _unit(table, start, stop, plan)[0].to(plan.dtype)).mul_(plan.log2_scale)
-        exponents = _without_targets(exponents, targets - start, table.centers)
-        largest = torch.maximum(largest, exponents.amax(1))
+        products = _products(low, _unit(table, start, stop, plan)[0].to(plan.dtype), targets - start, table)
+        largest = torch.maximum(largest, products.amax(1) * plan.log2_scale)
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 

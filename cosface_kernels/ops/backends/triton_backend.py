@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from ..operands import Largest
 from ..slabs import aligned, ceil_div
 from . import Sums, centers, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
 from .products import accumulated, in_parts
@@ -45,15 +46,18 @@ def pull_parts(num_rows, size, width):
     return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
 
 
-def forward(x, table, targets, plan, *, need_pull):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     num_rows, size = x.shape
-    attend = triton_attend.constants("attend_features", x, table, plan) if need_pull else None
+    attends = need_pull and not need_largest
+    attend = triton_attend.constants("attend_features", x, table, plan) if attends else None
     slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
     shift = _shift(slab, plan, num_rows)
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     partial = None if features else slab.partial()
+    if need_largest:
+        slab.find_largest()
     lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     pull_sum, pull_grid = None, (ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)
     for index, start, stop in plan.slabs(table):
@@ -89,7 +93,7 @@ def forward(x, table, targets, plan, *, need_pull):
                 LAST=last,
                 **PULL_BLOCK,
             )
-    return Sums(lse, shift, total, pull, kept)
+    return Sums(lse, shift, total, pull, kept, Largest.of_parts(*slab.largest) if need_largest else None)
 
 
 def backward(x, table, factors, shift, kept, plan, sink):
@@ -166,6 +170,7 @@ class _Slab:
         }
         self._row_constants = {"NORMALIZE": table.normalize, **triton_kernels.row_blocks(low.shape[1])}
         self._unit = self._scratch = None
+        self.largest = None, None
 
     def scratch(self, width):
         """Memory (N, width) for the exponentials of a slab that is not kept."""
@@ -186,26 +191,31 @@ class _Slab:
         )
         return unit
 
-    def partial(self):
+    def partial(self, dtype=torch.float64):
         """(tiles, N) row sums of all slabs so far. The first slab fills it: no other has more tiles."""
         class_tiles = ceil_div(aligned(min(self.plan.slab, self.table.num_rows)), self.config["BLOCK_C"])
-        return torch.empty(class_tiles, self.low.shape[0], dtype=torch.float64, device=self.low.device)
+        return torch.empty(class_tiles, self.low.shape[0], dtype=dtype, device=self.low.device)
+
+    def find_largest(self):
+        """From now on `largest` is (values, positions) of the largest products so far, each (tiles, N)."""
+        self.largest = self.partial(torch.float32), self.partial(torch.int64)
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Add row sums of E to `partial`; write E into `store` (N, width) if given, zero past `stop`."""
         if self.table.centers > 1:
             self._nearest(unit, start, stop, shift, partial, store)
         elif store is None:
-            self._launch(triton_exponentials.exponential_sums, unit, start, stop, shift, partial)
+            self._launch(triton_exponentials.exponential_sums, unit, start, stop, shift, partial, *self.largest)
         else:
             out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if self._halves else 1))
-            epilogue = shift, partial, out, unit.shape[0]
+            epilogue = shift, partial, *self.largest, out, unit.shape[0]
             self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=self._halves)
 
     def _nearest(self, unit, start, stop, shift, partial, store):
         """The same for each class's nearest centre alone, from all exponents in float32."""
         out = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
-        self._launch(triton_exponentials.exponents, unit, start, stop, out, unit.shape[0], CENTERS=self.table.centers)
+        epilogue = *self.largest, out, unit.shape[0]
+        self._launch(triton_exponentials.exponents, unit, start, stop, *epilogue, CENTERS=self.table.centers)
         e = centers.exponentials(out[:, : stop - start], shift, self.table.centers, 1)
         if start == 0:
             partial.zero_()

@@ -6,7 +6,8 @@
     exponents           the exponents themselves, in float32, for classes of several rows
 
 Sums and maxima of a tile are added to those of the slabs before, one float64 for each row and tile; exponents of a row's target
-and past the slab's end count as -inf. Cosines are never stored. No atomics.
+and past the slab's end count as -inf. Cosines are never stored. No atomics. All but maxima also find each row's largest product
+and its position in the table, where they are given memory for it.
 
 Forms (triton_forms.py): DESCRIPTORS, blocks are moved by tensor descriptors, which compute capability 9.0 has hardware for.
 HALVES, E is made and stored in two halves of a tile, the first on its way out under the second's exponentials.
@@ -103,6 +104,20 @@ def left_out(targets, row, column, N, B, first_class, RAGGED: tl.constexpr, CENT
 
 
 @triton.jit
+def see_largest(
+    cosine, targets, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED: tl.constexpr, CENTERS: tl.constexpr
+):
+    """The larger of a row's largest product in this tile and those of the slabs before, and its position; (tiles, N)."""
+    dropped = left_out(targets, row, column, N, B, first_class, RAGGED, CENTERS)
+    value, at = tl.max(tl.where(dropped, float("-inf"), cosine), 1, return_indices=True)
+    place = tile.to(tl.int64) * N + row
+    before = tl.load(largest_ptr + place, mask=(row < N) & (first_class > 0), other=float("-inf"))
+    tl.store(largest_ptr + place, tl.maximum(before, value), mask=row < N)
+    position = first_class + (tile * cosine.shape[1] + at).to(tl.int64)
+    tl.store(position_ptr + place, position, mask=(row < N) & (value > before))
+
+
+@triton.jit
 def exponential_tile(cosine, log2_scale, targets, shifts, row, column, N, B, first_class, RAGGED: tl.constexpr):
     """E of a tile."""
     dropped = left_out(targets, row, column, N, B, first_class, RAGGED, 1)
@@ -135,6 +150,8 @@ def exponential_sums(
     log2_scale,
     shift_ptr,  # (N,) float32
     partial_ptr,  # (tiles, N) float64
+    largest_ptr,  # (tiles, N) float32, and
+    position_ptr,  # (tiles, N) int64, as see_largest has them; or None
     RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     UPCAST: tl.constexpr,
@@ -149,6 +166,8 @@ def exponential_sums(
     cosine = cosine_tile(
         x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
+    if largest_ptr is not None:
+        see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
     e = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
     add_sums(partial_ptr, tile, row, N, first_class, tl.sum(e, 1))
 
@@ -165,6 +184,8 @@ def exponentials(
     log2_scale,
     shift_ptr,
     partial_ptr,
+    largest_ptr,
+    position_ptr,
     out,  # (N, stride_out) E, or its descriptor; columns B .. stride_out become 0
     stride_out,
     HALVES: tl.constexpr,
@@ -182,6 +203,8 @@ def exponentials(
     cosine = cosine_tile(
         x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
+    if largest_ptr is not None:
+        see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
     if HALVES:
         left, right = halves(cosine)
         half = tl.arange(0, BLOCK_C // 2)
@@ -241,6 +264,8 @@ def exponents(
     D_padded,
     first_class,
     log2_scale,
+    largest_ptr,
+    position_ptr,
     out_ptr,  # (N, stride_out) float32
     stride_out,
     CENTERS: tl.constexpr,
@@ -258,6 +283,8 @@ def exponents(
     cosine = cosine_tile(
         x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
+    if largest_ptr is not None:
+        see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, CENTERS)
     dropped = left_out(target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
     exponent = tl.where(dropped, float("-inf"), cosine * log2_scale)
     store_tile(exponent, out_ptr, first_row, first, N, stride_out, RAGGED, False)
