@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from cosface_kernels.tools.cli import add_problem
-
 
 def parser(description, **problem):
     """A parser with the sizes of a problem that have a default here, and --json."""
+    from cosface_kernels.tools.cli import add_problem  # the package imports torch
+
     found = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_problem(found.add_argument, **problem)
     return found

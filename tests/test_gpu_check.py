@@ -38,6 +38,12 @@ def record(out):
     return json.loads((out / "gpu_check.json").read_text())
 
 
+def test_the_runner_imports_no_torch():
+    """It goes on where torch hangs on a lost GPU, and starts a process for each stage."""
+    code = "import sys, benchmarks.gpu_check.__main__; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=source.ROOT, check=True)
+
+
 def test_dry_run(capsys, tmp_path):
     """Every stage's process, with nothing of its work; predictions beside what would be measured."""
     assert command.main(["--dry-run", "--out", str(tmp_path)]) == 0
