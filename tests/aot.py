@@ -30,6 +30,7 @@ from cosface_kernels.ops.backends import (
     triton_backend,
     triton_exponentials,
     triton_forms,
+    triton_hopper,
     triton_kernels,
     triton_rows,
     triton_update,
@@ -96,6 +97,7 @@ def launches(chip, calls):
 
 
 def _described(value, constant):
+    value = getattr(value, "base", value) if hasattr(value, "block_shape") else value  # a descriptor's tensor
     if isinstance(value, torch.Tensor):
         return f"{value.dtype}"[6:] + " unaligned" * (value.data_ptr() % 16 != 0)
     if constant or not isinstance(value, int) or value == 1:
@@ -199,6 +201,10 @@ def _forms(chip):
     for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
         yield asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
     yield asking(Step(512, "bfloat16", memory_budget=0), attend_features={}, attend_table={})
+    if chip == 90:
+        for dtype, num_classes, size in ((BFLOAT16, 2 * SLAB, 512), (FLOAT16, 2 * SLAB + 89, 301)):
+            call = Call(num_rows=131, num_classes=num_classes, size=size, dtypes=(dtype, dtype))
+            yield asking(call, attend_features={"GLUON": True}, attend_table={"GLUON": True})
     for row in triton_forms.rows():
         if tuple(row["chip"]) == divmod(chip, 10):
             dtype, (num_rows, _) = getattr(torch, row["dtype"]), row["num_rows"]
@@ -285,9 +291,9 @@ def _every_other(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-def kernels():
-    """Every kernel of the package: its other functions take no pointers."""
-    modules = triton_attend, triton_exponentials, triton_kernels, triton_rows, triton_update
+def kernels(chip):
+    """Every kernel of the package that the chip may launch: its other functions take no pointers."""
+    modules = [triton_attend, triton_exponentials, triton_kernels, triton_rows, triton_update, *[triton_hopper] * (chip == 90)]
     functions = [function for module in modules for function in vars(module).values()]
     found = [function for function in functions if isinstance(function, JITFunction)]
     return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}
@@ -303,12 +309,12 @@ def configurations(chip):
 
 def main():
     for chip in [int(argument) for argument in sys.argv[1:]] or sorted(compiled_facts.TENSOR_CORE):
-        left = kernels() | configurations(chip)
+        left = kernels(chip) | configurations(chip)
         with compiled_facts.remembered(f"sm_{chip}"):
             for launch in launches(chip, calls(chip)):
                 left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
                 found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **launch.compiled.facts}
-                print(json.dumps(found | {"fuses": launch.numbers["enable_fp_fusion"]}), flush=True)
+                print(json.dumps(found | {"fuses": launch.numbers.get("enable_fp_fusion", True)}), flush=True)
         if left:
             sys.exit(f"launched by no call: {left}")
 

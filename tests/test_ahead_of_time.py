@@ -12,7 +12,8 @@ import pytest
 # Bytes of shared memory that one block may use. Chips without 16-bit wgmma share sm_80's configurations; sm_86 has the least.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 # Where ptxas may put one pair of registers aside, once and outside any loop, for the call of a square root: it does at odd D.
-SPILL_LIMIT = {"project_rows": 8, "sum_targets": 8}
+# attend, which auto never picks, puts seven columns' scales aside while it has 160 sums in registers.
+SPILL_LIMIT = {"project_rows": 8, "sum_targets": 8, "attend": 64}
 PRODUCTS = {"exponential_sums", "exponentials", "maxima", "exponents"}
 
 
@@ -32,8 +33,8 @@ def test_every_launch_configuration(chip):
         assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
         # IEEE float32 products have no tensor core instruction. Those of attend's small float32 tiles have an older chip's.
         ieee = re.search(r"\bx(_ptr)?=float32", kernel["arguments"]) and "PRECISION=ieee" in kernel["arguments"]
-        attends = kernel["name"].startswith("attend") and "UPCAST=False" in kernel["arguments"]
-        if not attends or "float32" not in re.search(r"\bx(_ptr)?=(\S+)", kernel["arguments"])[2]:
+        attends = kernel["name"] == "attend" or (kernel["name"].startswith("attend") and "UPCAST=False" in kernel["arguments"])
+        if kernel["name"] == "attend" or not attends or "float32" not in re.search(r"\bx(_ptr)?=(\S+)", kernel["arguments"])[2]:
             assert kernel["tensor_core"] == bool(attends or (kernel["name"] in PRODUCTS and not ieee)), kernel
         assert not kernel["warnings"], f"ptxas waits for each wgmma by itself, or the like: {kernel}"
         if kernel["name"] in PRODUCTS and not ieee:  # a product, minus the shift

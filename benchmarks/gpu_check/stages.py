@@ -91,8 +91,8 @@ FORMS = [
 GLUON = [{}, {"attend_table": {"GLUON": True}}, {"attend_features": {"GLUON": True}}]
 
 
-def _forms(forms):
-    for (n, c), d, form in itertools.product(((4096, 1_000_000), (1024, 1_000_000), (512, 100_000)), (512, 256, 128), forms):
+def _forms(forms, sizes=(512, 256, 128)):
+    for (n, c), d, form in itertools.product(((4096, 1_000_000), (1024, 1_000_000), (512, 100_000)), sizes, forms):
         shape = {"kind": "step", "rows": n, "classes": c, "size": d, "budget": "none", "slab": 0, "graph": True}
         yield {**shape, "kind": "attend" if len(form) == 2 else "step", "forms": form}
 
@@ -140,7 +140,7 @@ PLAN = [
     Stage("steps", 75, "steps", "steps", _steps),
     Stage("profile", 30, "steps", "profile", _profile),
     Stage("forms", 60, "steps", "candidates", lambda: _forms(FORMS)),
-    Stage("gluon", 30, "steps", "candidates", lambda: _forms(GLUON)),
+    Stage("gluon", 30, "steps", "candidates", lambda: _forms(GLUON, sizes=(512,))),
     Stage("suite", 150, "commands", "suite", environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"}, files=True),
     Stage("memcheck", 50, "commands", "sanitizer", lambda: [{"tool": "memcheck"}]),
     Stage("initcheck", 40, "commands", "sanitizer", lambda: [{"tool": "initcheck"}]),

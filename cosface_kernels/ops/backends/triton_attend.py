@@ -13,6 +13,8 @@ They serve cosines with a constant shift and one row to a class, if nothing is k
 them. Rows are padded to a power of two up to 512, the longest row of dŵ that registers hold beside 63 others.
 """
 
+import importlib
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -54,6 +56,9 @@ def constants(kernel, x, table, plan):
     asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability)
     if asked is None:
         return None
+    if asked.get("GLUON"):
+        serves = capability == (9, 0) and width(size) == SIZE_MAX and plan.dtype != torch.float32 and hopper()
+        return {"GLUON": True, "SIZE": SIZE_MAX, "BLOCK_N": 64, "BLOCK_C": 128} if serves else None
     shapes = _shapes(kernel, plan.dtype, capability)
     # At other D ptxas has each wgmma of so wide a tile wait for the one before.
     waits = kernel == "attend_table" and capability[0] == 9 and width(size) == 512 and size % 16 and plan.dtype != torch.float32
@@ -75,6 +80,16 @@ def constants(kernel, x, table, plan):
     }
 
 
+def hopper():
+    """The module of the kernels for Hopper, or None: Triton's interpreter cannot run them, and an older Triton has no Gluon."""
+    if triton_kernels.INTERPRETED:
+        return None
+    try:
+        return importlib.import_module(".triton_hopper", __package__)
+    except ImportError:
+        return None
+
+
 def _shapes(kernel, dtype, capability):
     if dtype == torch.float32:
         return FLOAT32_TABLE if kernel == "attend_table" else FLOAT32
@@ -92,13 +107,18 @@ class Features:
         self.partial = self._parts = None
 
     def parts(self, unit, start, stop):
-        """(parts, N, D) float32 whose sum is E ŵ of the slab; its row sums are added to `partial` (as many parts, N)."""
+        """(parts, N, D) float32 whose sum is E ŵ of the slab; its row sums are added to `partial` (a row or two a part, N)."""
         num_rows, classes, constants = self.low.shape[0], stop - start, self.constants
         row_tiles, class_tiles = ceil_div(num_rows, constants["BLOCK_N"]), ceil_div(classes, constants["BLOCK_C"])
         parts = max(1, min(PARTS_MAX, PROGRAMS // row_tiles, class_tiles))
+        gluon = constants.get("GLUON", False)
         if self._parts is None:  # no other slab has more
             self._parts = torch.empty(parts, num_rows, self.size, dtype=torch.float32, device=self.low.device)
-            self.partial = torch.empty(parts, num_rows, dtype=torch.float64, device=self.low.device)
+            self.partial = torch.empty(parts * (1 + gluon), num_rows, dtype=torch.float64, device=self.low.device)
+        if gluon:
+            sums = self.partial, self._parts[:parts]
+            hopper().features(self.low, unit[:classes], self.targets, *sums, start, self.plan.log2_scale, self.plan.shift)
+            return self._parts[:parts]
         attend_features[(row_tiles * parts,)](
             *(self.low, _rows(unit[:classes], constants, "BLOCK_C"), self.targets, self.partial, self._parts),
             *(num_rows, classes, self.size, start, ceil_div(class_tiles, parts), self.plan.log2_scale, self.plan.shift),

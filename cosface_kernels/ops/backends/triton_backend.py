@@ -99,27 +99,32 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
 def backward(x, table, factors, shift, kept, plan, sink):
     num_rows, size = x.shape
     attend = triton_attend.constants("attend_table", x, table, plan)
-    if attend:
+    gluon = attend is not None and attend.get("GLUON", False)
+    if attend and not gluon:
         triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
         return
-    scaled = _padded(x, plan.dtype, row_scale=factors.row_scale)
+    scaled = _padded(x, plan.dtype, attend, row_scale=factors.row_scale)
     if plan.kept_slabs * plan.slab < table.num_rows:
-        slab = _Slab(_padded(x, plan.dtype), table, factors.targets, plan)
+        slab = _Slab(_padded(x, plan.dtype, attend), table, factors.targets, plan)
         partial = slab.partial()
     num_targets, blocks = factors.target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
     parts, targets = sink.device_update(), (factors.target_rows, factors.target_sums)
     projection = {"normalize": table.normalize, "targets": targets, "unscale": factors.unscale}
     for index, start, stop in plan.slabs(table):
-        width = aligned(stop - start)
-        e = plan.kept_view(kept, index, num_rows, width)
-        if e is None:
-            e = slab.scratch(width)
-            slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
         out = sink.room(start, stop)
         # dŵ is written into dW's memory if that has its dtype and width: project_rows reads a row before it writes it.
         fits = out.dtype == torch.float32 and scaled.shape[1] == size and out.is_contiguous()
-        grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, out if fits else None)
+        room = out if fits else None
+        if gluon:
+            grad = slab.attended(start, stop, factors.row_scale, room)
+        else:
+            width = aligned(stop - start)
+            e = plan.kept_view(kept, index, num_rows, width)
+            if e is None:
+                e = slab.scratch(width)
+                slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
+            grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, room)
         if parts is not None:
             place = slice(start, stop) if table.index is None else table.index[start:stop]
             for part, column in parts:
@@ -210,6 +215,14 @@ class _Slab:
             out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if self._halves else 1))
             epilogue = shift, partial, *self.largest, out, unit.shape[0]
             self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=self._halves)
+
+    def attended(self, start, stop, row_scale, out):
+        """dŵ (rows, D padded) by triton_hopper, into `out` if given."""
+        if out is None:
+            out = torch.empty(stop - start, self.low.shape[1], dtype=torch.float32, device=self.low.device)
+        unit, plan = self.unit(start, stop)[: stop - start], self.plan
+        triton_attend.hopper().table(unit, self.low, self.targets, row_scale, out, start, plan.log2_scale, plan.shift)
+        return out
 
     def _nearest(self, unit, start, stop, shift, partial, store):
         """The same for each class's nearest centre alone, from all exponents in float32."""

@@ -6,7 +6,7 @@
 
 kernel      "exponentials": of the slab loop, and what else is made of its product (HALVES: of E alone);
             "attend_features", "attend_table": take the place of the slab loop forward and backward, where nothing is kept
-            (triton_attend.py has what else they need; where they cannot, the slab loop does)
+            (triton_attend.py has what else they need; where they cannot, the slab loop does); GLUON: those of triton_hopper.py
 chip        compute capability, exactly
 dtype       of the products
 num_rows    N from .. to, both included; null for no end
@@ -25,8 +25,8 @@ PATH = Path(__file__).with_suffix(".json")
 LAUNCH = {"num_warps", "num_stages"}
 OPTIONS = {
     "exponentials": {"BLOCK_N", "BLOCK_C", "BLOCK_K", "DESCRIPTORS", "HALVES", *LAUNCH},
-    "attend_features": {"BLOCK_N", "BLOCK_C", "DESCRIPTORS", *LAUNCH},
-    "attend_table": {"BLOCK_R", "BLOCK_N", "DESCRIPTORS", *LAUNCH},
+    "attend_features": {"BLOCK_N", "BLOCK_C", "DESCRIPTORS", "GLUON", *LAUNCH},
+    "attend_table": {"BLOCK_R", "BLOCK_N", "DESCRIPTORS", "GLUON", *LAUNCH},
 }
 
 # The forms set by `using`. One dict for all threads: autograd runs backward in another thread than forward.
