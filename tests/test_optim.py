@@ -15,6 +15,7 @@ from margin_rows import every_row
 from selection import attend_too, interpreted, slow_when
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.utils import prune
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, save_checkpoint
 from cosface_kernels.distributed import ranks
@@ -669,6 +670,62 @@ def test_wrong_use(device):
     with pytest.raises(RuntimeError, match="has an ordinary gradient"):
         optimizer.step()
     assert torch.equal(head.weight, before)
+
+
+@pytest.mark.parametrize("shape", [(1, SIZE), (NUM_CLASSES, SIZE)])
+@pytest.mark.parametrize("write", [lambda weight: weight.data.mul_(0.5), lambda weight: weight.detach().numpy().fill(1.0)])
+def test_a_write_that_pytorch_does_not_count_is_noticed(write, shape):
+    """As weights of an average that are put in for an evaluation, or SAM's step up."""
+    head = CosFaceLoss(SIZE, shape[0])
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    features, labels = next(batches(1, num_classes=shape[0]))
+    kept = head.weight.detach().clone()
+    loss = head(features, labels)
+    write(head.weight)
+    with pytest.raises(RuntimeError, match=r"changed \(through .data or a NumPy array\) between forward and backward"):
+        loss.backward()
+    head(features, labels).backward()
+    head.weight.data.copy_(kept)
+    with pytest.raises(RuntimeError, match=r"changed \(through .data or a NumPy array\) between backward and step"):
+        optimizer.step()
+    assert torch.equal(head.weight, kept)
+    optimizer.zero_grad()
+    head(features, labels).backward()
+    write(head.weight)
+    head.weight.data.copy_(kept)  # as it was
+    optimizer.step()
+    assert not torch.equal(head.weight, kept) or shape[0] == 1
+
+
+@pytest.mark.parametrize("change", [torch.nn.utils.parametrizations.weight_norm, prune.identity])
+def test_a_table_that_no_head_has_any_more_is_not_stepped(change):
+    """In silence torch.optim and ours would train a parameter that nothing reads."""
+    head = CosFaceLoss(SIZE, NUM_CLASSES)
+    with pytest.raises(ValueError, match=r"torch.nn.utils.parametrize or prune makes a table: it needs another optimiser"):
+        FusedSGD(change(copy.deepcopy(head), "weight").parameters(), lr=0.5)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    change(head, "weight")
+    with pytest.raises(RuntimeError, match=r"no head has the class table|has an ordinary gradient"):
+        head(*next(batches(1))).backward()
+        optimizer.step()
+
+
+def test_an_average_of_a_table(device):
+    """torch.optim.swa_utils: the average of a 16-bit table is to be of 32 bits, where a thousandth of a step is a change."""
+    head = CosFaceLoss(SIZE, NUM_CLASSES, table_format="bfloat16", device=device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    ours = torch.optim.swa_utils.AveragedModel(
+        copy.deepcopy(head).float(), avg_fn=lambda mean, now, count: mean.lerp(now.float(), 0.1)
+    )
+    mean = head.weight.detach().float().clone()
+    for step, (features, labels) in enumerate(batches(3, device)):
+        head(features, labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ours.update_parameters(head)
+        mean = mean.lerp(head.weight.detach().float(), 0.1 if step else 1.0)
+    assert ours.module.weight.dtype == torch.float32 and largest_error(ours.module.weight, mean) < 1e-6
+    assert torch.equal(ours.module.topk(features, 2)[1], copy.deepcopy(ours.module).topk(features, 2)[1])
 
 
 def test_step_is_a_change_that_autograd_sees(device, path):

@@ -18,19 +18,24 @@ from .operators import in_rows, write_table_gradient, zeros_for_none
 from .table import Table, TableGradient
 
 PUT_ROWS = 2**16  # rows of a sum that are handed on at once
+CHECKED_ROWS = 64  # rows of a table whose numbers are compared with those that forward saw
 MANY_RECORDS = 256  # records of a table after which a warning asks whether `step` was forgotten
 _heads = weakref.WeakSet()  # all heads: an optimiser finds by them which of its parameters are tables
 
 
 class Seen(NamedTuple):
-    """A tensor's address, shape and version at one time. The alias holds its memory, so that no later tensor gets the address."""
+    """A tensor's address, shape, version and some of its numbers at one time. The alias holds its memory, so that no later tensor
+    gets the address.
+    """
 
     alias: torch.Tensor
     version: int
+    sums: torch.Tensor | None
 
     @classmethod
     def all(cls, *tensors):
-        return [cls(dtensors.local(tensor.detach()), tensor._version) for tensor in tensors if tensor is not None]
+        local = [(dtensors.local(tensor.detach()), tensor._version) for tensor in tensors if tensor is not None]
+        return [cls(rows, version, _sums(rows)) for rows, version in local]
 
     def change(self, tensor):
         """How the tensor differs now, as a phrase for a message, or None."""
@@ -39,7 +44,20 @@ class Seen(NamedTuple):
             return f"replaced, {tuple(then.shape)} of {then.dtype} by {tuple(now.shape)} of {now.dtype},"
         if (now.data_ptr(), now.stride()) != (then.data_ptr(), then.stride()):
             return "replaced by another tensor of its shape"
-        return None if tensor._version == self.version else "changed"
+        if tensor._version != self.version:
+            return "changed"
+        return None if self.sums is None or torch.equal(self.sums, _sums(now)) else "changed (through .data or a NumPy array)"
+
+
+def _sums(rows):
+    """The bits of the sums of some rows, spread over all, which show a write that PyTorch does not count, as one through `.data`.
+
+    None on a GPU, where comparing them would wait for the device, and for integers, which no optimiser moves.
+    """
+    if rows.device.type != "cpu" or not rows.is_floating_point() or not len(rows):
+        return None
+    chosen = rows[:: max(1, len(rows) // CHECKED_ROWS)]
+    return chosen.flatten(1).double().sum(1).view(torch.int64) if rows.dim() > 1 else chosen.double().view(torch.int64)
 
 
 def _change(seen, *tensors):
@@ -120,8 +138,9 @@ def register(head):
 
 
 def head_of(parameter):
-    """The head whose weight or bias a parameter is, or None."""
-    return next((head for head in _heads if parameter is head.weight or parameter is head.bias), None)
+    """The head whose weight or bias a parameter is, or None: also where torch.nn.utils.parametrize makes the weight of it."""
+    own = ((head, map(head._parameters.get, ("weight", "bias"))) for head in _heads)
+    return next((head for head, parameters in own if any(parameter is each for each in parameters)), None)
 
 
 def ranks_of(weight):

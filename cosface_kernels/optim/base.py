@@ -137,6 +137,12 @@ class Fused(torch.optim.Optimizer):
                     "this one again"
                 )
             recording.pending(weight).check(weight)
+            if not recording.pending(weight).records and recording.head_of(weight) is None:
+                raise RuntimeError(
+                    f"no head has the class table {tuple(weight.shape)} any more: it was deleted, or torch.nn.utils.parametrize "
+                    "or prune has given it another parameter, which a fused optimiser does not train: make the optimiser again, "
+                    "or train that head with torch.optim"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """As in torch.optim.Optimizer. Raises RuntimeError after a step that was interrupted, see `step`."""
@@ -199,8 +205,8 @@ class Fused(torch.optim.Optimizer):
             if head is None:
                 raise ValueError(
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
-                    f"like, but was given one of shape {tuple(parameter.shape)} that is none, or whose head no longer exists: it "
-                    "needs another optimiser"
+                    f"like, but was given one of shape {tuple(parameter.shape)} that is none, or whose head no longer exists, or "
+                    "of which torch.nn.utils.parametrize or prune makes a table: it needs another optimiser"
                 )
             table_state.check_rows(parameter, self._group_of(parameter), {})
             if any(id(other) not in known for other in head.parameters()):
