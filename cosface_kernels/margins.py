@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .validation import check_flag, check_number, check_numbers, shown
+from .validation import NUMBERS, check_flag, check_number, check_numbers, shown
 
 Number = float | Tensor  # a number, or a tensor of shape () or, a number for each class, (C,)
 
@@ -95,7 +95,7 @@ def _check(margin, **ranges):
         if name in margin.by_class and isinstance(value, Tensor):
             wrong = check_numbers(name, value, low, high)
         else:
-            check_number(name, value)
+            check_number(name, value, *([NUMBERS] if name in margin.by_class else []))
             wrong = None if low <= value <= high else value
         if wrong is not None:
             unit = " radians" if high in (math.pi, math.pi / 2) else ""
@@ -392,7 +392,8 @@ class LSoftmax(SphereFace):
 def check_kind(margin):
     """Check that a value is a Margin."""
     if not isinstance(margin, Margin):
-        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace(0.35), got {shown(margin)}")
+        m = float(margin) if isinstance(margin, (int, float)) and margin == margin else 0.35
+        raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace({m:g}), got {shown(margin)}")
 
 
 def check_classes(margin, num_classes, device):

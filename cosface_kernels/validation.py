@@ -1,5 +1,6 @@
 """Checks of callers' arguments. Every message names the argument, what it got and what it takes. docs/errors.md lists them."""
 
+import difflib
 import math
 import numbers
 import sys
@@ -10,6 +11,8 @@ import torch
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
+LONGEST_SHOWN = 100  # letters of a value in a message
+
 # Types of arguments, for a type checker.
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "torch", "cpu", "triton"]
@@ -18,6 +21,7 @@ TableFormat = Literal["float32", "bfloat16"]
 StateFormat = Literal["float32", "bfloat16", "int8"]
 Device = torch.device | str | int | None
 
+NUMBERS = "a real number, or a float tensor of shape () or (C,)"  # what a margin's m may be
 REDUCTIONS, BACKENDS = get_args(Reduction), get_args(Backend)
 
 
@@ -120,6 +124,15 @@ def check_labels(labels):
         raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
 
 
+def check_names(kind, options, known):
+    """Check the names of a class's keyword arguments that it passes on."""
+    for name in options:
+        if name not in known:
+            alike = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {alike[0]}?" if alike else ""
+            raise TypeError(f"{kind} has no option {name}{hint}")
+
+
 def check_call(labels, others, named):
     """Check that a head was called with features and labels, and nothing else."""
     if others or named:
@@ -178,7 +191,7 @@ def check_margins(margin):
     if isinstance(margin, torch.Tensor):
         check_numbers("margin", margin, -math.inf, math.inf)
     else:
-        check_margin(margin)
+        check_number("margin", margin, NUMBERS)
 
 
 def check_probability(probability):
@@ -289,9 +302,10 @@ def check_at_least_zero(name, value):
         raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
-def check_number(name, value):
+def check_number(name, value, wanted="a real number"):
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a real number, got {shown(value)}")
+        hint = ", a text: float() makes a number of it" if isinstance(value, str) else ""
+        raise TypeError(f"{name} must be {wanted}, got {shown(value)}{hint}")
     if not _is_finite(value):
         raise ValueError(f"{name} must be finite, got {value}")
 
@@ -299,7 +313,7 @@ def check_number(name, value):
 def check_numbers(name, tensor, low, high):
     """Check a tensor of numbers, () or (C,), and return the text of the first that is outside of a closed range, or None."""
     if not tensor.is_floating_point() or tensor.dim() > 1:
-        raise TypeError(f"{name} must be a real number, or a float tensor of shape () or (C,), got {shown(tensor)}")
+        raise TypeError(f"{name} must be {NUMBERS}, got {shown(tensor)}")
     _check_dense(name, "() or (C,), or a real number", tensor)
     if torch.compiler.is_compiling() or isinstance(tensor, torch._subclasses.FakeTensor):
         return None
@@ -314,7 +328,10 @@ def shown(value):
     """The text of a value in a message. A tensor's shape and dtype: PyTorch's repr of one without memory ends the process."""
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}"
-    return repr(value)
+    if getattr(value, "ndim", 0):
+        return f"an array of shape {tuple(value.shape)}, {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…, a {type(value).__name__}"
 
 
 def _is_finite(value):

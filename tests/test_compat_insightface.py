@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from cases import evaluate
 from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
 
-from cosface_kernels import MarginSoftmaxLoss
+from cosface_kernels import FusedSGD, MarginSoftmaxLoss
 from cosface_kernels.compat import insightface
 from cosface_kernels.margins import ArcFace, Combined, CosFace
 
@@ -306,3 +306,20 @@ def test_the_object_is_left_alone():
     before = dict(vars(margin_loss))
     insightface.translate(margin_loss)
     assert vars(margin_loss) == before
+
+
+@pytest.mark.parametrize("set_later", [False, True])
+def test_a_sampled_partial_fc_trains_with_a_fused_optimiser(set_later):
+    """Rows of classes that took no part stay; torch.optim gets a dense gradient."""
+    module = insightface.PartialFC_V2(CosFaceToday(64.0, 0.4), 8, 50, sample_rate=1.0 if set_later else 0.2)
+    module.sample_rate = 0.2
+    assert "sample_step" not in module.state_dict()
+    features, labels, before = torch.randn(4, 8), torch.arange(4), module.weight.detach().clone()
+    module(features, labels).backward()
+    assert not module.weight.grad.is_sparse and 4 <= module.weight.grad.any(1).sum() <= 10
+    module.weight.grad = None
+    optimizer = FusedSGD(module.parameters(), lr=0.1)
+    module(features, labels).backward()
+    optimizer.step()
+    moved = (module.weight != before).any(1)
+    assert moved[labels].all() and moved.sum() <= 10

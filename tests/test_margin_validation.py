@@ -7,13 +7,21 @@ import math
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from cases import evaluate
 from margin_rows import ROWS, every_row
 from rounding import draw
 
-from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, margin_softmax_loss, margins
+from cosface_kernels import (
+    CosFaceLoss,
+    MarginSoftmaxLoss,
+    ShardedCosFaceLoss,
+    ShardedMarginSoftmaxLoss,
+    margin_softmax_loss,
+    margins,
+)
 
 MARGINS = {type(row.margin).__name__: type(row.margin) for row in ROWS.values()}
 NUMBERS, FLAGS = (
@@ -150,9 +158,48 @@ def test_wrong_head(case):
         MarginSoftmaxLoss(**{"embedding_size": 3, "num_classes": 5, "margin": margins.CosFace(), **wrong})
 
 
+WRONG_NAMES = {
+    "CosFaceLoss": (lambda: CosFaceLoss(3, 5, sample_rat=0.1), "CosFaceLoss has no option sample_rat; did you mean sample_rate"),
+    "a margin's": (lambda: CosFaceLoss(3, 5, m=0.4), "CosFaceLoss has no option m"),
+    "sharded": (lambda: ShardedCosFaceLoss(3, 5, margn=0.4), "ShardedCosFaceLoss has no option margn; did you mean margin"),
+    "no margin": (lambda: ShardedMarginSoftmaxLoss(3, 5), "ShardedMarginSoftmaxLoss.* missing .*'margin'"),
+    "sharded, with a margin": (
+        lambda: ShardedMarginSoftmaxLoss(3, 5, margin=margins.ArcFace(), scal=8.0),
+        "ShardedMarginSoftmaxLoss has no option scal; did you mean scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_NAMES)
+def test_a_wrong_option_is_that_of_the_class_that_was_called(case):
+    make, message = WRONG_NAMES[case]
+    with pytest.raises(TypeError, match=f"^{message}"):
+        make()
+
+
+SHOWN = {
+    "a text": ("0.2", r"got '0\.2', a text: float\(\) makes a number of it"),
+    "a list": ([0.25] * 5000, r"^.{1,80}, got \[0\.25, .{93}…, a list$"),
+    "an array": (np.full(5000, 0.25), r"got an array of shape \(5000,\), float64$"),
+}
+
+
+@pytest.mark.parametrize("case", SHOWN)
+@pytest.mark.parametrize("make", [lambda m: CosFaceLoss(3, 5, margin=m), margins.ArcFace], ids=["a head's", "a margin's"])
+def test_a_wrong_number_is_not_printed_in_full(make, case):
+    value, message = SHOWN[case]
+    with pytest.raises(TypeError, match=message):
+        make(value)
+
+
+def test_a_number_in_a_margins_place():
+    with pytest.raises(TypeError, match=r"for example CosFace\(0\.2\), got 0\.2"):
+        MarginSoftmaxLoss(3, 5, margin=0.2)
+
+
 SET_LATER = {
     "a number": (margins.ArcFace(), 0.2, TypeError, r"margin must be one of cosface_kernels\.margins, .* got 0\.2"),
-    "an object for a number": (None, margins.ArcFace(), TypeError, "margin must be a real number, got ArcFace"),
+    "an object for a number": (None, margins.ArcFace(), TypeError, r"margin must be a real number, or .*, got ArcFace"),
 }
 
 

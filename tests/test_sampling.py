@@ -755,3 +755,21 @@ def test_wrong_options(name, value, error):
 def test_wrong_labels_to_sample(labels, error):
     with pytest.raises(error, match=r"^labels must "):
         sample_classes(labels, 5, 0.5)
+
+
+def test_a_rate_that_is_set_later(device):
+    """As one that the head was made with, steps counted from then on; back at 1 all classes take part again."""
+    features, labels = torch.randn(8, 16, device=device), torch.arange(8, device=device)
+    made = CosFaceLoss(16, 500, sample_rate=0.1, sample_seed=3, device=device)
+    head = CosFaceLoss(16, 500, sample_seed=3, device=device)
+    head.weight.data.copy_(made.weight)
+    assert "sample_step" not in head.state_dict()
+    head.sample_rate = 0.1
+    for step in (1, 2):
+        assert torch.equal(head(features, labels), made(features, labels)) and head.sample_step == step
+    head.sample_rate = 1.0
+    assert torch.equal(head(features, labels), cosface_loss(features, head.weight, labels)) and head.sample_step == 2
+    for wrong, error in ((0, ValueError), ("0.1", TypeError)):
+        with pytest.raises(error, match=r"^sample_rate must be "):
+            head.sample_rate = wrong
+    assert head.sample_rate == 1

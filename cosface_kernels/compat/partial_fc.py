@@ -80,9 +80,11 @@ class PartialFC_V2(MarginSoftmaxLoss):
         self.rank, self.world_size, self.ddp_average, self.fp16 = rank, size, True, fp16
         self.embedding_size, self.num_local = embedding_size, len(self.weight)
         self.class_start = self.placement.first_class(self, self.weight)
-        if sample_rate < 1:
-            self.register_buffer("sample_step", self.sample_step, persistent=False)
-            self.weight.register_post_accumulate_grad_hook(_make_dense)
+
+    def _begin_sampling(self):
+        super()._begin_sampling()
+        self.register_buffer("sample_step", self.sample_step, persistent=False)
+        self.weight.register_post_accumulate_grad_hook(_make_dense)
 
     def check_checkpoint(self):
         """Raise if there are several ranks. save_checkpoint calls this: of a plain tensor it would save rank 0's rows alone."""
@@ -106,3 +108,6 @@ def _make_dense(weight):
     """Make a sparse gradient dense: most of torch.optim refuses sparse ones together with weight decay."""
     if weight.grad is not None and weight.grad.is_sparse:
         weight.grad = weight.grad.to_dense()
+
+
+_make_dense.needs_no_grad = True  # with a fused optimiser there is none

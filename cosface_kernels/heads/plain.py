@@ -107,7 +107,7 @@ class MarginSoftmaxLoss(nn.Module):
         validation.check_rate("sample_rate", sample_rate)
         validation.check_count("sample_seed", sample_seed)
         validation.check_flag("sample_correction", sample_correction)
-        self.sample_rate, self.sample_seed, self.sample_correction = sample_rate, sample_seed, sample_correction
+        self.sample_seed, self.sample_correction = sample_seed, sample_correction
         self.num_classes, self.centers_per_class = num_classes, centers_per_class
         self._table_format, self.placement = table_format, placement
         rows = {"centers": centers_per_class, "device": device, "dtype": _table_dtype(table_format, dtype)}
@@ -115,8 +115,7 @@ class MarginSoftmaxLoss(nn.Module):
         self.register_parameter("bias", nn.Parameter(placement.empty(num_classes * centers_per_class, **rows)) if bias else None)
         if isinstance(margin, margins.CosFace) and self.normalize_features and not isinstance(margin.m, Tensor):
             theory.warn_if_out_of_bounds(num_classes, embedding_size, self.scale, margin.m, stacklevel=self._callers_level())
-        if sample_rate < 1:
-            self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=device))
+        self.sample_rate = sample_rate
         self.margin = given
         recording.register(self)
         placement.enter(self)
@@ -149,6 +148,21 @@ class MarginSoftmaxLoss(nn.Module):
     @margin.setter
     def margin(self, margin: margins.Margin) -> None:
         margin_buffers.write(self, margin)
+
+    @property
+    def sample_rate(self) -> float:
+        """The share of the classes that take part in a training step; it may be set at any time."""
+        return self._sample_rate
+
+    @sample_rate.setter
+    def sample_rate(self, sample_rate: float) -> None:
+        validation.check_rate("sample_rate", sample_rate)
+        self._sample_rate = sample_rate
+        if sample_rate < 1 and "sample_step" not in self._buffers:
+            self._begin_sampling()
+
+    def _begin_sampling(self):
+        self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
 
     def _margin(self):
         """The margin as a Margin. It may have been set since construction, also to something else."""
@@ -258,7 +272,7 @@ class MarginSoftmaxLoss(nn.Module):
         self.placement.draw(self)
         if self.bias is not None:
             self.bias.zero_()
-        if self.sample_rate < 1:
+        if "sample_step" in self._buffers:
             self.sample_step.zero_()
         for name, value in self._margin().state.items():
             getattr(self, name).fill_(value)
@@ -338,6 +352,10 @@ class HeadOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
+# What a constructor may pass on: a bias too, which MarginSoftmaxLoss refuses with a sentence of its own.
+OPTIONS = {*HeadOptions.__annotations__, "scale", "margin", "device", "bias", "placement"}
+
+
 class CosFaceLoss(MarginSoftmaxLoss):
     """`cosface_loss` with a learned class table: `MarginSoftmaxLoss` with the one margin CosFace, ψ_n = cos_ny - m.
 
@@ -363,6 +381,7 @@ class CosFaceLoss(MarginSoftmaxLoss):
         device: Device = None,
         **options: Unpack[HeadOptions],
     ) -> None:
+        validation.check_names(type(self).__name__, options, OPTIONS)
         validation.check_scale(scale)
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, device=device, **options)
 

@@ -6,13 +6,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DeviceMesh, init_device_mesh
-from typing_extensions import Required, Unpack
+from typing_extensions import Unpack
 
 from .. import validation
 from ..margins import Margin
 from ..validation import Device
 from .over_ranks import OverMesh
-from .plain import CosFaceLoss, HeadOptions, MarginSoftmaxLoss
+from .plain import OPTIONS, CosFaceLoss, HeadOptions, MarginSoftmaxLoss
 
 
 class CosFaceOptions(HeadOptions, total=False):
@@ -21,7 +21,6 @@ class CosFaceOptions(HeadOptions, total=False):
 
 
 class MarginOptions(HeadOptions, total=False):
-    margin: Required[Margin]
     scale: float | None
     bias: bool
 
@@ -83,12 +82,14 @@ class ShardedMarginSoftmaxLoss(MarginSoftmaxLoss):
         embedding_size: int,
         num_classes: int,
         *,
+        margin: Margin,
         mesh: DeviceMesh | None = None,
         ddp_average: bool = True,
         device: Device = None,
         **options: Unpack[MarginOptions],
     ) -> None:
-        super().__init__(embedding_size, num_classes, **_placed(mesh, ddp_average, device), **options)
+        validation.check_names(type(self).__name__, options, OPTIONS)
+        super().__init__(embedding_size, num_classes, margin=margin, **_placed(mesh, ddp_average, device), **options)
         self.ddp_average = ddp_average
 
 

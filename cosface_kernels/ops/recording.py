@@ -280,9 +280,12 @@ def _gradients(parameters, record, wanted):
 
 
 def _check_hooks(parameters):
-    """Raise for a hook that would be called with None, or not at all."""
+    """Raise for a hook that would be called with None, or not at all. Those marked `needs_no_grad` are this package's."""
     for name, parameter in zip(("weight", "bias"), parameters, strict=True):
-        if parameter is not None and (parameter._backward_hooks or parameter._post_accumulate_grad_hooks):
+        if parameter is None:
+            continue
+        hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+        if not all(getattr(hook, "needs_no_grad", False) for hook in hooks):
             raise RuntimeError(
                 f"the head's {name} has a hook for its gradient, which does not exist: a fused optimiser makes it slab by "
                 "slab in its step and calls no hook. Remove the hook (wandb.watch: give it the backbone alone), or train the "
