@@ -13,10 +13,10 @@ pytest.importorskip("pytorch_metric_learning.losses")
 import torch
 import torch.nn.functional as F
 from cases import assert_as_accurate
+from fresh import run as run_script
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from rounding import SIZE, assert_close, tolerance
-from test_import import run as run_script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels.compat import pytorch_metric_learning as compat

@@ -1,21 +1,13 @@
 """Does importing the package touch nothing that the caller did not ask for, and export what it says?"""
 
-import os
 import subprocess
 import sys
 from importlib import metadata
 
 import pytest
+from fresh import run
 
 import cosface_kernels
-
-
-def run(script):
-    """The output of `script` in a fresh interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    return result.stdout.split()
 
 
 def test_import_brings_no_triton_and_no_compiler():
@@ -103,9 +95,8 @@ print(head.weight.grad.isfinite().all().item())
 def test_a_missing_library_is_said_once():
     """And not where its backend was not wanted."""
     assert run("""
-import os, warnings
+import os, torch, warnings
 os.environ["COSFACE_CPU_LIBRARY"] = "/nowhere/libcosface_cpu.so"
-import torch
 from cosface_kernels import cosface_loss
 inputs = torch.ones(2, 3), torch.ones(4, 3), torch.tensor([0, 1])
 with warnings.catch_warnings(record=True) as caught:
