@@ -33,7 +33,7 @@ def main(argv=None):
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_train, *evaluation.COMMANDS, _add_bench, _add_convert, _add_plan, _add_info):
+    for add in (_add_demo, _add_train, _add_compare, *evaluation.COMMANDS, _add_bench, _add_convert, _add_plan, _add_info):
         add(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -70,6 +70,19 @@ def _add_train(commands):
     option("settings", nargs="*", metavar="KEY=VALUE", help="a setting, or a YAML file of them; --print-config shows all")
     option("--resume", action="store_true", help="go on with the run in out=DIR, with its own settings")
     option("--print-config", action="store_true", help="print all settings as YAML, and do nothing")
+
+
+def _add_compare(commands):
+    option = _add(
+        commands,
+        _compare,
+        "compare",
+        help="runs of train side by side: curves, numbers, and the settings in which they differ",
+        description="Write one page of several runs of train, and print their numbers. Of one run: write its report.html anew, "
+        "with what cosface eval --json has left in its folder since.",
+    )
+    option("runs", nargs="+", metavar="RUN", help="the folder of a run")
+    option("--out", default="compare.html", metavar="FILE", help="the page of several runs (default: compare.html)")
 
 
 def _add_bench(commands):
@@ -233,6 +246,25 @@ def _train(arguments):
         arguments.wrong_usage(str(error))
     except (OSError, RuntimeError, ArithmeticError) as error:
         return _fail(error)
+
+
+def _compare(arguments):
+    try:
+        from ..training import report
+
+        if len(arguments.runs) == 1:
+            print(report.write(arguments.runs[0]))
+            return 0
+        page, rows, names = report.compare(arguments.runs, arguments.out)
+    except ModuleNotFoundError as error:
+        return without_extras(error)
+    except (OSError, ValueError) as error:
+        return _fail(error)
+    width = max(map(len, rows))
+    for what, row in [("", names), *rows.items()]:
+        print(f"{what:<{width}}  {'  '.join(f'{each:>20}' for each in row)}".rstrip())
+    print(page)
+    return 0
 
 
 def _bench(arguments):

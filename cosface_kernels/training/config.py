@@ -52,7 +52,7 @@ class Config:
     optimizer: str = _setting("sgd", "of backbone and table", ("sgd", "adamw"))
     fused: bool = _setting(True, "FusedSGD or FusedAdamW for the table; false: torch.optim's")
     state_format: str = _setting("float32", "of the fused optimizer's state", ("float32", "bfloat16", "int8"))
-    lr: float = _setting(0.1, "the highest learning rate; about 1e-3 for adamw", low=0)
+    lr: float = _setting(0.02, "the highest learning rate, for about 128 images a step; about 1e-3 for adamw", low=0)
     momentum: float = _setting(0.9, "of sgd", low=0, high=1)
     weight_decay: float = _setting(5e-4, "of backbone and table", low=0)
     schedule: str = _setting("cosine", "of the learning rate", ("cosine", "poly", "step", "constant"))

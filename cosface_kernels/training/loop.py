@@ -143,6 +143,7 @@ class Run:
         if step > saved:
             self._save(step)
         if self.ranks.rank == 0:
+            report.keep_sphere(self.out, self.model.backbone, self.source, self.device)
             report.write(self.out)
         return self._goodbye(step, signals)
 

@@ -1,7 +1,216 @@
-"""report.html of a run."""
+"""report.html of a run, and of several side by side: one file, without scripts, readable in light and dark."""
 
+import json
+import os
+from html import escape
 from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import config as settings
+from . import data, svg
+
+LIGHT = "--page: #fcfcfb; --text: #1c1d1f; --soft: #5f6368; --rule: #dcdcd8; "
+DARK = "--page: #16181b; --text: #e6e6e3; --soft: #a2a6ac; --rule: #383b40; "
+LIGHT_SERIES = ["#2a6fdb", "#d1495b", "#2e8b57", "#b7791f", "#7b4fc9", "#0f8a9d", "#a0522d", "#64748b"]
+DARK_SERIES = ["#6ea8fe", "#f2828f", "#63c58c", "#e0b050", "#b095f0", "#56c4d4", "#d69a70", "#a3b1c2"]
+STYLE = """
+body { background: var(--page); color: var(--text); font: 15px/1.5 system-ui, sans-serif; }
+body { max-width: 1000px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0; }
+h2 { font-size: 1.05rem; margin: 2rem 0 .6rem; border-bottom: 1px solid var(--rule); padding-bottom: .2rem; }
+p { color: var(--soft); margin: .2rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
+th { font-weight: 500; color: var(--soft); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 1.2rem; }
+figure { margin: 0; }
+figcaption { font-weight: 500; margin-bottom: .2rem; }
+svg { width: 100%; height: auto; }
+.sphere { max-width: 320px; }
+svg text { fill: var(--soft); font-size: 11px; }
+.grid { stroke: var(--rule); }
+.axis { stroke: var(--soft); fill: none; }
+.line { fill: none; stroke-width: 1.6; stroke: var(--c); }
+.fill { fill: var(--c); }
+pre { overflow-x: auto; font-size: 13px; }
+"""
+
+
+def _style():
+    light, dark = (
+        base + " ".join(f"--s{number}: {colour};" for number, colour in enumerate(colours))
+        for base, colours in ((LIGHT, LIGHT_SERIES), (DARK, DARK_SERIES))
+    )
+    series = "\n".join(f".s{number} {{ --c: var(--s{number}); }}" for number in range(len(LIGHT_SERIES)))
+    colours = f":root {{ color-scheme: light dark; {light} }}\n@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}"
+    return colours + STYLE + series
+
+
+class Found:
+    """All that a run's folder says of it."""
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        if not (self.folder / "config.yaml").exists():
+            raise FileNotFoundError(f"{folder} is no run: it has no config.yaml, which `cosface train out={folder}` writes")
+        self.name = self.folder.resolve().name
+        self.settings = settings.read(self.folder / "config.yaml")
+        self.environment = _json(self.folder / "environment.json") or {}
+        path = self.folder / "metrics.jsonl"
+        self.metrics = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self.points = _json(self.folder / "sphere.json")
+        found = {path.stem: _json(path) for path in sorted(self.folder.glob("*.json"))}
+        self.evaluations = {name: each for name, each in found.items() if isinstance(each, dict) and each.get("verification")}
+
+    def series(self, key):
+        return [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
+
+    def roc(self):
+        """{name of an evaluation: [(FAR, TAR)]}"""
+        found = {name: each["verification"].get("roc") for name, each in self.evaluations.items()}
+        return {name: [*zip(each["far"], each["tar"], strict=True)] for name, each in found.items() if each}
+
+    def numbers(self):
+        """{what: text} of how the run ended."""
+        found = {"steps": f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {self.environment.get('steps', 0):,}"}
+        for key, what in (
+            ("loss", "loss"),
+            ("target_cosine", "cosine with the own class"),
+            ("negative_cosine", "hardest negative cosine"),
+            ("top1", "own class is the nearest"),
+        ):
+            last = [value for _, value in self.series(key)[-50:]]
+            if last:
+                found[f"{what}, mean of the last {len(last)} steps" if what == "loss" else what] = svg.number(
+                    sum(last) / len(last)
+                )
+        if speeds := sorted(value for _, value in self.series("images_per_second")):
+            found["images a second, median"] = svg.number(speeds[len(speeds) // 2])
+            found["memory, at most"] = f"{max(value for _, value in self.series('memory')) / 2**30:.2f} GiB"
+        for key, what in (
+            ("images", "images"),
+            ("identities", "identities"),
+            ("backbone_parameters", "parameters of the backbone"),
+        ):
+            if key in self.environment:
+                found[what] = f"{self.environment[key]:,}"
+        for key in ("device", "processes", "started", "torch", "cosface_kernels"):
+            if key in self.environment:
+                found[key.replace("_", " ")] = str(self.environment[key])
+        for name, each in self.evaluations.items():
+            for far, tar in each["verification"]["tar"].items():
+                if tar is not None:
+                    found[f"{name}: TAR at FAR {far}"] = f"{tar:.2%}"
+        return found
 
 
 def write(run):
-    (Path(run) / "report.html").write_text("<html></html>")
+    """Write run/report.html, and return its path."""
+    found = Found(run)
+    charts = [
+        ("loss", svg.lines({"loss": found.series("loss")}, "step", "loss")),
+        ("learning rate", svg.lines({"lr": found.series("lr")}, "step", "lr")),
+    ]
+    cosines = {"own class": found.series("target_cosine"), "hardest negative": found.series("negative_cosine")}
+    charts.append(
+        ("cosines, mean of a step", svg.lines({name: each for name, each in cosines.items() if each}, "step", "cosine"))
+    )
+    for key, what in (("target_histogram", "cosine with the own class"), ("negative_histogram", "hardest negative cosine")):
+        if columns := found.series(key):
+            charts.append((f"{what}, all images", svg.density(columns, "step", "cosine")))
+    charts.append(("images a second", svg.lines({"": found.series("images_per_second")}, "step", "images/s", from_zero=True)))
+    if roc := found.roc():
+        charts.append(("ROC", svg.lines(roc, "false accept rate", "true accept rate", log_x=True)))
+    if found.points:
+        count = len(set(found.points["labels"]))
+        caption = f"embeddings of {count} identities, on the three directions with {found.points['share']:.0%} of their squares"
+        charts.append((caption, svg.sphere(found.points["points"], found.points["labels"])))
+    parts = [
+        _heading(found.name, found.settings["data"]),
+        "<h2>Numbers</h2>",
+        _table({key: [value] for key, value in found.numbers().items()}),
+    ]
+    parts += [_charts(charts), "<h2>Settings</h2>", f"<pre>{escape((found.folder / 'config.yaml').read_text())}</pre>"]
+    return _page(found.folder / "report.html", found.name, parts)
+
+
+def compare(runs, out):
+    """Write one page of several runs: curves together, numbers side by side, and the settings in which they differ."""
+    found = [Found(run) for run in runs]
+    names = [each.name if [other.name for other in found].count(each.name) == 1 else str(each.folder) for each in found]
+    named = dict(zip(names, found, strict=True))
+    charts = []
+    for key, what in (
+        ("loss", "loss"),
+        ("target_cosine", "cosine with the own class"),
+        ("negative_cosine", "hardest negative cosine"),
+    ):
+        if series := {name: each.series(key) for name, each in named.items() if each.series(key)}:
+            charts.append((what, svg.lines(series, "step", what)))
+    roc = {f"{name}, {which}": points for name, each in named.items() for which, points in each.roc().items()}
+    if roc:
+        charts.append(("ROC", svg.lines(roc, "false accept rate", "true accept rate", log_x=True)))
+    numbers = [each.numbers() for each in found]
+    rows = {key: [each.get(key, "") for each in numbers] for key in dict.fromkeys(key for each in numbers for key in each)}
+    values = {key: [each.settings.get(key) for each in found] for key in settings.FIELDS if key != "out"}
+    differing = {key: [json.dumps(each) for each in row] for key, row in values.items() if any(each != row[0] for each in row)}
+    parts = [_heading("Comparison", ", ".join(names)), "<h2>Numbers</h2>", _table(rows, names), _charts(charts)]
+    parts += ["<h2>Settings that differ</h2>", _table(differing, names) if differing else "<p>none</p>"]
+    return _page(Path(out), "Comparison", parts), rows, names
+
+
+@torch.no_grad()
+def keep_sphere(run, backbone, source, device):
+    """Write run/sphere.json: embeddings of the first images, on their three main directions."""
+    images, labels, _ = source.batch(range(min(len(source), 200)))
+    chosen = torch.isin(labels, labels.unique()[:8])
+    training = backbone.training
+    rows = F.normalize(backbone.eval()(data.prepare(images[chosen].to(device))).float()).cpu().double()
+    backbone.train(training)
+    if not rows.isfinite().all():
+        return
+    values, directions = torch.linalg.eigh(rows.T @ rows)
+    points = rows @ directions[:, -3:].flip(1)
+    points = torch.nn.functional.pad(points, (0, 3 - points.shape[1]))
+    record = {"points": points.round(decimals=3).tolist(), "labels": labels[chosen].unique(return_inverse=True)[1].tolist()}
+    _write(Path(run) / "sphere.json", json.dumps(record | {"share": (values[-3:].sum() / values.sum()).item()}))
+
+
+def _heading(title, subtitle):
+    return f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>"
+
+
+def _table(rows, names=()):
+    head = f"<tr><th></th>{''.join(f'<th>{escape(name)}</th>' for name in names)}</tr>" if names else ""
+    body = (
+        f"<tr><th>{escape(key)}</th>{''.join(f'<td>{escape(value)}</td>' for value in row)}</tr>" for key, row in rows.items()
+    )
+    return f"<table>{head}{''.join(body)}</table>"
+
+
+def _charts(charts):
+    figures = "".join(f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>" for caption, chart in charts)
+    return f'<h2>Curves</h2><div class="charts">{figures}</div>'
+
+
+def _page(path, title, parts):
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    _write(
+        path, f'<!doctype html><html lang="en"><head>{head}<style>{_style()}</style></head><body>{"".join(parts)}</body></html>\n'
+    )
+    return path
+
+
+def _write(path, text):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def _json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
