@@ -1,12 +1,12 @@
 """What a run writes down while it trains: metrics.jsonl, a line a step; the bar; TensorBoard's files; damaged images."""
 
 import json
+import math
 import os
 import resource
 import time
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 BINS = 40  # of the histograms, over cosines from -1 to 1
@@ -15,13 +15,14 @@ BINS = 40  # of the histograms, over cosines from -1 to 1
 class Log:
     """Steps are collected on the device and written together by `flush`, which waits for it. Only rank 0 writes metrics."""
 
-    def __init__(self, out, start, writes, config):
-        self.out, self.writes, self.waiting, self.images, self.bar, self.board = out, writes, [], 0, None, None
+    def __init__(self, out, start, ranks, config):
+        writes = ranks.rank == 0
+        self.out, self.ranks, self.writes, self.waiting, self.images, self.bar = out, ranks, writes, [], 0, None
         self.pieces, self.since = config.accumulate, time.perf_counter()
         self.known = set((out / "damaged.txt").read_text().splitlines()) if (out / "damaged.txt").exists() else set()
         if writes:
             _truncate(out / "metrics.jsonl", start)
-            self.board = _tensorboard(out) if config.tensorboard else None
+        self.board = _tensorboard(out) if config.tensorboard and writes else None
 
     def progress(self, total, start):
         self.bar = tqdm(total=total, initial=start, unit="step", disable=None if self.writes else True, dynamic_ncols=True)
@@ -32,44 +33,48 @@ class Log:
         if self.writes:
             tqdm.write(f"cosface: {line}")
 
-    @torch.no_grad()
-    def add(self, step, rate, loss, features, labels, head, images):
-        """One piece of step `step`, counted from 0."""
-        self.waiting.append((step + 1, rate, loss.detach(), target_cosines(head, features, labels)))
+    def add(self, step, rate, loss, found, images):
+        """One piece of step `step`, counted from 0. found: the head's Statistics."""
+        means = [each.double().nanmean() for each in (found.target_cosine, found.negative_cosine, found.correct)]
+        self.waiting.append((step + 1, rate, torch.stack([loss.detach().double(), *means]), found))
         self.images += images
 
     def flush(self, device):
-        """Write the steps since the last flush.
+        """Write the steps since the last flush. All ranks call it.
 
         Raises:
             FloatingPointError: a loss is not finite.
         """
         if not self.waiting:
             return
-        losses = torch.stack([loss for _, _, loss, _ in self.waiting]).double().tolist()
-        cosines = torch.cat([each for *_, each in self.waiting])
-        counts = torch.histc(cosines.cpu(), BINS, -1, 1).long().tolist()
-        means = [each.mean().item() if len(each) else None for *_, each in self.waiting]
+        numbers = torch.stack([each for *_, each, _ in self.waiting]).cpu()
+        histograms = [self._histogram(name) for name in ("target_cosine", "negative_cosine")]
+        everyone = self.ranks.objects((numbers, histograms))
+        numbers = torch.stack([each for each, _ in everyone]).unflatten(1, (-1, self.pieces))
+        losses, numbers = numbers[..., 0].mean((0, 2)).tolist(), numbers[..., 1:].nanmean((0, 2)).tolist()
+        histograms = [sum(each).long().tolist() for each in zip(*(found for _, found in everyone), strict=True)]
         now = time.perf_counter()
         speed, self.since, self.images = self.images / (now - self.since), now, 0
         lines = []
-        for first in range(0, len(losses), self.pieces):
-            step, rate, *_ = self.waiting[first]
-            part = slice(first, first + self.pieces)
-            found = [each for each in means[part] if each is not None]
-            cosine = {"target_cosine": sum(found) / len(found)} if found else {}
-            lines.append({"step": step, "lr": rate, "loss": sum(losses[part]) / self.pieces, **cosine})
+        for (step, rate, *_), loss, values in zip(self.waiting[:: self.pieces], losses, numbers, strict=True):
+            named = zip(("target_cosine", "negative_cosine", "top1"), values, strict=True)
+            lines.append(
+                {"step": step, "lr": rate, "loss": loss} | {name: value for name, value in named if math.isfinite(value)}
+            )
         self.waiting.clear()
-        if bad := [line["step"] for line in lines if not abs(line["loss"]) < float("inf")]:
+        if bad := [line["step"] for line in lines if not math.isfinite(line["loss"])]:
             raise FloatingPointError(
                 f"the loss of step {bad[0]} is not finite, and nothing since the last checkpoint is kept: a smaller lr, a longer "
                 "warmup or clip=5 help; --resume goes on from that checkpoint"
             )
         lines[-1] |= {"images_per_second": round(speed, 1), "memory": peak_memory(device)}
-        if cosines.numel():
-            lines[-1]["target_histogram"] = counts
+        lines[-1] |= dict(zip(("target_histogram", "negative_histogram"), histograms, strict=True))
         if self.writes:
             self._write(lines)
+
+    def _histogram(self, name):
+        values = torch.cat([getattr(found, name) for *_, found in self.waiting]).float().cpu()
+        return torch.histc(values[values.isfinite()], BINS, -1, 1)
 
     def _write(self, lines):
         with open(self.out / "metrics.jsonl", "a") as stream:
@@ -80,7 +85,7 @@ class Log:
         )
         self.bar.update(last["step"] - self.bar.n)
         for line in lines if self.board else ():
-            for name in line.keys() & {"loss", "lr", "target_cosine", "images_per_second"}:
+            for name in line.keys() & {"loss", "lr", "target_cosine", "negative_cosine", "top1", "images_per_second"}:
                 self.board.add_scalar(name, line[name], line["step"])
 
     def damaged(self, found, limit):
@@ -101,14 +106,6 @@ class Log:
                 f"{len(self.known)} damaged images, more than max_damaged={limit}; the last is {lines[-1]}; all: "
                 f"{self.out / 'damaged.txt'}; remove them, or raise max_damaged"
             )
-
-
-def target_cosines(head, features, labels):
-    """The cosines (N,) of features with their own class, its best sub-centre; none of a sharded table."""
-    if head.placement.local(head.weight) is not head.weight:
-        return features.new_empty(0)
-    rows = labels[:, None] * head.centers_per_class + torch.arange(head.centers_per_class, device=labels.device)
-    return torch.einsum("nd,nkd->nk", F.normalize(features.float()), F.normalize(head.weight[rows].float(), dim=2)).amax(1)
 
 
 def peak_memory(device):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -96,7 +95,7 @@ class Run:
         self.network = torch.compile(self.model.backbone) if config.compile else self.model.backbone
         if self.ranks.size > 1:
             self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
-        self.log = Log(self.out, self.start, self.ranks.rank == 0, config)
+        self.log = Log(self.out, self.start, self.ranks, config)
 
     def _open_folder(self, resume):
         """Make the run's folder, or load the last checkpoint of the one that is there. Returns the number of steps done."""
@@ -168,9 +167,9 @@ class Run:
             with contextlib.nullcontext() if last or self.ranks.size == 1 else self.network.no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
                     features = self.network(data.prepare(images))
-                    loss = head(features, labels)
+                    loss, found = head(features, labels, return_statistics=True)
                 (loss / config.accumulate).backward()
-            self.log.add(step, rate, loss, features, labels, head, len(images) * self.ranks.size)
+            self.log.add(step, rate, loss, found, len(images) * self.ranks.size)
         if config.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.backbone.parameters(), config.clip)
         for optimizer in self.optimizers.values():
@@ -202,10 +201,6 @@ class Run:
         return step % self.config.log_every == 0 and step > self.start and any(self.ranks.objects(signals.got))
 
     def _save(self, step):
-        folder = self.out / "checkpoints"
-        save_checkpoint(folder / f"step-{step}", self.model, self.optimizers, extra={"step": step})
-        if self.ranks.rank == 0:
-            numbers = sorted(int(each.name.partition("-")[2]) for each in folder.glob("step-*") if each.name[5:].isdigit())
-            for old in numbers[: -self.config.keep]:
-                shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+        path = self.out / "checkpoints" / f"step-{step}"
+        save_checkpoint(path, self.model, self.optimizers, extra={"step": step}, keep=self.config.keep)
         return step

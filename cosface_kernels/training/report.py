@@ -79,7 +79,7 @@ class Found:
             ("loss", "loss"),
             ("target_cosine", "cosine with the own class"),
             ("negative_cosine", "hardest negative cosine"),
-            ("top1", "own class is the nearest"),
+            ("top1", "own class the nearest, before the margin"),
         ):
             last = [value for _, value in self.series(key)[-50:]]
             if last:
@@ -120,6 +120,7 @@ def write(run):
     for key, what in (("target_histogram", "cosine with the own class"), ("negative_histogram", "hardest negative cosine")):
         if columns := found.series(key):
             charts.append((f"{what}, all images", svg.density(columns, "step", "cosine")))
+    charts.append(("share of images whose own class is the nearest", svg.lines({"": found.series("top1")}, "step", "top-1")))
     charts.append(("images a second", svg.lines({"": found.series("images_per_second")}, "step", "images/s", from_zero=True)))
     if roc := found.roc():
         charts.append(("ROC", svg.lines(roc, "false accept rate", "true accept rate", log_x=True)))
