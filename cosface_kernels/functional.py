@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import Required, Unpack
 
 from . import validation
-from .loss import Inputs, LossOptions, Statistics, loss_of_table, negatives
+from .loss import Inputs, LossOptions, Statistics, differentiable_in_scale, loss_of_table, negatives
 from .margins import CosFace, Margin, NormSoftmax
 from .validation import Backend, MemoryBudget, Reduction
 
@@ -21,7 +21,7 @@ class Common(TypedDict, total=False):
 
 
 class LseArguments(Common, total=False):
-    scale: float
+    scale: float | Tensor
 
 
 class LossArguments(Common, total=False):
@@ -31,13 +31,13 @@ class LossArguments(Common, total=False):
 
 
 class CosFaceArguments(LossArguments, total=False):
-    scale: float
+    scale: float | Tensor
     margin: float | Tensor
 
 
 class MarginArguments(LossArguments, total=False):
     margin: Required[Margin]
-    scale: float | None
+    scale: float | Tensor | None
     bias: Tensor | None
     normalize_features: bool | None
     centers_per_class: int
@@ -63,7 +63,7 @@ def cosine_lse(
     weight: Tensor,
     labels: Tensor,
     *,
-    scale: float = 64.0,
+    scale: float | Tensor = 64.0,
     ignore_index: int = -100,
     memory_budget: MemoryBudget = "auto",
     backend: Backend = "auto",
@@ -80,7 +80,8 @@ def cosine_lse(
         features: (N, D), float16, bfloat16, float32 or float64, any strides.
         weight: (C, D), the class table, on the same device; its dtype may differ. Rows need not be normalised.
         labels: (N,), any integer dtype.
-        scale: s > 0, a finite number.
+        scale: s > 0, a finite number, or a 0-dim tensor of one, which gets its gradient: ∂A_n/∂s = x̂_n · Σ_j p_nj ŵ_j of the
+            negatives. On a GPU the host waits for its number; a tensor on the CPU saves that.
         ignore_index: rows with this label give (0, 0) and no gradient, whatever their features hold.
         memory_budget: bytes for exponentials kept from forward for backward: 0 recomputes them all. "auto": at most what the
             weight's gradient takes and at most an eighth of the device's memory. Results do not depend on it beyond rounding.
@@ -110,7 +111,8 @@ def cosine_lse(
         **{"ignore_index": ignore_index, "memory_budget": memory_budget, "backend": backend, "return_statistics": return_largest},
     )
     found = negatives(Inputs(features, weight, labels), options)
-    vectors = torch.where(found.counted, found.lse, 0.0), found.product
+    lse = differentiable_in_scale(found.lse, scale, found.slope)
+    vectors = torch.where(found.counted, lse, 0.0), found.product
     return (*vectors, *found.known_largest()) if return_largest else vectors
 
 
@@ -134,7 +136,7 @@ def cosface_loss(
     weight: Tensor,
     labels: Tensor,
     *,
-    scale: float = 64.0,
+    scale: float | Tensor = 64.0,
     margin: float | Tensor = 0.35,
     reduction: Reduction = "mean",
     ignore_index: int = -100,
@@ -205,7 +207,7 @@ def margin_softmax_loss(
     labels: Tensor,
     *,
     margin: Margin,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     bias: Tensor | None = None,
     normalize_features: bool | None = None,
     centers_per_class: int = 1,

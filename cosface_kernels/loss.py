@@ -17,8 +17,8 @@ from .margins import Margin
 from .ops import recording
 from .ops.batch_rows import reduced
 from .ops.normalize import direction
-from .ops.operands import Largest, Options, Problem
-from .ops.operators import margin_losses, snapshot
+from .ops.operands import Largest, Needs, Options, Problem
+from .ops.operators import FirstDerivative, margin_losses, snapshot
 
 
 class Inputs(NamedTuple):
@@ -50,7 +50,7 @@ class LossOptions(NamedTuple):
     """The options of a loss, as in `margin_softmax_loss`."""
 
     margin: Margin
-    scale: float | None
+    scale: float | torch.Tensor | None
     normalize_features: bool | None
     centers_per_class: int
     reduction: str = "mean"
@@ -70,15 +70,20 @@ class LossOptions(NamedTuple):
         scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
         return self._replace(scale=scale, normalize_features=normalize_features)
 
-    def check_values(self):
+    def check_values(self, features):
         validation.check_options(
-            scale=self.scale, ignore_index=self.ignore_index, memory_budget=self.memory_budget, backend=self.backend
+            scale=self.scale,
+            ignore_index=self.ignore_index,
+            memory_budget=self.memory_budget,
+            backend=self.backend,
+            features=features,
         )
 
     @property
     def bound(self):
-        """Upper bound of |logit|."""
-        return float(self.scale) if self.normalize_features and self.margin.normalize_weight else math.inf
+        """Upper bound of |logit|; infinity where it is not known without reading a tensor."""
+        is_number = not isinstance(self.scale, torch.Tensor)
+        return float(self.scale) if is_number and self.normalize_features and self.margin.normalize_weight else math.inf
 
 
 class Negatives(NamedTuple):
@@ -88,6 +93,7 @@ class Negatives(NamedTuple):
     product: torch.Tensor  # x̃·w̃_y (N,)
     target_length: torch.Tensor | None  # ‖w̃_y‖ (N,); None where they are 1
     feature_length: torch.Tensor | None  # ‖x̃‖ (N,); None where they are 1
+    slope: torch.Tensor | None  # ∂lse/∂s (N,) without gradient; None where it is not needed
     unit: torch.Tensor  # x̃ (N, D) without gradient
     counted: torch.Tensor  # bool (N,): False for ignored rows
     largest: Largest  # the largest x̃·w̃_j and its class, if return_statistics
@@ -103,9 +109,9 @@ class WholeTable:
 
     foreign_index = None
 
-    def combine(self, bound, lse, product, target_length):
-        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table. bound: of |logits|."""
-        return lse, product, target_length
+    def combine(self, bound, found):
+        """Negatives of the whole table. bound: of |logits|."""
+        return found
 
     def classes(self, inputs, options):
         """(the class of each row (N,), the number of classes) in the whole table."""
@@ -132,26 +138,30 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
     options = options.checked(inputs.bias is not None)
     found = negatives(inputs, options, shards.foreign_index)
     margin = _margin_of_rows(options.margin, *shards.classes(inputs, options))
-    lse = _corrected_for_sampling(found.lse, inputs, options, shards)
+    found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
     norm = _feature_norm(inputs.features, found) if margin.needs_norm else None
-    lse, product, target_length = shards.combine(options.bound, lse, found.product, found.target_length)
+    found = shards.combine(options.bound, found)
     feature_length, norm = shards.own(found.feature_length), shards.own(norm)
-    lengths = [length for length in (feature_length, target_length) if length is not None]
+    lengths = [length for length in (feature_length, found.target_length) if length is not None]
     state = state or {}
     if training:
         with torch.no_grad():
             margin.update(norm, found.counted, state)
     state = {name: snapshot(value) for name, value in state.items()}
-    logit = _target_logit(margin, product, math.prod(lengths) if lengths else None, margin.terms(norm, found.counted, state))
-    losses, _ = margin_losses(lse, logit, found.counted, float(options.scale), options.reduction, options.backend)
+    length, terms = math.prod(lengths) if lengths else None, margin.terms(norm, found.counted, state)
+    logit, scale = _target_logit(margin, found.product, length, terms), options.scale
+    if isinstance(scale, torch.Tensor):
+        logit, scale = scale * logit, 1.0
+    lse = differentiable_in_scale(found.lse, options.scale, found.slope)
+    losses, _ = margin_losses(lse, logit, found.counted, float(scale), options.reduction, options.backend)
     penalty = margin.penalty(norm)
     if penalty is not None:
-        _check_rows("penalty", margin, penalty, lse.shape)
+        _check_rows("penalty", margin, penalty, logit.shape)
         losses = losses + reduced(torch.where(found.counted, penalty, 0.0), found.counted, options.reduction)
     losses = shards.own_rows(losses) if options.reduction == "none" else losses
     if not options.return_statistics:
         return losses
-    return losses, _statistics(lse, product, shards.largest(found.largest), found.counted, options.scale, shards)
+    return losses, _statistics(lse, found.product, shards.largest(found.largest), found.counted, options.scale, shards)
 
 
 @torch.no_grad()
@@ -170,13 +180,19 @@ def negatives(inputs, options, foreign_index=None):
     features, weight, bias, classes = inputs.features, inputs.weight, inputs.bias, inputs.classes
     centers, margin = options.centers_per_class, options.margin
     validation.check_tensors(features, weight, inputs.labels, bias, centers, classes)
-    options.check_values()
-    _refuse_transforms(features, weight, *([] if bias is None else [bias]))
+    options.check_values(features)
+    scale = options.scale
+    is_tensor = isinstance(scale, torch.Tensor)
+    _refuse_transforms(features, weight, *([] if bias is None else [bias]), *([scale] if is_tensor else []))
+    needs_slope = is_tensor and scale.requires_grad and torch.is_grad_enabled()
     labels, ignore_index = class_indices(inputs.labels), int(options.ignore_index)
-    vectors, unit, largest = recording.negative_lse(
-        Problem(features, weight, bias, labels, _rows_of(classes, centers, len(weight))),
+    vectors, saved, largest = recording.negative_lse(
+        Problem(
+            *(features, weight, bias, labels, _rows_of(classes, centers, len(weight))),
+            own_scale=scale.detach().to("cpu", torch.float64) if is_tensor else None,
+        ),
         Options(
-            scale=float(options.scale),
+            scale=1.0 if is_tensor else float(scale),
             ignore_index=ignore_index,
             normalize_features=bool(options.normalize_features),
             normalize_weight=margin.normalize_weight,
@@ -187,7 +203,7 @@ def negatives(inputs, options, foreign_index=None):
             foreign_index=foreign_index,
         ),
         (weight, bias) if inputs.parameters is None else inputs.parameters,
-        options.return_statistics,
+        Needs(needs_slope, False, options.return_statistics),
     )
     product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
     if centers > 1:  # the gradient goes to the nearest centre alone
@@ -199,7 +215,8 @@ def negatives(inputs, options, foreign_index=None):
         product=product.squeeze(1),
         target_length=None if target_length is None else target_length.squeeze(1),
         feature_length=None if options.normalize_features else vectors.feature_length,
-        unit=unit,
+        slope=(saved.unit * saved.pull).sum(1) if needs_slope else None,
+        unit=saved.unit,
         counted=labels != ignore_index,
         largest=largest,
     )
@@ -213,6 +230,27 @@ def _corrected_for_sampling(lse, inputs, options, shards):
     num_classes = weight.shape[0] // options.centers_per_class
     num_classes, num_sampled = shards.of_all_shards(num_classes, classes.shape[0], weight.device)
     return lse + (math.log((num_classes - 1) / (num_sampled - 1)) if num_sampled > 1 else 0.0)
+
+
+def differentiable_in_scale(lse, scale, slope):
+    """lse (N,), whose derivative by a scale that is learnt is slope (N,)."""
+    if slope is None:
+        return lse
+    if torch.compiler.is_compiling():  # PyTorch 2.13 traces _InScale to a wrong gradient; and compiles no second derivative
+        return lse + (scale - scale.detach()) * slope
+    return _InScale.apply(lse, scale, slope)
+
+
+class _InScale(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, lse, scale, slope):
+        ctx.save_for_backward(lse, scale, slope)
+        return lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx, grad):
+        lse, scale, slope = ctx.saved_tensors
+        return grad, FirstDerivative.apply((grad * slope).sum().to(scale), scale, lse), None
 
 
 def _feature_norm(features, found):

@@ -176,10 +176,29 @@ def _check_bias(bias, weight):
         raise ValueError(f"bias must be on the device of weight ({weight.device}), got {bias.device}")
 
 
-def check_scale(scale):
+def check_scale(scale, features=None):
+    """Check a number, or a tensor of one, whose value is checked where it is read: on a GPU, reading waits for the device.
+
+    features: what a tensor must go with, or None.
+    """
+    if isinstance(scale, torch.Tensor):
+        _check_scale_tensor(scale, features)
+        return
     check_number("scale", scale)
     if not 0 < scale <= 1e30:
         raise ValueError(f"scale must be in (0, 1e30], got {scale}")
+
+
+def _check_scale_tensor(scale, features):
+    wrong = TypeError if scale.dtype not in FLOAT_DTYPES else ValueError if scale.dim() else None
+    if wrong is not None:
+        raise wrong(f"scale must be a number, or a tensor of shape () and a float dtype, got {shown(scale)}")
+    _check_dense("scale", "()", scale)
+    if features is None:
+        return
+    _check_one_kind(features=features, scale=scale)
+    if scale.device not in (features.device, torch.device("cpu")):
+        raise ValueError(f"scale must be on the CPU or on the device of features ({features.device}), got {scale.device}")
 
 
 def check_margin(margin):
@@ -223,9 +242,9 @@ def check_backend(backend):
     check_choice("backend", backend, BACKENDS)
 
 
-def check_options(*, scale, ignore_index, memory_budget, backend, reduction="none"):
+def check_options(*, scale, ignore_index, memory_budget, backend, reduction="none", features=None):
     """Check the options that functions and modules have in common."""
-    check_scale(scale)
+    check_scale(scale, features)
     check_reduction(reduction)
     check_ignore_index(ignore_index)
     check_memory_budget(memory_budget)

@@ -6,6 +6,7 @@ FOLDER/outcomes.RANK, a line each: its name, and a traceback or null.
 
 import copy
 import json
+import math
 import os
 import re
 import signal
@@ -189,6 +190,40 @@ for name in ROWS:
     check(f"{name} float32", 2)(every_margin(name, torch.float32))
 for name in ("CosFace", "AdaFace", "MagFace", "Softmax bias x3", "LSoftmax 4"):
     check(f"{name} float64, 3 ranks", 3)(every_margin(name, torch.float64))
+
+
+def learnt_scale(num_classes, scale):
+    """Two steps of a learnt scale as in one process, and the same bits on every rank, also of one with an empty shard."""
+
+    def function(world):
+        features, weight, labels = draw(num_classes)
+        options = {"scale": scale, "learnable_scale": True, "dtype": weight.dtype}
+        head, whole = (
+            ShardedCosFaceLoss(SIZE, num_classes, ddp_average=False, **options),
+            CosFaceLoss(SIZE, num_classes, **options),
+        )
+        with torch.no_grad():
+            head.weight.to_local().copy_(world.shard(weight)), whole.weight.copy_(weight)
+        steps = [torch.optim.SGD([each.double().log_scale], lr=1e-3) for each in (head, whole)]
+        for _ in range(2):
+            everything, local = features.clone().requires_grad_(), world.mine(features).requires_grad_()
+            exact, loss = whole(everything, labels), head(local, world.mine(labels))
+            loss.backward(), exact.backward()
+            assert_close(loss.detach(), exact.detach(), 1e-11, "loss")
+            assert_close(head.log_scale.grad, whole.log_scale.grad, 1e-10, "dlog_scale")
+            assert_close(local.grad, world.mine(everything.grad), 1e-10, "dX", size=everything.grad.norm())
+            for each, step in zip((head, whole), steps, strict=True):
+                step.step(), each.zero_grad()
+        values = [torch.zeros((), dtype=torch.float64) for _ in range(world.size)]
+        dist.all_gather(values, head.log_scale.detach())
+        assert len({value.item() for value in values}) == 1 and values[0] != math.log(scale)
+
+    return function
+
+
+check("a learnt scale", 2)(learnt_scale(NUM_CLASSES, 30.0))
+check("a learnt scale, beyond what a sum holds", 2)(learnt_scale(NUM_CLASSES, 900.0))
+check("a learnt scale where a shard is empty", 3)(learnt_scale(4, 30.0))
 
 
 @check("the weight is a DTensor", 1, 2, 3)

@@ -39,6 +39,7 @@ OP_CASES = {
     "sampled, frozen weight": (torch.bfloat16, 0, True, False),
     "sampled with a bias": (torch.float64, ALL, True, True),
     "sampled centres": (torch.bfloat16, 0, False, True),
+    "scale in a tensor": (torch.float32, 7 * 128 * 4, True, True),
 }
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
 FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}
@@ -62,6 +63,7 @@ def op_arguments(case, device):
     bias = weight[:, 0].detach().clone().requires_grad_(need_weight_grad) if "bias" in case else None
     labels = torch.where(labels < 0, labels, labels // form[2])
     index = sampled_rows(labels, form[2]) if "sampled" in case else None
+    scale = torch.tensor(8.0, dtype=torch.float64, device="cpu") if "scale" in case else None
     constants = (
         8.0,
         -100,
@@ -74,7 +76,7 @@ def op_arguments(case, device):
         need_weight_grad,
         "bias" in case or "centres" in case,
     )
-    return features, weight, bias, labels, index, *constants
+    return features, weight, bias, labels, index, scale, *constants
 
 
 @pytest.mark.parametrize("case", OP_CASES)
@@ -86,9 +88,9 @@ def test_opcheck_forward(case, device):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
-        x, weight, bias, labels, index, *constants = op_arguments(case, device)
+        x, weight, bias, labels, index, scale, *constants = op_arguments(case, device)
         x = x.T.contiguous().T if transposed else x
-        inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index
+        inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index, scale
         output = negative_lse(*inputs, *constants)
         vectors, saved = output[:4], output[4:-2]
         gradients = [torch.ones_like(vector) for vector in vectors]

@@ -41,7 +41,7 @@ WRONG_TENSORS = {
 # All three callables take these.
 WRONG_OPTIONS = [
     *[("scale", value, ValueError) for value in (0, -1.0, math.nan, math.inf, -math.inf, 1e31, 10**400)],
-    *[("scale", value, TypeError) for value in (True, "64", None, 64j, torch.tensor(64.0))],
+    *[("scale", value, TypeError) for value in (True, "64", None, 64j, torch.tensor(64))],
     *[("ignore_index", value, TypeError) for value in (1.5, "none", None, True)],
     ("ignore_index", 2**63, ValueError),
     *[("memory_budget", value, TypeError) for value in (1.5, "all", None, True)],

@@ -52,6 +52,7 @@ class Told(NamedTuple):
         names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average")
         sampling = ("sample_rate", "sample_correction", "training")
         values = [getattr(head, name) for name in (*names, *sampling)]
+        values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
         options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
         return cls(len(features), dtype, grad_mode, options, grad_mode and features.requires_grad, k, statistics)
@@ -83,23 +84,28 @@ class Batch:
         self.ranks, self.counts, self.first_class, self.holds_classes = ranks, counts, first_class, holds_classes
         self.labels, self.num_classes = labels, num_classes
 
-    def combine(self, bound, lse, product, target_length):
-        """(A, x̃·w̃_y, ‖w̃_y‖ or None), each (N,), of the whole table from those of this shard. bound: of |logits|."""
-        dtype = lse.dtype
-        lse = lse.double()
+    def combine(self, bound, found):
+        """Negatives of the whole table from those of this shard. bound: of |logits|."""
+        dtype, lse = found.lse.dtype, found.lse.double()
         if not self.holds_classes:
             lse = lse.masked_fill(lse.new_ones((), dtype=torch.bool), -torch.inf)
         shift = torch.zeros_like(lse)
         if bound > LARGEST_EXPONENT:
             shift = self.ranks.maximum(lse.detach())
             shift = torch.where(shift.isinf(), 0.0, shift)
-        columns = [(lse - shift).exp(), product, *([] if target_length is None else [target_length])]
-        total, *others = self.ranks.add(torch.stack([column.double() for column in columns], 1)).unbind(1)
+        total = (lse - shift).exp()
+        columns = {"lse": total, "product": found.product, "target_length": found.target_length}
+        columns["slope"] = None if found.slope is None else total.detach() * found.slope
+        columns = {name: column.double() for name, column in columns.items() if column is not None}
+        columns = dict(zip(columns, self.ranks.add(torch.stack([*columns.values()], 1)).unbind(1), strict=True))
+        total = columns["lse"]
         # No negative at all: log 0, without its infinite derivative.
         none = total == 0
-        lse = torch.where(none, -torch.inf, torch.where(none, 1.0, total).log() + shift)
-        lse, product, target_length, *_ = (*(column.to(dtype) for column in (lse, *others)), None)
-        return lse, product, target_length
+        total = torch.where(none, 1.0, total)
+        columns["lse"] = torch.where(none, -torch.inf, total.log() + shift)
+        if "slope" in columns:
+            columns["slope"] = columns["slope"].detach() / total.detach()
+        return found._replace(**{name: column.to(dtype) for name, column in columns.items()})
 
     def classes(self, inputs, options):
         """(the class of each row (N,), the number of classes) in the whole table."""
@@ -294,7 +300,7 @@ def _check(head, table, inputs, options):
             "a sharded table with sample_rate < 1 trains with FusedSGD or FusedAdamW alone, made before the forward pass: a "
             "DTensor has no sparse gradient"
         )
-    options.checked(inputs.bias is not None).check_values()
+    options.checked(inputs.bias is not None).check_values(features)
     validation.check_tensors(features, weight, labels, inputs.bias, head.centers_per_class)
     backends.choose(head.backend, weight.device, product_dtype(features, weight))
     operators.check_labels(class_indices(labels), head.num_classes, head.ignore_index)

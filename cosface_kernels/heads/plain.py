@@ -1,5 +1,6 @@
 """The class table and its loss as modules: MarginSoftmaxLoss for every margin, and CosFaceLoss, its subclass for one."""
 
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,7 +41,9 @@ class MarginSoftmaxLoss(nn.Module):
             the like leave all these float32 at least. Over several ranks each has the numbers of all classes.
         bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
-            `margin_softmax_loss`.
+            `margin_softmax_loss`. `head.scale = 30.0` changes s.
+        learnable_scale: whether s is learnt: s = e^log_scale, where the parameter log_scale, float32 at least, starts from
+            log(scale). It needs an optimiser of torch.optim. `head.scale` is the present s; setting it sets log_scale.
         table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
         sample_rate: the share of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below
             1 the gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
@@ -57,7 +60,8 @@ class MarginSoftmaxLoss(nn.Module):
             see `theory.warn_if_out_of_bounds`.
     """
 
-    scale: float
+    scale: float | Tensor
+    log_scale: nn.Parameter | None
     weight: nn.Parameter
     bias: nn.Parameter | None
     if TYPE_CHECKING:
@@ -75,7 +79,8 @@ class MarginSoftmaxLoss(nn.Module):
         num_classes: int,
         *,
         margin: margins.Margin,
-        scale: float | None = None,
+        scale: float | Tensor | None = None,
+        learnable_scale: bool = False,
         bias: bool = False,
         normalize_features: bool | None = None,
         centers_per_class: int = 1,
@@ -96,6 +101,7 @@ class MarginSoftmaxLoss(nn.Module):
         validation.check_size("num_classes", num_classes)
         validation.check_size("centers_per_class", centers_per_class)
         validation.check_flag("bias", bias)
+        validation.check_flag("learnable_scale", learnable_scale)
         given, margin = margin, self._as_margin(margin)
         margins.check(margin, bias, normalize_features)
         self.normalize_features = margin.normalize_features if normalize_features is None else normalize_features
@@ -113,8 +119,11 @@ class MarginSoftmaxLoss(nn.Module):
         rows = {"centers": centers_per_class, "device": device, "dtype": _table_dtype(table_format, dtype)}
         self.weight = nn.Parameter(placement.empty(num_classes * centers_per_class, embedding_size, **rows))
         self.register_parameter("bias", nn.Parameter(placement.empty(num_classes * centers_per_class, **rows)) if bias else None)
-        if isinstance(margin, margins.CosFace) and self.normalize_features and not isinstance(margin.m, Tensor):
+        are_numbers = not isinstance(self.scale, Tensor) and not isinstance(getattr(margin, "m", None), Tensor)
+        if isinstance(margin, margins.CosFace) and self.normalize_features and are_numbers:
             theory.warn_if_out_of_bounds(num_classes, embedding_size, self.scale, margin.m, stacklevel=self._callers_level())
+        if learnable_scale:
+            self._learn_scale(device)
         self.sample_rate = sample_rate
         self.margin = given
         recording.register(self)
@@ -128,6 +137,36 @@ class MarginSoftmaxLoss(nn.Module):
             alike = [key for key, value in state_dict.items() if getattr(value, "shape", None) == self.weight.shape]
             hint = f"; {alike} there have its shape: rename the one that is meant" if alike else ""
             warnings.warn(f"the state dict has no {name}, so the class table keeps its present values{hint}", stacklevel=4)
+
+    def _learn_scale(self, device):
+        """Turn the number `scale` into the parameter log_scale."""
+        if isinstance(self.scale, Tensor):
+            raise ValueError(
+                f"learnable_scale=True makes a parameter of a number, got scale = {validation.shown(self.scale)}: an "
+                "nn.Parameter is learnt without it"
+            )
+        self._first_scale = self.__dict__.pop("scale")
+        self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float32, device=device))
+
+    def __getattr__(self, name):
+        """nn.Module looks for parameters here, and so is the scale made of one."""
+        if name == "scale" and self._learns_scale():
+            return self.log_scale.exp()
+        return super().__getattr__(name)
+
+    def __setattr__(self, name, value):
+        if name == "scale" and self._learns_scale():
+            validation.check_scale(value)
+            validation.check_scale(float(value))
+            with torch.no_grad():
+                self.log_scale.fill_(math.log(value))
+            return
+        if name == "scale" and not isinstance(value, nn.Parameter):
+            self.__dict__.get("_parameters", {}).pop("scale", None)  # nn.Module lets no number take a parameter's place
+        super().__setattr__(name, value)
+
+    def _learns_scale(self):
+        return "log_scale" in self.__dict__.get("_parameters", {})
 
     def _callers_level(self):
         """The stacklevel of the first caller outside the constructors of subclasses."""
@@ -268,10 +307,12 @@ class MarginSoftmaxLoss(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the table anew; set bias, running statistics and sample_step to their first values."""
+        """Draw the table anew; set bias, a learnt scale, running statistics and sample_step to their first values."""
         self.placement.draw(self)
         if self.bias is not None:
             self.bias.zero_()
+        if self._learns_scale():
+            self.scale = self._first_scale
         if "sample_step" in self._buffers:
             self.sample_step.zero_()
         for name, value in self._margin().state.items():
@@ -307,10 +348,13 @@ class MarginSoftmaxLoss(nn.Module):
         return {name: getattr(self, name) for name in self._margin().state}
 
     def _apply(self, function, recurse=True):
-        """Move and convert, but keep the margin's buffers in float32 at least, and the numbers of its fields as they are."""
-        before = margin_buffers.values(self)
+        """Move and convert, but keep the margin's buffers and log_scale float32 at least, and numbers of fields as they are."""
+        before, log_scale = margin_buffers.values(self), self._parameters.get("log_scale")
+        log_scale = None if log_scale is None else log_scale.data
         super()._apply(function, recurse)
         margin_buffers.restore(self, before)
+        if log_scale is not None and self.log_scale.dtype.itemsize < 4:
+            self.log_scale.data = log_scale.to(self.log_scale.device)
         return self
 
     def extra_repr(self) -> str:
@@ -321,7 +365,11 @@ class MarginSoftmaxLoss(nn.Module):
         shape = f"{self.weight.shape[1]}, {self.num_classes}"
         sampling = unusual(table_format="float32", sample_rate=1.0, sample_seed=0, sample_correction=False)
         form = unusual(bias=False, normalize_features=self._margin().normalize_features, centers_per_class=1)
-        loss = f"scale={self.scale}, margin={validation.shown(self.margin)}, reduction={self.reduction!r}"
+        scale = self.scale
+        if isinstance(scale, Tensor):
+            learnt = ", learnable_scale=True" if self._learns_scale() else ""
+            scale = f"{'meta' if scale.is_meta else format(scale.item(), '.6g')}{learnt}"
+        loss = f"scale={scale}, margin={validation.shown(self.margin)}, reduction={self.reduction!r}"
         return f"{shape}, {loss}{sampling}{self.placement.extra_repr(self)}{form}"
 
 
@@ -341,6 +389,7 @@ class HeadOptions(TypedDict, total=False):
 
     normalize_features: bool | None
     centers_per_class: int
+    learnable_scale: bool
     reduction: Reduction
     ignore_index: int
     memory_budget: MemoryBudget
@@ -376,7 +425,7 @@ class CosFaceLoss(MarginSoftmaxLoss):
         embedding_size: int,
         num_classes: int,
         *,
-        scale: float = 64.0,
+        scale: float | Tensor = 64.0,
         margin: float | Tensor = 0.35,
         device: Device = None,
         **options: Unpack[HeadOptions],

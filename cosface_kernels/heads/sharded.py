@@ -16,12 +16,12 @@ from .plain import OPTIONS, CosFaceLoss, HeadOptions, MarginSoftmaxLoss
 
 
 class CosFaceOptions(HeadOptions, total=False):
-    scale: float
+    scale: float | Tensor
     margin: float | Tensor
 
 
 class MarginOptions(HeadOptions, total=False):
-    scale: float | None
+    scale: float | Tensor | None
     bias: bool
 
 

@@ -14,6 +14,7 @@ class Problem(NamedTuple):
     bias: Tensor | None  # (C K,)
     labels: Tensor  # (N,) int64
     index: Tensor | None  # (M,) int64, the rows of the table that take part, ascending and all of a class; None: all
+    own_scale: Tensor | None = None  # () float64 on the CPU, in place of Options.scale: torch.compile knows no number of a tensor
 
 
 class Options(NamedTuple):

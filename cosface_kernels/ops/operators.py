@@ -15,6 +15,7 @@ import os
 import torch
 from torch import Tensor, library
 
+from .. import validation
 from . import backends, batch_rows, sampled_classes
 from .operands import Gradients, Largest, Needs, Options, Problem, Saved, TableFactors, Vectors, schema, split
 from .slabs import kept_size, make_plan, slab_rows, wide_dtype
@@ -60,6 +61,7 @@ def negative_lse(problem, options, needs):
 
 
 def _negative_lse(problem, options, needs):
+    options = with_scale(problem, options)
     table = _table(problem, options)
     _check_index(table)
     check_labels(problem.labels, table.num_classes, options.ignore_index, options.foreign_index)
@@ -79,6 +81,15 @@ def _negative_lse(problem, options, needs):
     if needs.need_largest:
         largest = largest._replace(place=table.classes(largest.place))
     return Vectors(sums.lse, product, target_length, feature_length), saved, largest
+
+
+def with_scale(problem, options):
+    """The options, with the scale of the problem if that has one."""
+    if problem.own_scale is None:
+        return options
+    scale = float(problem.own_scale)
+    validation.check_scale(scale)
+    return options._replace(scale=scale)
 
 
 def _table(problem, options):
@@ -124,6 +135,7 @@ def _(problem, options, needs):
 
 def _negative_lse_backward(grads, problem, saved, options, needs):
     """Gradients of x, weight and bias from those of negative_lse's vectors: one operator, so no second derivative misses one."""
+    options = with_scale(problem, options)
     x, table = problem.x, _table(problem, options)
     x_grad, weight_grad, bias_grad = x.new_empty(0), problem.weight.new_empty(0), problem.weight.new_empty(0)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
@@ -274,11 +286,11 @@ class _MarginLosses(torch.autograd.Function):
         slope, counted, lse, logit = ctx.saved_tensors
         lse_grad = torch.where(counted, grad * slope, slope)  # where grad may be infinite and slope is 0
         if torch.is_grad_enabled():
-            lse_grad = _FirstDerivative.apply(lse_grad, lse, logit)
+            lse_grad = FirstDerivative.apply(lse_grad, lse, logit)
         return lse_grad, -ctx.scale * lse_grad, None, None, None, None
 
 
-class _FirstDerivative(torch.autograd.Function):
+class FirstDerivative(torch.autograd.Function):
     """Identity that marks a first-order gradient as a function of the other tensors, so that differentiating it again raises
     instead of returning zeros.
     """

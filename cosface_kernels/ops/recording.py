@@ -13,7 +13,7 @@ import torch
 
 from ..distributed import dtensors
 from . import operators
-from .operands import Needs, Options, TableFactors, Vectors
+from .operands import Options, TableFactors, Vectors
 from .operators import in_rows, write_table_gradient, zeros_for_none
 from .table import Table, TableGradient
 
@@ -168,24 +168,20 @@ def pending(weight):
     return getattr(weight, "_pending", None)
 
 
-def negative_lse(problem, options, parameters, need_largest=False):
-    """operators.negative_lse's Vectors, x̃ (N, D) and Largest.
+def negative_lse(problem, options, parameters, needs):
+    """operators.negative_lse. Backward records instead of making dW if a fused optimiser trains the table.
 
-    Backward records instead of making dW if a fused optimiser trains the table.
-
-    parameters: the nn.Parameters (weight, bias) that own the problem's rows.
+    parameters: the nn.Parameters (weight, bias) that own the problem's rows. needs: what is wanted in any case.
     """
     needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
     if not needed or pending(parameters[0]) is None:
-        needs = Needs(False, False, need_largest)  # it sees what needs a gradient
-        vectors, saved, largest = operators.negative_lse(problem, options, needs)
-        return vectors, saved.unit, largest
+        return operators.negative_lse(problem, options, needs)  # it sees what needs a gradient
     bias = None if problem.bias is None else problem.bias.detach()
     problem = problem._replace(weight=problem.weight.detach(), bias=bias)
     if options.memory_budget is None:
         options = options._replace(memory_budget=automatic_budget(problem.weight))
-    vectors, saved, largest = operators.negative_lse(problem, options, Needs(False, True, need_largest))
-    return _recorded(parameters, vectors, saved, problem, options), saved.unit, largest
+    vectors, saved, largest = operators.negative_lse(problem, options, needs._replace(need_table_grad=True))
+    return _recorded(parameters, vectors, saved, problem, options), saved, largest
 
 
 def automatic_budget(weight):
@@ -205,6 +201,7 @@ def _recorded(parameters, vectors, saved, problem, options):
             "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
             "heads that share a weight cannot have a bias each"
         )
+    options = operators.with_scale(problem, options)
     detached = Vectors(*(vector.detach() for vector in vectors))
     parts = _Record.apply(*parameters, detached, saved, problem, options)
     lse, product, target_length = (vector + part for vector, part in zip(vectors[:3], parts, strict=True))

@@ -206,10 +206,10 @@ class Fused(torch.optim.Optimizer):
                 raise ValueError(
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
                     f"like, but was given one of shape {tuple(parameter.shape)} that is none, or whose head no longer exists, or "
-                    "of which torch.nn.utils.parametrize or prune makes a table: it needs another optimiser"
+                    "of which torch.nn.utils.parametrize or prune makes a table, or a head's scale: it needs another optimiser"
                 )
             table_state.check_rows(parameter, self._group_of(parameter), {})
-            if any(id(other) not in known for other in head.parameters()):
+            if any(id(other) not in known for other in (head.weight, head.bias) if other is not None):
                 raise ValueError("the weight and the bias of a head are one table: give both to the optimiser")
             if parameter is head.weight:
                 tables.append((parameter, head.bias))
