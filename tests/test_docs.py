@@ -43,6 +43,12 @@ def run(document):
     return after
 
 
+def after(document, code):
+    """The names after the first block with this code in it."""
+    blocks = re.findall(r"```python\n(.*?)```", text(document), re.S)
+    return run(document)[next(place for place, block in enumerate(blocks) if code in block)]
+
+
 def rows(document, heading):
     """The cells of the table whose head starts so."""
     (table,) = re.findall(rf"^\| {heading} \|.*\n\| ---.*\n((?:\|.*\n)+)", text(document), re.M)
@@ -120,11 +126,12 @@ def test_margins_table_has_every_margin_with_its_defaults():
 
 
 def test_margins_running_statistics():
-    names = run("margins.md")[1]
+    names = after("margins.md", "moved = ")
     norms = names["features"].detach().norm(dim=1)
     assert names["moved"] == pytest.approx(0.01 * (norms.mean().item() - 20), rel=1e-3)
     assert names["head"].batch_mean.item() == pytest.approx(names["before"] + names["moved"])
     assert {"batch_mean", "batch_std"} <= names["head"].state_dict().keys()
+    assert after("margins.md", "mixed = ")["mixed"].batch_mean.item() == pytest.approx(names["head"].batch_mean.item())
     assert all(
         "step" in MarginSoftmaxLoss(4, 9, margin=margin(annealing=True)).state_dict()
         for margin in (margins.SphereFace, margins.LSoftmax)
@@ -132,7 +139,7 @@ def test_margins_running_statistics():
 
 
 def test_margins_one_of_ones_own():
-    names = run("margins.md")[4]
+    names = after("margins.md", "class ElasticCosFace")
     head = MarginSoftmaxLoss(128, 1000, margin=names["ElasticCosFace"](m=0.2, sigma=0.0))
     expected = CosFaceLoss(128, 1000, margin=0.2)
     expected.weight = head.weight
@@ -142,7 +149,9 @@ def test_margins_one_of_ones_own():
 
 
 def test_margins_of_classes():
-    _, _, by_class, moving, _, synthetic, names = run("margins.md")[:7]
+    by_class, moving, synthetic, names = (
+        after("margins.md", code) for code in ("by_class = ", "moving = ", "class Synthetic", "weights = ")
+    )
     assert by_class["loss"].isfinite() and torch.equal(by_class["values"], 0.5 / by_class["images"].float() ** 0.1)
     assert {*moving["moving"].state_dict()} == {"weight", "margin_m"} and moving["loss"].isfinite()
     assert type(synthetic["Synthetic"]().for_labels(torch.tensor([3, 600]))) is synthetic["Synthetic"]
@@ -150,13 +159,14 @@ def test_margins_of_classes():
 
 
 def test_margins_learnt_scale():
-    head, present = run("margins.md")[7]["head"], run("margins.md")[7]["present"]
+    names = after("margins.md", "present = ")
+    head, present = names["head"], names["present"]
     assert present == pytest.approx(head.scale.item()) and abs(present - 64) > 1e-3
 
 
 def test_margins_adacos():
     """The scale after three steps by plain float64 PyTorch, as its paper has it. The table does not move."""
-    names = run("margins.md")[8]
+    names = after("margins.md", "scale = math.sqrt(2)")
     x, w, y = names["features"].detach().double(), names["head"].weight.detach().double(), names["labels"]
     cosines, scale = F.normalize(x) @ F.normalize(w).T, math.sqrt(2) * math.log(999)
     for _ in range(3):

@@ -255,6 +255,23 @@ def test_statistics_of_a_head_in_another_dtype(name, dtype, device):
         assert abs(buffer - state[key]) <= 3 * (SIZE + len(labels)) * eps * state[key]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@with_state
+def test_statistics_under_another_default_dtype(name, dtype):
+    """Those of a margin that is set later too."""
+    torch.set_default_dtype(dtype)
+    try:
+        heads = [MarginSoftmaxLoss(SIZE, 5, margin=margin) for margin in (ROWS[name].margin, margins.NormSoftmax())]
+        heads[1].margin = ROWS[name].margin
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for head in heads:
+        before = statistics(head)
+        assert {buffer.dtype for buffer in before.values()} <= {torch.float32, torch.int64}
+        head(torch.randn(6, SIZE), torch.arange(6) % 5)
+        assert all(buffer != before[key] for key, buffer in head.named_buffers())
+
+
 REPRS = {
     "ArcFace(m=0.5, easy_margin=False, gradient='exact')": (margins.ArcFace(), {}, "scale=64.0", ""),
     "Softmax()": (margins.Softmax(), {"bias": True}, "scale=1.0", ", bias=True"),

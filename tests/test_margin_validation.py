@@ -63,6 +63,23 @@ AT_THE_EDGE = [
     margins.MagFace(l_margin=0.8, lambda_g=0),
     margins.MagFace(u_a=1e200),
 ]
+# Numbers of the papers, their published code and their authors' advice.
+PUBLISHED = [
+    margins.ArcFace(1.0),
+    margins.SphereFace(1.35),
+    margins.SphereFace(1.5),
+    margins.LSoftmax(2),
+    margins.Combined(1.0, 0.3, 0.2),
+    margins.Combined(0.9, 0.4, 0.15),
+    margins.CosFace(-0.3),  # "Negative margin matters", arXiv 2003.12060
+    margins.AdaFace(m=0.75, h=0.66),
+    margins.AdaFace(t_alpha=1.0),
+    margins.AdaFace(h=-0.333),
+    margins.AdaFace(h=0.0),
+    margins.MagFace(lambda_g=20),
+    margins.MagFace(l_a=1, u_a=51, l_margin=0.45, u_margin=1),
+    margins.MagFace(l_margin=0.5, u_margin=0.5),
+]
 
 
 @pytest.mark.parametrize("kind, name", NUMBERS)
@@ -91,8 +108,8 @@ def test_wrong_gradient(value):
         margins.ArcFace(gradient=value)
 
 
-@pytest.mark.parametrize("margin", AT_THE_EDGE, ids=str)
-def test_ends_of_each_range(margin):
+@pytest.mark.parametrize("margin", [*AT_THE_EDGE, *PUBLISHED], ids=str)
+def test_ends_of_each_range_and_published_numbers(margin):
     loss, *gradients = evaluate(partial(margin_softmax_loss, margin=margin), *draw("cpu"), torch.ones(()))
     assert loss > 0 and all(gradient.isfinite().all() and gradient.any() for gradient in gradients)
 
