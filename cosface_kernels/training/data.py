@@ -4,8 +4,6 @@ A source has `num_classes`, `len()`, and `batch(indices)` -> (images uint8 (N, 3
 images are left out of the batch and named, {index: (name, reason)}.
 """
 
-import io
-import os
 import signal
 from pathlib import Path
 
@@ -16,8 +14,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from . import faces
 from .config import ConfigError
+from .files import Folder
+from .records import open_records
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm")
 _AUGMENTATION = 4  # a stream of random numbers beside those of faces.py
 IMAGES_PER_FACE = 20
 
@@ -30,10 +29,13 @@ def open_source(config):
     if config.data == "digits":
         return Digits(config.image_size)
     path = Path(config.data)
+    if (found := open_records(path, config.image_size)) is not None:
+        return found
     if path.is_dir():
         return Folder(path, config.image_size)
     raise ConfigError(
-        f"data: there is no {path}; it takes faces:IDENTITIES, digits, or a folder with a folder of images for each identity"
+        f"data: there is no {path}; it takes faces:IDENTITIES, digits, a folder of "
+        "folders of images, one for each identity, a .rec file, or tar shards"
     )
 
 
@@ -77,72 +79,6 @@ class Digits:
 
     def batch(self, indices):
         return self.images[indices], self.labels[indices], {}
-
-
-class Files:
-    """A source of image files. A subclass has labels (N,), and encoded(index) -> (name, bytes)."""
-
-    def batch(self, indices):
-        images, labels, damaged = [], [], {}
-        for index in indices:
-            name, data = self.encoded(index)
-            try:
-                images.append(decode(data, self.image_size))
-                labels.append(int(self.labels[index]))
-            except Exception as error:  # a decoder of damaged bytes may raise anything
-                damaged[int(index)] = str(name), f"{type(error).__name__}: {error}"
-        stacked = torch.stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        return stacked, torch.tensor(labels, dtype=torch.int64), damaged
-
-
-class Folder(Files):
-    """A folder with a folder of images for each identity; identities are numbered in the order of their names."""
-
-    def __init__(self, path, image_size):
-        self.path, self.image_size, self.names, labels, self.identities = path, image_size, [], [], []
-        for folder in sorted(each.name for each in os.scandir(path) if each.is_dir()):
-            found = sorted(each.name for each in os.scandir(path / folder) if each.name.lower().endswith(IMAGES))
-            if found:
-                self.names += [f"{folder}/{name}" for name in found]
-                labels += [len(self.identities)] * len(found)
-                self.identities.append(folder)
-        self.labels, self.num_classes = np.array(labels, dtype=np.int64), len(self.identities)
-        if not self.names:
-            raise ConfigError(
-                f"data: {path} has no images: it needs a folder for each identity, with {', '.join(IMAGES)} files in it"
-            )
-
-    def __len__(self):
-        return len(self.names)
-
-    def encoded(self, index):
-        name = self.path / self.names[index]
-        try:
-            return name, name.read_bytes()
-        except OSError as error:
-            return name, error
-
-    def remarks(self):
-        """What a user may not know of the data, lines of text."""
-        counts = np.bincount(self.labels)
-        if len(alone := np.flatnonzero(counts == 1)):
-            yield (
-                f"{len(alone)} of {self.num_classes} identities have one image, such as {self.path / self.identities[alone[0]]}: "
-                "a class learns little from it; add images, or remove the folder"
-            )
-
-
-def decode(data, size):
-    """uint8 (3, size, size) of an image file's bytes, or raises the error that took their place."""
-    from PIL import Image
-
-    if isinstance(data, Exception):
-        raise data
-    with Image.open(io.BytesIO(data)) as image:
-        image = image.convert("RGB")
-        if image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def prepare(images):

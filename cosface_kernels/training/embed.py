@@ -16,7 +16,8 @@ from torch import nn
 
 from .arrays import written
 from .backbones import load_backbone
-from .data import IMAGES, decode, prepare
+from .data import prepare
+from .files import IMAGES, decode
 
 BATCH = 128
 OPSET = 18

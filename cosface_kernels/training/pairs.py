@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .data import IMAGES
+from .files import IMAGES
 
 # What lists, bytes, truth values and arrays of bytes are made with: nothing that hashes or compares what the file says.
 _OPERATIONS = {
