@@ -68,7 +68,7 @@ class LossOptions(NamedTuple):
         validation.check_flag("return_statistics", self.return_statistics)
         normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
         scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
-        return self._replace(scale=scale, normalize_features=normalize_features)
+        return self._replace(scale=_tensor_if_it_moves(scale), normalize_features=normalize_features)
 
     def check_values(self, features):
         validation.check_options(
@@ -294,6 +294,18 @@ def _check_rows(name, margin, value, *shapes):
 def default_scale(margin, normalize_features):
     """The scale where none is given."""
     return 64.0 if normalize_features and margin.normalize_weight else 1.0
+
+
+def _tensor_if_it_moves(scale):
+    """A scale that moves from call to call as a tensor () where torch.compile traces, which would compile for each number anew.
+
+    A number of an operator is a constant to it.
+    """
+    if not torch.compiler.is_compiling() or isinstance(scale, torch.Tensor):
+        return scale
+    if torch.fx.experimental.symbolic_shapes.has_static_value(scale):
+        return scale
+    return torch.scalar_tensor(scale, dtype=torch.float64, device="cpu")
 
 
 def _rows_of(classes, centers, num_rows):

@@ -255,6 +255,7 @@ MOVING = {
         [margins.ArcFace(m) for m in (0.0, 0.1, 0.15, 0.2, 0.25)],
         2,
     ),
+    "the scale": (lambda: CosFaceLoss(SIZE, NUM_CLASSES), "scale", [20.0, 30.0, 35.0, 40.0, 45.0], 2),
     "numbers by class": (
         lambda: MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=margins.CosFace(spread(0, 0.1))),
         "margin",
@@ -265,7 +266,7 @@ MOVING = {
 
 
 @pytest.mark.parametrize("case", MOVING)
-@slow_when(lambda case: case != "CosFace's m")
+@slow_when(lambda case: case not in ("CosFace's m", "the scale"))
 def test_a_moving_number_is_compiled_twice_at_most(case, device):
     """The first value is taken for a constant, the next for a number that moves; a tensor moves from the start."""
     make, name, values, compilations = MOVING[case]
@@ -276,5 +277,8 @@ def test_a_moving_number_is_compiled_twice_at_most(case, device):
     compiled = torch.compile(head, fullgraph=True, backend=counter)
     for value in values:
         setattr(head, name, value)
-        assert_close(compiled(features, labels).detach(), head(features, labels).detach().double(), tolerance(torch.float32))
+        losses = [call(features, labels) for call in (compiled, head)]
+        gradients = [torch.autograd.grad(loss, head.weight)[0] for loss in losses]
+        for ours, exact in (losses, gradients):
+            assert_close(ours.detach(), exact.detach().double(), tolerance(torch.float32))
     assert counter.frame_count == compilations
