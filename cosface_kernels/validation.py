@@ -321,6 +321,12 @@ def check_at_least_zero(name, value):
         raise ValueError(f"{name} must be 0 or more, got {value}")
 
 
+def check_more_than_zero(name, value):
+    check_number(name, value)
+    if value <= 0:
+        raise ValueError(f"{name} must be more than 0, got {value}")
+
+
 def check_number(name, value, wanted="a real number"):
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         hint = ", a text: float() makes a number of it" if isinstance(value, str) else ""

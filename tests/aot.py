@@ -151,6 +151,7 @@ def _shapes():
             yield Step(2**exponent, "bfloat16", "int8", FusedAdamW)
     for size in (7, 6145, 8192):
         yield Step(size, "float32", "float32", FusedAdamW)
+        yield Step(size, "float32", "float32", FusedAdamW, max_row_norm=1.0)
     # SEARCH_STEPS, and tables of one class and with a last slab of one.
     for num_rows in (0, *(2**exponent for exponent in range(17))):
         yield Call(num_rows=num_rows, num_classes=16)
@@ -176,6 +177,7 @@ def _formats():
         # Of two scales gradients are added up, in float32, before the update.
         yield functools.partial(Step(512, table_format), (64.0, 32.0))
         yield Step(512, table_format, momentum=0.0)
+        yield Step(512, table_format, "int8", FusedAdamW, max_row_norm=1.0)
         yield Step(512, table_format, sample_rate=0.5)
         yield Step(512, table_format, margin=margins.Softmax(), bias=True)
 
@@ -260,9 +262,23 @@ class Call(NamedTuple):
 class Step:
     """One step of a fused optimiser, its forward and backward being some Call's."""
 
-    def __init__(self, size, table_format, state_format="float32", kind=FusedSGD, momentum=0.9, sample_rate=1.0, **head):
+    def __init__(
+        self,
+        size,
+        table_format,
+        state_format="float32",
+        kind=FusedSGD,
+        momentum=0.9,
+        sample_rate=1.0,
+        max_row_norm=None,
+        **head,
+    ):
         self.size, self.kind, self.head = size, kind, {"table_format": table_format, "sample_rate": sample_rate, **head}
-        self.options = {"state_format": state_format, **({"momentum": momentum} if kind is FusedSGD else {})}
+        self.options = {
+            "state_format": state_format,
+            "max_row_norm": max_row_norm,
+            **({"momentum": momentum} if kind is FusedSGD else {}),
+        }
 
     def __call__(self, scales=(64.0,)):
         head = MarginSoftmaxLoss(self.size, SLAB + 80, backend="triton", **{"margin": margins.CosFace(0.35), **self.head})

@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import math
 import threading
 import warnings
 from types import SimpleNamespace
@@ -104,6 +105,65 @@ def test_same_as_torch_optim(rule, backend, device, path):
     if "momentum" in options:
         buffers = (o.state[h.weight]["momentum_buffer"] for o, h in zip(optimizers, (ours, theirs), strict=True))
         assert largest_error(*buffers) < 3 * 64 * 2**-20
+
+
+def of_norm(rows, longest):
+    """Rows, made `longest` long where they are longer."""
+    return rows * (longest / rows.norm(dim=1, keepdim=True)).clamp(max=1.0)
+
+
+@pytest.mark.parametrize("rule", [RULES[0], RULES[1], RULES[3], RULES[-1]], ids=["plain", "SGD", "nesterov", "AdamW"])
+def test_max_row_norm(rule, device, path):
+    """Half of the rows are shortened, of the sum of two batches of different scales."""
+    fused, plain, options = rule
+    ours, theirs = twins(device)
+    theirs.double()
+    theirs(*next(batches(1, device, torch.float64))).backward()
+    longest = theirs.weight.grad.norm(dim=1).median().item()
+    theirs.zero_grad()
+    optimizers = fused(ours.parameters(), **options, max_row_norm=longest), plain(theirs.parameters(), **options)
+    for features, labels in batches(3, device):
+        for head, optimizer in zip((ours, theirs), optimizers, strict=True):
+            for head.scale in (64.0, 60.0):
+                head(features.to(head.weight.dtype), labels).backward()
+            if head is theirs:
+                shortened = head.weight.grad.norm(dim=1) > longest
+                assert shortened.any() and not shortened.all()
+                head.weight.grad = of_norm(head.weight.grad, longest)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert largest_error(ours.weight, theirs.weight) < 3 * 64 * 2**-23
+
+
+def test_max_row_norm_of_a_bias_and_of_a_sample(path):
+    """A bias is a row of one number; rows that took no part stay. Twice the bits, from kept and from new exponentials."""
+    tables = []
+    for budget in ("auto", 0):
+        head, whole = twins(head=MarginSoftmaxLoss, margin=Softmax(), bias=True, sample_rate=0.3, memory_budget=budget)
+        optimizer = FusedSGD(head.parameters(), lr=1.0, max_row_norm=1e-3)
+        features, labels = next(batches(1))
+        head(features, labels).backward()
+        whole(features, labels).backward()
+        optimizer.step()
+        for ours, before in zip(head.parameters(), whole.parameters(), strict=True):
+            grad = before.grad.to_dense()
+            rows = grad if grad.dim() == 2 else grad[:, None]
+            exact = before.detach() - of_norm(rows, 1e-3).nan_to_num(0.0).view_as(before)
+            assert grad.abs().max() > 1e-3 and largest_error(ours, exact) < 64 * 2**-23
+        tables.append(head.weight.detach())
+    assert torch.equal(*tables)
+
+
+def test_a_norm_that_no_row_reaches_changes_no_bit(path):
+    found = []
+    for longest in (None, 1e30):
+        head, _ = twins(table_format="bfloat16")
+        optimizer = FusedAdamW(head.parameters(), lr=0.1, max_row_norm=longest, state_format="int8")
+        for features, labels in batches(2):
+            head(features, labels).backward()
+            optimizer.step()
+        found.append([head.weight.detach(), *optimizer.state[head.weight].values()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @every_row
@@ -635,6 +695,8 @@ def test_autocast(device):
         (lambda head: FusedSGD(head.double().parameters(), state_format="int8"), "float64 table has state of its own dtype"),
         (lambda head: FusedAdamW(head.parameters(), betas=(0.9,)), "betas must be two numbers"),
         (lambda head: FusedAdamW(head.parameters(), betas=0.9), "betas must be two numbers"),
+        (lambda head: FusedSGD(head.parameters(), max_row_norm=0.0), "max_row_norm must be more than 0, got 0.0"),
+        (lambda head: FusedAdamW(head.parameters(), max_row_norm=math.nan), "max_row_norm must be finite, got nan"),
         (lambda head: FusedAdamW(head.parameters(), betas=(0.9, 1.0)), r"betas\[1\] must be in \[0, 1\), got 1.0"),
         (lambda head: FusedAdamW(head.parameters(), eps=-1), "eps must be 0 or more"),
         (lambda head: CosFaceLoss(3, 4, table_format="int8"), "table_format must be one of .*'bfloat16'.*'int8'"),

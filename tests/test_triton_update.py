@@ -85,6 +85,24 @@ RULES = {
 }
 
 
+@pytest.mark.parametrize("name", ["no momentum", "adamw"])
+def test_rows_are_shortened(name, monkeypatch):
+    """Of norms from 1e-6 to 1e25, whose squares float32 does not hold, and of zeros."""
+    (rule, count), size = RULES[name], 37
+    part = part_of(rule._replace(weight_decay=0.0), FLOAT32, states_of(FLOAT32, count), size)._replace(max_row_norm=0.5)
+    grad = of_many_magnitudes(size, 4, exponents=(-6, 25))
+    grad[3] = 0.0
+    ours, theirs = copied(part), copied(part)
+    triton_update.update(ours, slice(0, ROWS), grad)
+    in_pytorch(theirs, slice(0, ROWS), grad, monkeypatch)
+    for (one, _), (other, _), (before, _) in zip(*map(buffers_of, (ours, theirs, part)), strict=True):
+        # Of a norm's ten roundings, and of the step's: of the gradient, which is 0.5 at most.
+        assert not torch.equal(one, before) and (one - other).abs().max() < 20 * 2**-24 * max(1.0, before.abs().max())
+    if not count:
+        norms = grad.norm(dim=1, dtype=torch.float64).clamp(max=0.5)
+        assert torch.allclose((ours.rows - part.rows).norm(dim=1, dtype=torch.float64), norms * rule.lr, rtol=1e-4, atol=1e-7)
+
+
 CASES = list(itertools.product(RULES, TABLES, STATES, [("slice", 37), ("sampled", 64)]))
 # Single numbers, as a bias is; a row for which a program has more warps.
 CASES += [(rule, BFLOAT16, INT8, at) for rule in ("sgd", "adamw") for at in (("sampled", 1), ("slice", 1100))]

@@ -46,6 +46,8 @@ class Fused(torch.optim.Optimizer):
         """Raise for options of a group, given here or loaded, of the wrong type or value."""
         for name in ("lr", "weight_decay"):
             validation.check_at_least_zero(name, number(name, options[name]))
+        if options["max_row_norm"] is not None:
+            validation.check_more_than_zero("max_row_norm", number("max_row_norm", options["max_row_norm"]))
         validation.check_choice("state_format", options["state_format"], formats.STATE_FORMATS)
         validation.check_integer("seed", options["seed"])
 
@@ -282,9 +284,10 @@ class Fused(torch.optim.Optimizer):
             buffers.append((table_state.rows_of(state[name]), None if scale is None else dtensors.local(scale)))
         key = formats.rounding_key(group["seed"], rounding_step)
         first_row = dtensors.first_row(parameter)
-        return rules.Part(
-            table_state.rows_of(parameter.detach()), buffers, self._rule(group, parameter, skip), key, first_row, skip
-        )
+        rows, rule = table_state.rows_of(parameter.detach()), self._rule(group, parameter, skip)
+        longest = group["max_row_norm"]
+        longest = None if longest is None else max(float(longest), 2.0**-126)  # as a float32 it is not 0
+        return rules.Part(rows, buffers, rule, key, first_row, skip, longest)
 
     def _names(self, group):
         """Names of the state that a group's parameters need."""

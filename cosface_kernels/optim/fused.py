@@ -28,14 +28,16 @@ class FusedSGD(Fused):
     Args:
         params: the parameters of heads (CosFaceLoss, MarginSoftmaxLoss), or groups of them.
         lr, momentum, weight_decay, nesterov, maximize: η, μ, λ and the rest as in torch.optim.SGD.
+        max_row_norm: the gradient of each row, ∇_j (D,), is made that long where it is longer, before anything else:
+            ∇_j · min(1, max_row_norm / ‖∇_j‖); a bias is a row of one number. None: as it is. `clip_grad_norm_` cannot clip the
+            table, which has no gradient when it is called.
         state_format: of the momentum: "float32" (4 D bytes for each row of the table), "bfloat16" (2 D) or "int8" (D + 4: codes
             and a scale for each row).
         seed: of the stochastic rounding of tables and state that are not float32.
 
     Each `backward` records O(N D) numbers, and `step` uses the sum of their gradients. If a loss or gradient is not finite,
-    `step` changes nothing and adds one to `skipped_steps`; on a GPU the host does not wait for that. `clip_grad_norm_` cannot
-    clip the table. GradScaler works without `unscale_` for this optimiser; its `update` needs at least one optimiser with
-    ordinary gradients.
+    `step` changes nothing and adds one to `skipped_steps`; on a GPU the host does not wait for that. GradScaler
+    works without `unscale_` for this optimiser; its `update` needs at least one optimiser with ordinary gradients.
 
     Raises:
         TypeError, ValueError: a hyperparameter of the wrong type or value; a parameter that is not a class table.
@@ -54,12 +56,14 @@ class FusedSGD(Fused):
         weight_decay: float = 0.0,
         nesterov: bool = False,
         maximize: bool = False,
+        max_row_norm: float | None = None,
         state_format: StateFormat = "float32",
         seed: int = 0,
     ) -> None:
         # The defaults of torch.optim.SGD, which can then load a state_dict of this one.
         defaults = {"lr": lr, "momentum": momentum, "dampening": 0, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(params, {**defaults, "maximize": maximize, "state_format": state_format, "seed": seed})
+        own = {"max_row_norm": max_row_norm, "state_format": state_format, "seed": seed}
+        super().__init__(params, {**defaults, "maximize": maximize, **own})
 
     def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)
@@ -84,8 +88,8 @@ class FusedAdamW(Fused):
 
     Args:
         params, lr, betas, eps, weight_decay, maximize: as in torch.optim.AdamW, for heads.
-        state_format, seed: as in FusedSGD, for both m and v: twice its bytes. In "int8" v is stored as its square root, and
-            never becomes 0.
+        max_row_norm, state_format, seed: as in FusedSGD, the format for both m and v: twice its bytes. In "int8" v is stored as
+            its square root, and never becomes 0.
 
     The rest, and the errors, as for FusedSGD.
 
@@ -103,11 +107,12 @@ class FusedAdamW(Fused):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        max_row_norm: float | None = None,
         state_format: StateFormat = "float32",
         seed: int = 0,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": False, "maximize": maximize}
-        super().__init__(params, {**defaults, "state_format": state_format, "seed": seed})
+        super().__init__(params, {**defaults, "max_row_norm": max_row_norm, "state_format": state_format, "seed": seed})
 
     def check_options(self, options: dict[str, Any]) -> None:
         super().check_options(options)

@@ -94,6 +94,7 @@ class Part(NamedTuple):
     key: int  # of the random bits for rounding: formats.rounding_key
     first_row: int  # number of the first of these rows in the whole table, which may lie on several ranks
     skip: torch.Tensor | None  # 0-dim bool: True changes nothing; None: False, known without waiting for the device
+    max_row_norm: float | None = None  # a gradient of a row that is longer is made that long
 
     def apply(self, index, grad):
         """Update rows. index: a slice or int64 positions; grad: their gradient, in the dtype to compute in."""
@@ -108,14 +109,21 @@ class Part(NamedTuple):
             return
         rows = formats.read(self.rows, None, index)
         states = [formats.read(*state, index) for state in self.states]
-        self.rule.apply(rows, grad.to(rows.dtype).contiguous(), states, self.skip)
+        self.rule.apply(rows, self._clipped(grad.to(rows.dtype)).contiguous(), states, self.skip)
         self._write(index, 0, self.rows, None, rows)
         for stream, ((buffer, scale), changed) in enumerate(zip(self.states, states, strict=True), 1):
             self._write(index, stream, buffer, scale, changed)
 
+    def _clipped(self, grad):
+        if self.max_row_norm is None:
+            return grad
+        norm = torch.linalg.vector_norm(grad, dim=1, keepdim=True, dtype=torch.float64)
+        return grad * (self.max_row_norm / norm).clamp(max=1.0).to(grad.dtype)
+
     def native_update(self):
         """This update as the struct that `csrc/cpu/update.h` declares."""
-        return cpu_library.Step.of(*self.rule.numbers(), self.rows, self.states, self.first_row, self.key)
+        rule, numbers = self.rule.numbers()
+        return cpu_library.Step.of(rule, (*numbers, self.max_row_norm or 0.0), self.rows, self.states, self.first_row, self.key)
 
     def is_native(self):
         return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)

@@ -5,6 +5,8 @@
 //     sgd      g += λ w                m = μ m + g                          w -= η m,  nesterov: η (g + μ m)
 //     adamw    w -= η λ w              m = β1 m + (1 - β1) g                w -= η / c1 · m / (√v / c2 + ε)
 //                                      v = β2 v + (1 - β2) g²
+//
+// with g = ± the gradient, times max_row_norm / its norm where that is less than 1.
 
 #include <math.h>
 #include <omp.h>
@@ -123,24 +125,34 @@ template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, i
     else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
 }
 
+// The number to multiply a row's gradient by. Squares in double: those of float end at 1e19.
+inline float signed_factor(const Step &h, int64_t size, const float *grad) {
+    if (h.max_row_norm == 0) return h.sign;
+    double sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t d = 0; d < size; d++) sum += (double)grad[d] * grad[d];
+    const double norm = sqrt(sum);
+    return norm > h.max_row_norm ? h.sign * (float)(h.max_row_norm / norm) : h.sign;
+}
+
 // Without momentum m is null. Two loops: the compiler does not vectorise one that tests m.
-inline void sgd(const Step &h, int64_t size, float *w, const float *grad, float *m) {
+inline void sgd(const Step &h, int64_t size, float factor, float *w, const float *grad, float *m) {
     const bool nesterov = h.nesterov != 0;
     const int64_t moved = m ? size : 0;
 #pragma omp simd
     for (int64_t d = 0; d < moved; d++) {
-        const float g = h.sign * grad[d] + h.weight_decay * w[d];
+        const float g = factor * grad[d] + h.weight_decay * w[d];
         m[d] = h.first_decay * m[d] + g;
         w[d] -= h.lr * (nesterov ? g + h.first_decay * m[d] : m[d]);
     }
 #pragma omp simd
-    for (int64_t d = moved; d < size; d++) w[d] -= h.lr * (h.sign * grad[d] + h.weight_decay * w[d]);
+    for (int64_t d = moved; d < size; d++) w[d] -= h.lr * (factor * grad[d] + h.weight_decay * w[d]);
 }
 
-inline void adamw(const Step &h, int64_t size, float *w, const float *grad, float *m, float *v) {
+inline void adamw(const Step &h, int64_t size, float factor, float *w, const float *grad, float *m, float *v) {
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
-        const float g = h.sign * grad[d];
+        const float g = factor * grad[d];
         m[d] = h.first_decay * m[d] + h.first_rate * g;  // with β1 = 0 g to the bit
         v[d] = h.second_decay * v[d] + h.second_rate * g * g;
         const float kept = w[d] - h.lr * h.weight_decay * w[d];
@@ -161,8 +173,9 @@ void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int
         float *w = decode(table, row, size, room), *m = nullptr, *v = nullptr;
         if (first_state.data) m = decode(first_state, row, size, room + size);
         if (second_state.data) v = decode(second_state, row, size, room + 2 * size);
-        if (step->rule == SGD) sgd(*step, size, w, grad + i * stride, m);
-        else adamw(*step, size, w, grad + i * stride, m, v);
+        const float factor = signed_factor(*step, size, grad + i * stride);
+        if (step->rule == SGD) sgd(*step, size, factor, w, grad + i * stride, m);
+        else adamw(*step, size, factor, w, grad + i * stride, m, v);
         const uint32_t key = row_key(step->key, row + step->first_of_shard);
         if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, false, random);
         encode<0>(table, row, size, w, random);

@@ -16,7 +16,7 @@ struct Step {
     int32_t rule;
     // η, λ, sign, nesterov, ε, μ or β1, β2, and 1 - β, which β in float32 is too coarse for
     float lr, weight_decay, sign, nesterov, eps, first_decay, second_decay, first_rate, second_rate;
-    float first_correction, second_correction;
+    float first_correction, second_correction, max_row_norm;  // of each row's gradient; 0: any
     Buffer table, states[STATES];
     int64_t size, first_of_shard;
     uint64_t key;    // of the random bits for rounding

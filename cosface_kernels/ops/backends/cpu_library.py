@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 8
+INTERFACE = 9
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -63,7 +63,7 @@ class Step(ctypes.Structure):
 
     _STATES = 2
     _fields_ = [
-        *(("rule", ctypes.c_int32), ("numbers", ctypes.c_float * 11), ("table", _Buffer), ("states", _Buffer * _STATES)),
+        *(("rule", ctypes.c_int32), ("numbers", ctypes.c_float * 12), ("table", _Buffer), ("states", _Buffer * _STATES)),
         *(("size", _SIZE), ("first_of_shard", _SIZE), ("key", ctypes.c_uint64), ("scratch", _POINTER)),
     ]
 

@@ -4,8 +4,9 @@
     sgd         g = ±dw + λ w    m = μ m + g                                     w -= η m,  nesterov: η (g + μ m)
     adamw       g = ±dw          m = β1 m + (1 - β1) g, v = β2 v + (1 - β2) g²   w -= η λ w + η / c1 · m / (√v / c2 + ε)
 
-Rows and state are decoded before and encoded after, with stochastic rounding, all in registers: neither a slab of dw nor one of
-decoded rows exists. formats.py and optim/rules.py do the same in PyTorch, with the same random bits.
+With max_row_norm, a row of dw that is longer is first made that long. Rows and state are decoded before and encoded after, with
+stochastic rounding, all in registers: neither a slab of dw nor one of decoded rows exists. formats.py and optim/rules.py do the
+same in PyTorch, with the same random bits.
 """
 
 import math
@@ -47,6 +48,7 @@ def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=Non
             *(0 if target_sums is None else target_sums.stride(0), _signed(part.key), _signed(part.key >> 32)),
             *constants,
             *(math.log(decay) if decay else -math.inf for decay in constants[5:7]),
+            part.max_row_norm,
             NORMALIZE=normalize,
             SEARCH_STEPS=num_targets.bit_length(),
             enable_fp_fusion=False,  # the bits that PyTorch's operators have, wherever rows are encoded
@@ -93,6 +95,7 @@ def update_rows(
     second_rate,
     log_first,  # log β1
     log_second,
+    max_row_norm,  # None: any
     NORMALIZE: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -118,6 +121,8 @@ def update_rows(
         share = targets_share(target_row_ptr, target_sum_ptr, slot + first_row, inside, column, T, stride_sum, SEARCH_STEPS)
         grad = grad * tl.load(unscale_ptr) + share
 
+    if max_row_norm is not None:
+        grad *= shortening(grad, max_row_norm)[:, None]
     grad *= sign
     words = random_words((row + first_of_shard)[:, None], column[None, :], key_low, key_high)
     if step_ptr is not None:
@@ -142,6 +147,15 @@ def update_rows(
             grad = tl.where(nesterov != 0, grad + first_decay * first, first)
         table -= lr * grad
     store(table_ptr + place + column[None, :], None, row, live, inside, table, words, 0)
+
+
+@triton.jit
+def shortening(grad, max_row_norm):
+    """min(1, max_row_norm / ‖row‖) (R,). A row is divided by its largest number: squares of float32 end at 1e19."""
+    largest = tl.max(tl.abs(grad), 1)
+    shrunk = grad / tl.where(largest > 0.0, largest, 1.0)[:, None]
+    norm = largest * tl.sqrt(tl.sum(shrunk * shrunk, 1))
+    return tl.where(norm > max_row_norm, max_row_norm / tl.where(norm > 0.0, norm, 1.0), 1.0)
 
 
 @triton.jit
