@@ -322,7 +322,10 @@ def _rows_of(classes, centers, num_rows):
 
 def _refuse_transforms(*tensors):
     """Raise under forward-mode autograd, whose tangents the operators would drop, and under torch.func's gradients."""
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    if torch.compiler.is_compiling():
+        return
+    # Outside dual_level no tensor has a tangent.
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
     validation.check_transforms(*tensors)
 

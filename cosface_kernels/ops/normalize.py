@@ -18,7 +18,7 @@ def unit_rows(rows):
     scaled = rows / divisor
     length = torch.where(largest == 0, 1.0, scaled.square().sum(1, keepdim=True)).sqrt()
     tiny = length * largest < TINY_NORM
-    return torch.where(tiny, 0.0, scaled / length), torch.where(tiny, 0.0, 1.0 / (length * divisor))
+    return scaled / torch.where(tiny, torch.inf, length), torch.where(tiny, 0.0, 1.0 / (length * divisor))
 
 
 def direction(rows):

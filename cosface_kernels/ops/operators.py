@@ -348,6 +348,10 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
     """Raise an IndexError for a label that is neither in [0, C) nor ignore_index, if values are checked."""
     if not _checks_values(labels):
         return
+    if labels.numel():
+        low, high = labels.aminmax()
+        if low >= 0 and high < num_classes:
+            return
     outside = ((labels < 0) | (labels >= num_classes)) & batch_rows.needs_target(labels, ignore_index, foreign_index)
     if outside.any():
         row = int(outside.nonzero()[0])

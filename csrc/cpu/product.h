@@ -83,9 +83,11 @@ inline int64_t tile_rows(const Number **row, const Number *matrix, int64_t strid
 // Word `k` of row n, zero past the edges.
 template <class Number>
 inline uint32_t row_word(const Number *rows, int64_t num_rows, int64_t size, int64_t n, int64_t k) {
+    constexpr int64_t COUNT = PER_WORD<Number>;
     uint32_t word = 0;
-    const int64_t first = k * PER_WORD<Number>;
-    if (n < num_rows) memcpy(&word, rows + n * size + first, sizeof(Number) * smaller(PER_WORD<Number>, size - first));
+    const Number *from = rows + n * size + k * COUNT;
+    if (n < num_rows && (k + 1) * COUNT <= size) memcpy(&word, from, COUNT * sizeof(Number));
+    else if (n < num_rows) memcpy(&word, from, sizeof(Number));  // the last of an odd number
     return IS_WIDENED<Number> ? word << 16 : word;
 }
 
