@@ -13,7 +13,7 @@ from selection import attend_too
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss
 from cosface_kernels.margins import CosFace, Softmax
-from cosface_kernels.ops import operators
+from cosface_kernels.ops import formats, operators
 from cosface_kernels.ops.backends import NAMES
 
 
@@ -75,6 +75,15 @@ def test_graph_capture(backend):
     graph.replay()
     for got, expected in zip(captured, step(), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stream", range(3))
+def test_rounding_draws_the_same_bits_as_on_a_cpu(stream):
+    """For a step and row: test_triton_update holds the kernel to what formats.py draws on the GPU."""
+    rows, key = torch.tensor([0, 3, 10**8, 2**40]), 2**63 + 5
+    on_cpu, on_gpu = (formats.random_bits(key, each, 70, stream) for each in (rows, rows.to("cuda")))
+    assert torch.equal(on_cpu, on_gpu.cpu())
 
 
 @pytest.fixture
