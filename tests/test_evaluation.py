@@ -213,12 +213,14 @@ def run(folder, *more, embeddings="e.npy", labels="y.npy"):
 def test_command(files, capsys):
     from safetensors.numpy import save_file
 
-    assert run(files) == 0
+    assert run(files, "--html", files / "o.html") == 0
+    page = (files / "o.html").read_text()
+    assert page.count("<svg") == 2 and "false accept rate" in page and ">rank<" in page
     record, printed = json.loads((files / "o.json").read_text()), capsys.readouterr().out
     verified = record["verification"]
     assert verified["pairs"] == {"genuine": 180, "impostor": 6960} and record["identification"]["searches"] == 90
     low, high = verified["tar_interval"]["identities"]["1e-3"]
-    assert low < verified["tar"]["1e-3"] < high and f"TAR at FAR 1e-3  {verified['tar']['1e-3']:.2%}" in printed
+    assert low < verified["tar"]["1e-3"] < high and f"TAR at FAR 1e-3         {verified['tar']['1e-3']:.2%}" in printed
     assert verified["tar"]["1e-4"] is None and "needs 10,000 impostor pairs" in verified["unresolved"]["1e-4"]
     rows, labels = np.load(files / "e.npy"), np.load(files / "y.npy")
     save_file({"embeddings": rows, "labels": labels}, files / "both.safetensors")

@@ -11,8 +11,8 @@ def _add_eval(commands):
         _eval,
         "eval",
         help="verification and identification: TAR at FAR, folds, ranks, with intervals",
-        usage="cosface eval --embeddings FILE --labels FILE [--distractors FILE] [--json FILE]\n"
-        "       cosface eval --pairs FILE --checkpoint DIR [--flip RULE] [--images DIR] [--json FILE]",
+        usage="cosface eval --embeddings FILE --labels FILE [--distractors FILE] [--json FILE] [--html FILE]\n"
+        "       cosface eval --pairs FILE --checkpoint DIR [--flip RULE] [--images DIR] [--json FILE] [--html FILE]",
         description="Compare all pairs of embeddings, and search each image among the others, in memory that does not grow with "
         "the number of pairs; or compare the pairs of a list, in ten folds. docs/evaluation.md has the definitions.",
     )
@@ -24,6 +24,7 @@ def _add_eval(commands):
     option("--images", type=Path, metavar="DIR", help="where the images of a .txt list are (default: beside it)")
     _add_network(option)
     option("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
+    option("--html", type=Path, metavar="FILE", help="write the numbers with their curves, ROC and CMC, to FILE")
 
 
 def _add_network(option):
@@ -73,7 +74,9 @@ def _eval(arguments):
             record = evaluate.of_embeddings(embeddings, labels, arguments.distractors)
         if arguments.json:
             arrays.write_json(arguments.json, record)
-        return "\n".join(evaluate.summary(record))
+        if arguments.html:
+            evaluate.page(record, arguments.html)
+        return "\n".join(f"{what:<24}{text}" for what, text in evaluate.numbers(record).items())
 
     return _print(evaluated)
 

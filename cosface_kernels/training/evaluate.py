@@ -136,29 +136,45 @@ def identification_of(searches):
     }
 
 
-def summary(record):
-    """Lines of text."""
-    verified, found = record["verification"], record.get("identification")
-    pairs = verified["pairs"]
+def numbers(record):
+    """{what: text} of the record."""
+    verified, searched = record["verification"], record.get("identification")
+    pairs, intervals = verified["pairs"], verified["tar_interval"]
+    found = {"pairs": f"{pairs['genuine']:,} genuine, {pairs['impostor']:,} impostor"}
     if "accuracy" in verified:
-        low, high = verified["accuracy_interval"]
-        mean, spread = verified["accuracy"], verified["accuracy_std"]
-        yield f"accuracy in ten folds {mean:.2%} ± {spread:.2%} between folds, of all pairs {low:.2%} to {high:.2%} (Wilson)"
-    yield f"verification: {pairs['genuine']:,} genuine pairs, {pairs['impostor']:,} impostor pairs"
+        spread = f"± {verified['accuracy_std']:.2%} between folds"
+        found["accuracy in ten folds"] = f"{verified['accuracy']:.2%} {spread}, {_between(verified['accuracy_interval'])} of all"
+    kind, how = ("identities", "bootstrap over identities") if "identities" in intervals else ("wilson", "Wilson")
     for name, tar in verified["tar"].items():
-        yield f"  TAR at FAR {name}  " + (verified["unresolved"][name] if tar is None else _rate(verified, name))
-    yield f"  equal error rate {verified['eer']:.4%}, area under the ROC {verified['auc']:.6f}"
-    if found:
-        yield f"identification: {found['searches']:,} searches of {found['probes']:,} probes among {found['gallery']:,} images"
-        low, high = found["rank1_interval"]
-        yield f"  rank 1 {found['rank1']:.2%} ({low:.2%} to {high:.2%}), rank 10 {found['cmc'][9]:.2%}"
-        for name, tpir in found["tpir"].items():
-            yield f"  TPIR at FPIR {name}  " + (found["unresolved"][name] if tpir is None else f"{tpir:.2%}")
+        if tar is None:
+            found[f"TAR at FAR {name}"] = verified["unresolved"][name]
+            continue
+        where = f"from score {verified['threshold'][name]:.4f} on"
+        found[f"TAR at FAR {name}"] = f"{tar:.2%} ({_between(intervals[kind][name])}, {how}), {where}"
+    found |= {"equal error rate": f"{verified['eer']:.4%}", "area under the ROC": f"{verified['auc']:.6f}"}
+    if searched:
+        found["searches"] = f"{searched['searches']:,} of {searched['probes']:,} probes among {searched['gallery']:,} images"
+        found["rank 1"] = f"{searched['rank1']:.2%} ({_between(searched['rank1_interval'])}, Wilson)"
+        found["rank 10"] = f"{searched['cmc'][9]:.2%}"
+        for name, tpir in searched["tpir"].items():
+            found[f"TPIR at FPIR {name}"] = searched["unresolved"][name] if tpir is None else f"{tpir:.2%}"
+    return found
 
 
-def _rate(verified, name):
-    intervals = verified["tar_interval"]
-    kind = "identities" if "identities" in intervals else "wilson"
-    low, high = intervals[kind][name]
-    how = "bootstrap over identities" if kind == "identities" else "Wilson"
-    return f"{verified['tar'][name]:.2%} ({low:.2%} to {high:.2%}, {how}) at score {verified['threshold'][name]:.4f}"
+def _between(interval):
+    low, high = interval
+    return f"{low:.2%} to {high:.2%}"
+
+
+def page(record, path):
+    """Write the record's numbers and curves as one HTML file."""
+    from . import report, svg
+
+    roc = record["verification"]["roc"]
+    points = {"": list(zip(roc["far"], roc["tar"], strict=True))}
+    charts = [("ROC", svg.lines(points, "false accept rate", "true accept rate", log_x=True))]
+    if "identification" in record:
+        curve = {"": list(enumerate(record["identification"]["cmc"], 1))}
+        charts.append(("CMC", svg.lines(curve, "rank", "share of searches")))
+    source = record.get("embeddings") or record["pairs"]
+    report.page(path, "Evaluation", source["file"], numbers(record), charts)

@@ -137,6 +137,12 @@ def write(run):
     return _page(found.folder / "report.html", found.name, parts)
 
 
+def page(path, title, subtitle, numbers, charts):
+    """Write one page of {what: text} and [(caption, SVG)], and return its path."""
+    table = _table({what: [text] for what, text in numbers.items()})
+    return _page(Path(path), title, [_heading(title, subtitle), "<h2>Numbers</h2>", table, _charts(charts)])
+
+
 def compare(runs, out):
     """Write one page of several runs: curves together, numbers side by side, and the settings in which they differ."""
     found = [Found(run) for run in runs]
