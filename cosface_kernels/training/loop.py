@@ -94,21 +94,12 @@ class Run:
         self.start = self._open_folder(resume)
         self.network = torch.compile(self.model.backbone) if config.compile else self.model.backbone
         if self.ranks.size > 1:
-            self.network = DistributedDataParallel(self.network, broadcast_buffers=False)
+            self.network = DistributedDataParallel(self.network)
         self.log = Log(self.out, self.start, self.ranks, config)
 
     def _open_folder(self, resume):
         """Make the run's folder, or load the last checkpoint of the one that is there. Returns the number of steps done."""
-        exists = self.ranks.objects((self.out / "config.yaml").exists())[0]
-        if exists and not resume:
-            raise ConfigError(
-                f"{self.out} has a run already: --resume goes on with it; or choose another out=, or remove the folder"
-            )
-        if self.out.exists() and not exists and any(self.out.iterdir()):
-            raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
-        self.ranks.together(
-            "the making of the run's folder", lambda: self._write_folder() if self.ranks.rank == 0 and not exists else None
-        )
+        self.ranks.together("the making of the run's folder", lambda: self._make_folder(resume) if self.ranks.rank == 0 else None)
         found = self.ranks.objects(latest_checkpoint(self.out / "checkpoints"))[0]
         if found is None:
             return 0
@@ -116,7 +107,15 @@ class Run:
             warnings.filterwarnings("ignore", "(?s).*random number generators were not restored")
             return load_checkpoint(found, self.model, self.optimizers)["step"]
 
-    def _write_folder(self):
+    def _make_folder(self, resume):
+        if (self.out / "config.yaml").exists():
+            if not resume:
+                raise ConfigError(
+                    f"{self.out} has a run already: --resume goes on with it; or choose another out=, or remove the folder"
+                )
+            return
+        if self.out.exists() and any(self.out.iterdir()):
+            raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
         self.out.mkdir(parents=True, exist_ok=True)
         partial = self.out / "config.yaml.partial"
         partial.write_text(settings.text(self.config))

@@ -148,7 +148,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         wide = x.float()
         count = wide.new_full((1,), x.numel() / x.shape[1])
         sums = torch.cat([count, wide.sum(places), wide.square().sum(places)])
-        count, total, squares = dist.nn.functional.all_reduce(sums).split([1, x.shape[1], x.shape[1]])
+        count, total, squares = _Sum.apply(sums).split([1, x.shape[1], x.shape[1]])
         mean = total / count
         variance = (squares / count - mean.square()).clamp(min=0)
         with torch.no_grad():
@@ -158,3 +158,19 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         shape = [1, -1] + [1] * (x.dim() - 2)
         factor = (variance + self.eps).rsqrt() * self.weight
         return ((wide - mean.view(shape)) * factor.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes; so is its gradient, as each process has a loss's gradient for its own rows."""
+
+    @staticmethod
+    def forward(ctx, numbers):
+        total = numbers.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
