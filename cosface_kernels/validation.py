@@ -136,19 +136,36 @@ def check_names(kind, options, known):
             raise TypeError(f"{kind} has no option {name}{hint}")
 
 
-def check_call(labels, others, named):
+def check_call(features, labels, others, named):
     """Check that a head was called with features and labels, and nothing else."""
     if others or named:
         got = ", ".join([*(type(each).__name__ for each in others), *(f"{name}=" for name in named)])
-        raise TypeError(
-            f"a head is called as head(features, labels), got {got} too; an optimizer is not passed: it is given "
-            "head.parameters(), and takes its step after backward"
-        )
+        raise TypeError(f"a head is called as head(features, labels), got {got} too; {_instead(labels, others, named)}")
+    if isinstance(features, (tuple, list, dict)):
+        raise TypeError(f"a head is called as head(features, labels), got one {type(features).__name__}: pass its parts apart")
+    if features is None:
+        raise TypeError("a head is called as head(features, labels), got no features")
     if labels is None:
         raise TypeError(
             "a head is called as head(features, labels), got no labels; without them head.logits(features) has the logits, "
             "N x C, and head.topk(features, k) the largest of them"
         )
+
+
+def _instead(labels, others, named):
+    """What to do in place of a call in the shape of another library."""
+    first = others[0] if others else None
+    if named.keys() & {"embeddings", "input", "x", "label", "target", "targets", "y"}:
+        return "its two arguments are named features and labels"
+    if isinstance(first, tuple) or named.keys() & {"indices_tuple", "ref_emb", "ref_labels"}:
+        return "a miner's pairs go to the heads of cosface_kernels.compat.pytorch_metric_learning"
+    if isinstance(first, torch.Tensor) and first.dtype in INTEGER_DTYPES and isinstance(labels, torch.Tensor):
+        return "norms are not passed: margins.AdaFace takes them from features that were not normalised"
+    if isinstance(first, torch.Tensor) or named.keys() & {"weight", "weights", "sample_weight"}:
+        return 'for weights of rows make the head with reduction="none", and take (weights * losses).sum() / weights.sum()'
+    if isinstance(first, torch.optim.Optimizer) or named.keys() & {"optimizer", "opt"}:
+        return "an optimizer is not passed: it is given head.parameters(), and takes its step after backward"
+    return "options are the constructor's, and many are attributes of the head"
 
 
 def check_features(features, weight):

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from rounding import NUM_CLASSES, SIZE, draw
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosface_kernels import CosFaceLoss, ShardedCosFaceLoss, cosface_loss, reference
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, ShardedCosFaceLoss, cosface_loss, margins, reference
 from cosface_kernels.margins import CosFace
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
@@ -140,6 +141,42 @@ class Counted(torch.nn.Module):
     def forward(self, rows):
         self.made += 1
         return 2 * rows
+
+
+def test_a_parametrised_table_is_loaded_and_does_not_grow():
+    head = CosFaceLoss(SIZE, NUM_CLASSES)
+    parametrize.register_parametrization(head, "weight", torch.nn.Identity())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # that the table was not in it
+        head.load_state_dict(head.state_dict())
+    for change in (lambda: head.grow(3), lambda: head.remove([0])):
+        with pytest.raises(ValueError, match="is made anew from other parameters"):
+            change()
+    assert head.num_classes == NUM_CLASSES == len(head.weight)
+
+
+class Scores(torch.nn.Module):
+    """A model to deploy."""
+
+    def __init__(self, head, method):
+        super().__init__()
+        self.head, self.method = head, method
+
+    def forward(self, features):
+        return self.method(self.head, features)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [lambda head, x: head.topk(x, 3), lambda head, x: [head.logits(x)]], ids=["topk", "logits"])
+def test_export_for_any_batch(method, monkeypatch):
+    monkeypatch.setattr("cosface_kernels.heads.logits.TRACED_CLASSES", 128)  # several slabs
+    head = MarginSoftmaxLoss(SIZE, NUM_CLASSES // 2, margin=margins.ArcFace(), centers_per_class=2).eval()
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    exported = torch.export.export(Scores(head, method), (torch.randn(8, SIZE),), dynamic_shapes=({0: batch},))
+    for rows in (1, 5, 40):
+        features = torch.randn(rows, SIZE)
+        got, wanted = exported.module()(features), method(head, features)
+        assert torch.equal(got[-1], wanted[-1]) and torch.allclose(got[0], wanted[0], rtol=1e-6, atol=64 * 2**-21)
 
 
 @pytest.mark.parametrize("kind", [CosFaceLoss, ShardedCosFaceLoss])

@@ -155,8 +155,16 @@ WRONG_CALLS = {
         lambda head, x, y: head(x, y, torch.optim.SGD(head.parameters())),
         "got SGD too; an optimizer is not passed",
     ),
-    "pairs": (lambda head, x, y: head(x, y, indices_tuple=(y, y, y)), "got indices_tuple= too"),
-    "label": (lambda head, x, y: head(x, label=y), "got label= too"),
+    "nothing": (lambda head, x, y: head(), "got no features"),
+    "one tuple": (lambda head, x, y: head((x, y)), "got one tuple: pass its parts apart"),
+    "an optimiser by name": (lambda head, x, y: head(x, y, opt=None), "got opt= too; an optimizer is not passed"),
+    "pairs": (lambda head, x, y: head(x, y, indices_tuple=(y, y, y)), r"got indices_tuple= too; .*pytorch_metric_learning"),
+    "pairs by position": (lambda head, x, y: head(x, y, (y, y, y)), r"got tuple too; .*pytorch_metric_learning"),
+    "label": (lambda head, x, y: head(x, label=y), "got label= too; its two arguments are named features and labels"),
+    "input and target": (lambda head, x, y: head(input=x, target=y), "got input=, target= too; its two arguments are named"),
+    "AdaFace's norms": (lambda head, x, y: head(x, x.norm(dim=1, keepdim=True), y), "got Tensor too; norms are not passed"),
+    "weights": (lambda head, x, y: head(x, y, torch.ones(4)), 'got Tensor too; for weights of rows .*reduction="none"'),
+    "an option": (lambda head, x, y: head(x, y, scale=32.0), "got scale= too; options are the constructor's"),
 }
 
 

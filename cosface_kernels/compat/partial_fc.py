@@ -94,7 +94,9 @@ class PartialFC_V2(MarginSoftmaxLoss):
                 "be saved: save its state_dict() on every rank, as InsightFace does, or use ShardedCosFaceLoss"
             )
 
-    def forward(self, local_embeddings: Tensor, local_labels: Tensor | None = None, *others: object, **named: object) -> Tensor:
+    def forward(
+        self, local_embeddings: Tensor | None = None, local_labels: Tensor | None = None, *others: object, **named: object
+    ) -> Tensor:
         """The loss of the global batch, of which this rank has embeddings (N_r, D) with labels (N_r,) or (N_r, 1)."""
         if isinstance(local_labels, torch.Tensor) and local_labels.shape[1:] == (1,):
             local_labels = local_labels[:, 0]

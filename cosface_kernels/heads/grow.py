@@ -11,6 +11,7 @@ from . import margin_buffers
 def grow(head, count, optimizer=None):
     """`MarginSoftmaxLoss.grow`."""
     validation.check_size("count", count)
+    _check_parameter(head)
     head.placement.check_resizable(head, "a larger sharded head load_checkpoint(..., grow=('weight',))")
     rows, new_rows = len(head.weight), count * head.centers_per_class
 
@@ -31,6 +32,7 @@ def grow(head, count, optimizer=None):
 @torch.no_grad()
 def remove(head, ids, optimizer=None):
     """`MarginSoftmaxLoss.remove`."""
+    _check_parameter(head)
     centers = head.centers_per_class
     classes = len(head.weight) // centers
     ids = validation.check_ids(ids, classes)
@@ -60,6 +62,14 @@ def follow(optimizer, parameter, change):
         if isinstance(tensor, torch.Tensor) and tensor.dim() and len(tensor) == len(parameter)
     }
     return [(state, key, change(tensor)) for key, tensor in per_row.items()]
+
+
+def _check_parameter(head):
+    if "weight" not in head._parameters:
+        raise ValueError(
+            f"the table of this {type(head).__name__} is made anew from other parameters (torch.nn.utils.parametrize): "
+            "add or remove rows before the head is parametrised"
+        )
 
 
 def _change(head, changes, optimizer, change, change_by_class):

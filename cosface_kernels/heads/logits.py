@@ -9,6 +9,8 @@ from ..ops.normalize import unit_rows
 from ..ops.slabs import slab_rows, wide_dtype
 from ..ops.table import Table
 
+TRACED_CLASSES = 2**16  # classes of a slab where a graph is traced, for any number of rows
+
 
 def of_all(head, table, features):
     """All logits (N, C), differentiable."""
@@ -20,9 +22,12 @@ def largest(head, table, features, k):
     classes.
     """
     rows, weight, centers = _rows(head, table, features), table[0], head.centers_per_class
-    values = rows.new_empty(len(rows), 0)
-    indices = torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
-    slab = slab_rows(features, Table(weight, centers=centers), rows.dtype)
+    values = rows.new_empty(rows.shape[0], 0)
+    indices = torch.empty(rows.shape[0], 0, dtype=torch.int64, device=rows.device)
+    if torch.compiler.is_compiling():  # also in torch.export
+        slab = min(len(weight), TRACED_CLASSES // centers * centers)
+    else:
+        slab = slab_rows(features, Table(weight, centers=centers), rows.dtype)
     for start in range(0, len(weight), slab or 1):  # 0: an empty shard
         found = _logits(head, table, rows, start, start + slab)
         best = found.topk(min(k, found.shape[1]))

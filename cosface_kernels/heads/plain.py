@@ -133,7 +133,8 @@ class MarginSoftmaxLoss(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         super()._load_from_state_dict(state_dict, prefix, *rest)
         name = f"{prefix}weight"
-        if name not in state_dict:  # strict=False is not told to this method
+        # strict=False is not told to this method. Without the parameter torch.nn.utils.parametrize makes the weight.
+        if name not in state_dict and "weight" in self._parameters:
             alike = [key for key, value in state_dict.items() if getattr(value, "shape", None) == self.weight.shape]
             hint = f"; {alike} there have its shape: rename the one that is meant" if alike else ""
             warnings.warn(f"the state dict has no {name}, so the class table keeps its present values{hint}", stacklevel=4)
@@ -233,7 +234,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def forward(
         self,
-        features: Tensor,
+        features: Tensor | None = None,
         labels: Tensor | None = None,
         *others: object,
         return_statistics: bool = False,
@@ -242,7 +243,7 @@ class MarginSoftmaxLoss(nn.Module):
         """The loss of features (N, D) with labels (N,), with return_statistics also the Statistics of the rows, as in
         `margin_softmax_loss`. Whatever else a call has is a TypeError that says what to call.
         """
-        validation.check_call(labels, others, named)
+        validation.check_call(features, labels, others, named)
         table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
         inputs = Inputs(features, weight, labels, bias, parameters=parameters)
