@@ -763,7 +763,7 @@ def test_a_write_that_pytorch_does_not_count_is_noticed(write, shape):
 def test_a_table_that_no_head_has_any_more_is_not_stepped(change):
     """In silence torch.optim and ours would train a parameter that nothing reads."""
     head = CosFaceLoss(SIZE, NUM_CLASSES)
-    with pytest.raises(ValueError, match=r"torch.nn.utils.parametrize or prune makes a table: it needs another optimiser"):
+    with pytest.raises(ValueError, match=r"torch.nn.utils.parametrize or prune makes a table, .* needs another optimiser"):
         FusedSGD(change(copy.deepcopy(head), "weight").parameters(), lr=0.5)
     optimizer = FusedSGD(head.parameters(), lr=0.5)
     change(head, "weight")

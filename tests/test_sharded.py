@@ -240,7 +240,7 @@ def test_foreign_rows_of_no_class_are_nan(backend, device, monkeypatch):
     features, weight, _ = draw(device, torch.float32)
     labels = torch.tensor([FOREIGN, INVALID, IGNORED, 0, 1, 2, 3], device=device)
     arguments = 16.0, IGNORED, True, True, 1, torch.float32, 0, backend, FOREIGN, True, True, False
-    lse = negative_lse(features, weight, None, labels, None, *arguments)[0]
+    lse = negative_lse(features, weight, None, labels, None, None, *arguments)[0]
     assert lse.isnan().tolist() == [False, True, False, False, False, False, False]
 
 
@@ -248,4 +248,4 @@ def test_opcheck(device, small_slabs):
     features, weight, labels = draw(device, torch.float32)
     labels[:3] = FOREIGN
     arguments = 8.0, IGNORED, True, True, 1, torch.float32, 0, "auto", FOREIGN, True, True, True
-    library.opcheck(negative_lse, (features.requires_grad_(), weight.requires_grad_(), None, labels, None, *arguments))
+    library.opcheck(negative_lse, (features.requires_grad_(), weight.requires_grad_(), None, labels, None, None, *arguments))
