@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Required, Unpack
 
-from . import validation
+from . import positives, validation
 from .loss import Inputs, LossOptions, Statistics, differentiable_in_scale, loss_of_table, negatives
 from .margins import CosFace, Margin, NormSoftmax
 from .validation import Backend, MemoryBudget, Reduction
@@ -41,6 +41,7 @@ class MarginArguments(LossArguments, total=False):
     bias: Tensor | None
     normalize_features: bool | None
     centers_per_class: int
+    label_weights: Tensor | None
 
 
 @overload
@@ -218,6 +219,7 @@ def margin_softmax_loss(
     classes: Tensor | None = None,
     sample_correction: bool = False,
     return_statistics: bool = False,
+    label_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Softmax cross-entropy with any margin over any number of classes, without an N x C matrix.
 
@@ -245,6 +247,9 @@ def margin_softmax_loss(
         return_statistics: whether to return, beside the loss, what the same pass finds about each row: the `Statistics`, vectors
             (N,) without gradient, such as the training accuracy's. The loss keeps its bits (on a GPU: where
             triton_forms.json asks for no kernel that attends).
+        label_weights: (N, K), K from 1 to 32, any float dtype, for labels (N, K), -1 for none: several classes to a row, as mixup
+            and clusters have them. loss_n = Σ_k v_nk (log Z_n - s t_nk), Z_n the sum over the row's classes, with their margins,
+            and all others. A class that is named twice counts once, with the sum of its weights. None: labels (N,).
 
     Logits that are no cosines have no bound, so each row's largest one is found first: 2 N C D flops more.
 
@@ -262,4 +267,5 @@ def margin_softmax_loss(
         *(margin, scale, normalize_features, centers_per_class, reduction, sample_correction),
         *(ignore_index, memory_budget, backend, return_statistics),
     )
-    return loss_of_table(Inputs(features, weight, labels, bias, classes), options)
+    labels, label_weights = positives.merged(labels, label_weights, ignore_index, features)
+    return loss_of_table(Inputs(features, weight, labels, bias, classes, label_weights), options)

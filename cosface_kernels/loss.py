@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import margins, validation
+from . import margins, positives, validation
 from .margins import Margin
 from .ops import recording
 from .ops.batch_rows import reduced
@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     labels: torch.Tensor
     bias: torch.Tensor | None = None
     classes: torch.Tensor | None = None
+    label_weights: torch.Tensor | None = None  # (N, K), with labels (N, K) as positives.merged gives them
     parameters: tuple | None = None  # the nn.Parameters (weight, bias) that own these rows; None: the two above
 
 
@@ -136,6 +137,8 @@ class WholeTable:
 def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=False):  # noqa: B008 (it has no state)
     """`margin_softmax_loss`. state: a module's running statistics, brought up to date first when training."""
     options = options.checked(inputs.bias is not None)
+    if inputs.label_weights is not None:
+        return _loss_of_positives(inputs, options, shards, state or {}, training)
     found = negatives(inputs, options, shards.foreign_index)
     margin = _margin_of_rows(options.margin, *shards.classes(inputs, options))
     found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
@@ -148,7 +151,7 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
         with torch.no_grad():
             margin.update(norm, found.counted, state)
     state = {name: snapshot(value) for name, value in state.items()}
-    length, terms = math.prod(lengths) if lengths else None, margin.terms(norm, found.counted, state)
+    length, terms = math.prod(lengths) if lengths else None, _terms(margin, norm, found.counted, state)
     logit, scale = _target_logit(margin, found.product, length, terms), options.scale
     if isinstance(scale, torch.Tensor):
         logit, scale = scale * logit, 1.0
@@ -162,6 +165,42 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
     if not options.return_statistics:
         return losses
     return losses, _statistics(lse, found.product, shards.largest(found.largest), found.counted, options.scale, shards)
+
+
+def _loss_of_positives(inputs, options, shards, state, training):
+    """loss_of_table for labels (N, K): the margin on N K numbers, and positives.losses."""
+    _refuse_with_positives(options)
+    labels, weights = inputs.labels, inputs.label_weights
+    found = negatives(inputs, options)
+    lse = differentiable_in_scale(_corrected_for_sampling(found.lse, inputs, options, shards), options.scale, found.slope)
+    whole = options.margin
+    norm = _feature_norm(inputs.features, found) if whole.needs_norm else None
+    if training:
+        with torch.no_grad():
+            whole.update(norm, found.counted, state)
+    state = {name: snapshot(value) for name, value in state.items()}
+    width = labels.shape[1]
+    terms = (term.repeat_interleave(width) if term.dim() else term for term in _terms(whole, norm, found.counted, state))
+    lengths = [] if found.feature_length is None else [found.feature_length.repeat_interleave(width)]
+    lengths += [] if found.target_length is None else [found.target_length.flatten()]
+    margin = _margin_of_rows(whole, labels.flatten(), shards.classes(inputs, options)[1])
+    logits = _target_logit(margin, found.product.flatten(), math.prod(lengths) if lengths else None, (*terms,))
+    losses = positives.losses(lse, options.scale * logits.view(labels.shape), labels, weights, int(options.ignore_index))
+    penalty = whole.penalty(norm)
+    losses = losses if penalty is None else losses + torch.where(found.counted, penalty, 0.0)
+    return reduced(losses, found.counted, options.reduction)
+
+
+def _refuse_with_positives(options):
+    """Raise for what several classes to a row do not go with."""
+    if options.centers_per_class > 1:
+        raise ValueError(f"label_weights go with one centre to a class, got centers_per_class = {options.centers_per_class}")
+    if options.return_statistics:
+        raise ValueError(
+            "label_weights and return_statistics=True exclude each other: which class of a row should be the own one?"
+        )
+    if options.margin.needs_norm and any(each.dim() for each in margins.class_tensors(options.margin).values()):
+        raise ValueError(f"label_weights go with numbers by class of margins without norms, got {options.margin}")
 
 
 @torch.no_grad()
@@ -179,7 +218,7 @@ def negatives(inputs, options, foreign_index=None):
     """The Negatives of a batch."""
     features, weight, bias, classes = inputs.features, inputs.weight, inputs.bias, inputs.classes
     centers, margin = options.centers_per_class, options.margin
-    validation.check_tensors(features, weight, inputs.labels, bias, centers, classes)
+    validation.check_tensors(features, weight, inputs.labels, bias, centers, classes, inputs.label_weights is not None)
     options.check_values(features)
     scale = options.scale
     is_tensor = isinstance(scale, torch.Tensor)
@@ -206,6 +245,11 @@ def negatives(inputs, options, foreign_index=None):
         Needs(needs_slope, False, options.return_statistics),
     )
     product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
+    feature_length = None if options.normalize_features else vectors.feature_length
+    slope = (saved.unit * saved.pull).sum(1) if needs_slope else None
+    if labels.dim() == 2:
+        counted = (labels != ignore_index).any(1)
+        return Negatives(vectors.lse, product, target_length, feature_length, slope, saved.unit, counted, largest)
     if centers > 1:  # the gradient goes to the nearest centre alone
         nearest = product.argmax(1, keepdim=True)
         product = product.gather(1, nearest)
@@ -214,8 +258,8 @@ def negatives(inputs, options, foreign_index=None):
         lse=vectors.lse,
         product=product.squeeze(1),
         target_length=None if target_length is None else target_length.squeeze(1),
-        feature_length=None if options.normalize_features else vectors.feature_length,
-        slope=(saved.unit * saved.pull).sum(1) if needs_slope else None,
+        feature_length=feature_length,
+        slope=slope,
         unit=saved.unit,
         counted=labels != ignore_index,
         largest=largest,
@@ -269,12 +313,18 @@ def _margin_of_rows(margin, labels, num_classes):
     return margin
 
 
-def _target_logit(margin, product, length, terms):
-    """l ψ(product / l) (N,)."""
+def _terms(margin, norm, counted, state):
+    """The terms of ψ: a tuple of tensors (N,) or ()."""
+    terms = margin.terms(norm, counted, state)
     if not isinstance(terms, tuple):
         raise TypeError(f"terms of {type(margin).__name__} must return a tuple, got {type(terms).__name__}")
     for position, term in enumerate(terms):
-        _check_rows(f"terms[{position}]", margin, term, product.shape, torch.Size([]))
+        _check_rows(f"terms[{position}]", margin, term, counted.shape, torch.Size([]))
+    return terms
+
+
+def _target_logit(margin, product, length, terms):
+    """l ψ(product / l) (N,)."""
     logit = margin.target_logit(product, length, *terms)
     _check_rows("psi", margin, logit, product.shape)
     logit = logit.to(product.dtype)

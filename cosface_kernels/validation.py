@@ -28,9 +28,9 @@ PLAIN_TENSORS = {torch.Tensor, torch.nn.Parameter}
 PLAIN_OR_NONE = {*PLAIN_TENSORS, type(None)}
 
 
-def check_tensors(features, weight, labels, bias=None, centers_per_class=1, classes=None):
+def check_tensors(features, weight, labels, bias=None, centers_per_class=1, classes=None, several=False):
     """Check features (N, D), weight (C, D), bias (C,) of any float dtype, labels (N,), classes (M,) of any integer dtype, all on
-    one device."""
+    one device. several: labels are (N, K), and `check_positives` has checked them."""
     check_features(features, weight)
     check_size("centers_per_class", centers_per_class)
     if weight.shape[0] % centers_per_class:
@@ -40,16 +40,36 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1, clas
     if bias is not None:
         _check_bias(bias, weight)
     _check_integers("labels", "(N,)", labels)
-    if labels.dim() != 1 or labels.shape[0] != features.shape[0]:
+    if not several and (labels.dim() != 1 or labels.shape[0] != features.shape[0]):
+        hint = "; (N, K), several classes to a row, go with label_weights" if labels.dim() == 2 else ""
         raise ValueError(
             f"labels must have shape (N,) = ({features.shape[0]},), one class index for each row of features, "
-            f"got {tuple(labels.shape)}"
+            f"got {tuple(labels.shape)}{hint}"
         )
     if labels.device != features.device:
         raise ValueError(f"labels must be on the device of features ({features.device}), got {labels.device}")
     if classes is not None:
         _check_classes(classes, features)
     _check_one_kind(features=features, weight=weight, labels=labels, bias=bias, classes=classes)
+
+
+def check_positives(labels, weights, features, most):
+    """Check labels (N, K) of any integer dtype and their weights (N, K) of any float dtype."""
+    _check_dense("features", "(N, D)", features)
+    _check_integers("labels", "(N, K)", labels)
+    _check_dense("label_weights", "(N, K)", weights)
+    if weights.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"label_weights must be float16, bfloat16, float32 or float64, got {weights.dtype}")
+    num_rows = features.shape[0] if features.dim() else 0
+    if labels.dim() != 2 or labels.shape[0] != num_rows or not 1 <= labels.shape[1] <= most:
+        raise ValueError(
+            f"labels must have shape (N, K) with label_weights, N = {num_rows} and K from 1 to {most}, got {tuple(labels.shape)}"
+        )
+    if weights.shape != labels.shape:
+        raise ValueError(f"label_weights must have the shape of labels, {tuple(labels.shape)}, got {tuple(weights.shape)}")
+    for name, tensor in (("labels", labels), ("label_weights", weights)):
+        if tensor.device != features.device:
+            raise ValueError(f"{name} must be on the device of features ({features.device}), got {tensor.device}")
 
 
 def _check_dense(name, shape, tensor):

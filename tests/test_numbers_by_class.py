@@ -67,6 +67,17 @@ def test_each_row_has_the_numbers_of_its_class(name, device):
     assert_close(as_tensors, exact, 10 * torch.finfo(torch.float64).eps)
 
 
+def test_sampled_classes(device):
+    """Numbers are those of the whole table's classes."""
+    features, weight, labels = draw(device)
+    m, classes = spread(0.1, 0.5).to(device), torch.arange(0, NUM_CLASSES, 5, device=device)
+    labels = classes[labels % len(classes)]
+    options = {"classes": classes, "reduction": "none"}
+    ours = margin_softmax_loss(features, weight, labels, margin=margins.ArcFace(m), **options)
+    exact = [margin_softmax_loss(features, weight, labels, margin=margins.ArcFace(m[y].item()), **options) for y in labels]
+    assert_close(ours, torch.stack(exact).diagonal(), 100 * torch.finfo(torch.float64).eps)
+
+
 def test_accuracy(device):
     """The rule, in float32 and bfloat16, beside the N x C expression with each class's m."""
     m = spread(0.1, 0.9, 40)
@@ -247,6 +258,14 @@ def test_a_wrong_margin_and_then_a_right_one():
     assert torch.equal(head.margin.m, 2 * m) and head.batch_mean == 20
 
 
+@dataclass(frozen=True)
+class PerRow(margins.Margin):
+    m: torch.Tensor
+
+    def psi(self, cosine):
+        return cosine - self.m
+
+
 MOVING = {
     "CosFace's m": (lambda: CosFaceLoss(SIZE, NUM_CLASSES), "margin", [0.0, 0.1, 0.15, 0.2, 0.25], 2),
     "ArcFace's m": (
@@ -256,6 +275,12 @@ MOVING = {
         2,
     ),
     "the scale": (lambda: CosFaceLoss(SIZE, NUM_CLASSES), "scale", [20.0, 30.0, 35.0, 40.0, 45.0], 2),
+    "a number for each row": (
+        lambda: MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=margins.CosFace()),
+        "margin",
+        [PerRow(torch.linspace(0, end, 7)) for end in (0.1, 0.2, 0.3)],
+        1,
+    ),
     "numbers by class": (
         lambda: MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=margins.CosFace(spread(0, 0.1))),
         "margin",

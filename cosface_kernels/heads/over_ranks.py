@@ -294,6 +294,8 @@ def _labels_here(labels, ignore_index, num_classes, first, count):
 def _check(head, table, inputs, options):
     """Check everything that can be wrong on one rank alone, before ranks wait for each other."""
     features, weight, labels = inputs.features, inputs.weight, inputs.labels
+    if inputs.label_weights is not None:
+        raise NotImplementedError("label_weights do not go with a table over several ranks: there a row has one class")
     wants_sparse = head._samples() and torch.is_grad_enabled() and table[0].requires_grad
     if dtensors.is_sharded(table[0]) and wants_sparse and recording.pending(table[0]) is None:
         raise RuntimeError(

@@ -50,7 +50,8 @@ class Whole:
         if inputs.parameters is not None:
             data_parallel.check_fused()
         if head._samples():
-            validation.check_tensors(inputs.features, inputs.weight, inputs.labels, inputs.bias, head.centers_per_class)
+            several, centers = inputs.label_weights is not None, head.centers_per_class
+            validation.check_tensors(inputs.features, inputs.weight, inputs.labels, inputs.bias, centers, several=several)
             classes = head._classes(inputs.labels, head.ignore_index, head.num_classes, head.sample_seed)
             weight, bias = map(data_parallel.with_dense_gradient, (inputs.weight, inputs.bias))
             inputs = inputs._replace(classes=classes, weight=weight, bias=bias)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from .. import margins, theory, validation
+from .. import margins, positives, theory, validation
 from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..sampling import classes_of_step
@@ -67,7 +67,9 @@ class MarginSoftmaxLoss(nn.Module):
     if TYPE_CHECKING:
 
         @overload
-        def __call__(self, features: Tensor, labels: Tensor, *, return_statistics: Literal[False] = ...) -> Tensor: ...
+        def __call__(
+            self, features: Tensor, labels: Tensor, *, return_statistics: Literal[False] = ..., label_weights: Tensor | None = ...
+        ) -> Tensor: ...
         @overload
         def __call__(
             self, features: Tensor, labels: Tensor, *, return_statistics: Literal[True]
@@ -238,15 +240,17 @@ class MarginSoftmaxLoss(nn.Module):
         labels: Tensor | None = None,
         *others: object,
         return_statistics: bool = False,
+        label_weights: Tensor | None = None,
         **named: object,
     ) -> Tensor | tuple[Tensor, Statistics]:
-        """The loss of features (N, D) with labels (N,), with return_statistics also the Statistics of the rows, as in
-        `margin_softmax_loss`. Whatever else a call has is a TypeError that says what to call.
+        """The loss of features (N, D) with labels (N,), or (N, K) with label_weights (N, K); with return_statistics also the
+        Statistics of the rows; all as in `margin_softmax_loss`. Whatever else a call has is a TypeError that says what to call.
         """
         validation.check_call(features, labels, others, named)
         table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
-        inputs = Inputs(features, weight, labels, bias, parameters=parameters)
+        labels, label_weights = positives.merged(labels, label_weights, self.ignore_index, features)
+        inputs = Inputs(features, weight, labels, bias, label_weights=label_weights, parameters=parameters)
         inputs, options, shards = self.placement.batch(self, table, inputs, options)
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
         if inputs.classes is not None:
@@ -337,7 +341,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _classes(self, labels, ignore_index, num_classes, seed):
         """The classes of this step."""
-        return classes_of_step(labels, ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
+        return classes_of_step(labels.flatten(), ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
 
     def _loss_options(self):
         """The LossOptions of the head's present attributes."""

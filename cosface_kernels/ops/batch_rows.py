@@ -22,7 +22,7 @@ from .normalize import direction, project, unit_rows
 class Entered(NamedTuple):
     """A batch as the slab loop reads it. All but the targets have the dtype of sums, and D + 1 columns with a bias."""
 
-    targets: torch.Tensor  # (N,) the position of the first of the class's K rows; -1 for none
+    targets: torch.Tensor  # (N,) the position of the first of the class's K rows, or (N, K) those of K classes; -1 for none
     unit: torch.Tensor  # x̃ (N, D)
     inverse_norm: torch.Tensor  # 1 / ‖x‖ (N,), or (0,) where features are not normalised
     target_unit: torch.Tensor  # w̃_{y_n} (N, K, D)
@@ -32,7 +32,7 @@ class Entered(NamedTuple):
 class SlabFactors(NamedTuple):
     """The factors of every slab of dW, beside E."""
 
-    targets: torch.Tensor  # (N,)
+    targets: torch.Tensor  # (N,) or (N, K)
     row_scale: torch.Tensor  # (N,)
     unscale: torch.Tensor  # (0-dim)
     target_rows: torch.Tensor  # (N K,) ascending, R for none; of equal ones the first one's sum counts, the others' are zero
@@ -47,19 +47,30 @@ def enter(x, table, labels, options, wide):
     or whose class takes no part, is set to NaN, which shows in all that depends on it.
     """
     targets = _targets(labels, table, options.ignore_index)
-    rows = torch.where((labels == options.ignore_index)[:, None], 0.0, x).to(wide).contiguous()
+    rows = torch.where(ignored(labels, options.ignore_index)[:, None], 0.0, x).to(wide).contiguous()
     unit, inverse_norm = unit_rows(rows) if options.normalize_features else (rows, rows.new_empty(0, 1))
     if table.bias is not None:
         unit = torch.cat([unit, unit.new_ones(len(unit), 1)], 1)
     lost = (targets < 0) & needs_target(labels, options.ignore_index, options.foreign_index)
-    unit = torch.where(lost[:, None], torch.nan, unit)
-    target_unit, _ = table.unit(table.gathered(_rows_of(targets.clamp(min=0), table.centers).flatten(), wide))
-    target_unit = torch.where((targets < 0)[:, None, None], 0.0, target_unit.unflatten(0, (-1, table.centers)))
+    unit = torch.where(_of_rows(lost).any(1, keepdim=True), torch.nan, unit)
+    target_rows = _rows_of(targets.clamp(min=0), table.centers)
+    target_unit, _ = table.unit(table.gathered(target_rows.flatten(), wide))
+    target_unit = torch.where((_of_rows(targets) < 0)[:, :, None], 0.0, target_unit.view(*target_rows.shape, -1))
     return Entered(targets, unit, inverse_norm[:, 0], target_unit, (unit[:, None] * target_unit).sum(2))
 
 
+def ignored(labels, ignore_index):
+    """Bool (N,): True for rows without any class."""
+    return (_of_rows(labels) == ignore_index).all(1)
+
+
+def _of_rows(values):
+    """(N,) as (N, 1), (N, K) as it is."""
+    return values.unsqueeze(1) if values.dim() == 1 else values
+
+
 def needs_target(labels, ignore_index, foreign_index):
-    """Bool (N,): True for rows that must have a target here, neither ignored nor of a class that another rank holds."""
+    """Bool, as labels: True where there must be a target here, neither no class nor one that another rank holds."""
     needed = labels != ignore_index
     return needed if foreign_index is None else needed & (labels != foreign_index)
 
@@ -82,9 +93,9 @@ def slab_factors(factors, table, options):
     targets = _targets(factors.labels, table, options.ignore_index)
     power = _power_of_two(factors.lse_grad)
     # An ignored row's 0 over a total that a class of NaN made NaN would reach every row of the table.
-    left_out = (total == 0) | (factors.labels == options.ignore_index)
+    left_out = (total == 0) | ignored(factors.labels, options.ignore_index)
     row_scale = torch.where(left_out, 0.0, factors.lse_grad * power / total)
-    rows = torch.where((targets < 0)[:, None], -1, _rows_of(targets, table.centers)).flatten()
+    rows = torch.where(_of_rows(targets) < 0, -1, _rows_of(targets, table.centers)).flatten()
     unit_grad = factors.product_grad[:, :, None] * unit[:, None]
     if not table.normalize:
         target_rows = table.gathered(rows.clamp(min=0), unit.dtype).view(unit_grad.shape)
@@ -112,12 +123,14 @@ def reduced(values, counted, reduction):
 
 
 def _targets(labels, table, ignore_index):
-    """(N,) the position of the class's first row; -1 for a label outside [0, C), or of a class that takes no part."""
+    """As labels: the position of the class's first row; -1 for a label outside [0, C), or of a class that takes no part."""
     return torch.where(labels == ignore_index, -1, table.positions(labels))
 
 
 def _rows_of(targets, centers):
-    """The positions (N, K) of the rows that make up each target's class (N,)."""
+    """The positions (N, K) of the rows that make up each target's class (N,); of K targets to a row they are those."""
+    if targets.dim() == 2:
+        return targets
     return targets[:, None] + torch.arange(centers, dtype=torch.int64, device=targets.device)
 
 

@@ -12,7 +12,7 @@ class Problem(NamedTuple):
     x: Tensor  # (N, D), any float dtype and norms
     weight: Tensor  # (C K, D)
     bias: Tensor | None  # (C K,)
-    labels: Tensor  # (N,) int64
+    labels: Tensor  # (N,) int64, or (N, K) of several classes to a row, each once; then K stands for their number below
     index: Tensor | None  # (M,) int64, the rows of the table that take part, ascending and all of a class; None: all
     own_scale: Tensor | None = None  # () float64 on the CPU, in place of Options.scale: torch.compile knows no number of a tensor
 
@@ -21,7 +21,7 @@ class Options(NamedTuple):
     """Scalar options of a call."""
 
     scale: float
-    ignore_index: int  # label of ignored rows: taken as zero, whatever they hold, and without a target
+    ignore_index: int  # label of no class; rows without any are ignored: taken as zero, whatever they hold, without a target
     normalize_features: bool
     normalize_weight: bool
     centers: int
@@ -94,7 +94,7 @@ class TableFactors(NamedTuple):
     """The factors of dW, beside the table: O(N D) numbers."""
 
     unit: Tensor  # x̃ (N, D), D + 1 with a bias
-    labels: Tensor  # (N,)
+    labels: Tensor  # (N,) or (N, K)
     shift: Tensor  # (N,)
     total: Tensor  # (N,)
     lse_grad: Tensor  # (N,)

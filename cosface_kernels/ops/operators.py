@@ -70,11 +70,11 @@ def _negative_lse(problem, options, needs):
     plan = make_plan(x, table, options, keep=needs.need_table_grad)
     backend = backends.choose(options.backend, x.device, options.dtype)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
-        entered = _row_functions(backend, table, options).enter(x, table, problem.labels, options, plan.wide)
+        entered = _row_functions(backend, table, options, problem.labels).enter(x, table, problem.labels, options, plan.wide)
         wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest}
         sums = backend.forward(entered.unit, table, entered.targets, plan, **wanted)
         product = entered.product
-        target_length = product.new_empty(0, options.centers) if options.normalize_weight else entered.target_unit.norm(dim=2)
+        target_length = product.new_empty(0, product.shape[1]) if options.normalize_weight else entered.target_unit.norm(dim=2)
         feature_length = product.new_empty(0) if options.normalize_features else entered.unit.norm(dim=1)
     saved = Saved(entered.unit, entered.target_unit, entered.inverse_norm, sums.pull, sums.shift, sums.total, sums.kept)
     largest = sums.largest or Largest(product.new_empty(0), problem.labels.new_empty(0))
@@ -96,9 +96,11 @@ def _table(problem, options):
     return Table(problem.weight, problem.bias, options.normalize_weight, options.centers, problem.index)
 
 
-def _row_functions(backend, table, options):
-    """The backend's own row functions, for cosines over a whole table with one row to a class; else the module batch_rows."""
-    plain = options.cosines and table.centers == 1 and table.index is None
+def _row_functions(backend, table, options, labels):
+    """The backend's own row functions, for cosines over a whole table with one row to a class, and one class to a row; else the
+    module batch_rows.
+    """
+    plain = options.cosines and table.centers == 1 and table.index is None and labels.dim() == 1
     return backend.row_functions if plain else batch_rows
 
 
@@ -108,7 +110,8 @@ _NEGATIVE_LSE = _register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _
 
 @_register_fake("negative_lse", _FORWARD_TAKES)
 def _(problem, options, needs):
-    x, centers, wide = problem.x, options.centers, wide_dtype(options.dtype)
+    x, wide = problem.x, wide_dtype(options.dtype)
+    targets = options.centers if problem.labels.dim() == 1 else problem.labels.shape[1]
     num_rows, size = x.shape[0], x.shape[1] + int(problem.bias is not None)  # sympy adds no bool
     elements = 0
     if needs.need_table_grad:
@@ -116,13 +119,13 @@ def _(problem, options, needs):
         _, elements = kept_size(x, table, options.dtype, options.memory_budget, slab_rows(x, table, options.dtype))
     vectors = Vectors(
         lse=x.new_empty(num_rows, dtype=wide),
-        product=x.new_empty(num_rows, centers, dtype=wide),
-        target_length=x.new_empty(0 if options.normalize_weight else num_rows, centers, dtype=wide),
+        product=x.new_empty(num_rows, targets, dtype=wide),
+        target_length=x.new_empty(0 if options.normalize_weight else num_rows, targets, dtype=wide),
         feature_length=x.new_empty(0 if options.normalize_features else num_rows, dtype=wide),
     )
     saved = Saved(
         unit=x.new_empty(num_rows, size, dtype=wide),
-        target_unit=x.new_empty(num_rows, centers, size, dtype=wide),
+        target_unit=x.new_empty(num_rows, targets, size, dtype=wide),
         inverse_norm=x.new_empty(num_rows if options.normalize_features else 0, dtype=wide),
         pull=x.new_empty(num_rows if needs.need_x_grad else 0, size, dtype=wide),
         shift=x.new_empty(num_rows, dtype=wide),
@@ -140,10 +143,10 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
     x_grad, weight_grad, bias_grad = x.new_empty(0), problem.weight.new_empty(0), problem.weight.new_empty(0)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         if needs.need_x_grad:
-            functions = _row_functions(backends.choose(options.backend, x.device, options.dtype), table, options)
+            functions = _row_functions(backends.choose(options.backend, x.device, options.dtype), table, options, problem.labels)
             x_grad = functions.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
             if not options.normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
-                x_grad = torch.where((problem.labels == options.ignore_index)[:, None], 0.0, x_grad)
+                x_grad = torch.where(batch_rows.ignored(problem.labels, options.ignore_index)[:, None], 0.0, x_grad)
         if needs.need_table_grad:
             gradient = TableGradient.of(table)
             write_table_gradient(gradient, table, TableFactors.of(problem.labels, saved, grads), options)
@@ -157,7 +160,7 @@ def write_table_gradient(sink, table, factors, options):
     backend = backends.choose(options.backend, unit.device, options.dtype)
     plan = make_plan(unit, table, options, keep=True)
     with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
-        slab_factors = _row_functions(backend, table, options).slab_factors(factors, table, options)
+        slab_factors = _row_functions(backend, table, options, factors.labels).slab_factors(factors, table, options)
         backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink)
 
 
@@ -354,10 +357,17 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
             return
     outside = ((labels < 0) | (labels >= num_classes)) & batch_rows.needs_target(labels, ignore_index, foreign_index)
     if outside.any():
-        row = int(outside.nonzero()[0])
+        row, place = _first(outside)
         raise IndexError(
-            f"labels[{row}] is {int(labels[row])}, but a label must be in [0, {num_classes}) or be ignore_index = {ignore_index}"
+            f"labels[{place}] is {int(labels[row])}, but a label must be in [0, {num_classes}) or be ignore_index = "
+            f"{ignore_index}"
         )
+
+
+def _first(flags):
+    """(index, its text) of the first flag that is set."""
+    index = tuple(flags.nonzero()[0].tolist())
+    return index, ", ".join(map(str, index))
 
 
 def _check_sampled(labels, table, options):
@@ -366,9 +376,9 @@ def _check_sampled(labels, table, options):
         return
     missing = (table.positions(labels) < 0) & batch_rows.needs_target(labels, options.ignore_index, options.foreign_index)
     if missing.any():
-        row = int(missing.nonzero()[0])
+        row, place = _first(missing)
         label = int(labels[row])
-        raise IndexError(f"labels[{row}] is {label}, but classes must hold the class of every row, and {label} is not in it")
+        raise IndexError(f"labels[{place}] is {label}, but classes must hold the class of every row, and {label} is not in it")
 
 
 def _check_index(table):

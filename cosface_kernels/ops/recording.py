@@ -10,6 +10,7 @@ import weakref
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..distributed import dtensors
 from . import operators
@@ -372,9 +373,24 @@ def _write(table, records, sink):
     """Write the gradient of records with equal options and rows into a Sink."""
     options = records[0].options
     table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
-    columns = zip(*(record.factors for record in records), strict=True)
+    columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
     # No copy for a single record: `kept` may be large.
     factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
     if not len(factors.kept):
         options = options._replace(memory_budget=0)
     write_table_gradient(sink, table, factors, options)
+
+
+def _of_one_width(batches, ignore_index):
+    """TableFactors whose labels are all (N,), or else all (N, K) of one K."""
+    if all(factors.labels.dim() == 1 for factors in batches):
+        return batches
+    width = max(factors.product_grad.shape[1] for factors in batches)
+
+    def widened(factors):
+        labels = factors.labels if factors.labels.dim() == 2 else factors.labels[:, None]
+        missing = (0, width - labels.shape[1])
+        gradients = {name: F.pad(getattr(factors, name), missing) for name in ("product_grad", "length_grad")}
+        return factors._replace(labels=F.pad(labels, missing, value=ignore_index), **gradients)
+
+    return [widened(factors) for factors in batches]

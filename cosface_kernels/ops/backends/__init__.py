@@ -4,7 +4,8 @@
     backward(x, table, factors, shift, kept, plan, sink) -> None
 
 x (N, D): the factor of the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
-targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none.
+targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none. Or (N, K): K such rows,
+anywhere; then table.centers is 1, and need_largest False.
 factors: a batch_rows.SlabFactors.
 E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the largest of each other class's rows:
 

@@ -10,7 +10,7 @@ import torch
 from .. import batch_rows, page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, cpu_library
+from . import Sums, centers, cpu_library, several
 
 row_functions = batch_rows
 SUM_CLASSES = cpu_library.constant("sum_classes")
@@ -70,8 +70,10 @@ class _Slab:
 
     def __init__(self, x, table, targets, plan):
         self.kernels = cpu_library.kernels(plan.dtype)
-        self.table, self.targets, self.plan = table, targets, plan
+        self.table, self.targets, self.plan, self.several = table, targets, plan, None
         self.num_rows, self.size = x.shape
+        if targets.dim() == 2:
+            self.several, self.targets = targets, torch.full((self.num_rows,), -1, dtype=torch.int64, device="cpu")
         self.x_panels = self.panels(self.size, self.num_rows)
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
         self.unit = self.empty(plan.slab, self.size, dtype=self.kernels.operand)
@@ -108,8 +110,8 @@ class _Slab:
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
-        if self.table.centers > 1:
-            return self._nearest(start, stop, shift, e, panels)
+        if self.table.centers > 1 or self.several is not None:
+            return self._from_exponents(start, stop, shift, e, panels)
         self.kernels.exponentials(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
             *(self.plan.log2_scale, e, panels, self.partial, self._values, self._places),
@@ -125,18 +127,23 @@ class _Slab:
             self.largest = Largest.of_parts(torch.cat([*before[:1], values]), torch.cat([*before[1:], places]))
         return self.partial[:pieces]
 
-    def _nearest(self, start, stop, shift, e, panels):
-        """The same for each class's nearest centre alone, from all exponents in float32."""
-        if self._exponents is None:
-            self._exponents = self.empty(self.plan.slab, self.num_rows)
-        self.maxima(start, stop, self._exponents)
-        exact = centers.exponentials(self._exponents[: stop - start], shift, self.table.centers, 0)
+    def _from_exponents(self, start, stop, shift, e, panels):
+        """The same from all exponents in float32: for each class's nearest centre alone, and without several targets."""
+        exact = centers.exponentials(self.exponents(start, stop), shift, self.table.centers, 0)
         low = exact.to(self.plan.dtype)
         if e is not None:
             e[: stop - start] = low
         if panels is not None:
             self.kernels.column_panels(low, stop - start, self.num_rows, panels)
         return exact
+
+    def exponents(self, start, stop):
+        """All exponents (B, N) in float32, -inf at targets."""
+        if self._exponents is None:
+            self._exponents = self.empty(self.plan.slab, self.num_rows)
+        self.maxima(start, stop, self._exponents)
+        exponents = self._exponents[: stop - start]
+        return exponents if self.several is None else several.leave_out(exponents, self.several, start, 0)
 
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
@@ -154,7 +161,8 @@ def _shift(slab, plan, num_rows):
     largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
     for _, start, stop in plan.slabs(slab.table):
         slab.normalize(start, stop, None)
-        largest = torch.maximum(largest, slab.maxima(start, stop).amax(0))
+        maxima = slab.maxima(start, stop) if slab.several is None else slab.exponents(start, stop)
+        largest = torch.maximum(largest, maxima.amax(0))
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
+from . import Sums, centers, several, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -48,7 +48,7 @@ def pull_parts(num_rows, size, width):
 
 def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     num_rows, size = x.shape
-    attends = need_pull and not need_largest
+    attends = need_pull and not need_largest and targets.dim() == 1
     attend = triton_attend.constants("attend_features", x, table, plan) if attends else None
     slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
@@ -98,7 +98,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
 
 def backward(x, table, factors, shift, kept, plan, sink):
     num_rows, size = x.shape
-    attend = triton_attend.constants("attend_table", x, table, plan)
+    attend = triton_attend.constants("attend_table", x, table, plan) if factors.targets.dim() == 1 else None
     gluon = attend is not None and attend.get("GLUON", False)
     if attend and not gluon:
         triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
@@ -153,10 +153,14 @@ class _Slab:
     """The buffers that every slab reuses, and the kernels that fill them, with the launch arguments of all slabs."""
 
     def __init__(self, low, table, targets, plan):
-        self.low, self.table, self.targets, self.plan = low, table, targets, plan
+        self.low, self.table, self.targets, self.plan, self.several = low, table, targets, plan, None
+        if targets.dim() == 2:
+            self.several = targets
+            self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
         capability = triton_kernels.capability(low.device)
-        self.config = tiles(*low.shape, plan.dtype, capability, table.centers)
-        if table.centers == 1:
+        self.writes_exponents = table.centers > 1 or self.several is not None
+        self.config = tiles(*low.shape, plan.dtype, capability, 1 + self.writes_exponents)
+        if not self.writes_exponents:
             size = table.weight.shape[1]
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
         self._descriptors = self.config.pop("DESCRIPTORS", False)
@@ -207,8 +211,8 @@ class _Slab:
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Add row sums of E to `partial`; write E into `store` (N, width) if given, zero past `stop`."""
-        if self.table.centers > 1:
-            self._nearest(unit, start, stop, shift, partial, store)
+        if self.writes_exponents:
+            self._from_exponents(unit, start, stop, shift, partial, store)
         elif store is None:
             self._launch(triton_exponentials.exponential_sums, unit, start, stop, shift, partial, *self.largest)
         else:
@@ -224,12 +228,17 @@ class _Slab:
         triton_attend.hopper().table(unit, self.low, self.targets, row_scale, out, start, plan.log2_scale, plan.shift)
         return out
 
-    def _nearest(self, unit, start, stop, shift, partial, store):
-        """The same for each class's nearest centre alone, from all exponents in float32."""
+    def exponents(self, unit, start, stop):
+        """All exponents (N, B) in float32, -inf at targets."""
         out = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
         epilogue = *self.largest, out, unit.shape[0]
         self._launch(triton_exponentials.exponents, unit, start, stop, *epilogue, CENTERS=self.table.centers)
-        e = centers.exponentials(out[:, : stop - start], shift, self.table.centers, 1)
+        out = out[:, : stop - start]
+        return out if self.several is None else several.leave_out(out, self.several, start, 1)
+
+    def _from_exponents(self, unit, start, stop, shift, partial, store):
+        """The same from all exponents in float32: for each class's nearest centre alone, and without several targets."""
+        e = centers.exponentials(self.exponents(unit, start, stop), shift, self.table.centers, 1)
         if start == 0:
             partial.zero_()
         partial[0] += e.sum(1, dtype=torch.float64)
@@ -239,6 +248,11 @@ class _Slab:
 
     def maxima(self, unit, start, stop, partial):
         """Write row maxima of the exponents into `partial`."""
+        if self.several is not None:
+            largest = self.exponents(unit, start, stop).amax(1)
+            partial[0] = largest if start == 0 else torch.maximum(partial[0], largest)
+            partial[1:] = -torch.inf
+            return
         self._launch(triton_exponentials.maxima, unit, start, stop, partial, CENTERS=self.table.centers)
 
     def _source(self, matrix, rows, columns):
