@@ -1,5 +1,6 @@
 """Do the examples of docs/migrate.md run, and does a head with a loss of pairs or triplets beside it learn?"""
 
+import copy
 import re
 import sys
 from pathlib import Path
@@ -18,11 +19,12 @@ from pytorch_metric_learning.samplers import MPerClassSampler
 from sklearn.datasets import load_digits
 from test_compat_insightface import CombinedToday
 
-from cosface_kernels import CosFaceLoss
+from cosface_kernels import CosFaceLoss, FusedSGD
+from cosface_kernels.compat import insightface
 from cosface_kernels.compat import pytorch_metric_learning as compat
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "migrate.md").read_text()
-METRIC_LEARNING, INSIGHTFACE, _, BESIDE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
+METRIC_LEARNING, INSIGHTFACE, ONE_OPTIMIZER, TWO_OPTIMIZERS, _, BESIDE = re.findall(r"```python\n(.*?)```", DOCUMENT, re.S)
 
 
 def execute(example):
@@ -45,6 +47,38 @@ def test_from_insightface(monkeypatch):
     monkeypatch.setitem(sys.modules, "losses", SimpleNamespace(CombinedMarginLoss=CombinedToday))
     head = execute(INSIGHTFACE)["head"]
     assert (head.margin.m, head.margin.gradient, head.ignore_index) == (0.5, "exact", -1)
+
+
+def test_moving_to_a_fused_optimiser():
+    """The step after it is that of the one optimiser."""
+    torch.manual_seed(0)
+    names = {}
+    exec(ONE_OPTIMIZER, names)
+    plain = copy.deepcopy({name: names[name] for name in ("backbone", "head", "optimizer")})
+    exec(TWO_OPTIMIZERS.replace(", max_row_norm=100.0", ""), names)
+    plain["head"](plain["backbone"](names["images"]), names["labels"]).backward()
+    torch.nn.utils.clip_grad_norm_(plain["backbone"].parameters(), 5.0)
+    plain["optimizer"].step()
+    assert names["fused"].state[names["head"].weight]["momentum_buffer"].any()
+    for name in ("backbone", "head"):
+        torch.testing.assert_close(names[name].weight, plain[name].weight, rtol=1e-5, atol=1e-6)
+    assert "max_row_norm=100.0" in TWO_OPTIMIZERS
+    names["fused"].load_state_dict(names["split_optimizer_state"](names["state_optimizer"])[1])
+    (group,) = names["fused"].param_groups
+    assert group["lr"] == 0.1 and group["max_row_norm"] is None
+
+
+@pytest.mark.parametrize("wrong, kind", [([], TypeError), ({"state": {}}, ValueError)])
+def test_state_that_is_none_is_not_split(wrong, kind):
+    with pytest.raises(kind, match=r"state_dict must be that of a torch\.optim\.Optimizer"):
+        insightface.split_optimizer_state(wrong)
+
+
+@pytest.mark.parametrize("kind", [compat.CosFaceLoss, compat.SubCenterArcFaceLoss])
+def test_a_fused_optimiser_says_which_head_to_use(kind):
+    loss = kind(num_classes=5, embedding_size=8)
+    with pytest.raises(ValueError, match=rf"W \(8, \d+\) of {kind.__name__} has a column: take MarginSoftmaxLoss"):
+        FusedSGD(loss.parameters(), lr=0.1)
 
 
 def test_beside_other_losses():

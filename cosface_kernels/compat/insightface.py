@@ -19,7 +19,7 @@ from .insightface_margins import translate
 if TYPE_CHECKING:
     from .partial_fc import PartialFC_V2
 
-__all__ = ["PartialFC_V2", "head", "translate"]
+__all__ = ["PartialFC_V2", "head", "split_optimizer_state", "translate"]
 
 
 def head(
@@ -44,6 +44,30 @@ def head(
     """
     margin, scale = translate(margin_loss)
     return MarginSoftmaxLoss(embedding_size, num_classes, margin=margin, scale=scale, ignore_index=ignore_index, **options)
+
+
+def split_optimizer_state(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The state_dict of one optimiser as one for each of its parameter groups, for optimisers with a group each.
+
+        state = torch.load("checkpoint_gpu_0.pt")["state_optimizer"]         # torch.optim.SGD over backbone and PartialFC_V2
+        for optimizer, part in zip((sgd, fused_sgd), split_optimizer_state(state), strict=True):
+            optimizer.load_state_dict(part)
+
+    Tensors are shared, not copied. A tensor for each row of the table is as the rank has it.
+
+    Raises:
+        TypeError, ValueError: no state_dict of a torch.optim.Optimizer, or one that lacks a part.
+    """
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be that of a torch.optim.Optimizer, got {type(state_dict).__name__}")
+    if missing := {"state", "param_groups"} - state_dict.keys():
+        raise ValueError(f"state_dict must be that of a torch.optim.Optimizer, got one without {sorted(missing)}")
+    parts = []
+    for group in state_dict["param_groups"]:
+        numbers = {old: new for new, old in enumerate(group["params"])}
+        state = {numbers[old]: value for old, value in state_dict["state"].items() if old in numbers}
+        parts.append({**state_dict, "state": state, "param_groups": [{**group, "params": [*numbers.values()]}]})
+    return parts
 
 
 def __getattr__(name):

@@ -59,6 +59,7 @@ class _RowLosses:
                     "as one of cosface_kernels.margins for MarginSoftmaxLoss, or subclass pytorch_metric_learning.losses"
                 )
         super().__init__(*args, **kwargs)
+        self.W.table_of_columns = type(self).__name__  # a fused optimiser names it in its error
         distance = self.distance
         if type(distance) not in (CosineSimilarity, DotProductSimilarity) or (distance.p, distance.power) != (2, 1):
             raise ValueError(

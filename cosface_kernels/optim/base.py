@@ -204,6 +204,12 @@ class Fused(torch.optim.Optimizer):
         tables = []
         for parameter in params:
             head = recording.head_of(parameter)
+            if hasattr(parameter, "table_of_columns"):
+                raise ValueError(
+                    f"{type(self).__name__} trains tables with a row for each class, and the W {tuple(parameter.shape)} of "
+                    f"{parameter.table_of_columns} has a column: take MarginSoftmaxLoss(embedding_size, num_classes, "
+                    "margin=...), whose weight is W.T; or another optimiser"
+                )
             if head is None:
                 raise ValueError(
                     f"{type(self).__name__} trains class tables alone, the parameters of CosFaceLoss, MarginSoftmaxLoss and the "
