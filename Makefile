@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-all test-sanitize test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
+.PHONY: help demo test test-slow test-all test-sanitize test-aarch64 test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-all | test-sanitize | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-all | test-sanitize | test-aarch64 | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -33,6 +33,16 @@ test-sanitize: $(READY)
 	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/ops/backends/libcosface_cpu.so ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" $(BIN)/python -m pytest -n 2 \
 		tests/test_native.py tests/test_backends.py tests/test_forms.py tests/test_defaults.py -k "(native or cpu-cpu) and not triton and not attend"
+
+# The native kernels for ARM, cross-compiled and compared with the same in double under emulation. Debian has what it needs in
+# g++-aarch64-linux-gnu and qemu-user.
+AARCH64 := build/aarch64
+test-aarch64: $(READY)
+	COSFACE_MACHINE=aarch64 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ LDCXXSHARED="aarch64-linux-gnu-g++ -shared" \
+		$(BIN)/python setup.py -q build_ext --build-lib $(AARCH64) --build-temp $(AARCH64)
+	aarch64-linux-gnu-g++ -std=c++17 -O1 -Wno-psabi -fopenmp tests/aarch64/compare.cpp -o $(AARCH64)/compare -ldl
+	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu $(AARCH64)/compare \
+		$(AARCH64)/cosface_kernels/ops/backends/libcosface_cpu.so portable neon neonbf16
 
 # What only the CUDA builds of PyTorch and Triton show, in the versions of the GPU machine: 700 MB to download once, no GPU.
 GPU := build/gpu

@@ -24,14 +24,18 @@ FLAGS = [
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 ]
+MACHINE = os.environ.get("COSFACE_MACHINE") or platform.machine()  # another one for a cross compiler: make test-aarch64
 # One binary for every processor: the source is compiled once for each set, and cpu_library.py picks one when it is loaded.
 INSTRUCTION_SETS = {"portable": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if MACHINE in ("x86_64", "AMD64"):
     # An MMX instruction, which the compiler may pick for 64-bit vectors, leaves the x87 unit that fmod uses in PyTorch unusable.
     FLAGS.append("-mno-mmx")
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+elif MACHINE == "aarch64":
+    INSTRUCTION_SETS["neon"] = ["-DCOSFACE_NEON"]
+    INSTRUCTION_SETS["neonbf16"] = ["-march=armv8.2-a+bf16", "-DCOSFACE_NEON"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"] if os.environ.get("COSFACE_SANITIZE") else []
 
 

@@ -20,6 +20,9 @@
 
 #include <math.h>
 #include <omp.h>
+#ifdef __ARM_FEATURE_BF16_VECTOR_ARITHMETIC
+#include <sys/auxv.h>
+#endif
 
 #include "kernels.h"
 #include "product.h"
@@ -378,6 +381,8 @@ EXPORT(int, supported)() {
     return avx512;
 #elif defined(__AVX2__)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+    return (getauxval(AT_HWCAP2) & HWCAP2_BF16) != 0;
 #else
     return 1;
 #endif

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int TILE = LANES == 16 ? 8 : 6;  // rows of a register tile: its sums and operands fill the registers
-constexpr int VECTORS = 2;                 // vectors in each of its rows
+constexpr int VECTORS = HAS_NEON ? 4 : 2;  // vectors in each of its rows
 constexpr int PANEL = VECTORS * LANES;
 constexpr int WIDEST_PANEL = 32;           // of all instruction sets: callers leave room for it
 constexpr int64_t SUM_WORDS = 128;         // products added one after another in float32

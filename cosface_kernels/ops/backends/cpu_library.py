@@ -13,7 +13,7 @@ from ..slabs import ceil_div
 # COSFACE_CPU_LIBRARY names a library built elsewhere or with other flags (make test-sanitize).
 LIBRARY = Path(os.environ.get("COSFACE_CPU_LIBRARY") or Path(__file__).with_name("libcosface_cpu.so"))
 # Instruction sets that the library may have been compiled for, best first.
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "portable")
+INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
