@@ -79,6 +79,15 @@ def test_in_float64(name, memory_budget, device):
     assert results[0][0][1] == 0 and not results[0][1][1].any()
 
 
+def test_no_rows_at_all_and_none_that_counts():
+    weight = torch.randn(5, 3, requires_grad=True)
+    for num_rows in (0, 4):
+        features, labels = torch.randn(num_rows, 3), torch.full((num_rows, 2), -1)
+        weights = torch.ones(num_rows, 2)
+        loss = margin_softmax_loss(features, weight, labels, margin=margins.CosFace(), label_weights=weights)
+        assert loss == 0 and not torch.autograd.grad(loss, weight)[0].any()
+
+
 def test_one_class_with_weight_one_is_an_ordinary_label(device):
     features, weight, labels = draw(device)
     labels[3] = -100

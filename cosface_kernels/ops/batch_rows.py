@@ -55,7 +55,7 @@ def enter(x, table, labels, options, wide):
     unit = torch.where(_of_rows(lost).any(1, keepdim=True), torch.nan, unit)
     target_rows = _rows_of(targets.clamp(min=0), table.centers)
     target_unit, _ = table.unit(table.gathered(target_rows.flatten(), wide))
-    target_unit = torch.where((_of_rows(targets) < 0)[:, :, None], 0.0, target_unit.view(*target_rows.shape, -1))
+    target_unit = torch.where((_of_rows(targets) < 0)[:, :, None], 0.0, target_unit.view(*target_rows.shape, unit.shape[1]))
     return Entered(targets, unit, inverse_norm[:, 0], target_unit, (unit[:, None] * target_unit).sum(2))
 
 
