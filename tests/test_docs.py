@@ -252,3 +252,38 @@ def test_example_of_training():
         exec(block, names)
     assert names["head"].weight.grad is None and names["table_optimizer"].skipped_steps == 0
     assert names["table_optimizer"].state[names["head"].weight]["momentum_buffer"].any()
+
+
+def whole_training(folder, monkeypatch, change=lambda block: block):
+    """The names that the blocks of whole_training.md leave, run in a folder."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.chdir(folder)
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", text("whole_training.md"), re.S):
+        exec(change(block), names)
+    return names
+
+
+@pytest.mark.slow
+def test_whole_training(tmp_path, monkeypatch):
+    """It learns, and a run that is stopped ends on the bits of one that is not."""
+    monkeypatch.setattr("os.fsync", lambda file: None)  # waits for the disk, for what no crash threatens here
+    names = whole_training(tmp_path / "at_once", monkeypatch)
+    assert names["step"] == 60 and names["accuracy"] > 0.8 and names["best"] > 0.8
+    saved = [
+        sorted(path.name for path in (tmp_path / "at_once" / folder).iterdir()) for folder in ("checkpoints", "checkpoints_best")
+    ]
+    assert saved == [["step-40", "step-60"], ["best"]]
+    backbones = [names[name].state_dict().values() for name in ("deployed", "backbone")]
+    assert names["since"] or all(map(torch.equal, *backbones))
+    assert names["embeddings"].shape == (500, 16) and torch.allclose(names["embeddings"].norm(dim=1), torch.ones(500))
+    stop = "    loss, accuracy = train(step)\n"
+    with pytest.raises(KeyboardInterrupt):
+        whole_training(
+            tmp_path / "twice",
+            monkeypatch,
+            lambda block: block.replace(stop, stop + "    if step == 45: raise KeyboardInterrupt\n"),
+        )
+    again = whole_training(tmp_path / "twice", monkeypatch)
+    for one, other in zip(names["model"].state_dict().values(), again["model"].state_dict().values(), strict=True):
+        assert torch.equal(one, other)
