@@ -1,8 +1,13 @@
 """Does `cosface train` train, stop and go on as it says, and refuse what it cannot read by name?"""
 
+import errno
 import json
+import os
+import shlex
 import signal
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ pytest.importorskip("yaml")
 pytest.importorskip("tqdm")
 
 from PIL import Image
+from test_training_records import image, write_rec, write_tar
 
 from cosface_kernels.tools import cli
 from cosface_kernels.training import backbones, config, data, faces, loop, model
@@ -25,6 +31,7 @@ SMALL = (
     "backbone=sphere4",
     "workers=0",
     "tensorboard=false",
+    "held_out=2",
 )
 
 
@@ -71,6 +78,7 @@ def test_settings_come_from_files_and_the_command_line(tmp_path):
         ("accumulate=3", "must be a multiple of accumulate=3"),
         ("fused=false table_format=bfloat16", "need fused=true"),
         ("out=", "out is missing"),
+        ("--print", "--print is no option"),
     ],
 )
 def test_wrong_settings_are_named_and_leave_no_folder(tmp_path, capsys, argument, message):
@@ -147,6 +155,9 @@ def test_a_run_stops_and_goes_on_with_the_same_numbers(tmp_path, capsys):
     whole, found = (backbones.load_backbone(run)[0].state_dict() for run in (tmp_path / "whole", part))
     assert all(torch.equal(found[name], value) for name, value in whole.items())
     assert (part / "report.html").exists()
+    rates = json.loads((part / "held_out.json").read_text())
+    assert rates == json.loads((tmp_path / "whole/held_out.json").read_text())
+    assert rates["verification"]["pairs"] == {"genuine": 2 * 6, "impostor": 4 * 4}
 
 
 def test_a_run_is_not_trained_over(tmp_path):
@@ -164,10 +175,9 @@ def test_a_run_is_not_trained_over(tmp_path):
 def folder_of_images(path):
     for identity, count in (("ann", 3), ("bob", 3), ("eve", 1), ("nobody", 0)):
         (path / identity).mkdir(parents=True)
-        for image in range(count):
-            Image.fromarray(faces.render([len(identity)], [image], 20)[0].transpose(1, 2, 0)).save(
-                path / identity / f"{image}.png"
-            )
+        for number in range(count):
+            pixels = faces.render([len(identity)], [number], 20)[0].transpose(1, 2, 0)
+            Image.fromarray(pixels).save(path / identity / f"{number}.png")
 
 
 def test_a_folder_of_images(tmp_path, capsys):
@@ -226,3 +236,97 @@ def test_load_backbone_says_what_is_missing(tmp_path):
     (tmp_path / "config.yaml").write_text(config.text(settings(tmp_path)))
     with pytest.raises(FileNotFoundError, match="no checkpoint yet"), warnings.catch_warnings():
         backbones.load_backbone(tmp_path)
+
+
+def test_iresnet_has_the_names_of_insightface():
+    """Those of iresnet18 in arcface_torch, by which published weights load."""
+    with torch.device("meta"):
+        names = backbones.build("iresnet18", 512, 112).state_dict()
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    wanted = {"conv1.weight", "prelu.weight", "fc.weight", "fc.bias"}
+    wanted |= {f"{each}.{name}" for each in ("bn1", "bn2", "features") for name in norm}
+    for layer in range(1, 5):
+        for block in range(2):
+            at = f"layer{layer}.{block}"
+            wanted |= {f"{at}.conv1.weight", f"{at}.conv2.weight", f"{at}.prelu.weight"}
+            wanted |= {f"{at}.bn{number}.{name}" for number in (1, 2, 3) for name in norm}
+        wanted |= {f"layer{layer}.0.downsample.0.weight", *(f"layer{layer}.0.downsample.1.{name}" for name in norm)}
+    assert names.keys() == wanted
+    assert names["fc.weight"].shape == (512, 512 * 7 * 7) and names["layer4.0.downsample.0.weight"].shape == (512, 256, 1, 1)
+    assert sum(backbones.IRESNET["iresnet100"]) == 49  # of two convolutions each; with the first one and fc 100 layers
+
+
+def test_a_network_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef net(embedding_size, image_size):\n"
+        "    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * image_size**2, embedding_size))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["backbone=mine:net", "precision=bfloat16", "optimizer=adamw", "lr=1e-3", "fused=false", "schedule=poly"]
+    assert loop.train(settings(tmp_path / "run", *options, "epochs=4")) == 0
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    assert isinstance(backbones.load_backbone(tmp_path / "run")[0][1], torch.nn.Linear)
+
+
+MISSING = [("yaml", "pyyaml", "some.yaml"), ("timm", "timm", "backbone=timm:vit_tiny")]
+
+
+@pytest.mark.parametrize(("module", "package", "argument"), MISSING)
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys, module, package, argument):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "some.yaml").write_text("epochs: 1")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *SMALL, "out=run", argument]) == 1
+    assert f'this needs {package}, which is not installed: pip install "cosface-kernels[train]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+class Dying(data.Faces):
+    def batch(self, indices):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(data, "Faces", Dying)
+    assert cli.main(["train", *SMALL, f"out={tmp_path / 'run'}", "workers=1"]) == 1
+    assert "a worker that reads images died" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
+    """The second checkpoint does not fit; the first is gone on from."""
+    options = [*SMALL, f"out={tmp_path / 'run'}", "epochs=3", "checkpoint_every=2"]
+    write = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: full() if [*(tmp_path / "run/checkpoints").glob("step-4*")] else write(file))
+
+    def full():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert cli.main(["train", *options]) == 1
+    assert "step-4 was not saved, earlier ones are as they were" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
+    monkeypatch.setattr(os, "fsync", write)
+    assert cli.main(["train", "--resume", f"out={tmp_path / 'run'}"]) == 0 and len(losses(tmp_path / "run")) == 6
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_document(tmp_path, monkeypatch, capsys):
+    """docs/faces.md, from top to bottom in one folder, with small settings in place of the defaults."""
+    text = (Path(__file__).parents[1] / "docs/faces.md").read_text()
+    found = [shlex.split(line) for line in text.splitlines() if line.startswith("    cosface ")]
+    assert len(found) >= 10
+    monkeypatch.chdir(tmp_path)
+    folder_of_images(tmp_path / "crops"), folder_of_images(tmp_path / "others")
+    (tmp_path / "shards").mkdir()
+    write_rec(tmp_path)
+    labels = [(f"{number}.cls", b"%d" % number) for number in range(4)]
+    write_tar(tmp_path / "shards/0.tar", [*labels, *((f"{number}.png", image(number)[0]) for number in range(4))])
+    small = ["image_size=16", "batch_size=4", "embedding_size=8", "workers=0", "tensorboard=false", "held_out=2", "epochs=1"]
+    for _, name, *arguments in found:
+        if name == "train":
+            arguments = [argument.replace("faces:300", "faces:4:3") for argument in arguments]
+            arguments += [] if "--resume" in arguments else small
+        assert cli.main([name, *arguments]) == 0, (name, arguments, capsys.readouterr().err)
+    assert "others: TAR at FAR" in (tmp_path / "runs/first/report.html").read_text()
+    assert (tmp_path / "compare.html").exists()

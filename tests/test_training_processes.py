@@ -28,7 +28,7 @@ TINY = [
     "workers=0",
     "tensorboard=false",
 ]
-TINY += ["log_every=1", "lr=1e-3", "crop=0.1"]
+TINY += ["held_out=4", "log_every=1", "lr=1e-3", "crop=0.1"]
 pytestmark = pytest.mark.slow
 
 

@@ -67,7 +67,7 @@ def _add_train(commands):
         "For example: cosface train data=faces:100 epochs=5 out=runs/first. Under torchrun: torchrun --nproc-per-node 8 "
         "--no-python cosface train ... A first Ctrl-C saves and stops.",
     )
-    option("settings", nargs="*", metavar="KEY=VALUE", help="a setting, or a YAML file of them; --print-config shows all")
+    option("settings", nargs="...", metavar="KEY=VALUE", help="a setting, or a YAML file of them; --print-config shows all")
     option("--resume", action="store_true", help="go on with the run in out=DIR, with its own settings")
     option("--print-config", action="store_true", help="print all settings as YAML, and do nothing")
 
@@ -230,10 +230,15 @@ def _demo(arguments):
 
 
 def _train(arguments):
+    given = [each for each in arguments.settings if not each.startswith("-")]
+    for flag in set(arguments.settings) - set(given):  # argparse takes no options between settings
+        if flag not in ("--resume", "--print-config"):
+            arguments.wrong_usage(f"{flag} is no option; settings are KEY=VALUE")
+        setattr(arguments, flag[2:].replace("-", "_"), True)
     try:
         from ..training import config as settings
 
-        config = settings.of_command(arguments.settings, arguments.resume)
+        config = settings.of_command(given, arguments.resume, arguments.print_config)
         if arguments.print_config:
             print(settings.text(config), end="")
             return 0

@@ -35,6 +35,7 @@ class Config:
     downscale: float = _setting(
         0.0, "the share of images brought down to a half or a quarter of their size, and up again", low=0, high=1
     )
+    held_out: int = _setting(100, "rendered identities beyond those of training, to verify at the end; of faces: alone", low=2)
     workers: int = _setting(2, "processes that read images", low=0)
     max_damaged: int = _setting(100, "damaged images that are skipped before the run stops", low=0)
 
@@ -81,12 +82,15 @@ TYPES = typing.get_type_hints(Config)
 FREE = ("out", "workers", "max_damaged", "checkpoint_every", "keep", "log_every", "tensorboard")
 
 
-def of_command(arguments, resume):
-    """The Config of a command line. With resume, that of the run in out=, in which only FREE settings may change."""
+def of_command(arguments, resume=False, only_shown=False):
+    """The Config of a command line; with only_shown it may lack data and out.
+
+    With resume, that of the run in out=, in which only FREE settings may change.
+    """
     config = parse(arguments)
     path = Path(config.out) / "config.yaml"
     if not (resume and config.out and path.exists()):
-        return resolved(config)
+        return config if only_shown and not (config.data and config.out) else resolved(config)
     saved = read(path)
     resumed = parse(arguments, saved)
     for name in FIELDS.keys() - set(FREE):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..distributed.ranks import world
 from . import config as settings
-from . import data, environment, model, report
+from . import data, environment, held_out, model, report
 from .config import ConfigError
 from .log import Log
 
@@ -133,17 +133,24 @@ class Run:
             while step < self.total and not self._stopped(signals, step):
                 self._step(step, pieces)
                 step += 1
-                if step % self.config.log_every == 0 or step == self.total:
+                saves = step % self.config.checkpoint_every == 0 and step < self.total
+                if saves or step % self.config.log_every == 0:
                     self.log.flush(self.device)
-                if step % self.config.checkpoint_every == 0 and step < self.total:
+                if saves:
                     saved = self._save(step)
-        self.log.flush(self.device)
+            self.log.flush(self.device)
         if step > saved:
             self._save(step)
         if self.ranks.rank == 0:
-            report.keep_sphere(self.out, self.model.backbone, self.source, self.device)
-            report.write(self.out)
+            self._report(step)
         return self._goodbye(step, signals)
+
+    def _report(self, step):
+        backbone = (self.model.backbone if self.config.ema is None else self.model.ema).eval()
+        report.keep_sphere(self.out, backbone, self.source, self.device)
+        if step == self.total and self.config.data.startswith("faces:"):
+            held_out.write(self.out / "held_out.json", backbone, self.config, self.source.num_classes, self.device)
+        report.write(self.out)
 
     def _goodbye(self, step, signals):
         if step == self.total:

@@ -170,12 +170,10 @@ def compare(runs, out):
 
 @torch.no_grad()
 def keep_sphere(run, backbone, source, device):
-    """Write run/sphere.json: embeddings of the first images, on their three main directions."""
+    """Write run/sphere.json: embeddings of the first images, on their three main directions. backbone: in eval mode."""
     images, labels, _ = source.batch(range(min(len(source), 200)))
     chosen = torch.isin(labels, labels.unique()[:8])
-    training = backbone.training
-    rows = F.normalize(backbone.eval()(data.prepare(images[chosen].to(device))).float()).cpu().double()
-    backbone.train(training)
+    rows = F.normalize(backbone(data.prepare(images[chosen].to(device))).float()).cpu().double()
     if not rows.isfinite().all():
         return
     values, directions = torch.linalg.eigh(rows.T @ rows)
