@@ -28,6 +28,7 @@ class LossArguments(Common, total=False):
     reduction: Reduction
     classes: Tensor | None
     sample_correction: bool
+    label_smoothing: float
 
 
 class CosFaceArguments(LossArguments, total=False):
@@ -145,6 +146,7 @@ def cosface_loss(
     backend: Backend = "auto",
     classes: Tensor | None = None,
     sample_correction: bool = False,
+    label_smoothing: float = 0.0,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
@@ -158,7 +160,7 @@ def cosface_loss(
         features, weight, labels, scale, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: m, a finite number in units of cosine, or a tensor (C,) with one for each class.
         reduction: "mean" over the rows that are not ignored (0 with zero gradients if there are none), "sum", or "none".
-        classes, sample_correction, return_statistics: as in `margin_softmax_loss`.
+        classes, sample_correction, label_smoothing, return_statistics: as in `margin_softmax_loss`.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or (N,) for "none" with 0 at ignored rows; with return_statistics
@@ -183,6 +185,7 @@ def cosface_loss(
         backend=backend,
         classes=classes,
         sample_correction=sample_correction,
+        label_smoothing=label_smoothing,
         return_statistics=return_statistics,
     )
 
@@ -218,6 +221,7 @@ def margin_softmax_loss(
     backend: Backend = "auto",
     classes: Tensor | None = None,
     sample_correction: bool = False,
+    label_smoothing: float = 0.0,
     return_statistics: bool = False,
     label_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Statistics]:
@@ -244,6 +248,9 @@ def margin_softmax_loss(
             are then sparse tensors of those rows, as nn.Embedding(sparse=True) gives. None: all.
         sample_correction: whether to add log((C - 1) / (M - 1)) to the log-sum-exp of the M - 1 negatives, an estimate of that of
             all C - 1.
+        label_smoothing: ε, from 0 to 1: ε (z_y - mean_j z_j) is added to each row's loss, z being the logits with the margin, as
+            `F.cross_entropy(z, labels, label_smoothing=ε)` has it. The mean is over the classes that take part. Not with
+            sub-centres.
         return_statistics: whether to return, beside the loss, what the same pass finds about each row: the `Statistics`, vectors
             (N,) without gradient, such as the training accuracy's. The loss keeps its bits (on a GPU: where
             triton_forms.json asks for no kernel that attends).
@@ -265,7 +272,7 @@ def margin_softmax_loss(
     """
     options = LossOptions(
         *(margin, scale, normalize_features, centers_per_class, reduction, sample_correction),
-        *(ignore_index, memory_budget, backend, return_statistics),
+        *(ignore_index, memory_budget, backend, return_statistics, label_smoothing),
     )
     labels, label_weights = positives.merged(labels, label_weights, ignore_index, features)
     return loss_of_table(Inputs(features, weight, labels, bias, classes, label_weights), options)

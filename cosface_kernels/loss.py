@@ -60,6 +60,7 @@ class LossOptions(NamedTuple):
     memory_budget: int | str = "auto"
     backend: str = "auto"
     return_statistics: bool = False
+    label_smoothing: float = 0.0
 
     def checked(self, has_bias):
         """These options, validated, with the margin's defaults in place of None."""
@@ -67,6 +68,7 @@ class LossOptions(NamedTuple):
         validation.check_reduction(self.reduction)
         validation.check_flag("sample_correction", self.sample_correction)
         validation.check_flag("return_statistics", self.return_statistics)
+        validation.check_label_smoothing(self.label_smoothing, self.centers_per_class)
         normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
         scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
         return self._replace(scale=_tensor_if_it_moves(scale), normalize_features=normalize_features)
@@ -94,6 +96,7 @@ class Negatives(NamedTuple):
     product: torch.Tensor  # x̃·w̃_y (N,)
     target_length: torch.Tensor | None  # ‖w̃_y‖ (N,); None where they are 1
     feature_length: torch.Tensor | None  # ‖x̃‖ (N,); None where they are 1
+    product_sum: torch.Tensor | None  # Σ_j x̃·w̃_j (N,) over all classes; None where it is not wanted
     slope: torch.Tensor | None  # ∂lse/∂s (N,) without gradient; None where it is not needed
     unit: torch.Tensor  # x̃ (N, D) without gradient
     counted: torch.Tensor  # bool (N,): False for ignored rows
@@ -153,14 +156,17 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
     state = {name: snapshot(value) for name, value in state.items()}
     length, terms = math.prod(lengths) if lengths else None, _terms(margin, norm, found.counted, state)
     logit, scale = _target_logit(margin, found.product, length, terms), options.scale
+    penalty = margin.penalty(norm)
+    if penalty is not None:
+        _check_rows("penalty", margin, penalty, logit.shape)
+    smoothing = _smoothing(logit, found, inputs, options, shards) if options.label_smoothing else None
     if isinstance(scale, torch.Tensor):
         logit, scale = scale * logit, 1.0
     lse = differentiable_in_scale(found.lse, options.scale, found.slope)
     losses, _ = margin_losses(lse, logit, found.counted, float(scale), options.reduction, options.backend)
-    penalty = margin.penalty(norm)
-    if penalty is not None:
-        _check_rows("penalty", margin, penalty, logit.shape)
-        losses = losses + reduced(torch.where(found.counted, penalty, 0.0), found.counted, options.reduction)
+    for extra in (penalty, smoothing):
+        if extra is not None:
+            losses = losses + reduced(torch.where(found.counted, extra, 0.0), found.counted, options.reduction)
     losses = shards.own_rows(losses) if options.reduction == "none" else losses
     if not options.return_statistics:
         return losses
@@ -195,6 +201,10 @@ def _refuse_with_positives(options):
     """Raise for what several classes to a row do not go with."""
     if options.centers_per_class > 1:
         raise ValueError(f"label_weights go with one centre to a class, got centers_per_class = {options.centers_per_class}")
+    if options.label_smoothing:
+        raise ValueError(
+            "label_weights and label_smoothing exclude each other: weights can spread over classes what smoothing does"
+        )
     if options.return_statistics:
         raise ValueError(
             "label_weights and return_statistics=True exclude each other: which class of a row should be the own one?"
@@ -240,6 +250,7 @@ def negatives(inputs, options, foreign_index=None):
             memory_budget=None if options.memory_budget == "auto" else min(int(options.memory_budget), 2**62),
             backend=options.backend,
             foreign_index=foreign_index,
+            sums_products=options.label_smoothing > 0,
         ),
         (weight, bias) if inputs.parameters is None else inputs.parameters,
         Needs(needs_slope, False, options.return_statistics),
@@ -249,7 +260,7 @@ def negatives(inputs, options, foreign_index=None):
     slope = (saved.unit * saved.pull).sum(1) if needs_slope else None
     if labels.dim() == 2:
         counted = (labels != ignore_index).any(1)
-        return Negatives(vectors.lse, product, target_length, feature_length, slope, saved.unit, counted, largest)
+        return Negatives(vectors.lse, product, target_length, feature_length, None, slope, saved.unit, counted, largest)
     if centers > 1:  # the gradient goes to the nearest centre alone
         nearest = product.argmax(1, keepdim=True)
         product = product.gather(1, nearest)
@@ -259,6 +270,7 @@ def negatives(inputs, options, foreign_index=None):
         product=product.squeeze(1),
         target_length=None if target_length is None else target_length.squeeze(1),
         feature_length=feature_length,
+        product_sum=vectors.product_sum if options.label_smoothing else None,
         slope=slope,
         unit=saved.unit,
         counted=labels != ignore_index,
@@ -295,6 +307,16 @@ class _InScale(torch.autograd.Function):
     def backward(ctx, grad):
         lse, scale, slope = ctx.saved_tensors
         return grad, FirstDerivative.apply((grad * slope).sum().to(scale), scale, lse), None
+
+
+def _smoothing(logit, found, inputs, options, shards):
+    """ε (z_y - mean_j z_j) (N,), as F.cross_entropy's label_smoothing = ε; z: the logits of the classes that take part."""
+    if inputs.classes is None:
+        _, num_classes = shards.classes(inputs, options)
+    else:
+        _, num_classes = shards.of_all_shards(0, len(inputs.classes), logit.device)
+    mean = (found.product_sum - found.product + logit) / num_classes
+    return options.label_smoothing * options.scale * (logit - mean)
 
 
 def _feature_norm(features, found):

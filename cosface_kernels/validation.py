@@ -350,6 +350,17 @@ def check_flag(name, value):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
+def check_label_smoothing(label_smoothing, centers_per_class):
+    check_number("label_smoothing", label_smoothing)
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
+    if label_smoothing and centers_per_class > 1:
+        raise ValueError(
+            "label_smoothing needs the mean of all logits, which of sub-centres only a second pass would find: "
+            f"centers_per_class must be 1, got {centers_per_class}"
+        )
+
+
 def check_choice(name, value, choices):
     if value not in choices:
         raise ValueError(f"{name} must be one of {tuple(choices)}, got {shown(value)}")

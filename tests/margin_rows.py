@@ -240,8 +240,11 @@ REPRESENTATIVES = [ROWS[name] for name in ("CosFace", "AdaFace", "Softmax bias")
 slow_but_three = slow_when(lambda row: row not in REPRESENTATIVES)
 
 
-def written_out(row, features, weight, labels, bias=None, *, scale=None, reduction="mean", state=None):
-    """The loss of a row of the table with all its N x C logits, in the dtype of the features; rows labelled -100 are left out."""
+def written_out(row, features, weight, labels, bias=None, *, scale=None, reduction="mean", state=None, **options):
+    """The loss of a row of the table with all its N x C logits, in the dtype of the features; rows labelled -100 are left out.
+
+    options: of F.cross_entropy.
+    """
     counted = labels != -100
     x, y = features[counted], labels[counted, None]
     norm = x.norm(dim=1)
@@ -257,7 +260,7 @@ def written_out(row, features, weight, labels, bias=None, *, scale=None, reducti
     own = length * row.psi(cosine.clamp(-1, 1).acos(), norm, state or {}) + own_bias
     logits = logits.scatter(1, y, own[:, None].to(logits.dtype))
     scale = row.scale if scale is None else scale
-    losses = F.cross_entropy(scale * logits, y[:, 0], reduction="none") + row.penalty(norm)
+    losses = F.cross_entropy(scale * logits, y[:, 0], reduction="none", **options) + row.penalty(norm)
     if reduction == "none":
         return losses.new_zeros(len(labels)).masked_scatter(counted, losses)
     return losses.mean() if reduction == "mean" else losses.sum()

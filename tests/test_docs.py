@@ -158,6 +158,11 @@ def test_margins_of_classes():
     torch.testing.assert_close(names["loss"], cosface_loss(names["features"], names["head"].weight, names["labels"]))
 
 
+def test_margins_beside_the_margin():
+    names = after("margins.md", "smooth = ")
+    torch.testing.assert_close(names["smooth"], names["same_smooth"])
+
+
 def test_margins_learnt_scale():
     names = after("margins.md", "present = ")
     head, present = names["head"], names["present"]

@@ -39,6 +39,8 @@ OP_CASES = {
     "sampled, frozen weight": (torch.bfloat16, 0, True, False),
     "sampled with a bias": (torch.float64, ALL, True, True),
     "sampled centres": (torch.bfloat16, 0, False, True),
+    "smoothing": (torch.bfloat16, 7 * 128 * 4, True, True),
+    "sampled, smoothing": (torch.float64, 0, True, True),
     "scale in a tensor": (torch.float32, 7 * 128 * 4, True, True),
 }
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
@@ -72,6 +74,7 @@ def op_arguments(case, device):
         memory_budget,
         "auto",
         None,
+        "smoothing" in case,
         need_x_grad,
         need_weight_grad,
         "bias" in case or "centres" in case,
@@ -92,7 +95,7 @@ def test_opcheck_backward(case, device, transposed):
         x = x.T.contiguous().T if transposed else x
         inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index, scale
         output = negative_lse(*inputs, *constants)
-        vectors, saved = output[:4], output[4:-2]
+        vectors, saved = output[:5], output[5:-2]
         gradients = [torch.ones_like(vector) for vector in vectors]
         library.opcheck(negative_lse_backward, (*gradients, *inputs, *saved, *constants))
 

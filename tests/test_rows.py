@@ -43,8 +43,8 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     assert_close(ours, plain)
     unit, none = plain.unit, plain.unit.new_empty(0)
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
-    gradients = Vectors(plain.inverse_norm.cos(), plain.product.cos(), none, none)
-    saved = Saved(unit, plain.target_unit, plain.inverse_norm, unit.roll(1, 0), none, none, none)
+    gradients = Vectors(plain.inverse_norm.cos(), plain.product.cos(), none, none, none)
+    saved = Saved(unit, plain.target_unit, plain.inverse_norm, unit.roll(1, 0), none, none, none, none)
     arguments = gradients, saved, 64.0, x.shape, dtype
     assert_close([kernels.x_gradient(*arguments)], [batch_rows.x_gradient(*arguments)])
 
@@ -55,7 +55,7 @@ def test_slab_factors(device, kernels, num_rows, size):
     unit, weight, labels = draw(device, num_rows)
     lse_grad, product_grad, total = size * unit[:, 0], unit[:, 2:3].clone(), unit[:, 1].exp()
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
-    factors = TableFactors(unit, labels, None, total, lse_grad, product_grad, None, None)
+    factors = TableFactors(unit, labels, None, total, lse_grad, product_grad, None, None, None)
     ours, plain = (module.slab_factors(factors, Table(weight), OPTIONS) for module in (kernels, batch_rows))
     assert_close(ours[:3], plain[:3])
     for found in (ours, plain):

@@ -413,8 +413,8 @@ def test_rows_are_gathered_slab_by_slab(backend, device, form):
     # A bias is one more column, and columns are padded to 64, or 128.
     assert max(forward.sizes) <= slab * 128 < len(index) * 64
     with torch.no_grad(), Sizes() as backward:
-        gradients = [torch.ones_like(vector) for vector in output[:4]]
-        flat.negative_lse_backward.default.implementation(*gradients, *problem, *output[4:-2], *constants)
+        gradients = [torch.ones_like(vector) for vector in output[:5]]
+        flat.negative_lse_backward.default.implementation(*gradients, *problem, *output[5:-2], *constants)
     assert [size for size in backward.sizes if size > slab * 128] == [len(index) * 64]
 
 

@@ -49,7 +49,7 @@ class Told(NamedTuple):
 
     @classmethod
     def of(cls, head, features, k=0, statistics=False):
-        names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average")
+        names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing")
         sampling = ("sample_rate", "sample_correction", "training")
         values = [getattr(head, name) for name in (*names, *sampling)]
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
@@ -94,7 +94,7 @@ class Batch:
             shift = self.ranks.maximum(lse.detach())
             shift = torch.where(shift.isinf(), 0.0, shift)
         total = (lse - shift).exp()
-        columns = {"lse": total, "product": found.product, "target_length": found.target_length}
+        columns = {name: getattr(found, name) for name in ("product", "product_sum", "target_length")} | {"lse": total}
         columns["slope"] = None if found.slope is None else total.detach() * found.slope
         columns = {name: column.double() for name, column in columns.items() if column is not None}
         columns = dict(zip(columns, self.ranks.add(torch.stack([*columns.values()], 1)).unbind(1), strict=True))

@@ -49,6 +49,7 @@ class MarginSoftmaxLoss(nn.Module):
             1 the gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
         sample_seed: an int from 0 on. The sample of step t is a function of sample_seed, t and the labels.
         sample_correction: as in `margin_softmax_loss`, in training.
+        label_smoothing: as in `margin_softmax_loss`.
         device, dtype: of the table.
         placement: the object that knows where the table's rows are, for the package's own subclasses: see heads/placement.py.
 
@@ -94,6 +95,7 @@ class MarginSoftmaxLoss(nn.Module):
         sample_rate: float = 1.0,
         sample_seed: int = 0,
         sample_correction: bool = False,
+        label_smoothing: float = 0.0,
         device: Device = None,
         dtype: torch.dtype | None = None,
         placement: Whole = WHOLE,
@@ -126,7 +128,8 @@ class MarginSoftmaxLoss(nn.Module):
             theory.warn_if_out_of_bounds(num_classes, embedding_size, self.scale, margin.m, stacklevel=self._callers_level())
         if learnable_scale:
             self._learn_scale(device)
-        self.sample_rate = sample_rate
+        validation.check_label_smoothing(label_smoothing, centers_per_class)
+        self.sample_rate, self.label_smoothing = sample_rate, label_smoothing
         self.margin = given
         recording.register(self)
         placement.enter(self)
@@ -368,7 +371,7 @@ class MarginSoftmaxLoss(nn.Module):
             return "".join(f", {name}={value}" for name, value in found.items() if value != usual[name])
 
         shape = f"{self.weight.shape[1]}, {self.num_classes}"
-        sampling = unusual(table_format="float32", sample_rate=1.0, sample_seed=0, sample_correction=False)
+        sampling = unusual(table_format="float32", sample_rate=1.0, sample_seed=0, sample_correction=False, label_smoothing=0.0)
         form = unusual(bias=False, normalize_features=self._margin().normalize_features, centers_per_class=1)
         scale = self.scale
         if isinstance(scale, Tensor):
@@ -403,6 +406,7 @@ class HeadOptions(TypedDict, total=False):
     sample_rate: float
     sample_seed: int
     sample_correction: bool
+    label_smoothing: float
     dtype: torch.dtype | None
 
 

@@ -3,10 +3,10 @@
     enter             x̃,  w̃_{y_n},  x̃_n·w̃_{y_n},  the target of each row: x̃ = x / ‖x‖ or x, w̃ = w / ‖w‖ or w; (x, 1) and (w, b)
                       with a bias
     losses            softplus(lse - s logit), reduced
-    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + ∂‖x̃‖ x̂
-    slab_factors      the factors of every slab of dW: row_scale = g / total, and for each row p x̃_n + ∂‖w̃_y‖ ŵ_{y_n}
+    x_gradient        dx = (dx̃ - x̂ (x̂·dx̃)) / ‖x‖ or dx̃,  dx̃ = s g pull + p w̃_{y_n} + q Σ_j w̃_j + ∂‖x̃‖ x̂
+    slab_factors      the factors of every slab of dW: row_scale = g / total, for each row p x̃_n + ∂‖w̃_y‖ ŵ_{y_n}, Σ_n q_n x̃_n
 
-g, p, ∂‖x̃‖ and ∂‖w̃_y‖ are the gradients of a row's lse, of x̃_n·w̃_{y_n} and of the two lengths.
+g, p, q, ∂‖x̃‖ and ∂‖w̃_y‖ are the gradients of a row's lse, of x̃_n·w̃_{y_n}, of Σ_j x̃_n·w̃_j and of the two lengths.
 
 These functions are a backend's `row_functions`. A backend for which a hundred small operators cost too much has its own, for
 cosines with one row to a class; its `losses` must cover everything.
@@ -37,6 +37,7 @@ class SlabFactors(NamedTuple):
     unscale: torch.Tensor  # (0-dim)
     target_rows: torch.Tensor  # (N K,) ascending, R for none; of equal ones the first one's sum counts, the others' are zero
     target_sums: torch.Tensor  # (N K, D)
+    common: torch.Tensor | None = None  # (D,) what is added to each row of dw̃ before `unscale`; None: nothing
 
 
 def enter(x, table, labels, options, wide):
@@ -79,6 +80,8 @@ def x_gradient(grads, saved, scale, shape, dtype):
     """dx (N, D), its shape, in dtype from the gradients of operands.Vectors."""
     unit, inverse_norm = saved.unit, saved.inverse_norm
     grad = (scale * grads.lse)[:, None] * saved.pull + (grads.product[:, :, None] * saved.target_unit).sum(1)
+    if len(grads.product_sum):
+        grad = grad + grads.product_sum[:, None] * saved.row_sum
     if len(grads.feature_length):
         grad = grad + grads.feature_length[:, None] * direction(unit)
     grad = grad[:, : shape[1]]
@@ -91,7 +94,10 @@ def slab_factors(factors, table, options):
     """SlabFactors of operands.TableFactors. The targets' shares of a row of the table are summed, then projected once."""
     unit, total = factors.unit, factors.total
     targets = _targets(factors.labels, table, options.ignore_index)
-    power = _power_of_two(factors.lse_grad)
+    power, common = _power_of_two(factors.lse_grad), None
+    if options.sums_products:
+        power = _power_of_two(torch.cat([factors.lse_grad, factors.sum_grad]))
+        common = ((factors.sum_grad * (power / options.scale))[:, None] * unit).sum(0)
     # An ignored row's 0 over a total that a class of NaN made NaN would reach every row of the table.
     left_out = (total == 0) | ignored(factors.labels, options.ignore_index)
     row_scale = torch.where(left_out, 0.0, factors.lse_grad * power / total)
@@ -102,7 +108,7 @@ def slab_factors(factors, table, options):
         unit_grad = unit_grad + factors.length_grad[:, :, None] * direction(target_rows)
     rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)
     sums = table.project(table.gathered(rows.clamp(max=table.num_rows - 1), sums.dtype), sums)
-    return SlabFactors(targets, row_scale, options.scale / power, rows, sums)
+    return SlabFactors(targets, row_scale, options.scale / power, rows, sums, common)
 
 
 def losses(lse, logit, counted, scale, reduction):

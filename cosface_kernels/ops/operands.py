@@ -29,6 +29,7 @@ class Options(NamedTuple):
     memory_budget: int | None  # bytes of exponentials that may be kept from forward for backward; None: as slabs.kept_size says
     backend: str
     foreign_index: int | None  # label of rows whose class another rank holds: they count, and have no target here
+    sums_products: bool = False  # whether Vectors.product_sum is wanted
 
     @property
     def cosines(self):
@@ -50,7 +51,13 @@ class Vectors(NamedTuple):
     lse: Tensor  # A_n (N,)
     product: Tensor  # x̃_n·w̃_{y_n} (N, K)
     target_length: Tensor  # ‖w̃_{y_n}‖ (N, K); (0, K) where they are 1
+    product_sum: Tensor  # Σ_j x̃_n·w̃_j (N,), over all classes; (0,) where it is not wanted
     feature_length: Tensor  # ‖x̃‖ (N,); (0,) where they are 1
+
+    @property
+    def of_table(self):
+        """Those that depend on the table."""
+        return self[:-1]
 
 
 class Saved(NamedTuple):
@@ -62,6 +69,7 @@ class Saved(NamedTuple):
     pull: Tensor  # Σ_j p_nj w̃_j (N, D), or (0, D) where no gradient of x is needed
     shift: Tensor  # (N,)
     total: Tensor  # (N,)
+    row_sum: Tensor  # Σ_j w̃_j (D,); (0,) where it is not wanted
     kept: Tensor  # (any number,) exponentials, see slabs.SlabPlan.kept_view
 
 
@@ -100,11 +108,12 @@ class TableFactors(NamedTuple):
     lse_grad: Tensor  # (N,)
     product_grad: Tensor  # (N, K)
     length_grad: Tensor  # (N, K), or (0, K) where the table is normalised
+    sum_grad: Tensor  # (N,), of product_sum; (0,) where that is not wanted
     kept: Tensor  # exponentials kept by forward; empty if backward computes them again
 
     @classmethod
     def of(cls, labels, saved, grads):
-        return cls(saved.unit, labels, saved.shift, saved.total, grads.lse, grads.product, grads.target_length, saved.kept)
+        return cls(saved.unit, labels, saved.shift, saved.total, *grads.of_table, saved.kept)
 
 
 _SCHEMA_TYPES = {

@@ -71,16 +71,20 @@ def _negative_lse(problem, options, needs):
     backend = backends.choose(options.backend, x.device, options.dtype)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         entered = _row_functions(backend, table, options, problem.labels).enter(x, table, problem.labels, options, plan.wide)
-        wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest}
+        wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
         sums = backend.forward(entered.unit, table, entered.targets, plan, **wanted)
         product = entered.product
+        row_sum = product.new_empty(0) if sums.row_sum is None else sums.row_sum.to(product.dtype)
+        product_sum = (entered.unit * row_sum).sum(1) if options.sums_products else product.new_empty(0)
         target_length = product.new_empty(0, product.shape[1]) if options.normalize_weight else entered.target_unit.norm(dim=2)
         feature_length = product.new_empty(0) if options.normalize_features else entered.unit.norm(dim=1)
-    saved = Saved(entered.unit, entered.target_unit, entered.inverse_norm, sums.pull, sums.shift, sums.total, sums.kept)
+    saved = Saved(
+        *(entered.unit, entered.target_unit, entered.inverse_norm), *(sums.pull, sums.shift, sums.total), row_sum, sums.kept
+    )
     largest = sums.largest or Largest(product.new_empty(0), problem.labels.new_empty(0))
     if needs.need_largest:
         largest = largest._replace(place=table.classes(largest.place))
-    return Vectors(sums.lse, product, target_length, feature_length), saved, largest
+    return Vectors(sums.lse, product, target_length, product_sum, feature_length), saved, largest
 
 
 def with_scale(problem, options):
@@ -97,10 +101,10 @@ def _table(problem, options):
 
 
 def _row_functions(backend, table, options, labels):
-    """The backend's own row functions, for cosines over a whole table with one row to a class, and one class to a row; else the
-    module batch_rows.
+    """The backend's own row functions, for cosines over a whole table with one row to a class, one class to a row and no sum of
+    products; else the module batch_rows.
     """
-    plain = options.cosines and table.centers == 1 and table.index is None and labels.dim() == 1
+    plain = options.cosines and table.centers == 1 and table.index is None and labels.dim() == 1 and not options.sums_products
     return backend.row_functions if plain else batch_rows
 
 
@@ -121,6 +125,7 @@ def _(problem, options, needs):
         lse=x.new_empty(num_rows, dtype=wide),
         product=x.new_empty(num_rows, targets, dtype=wide),
         target_length=x.new_empty(0 if options.normalize_weight else num_rows, targets, dtype=wide),
+        product_sum=x.new_empty(num_rows if options.sums_products else 0, dtype=wide),
         feature_length=x.new_empty(0 if options.normalize_features else num_rows, dtype=wide),
     )
     saved = Saved(
@@ -130,6 +135,7 @@ def _(problem, options, needs):
         pull=x.new_empty(num_rows if needs.need_x_grad else 0, size, dtype=wide),
         shift=x.new_empty(num_rows, dtype=wide),
         total=x.new_empty(num_rows, dtype=wide),
+        row_sum=x.new_empty(size if options.sums_products else 0, dtype=wide),
         kept=x.new_empty(elements, dtype=options.dtype),
     )
     asked = num_rows if needs.need_largest else 0

@@ -205,8 +205,8 @@ def _recorded(parameters, vectors, saved, problem, options):
     options = operators.with_scale(problem, options)
     detached = Vectors(*(vector.detach() for vector in vectors))
     parts = _Record.apply(*parameters, detached, saved, problem, options)
-    lse, product, target_length = (vector + part for vector, part in zip(vectors[:3], parts, strict=True))
-    return Vectors(lse, product, target_length, vectors.feature_length)
+    of_table = (vector + part for vector, part in zip(vectors.of_table, parts, strict=True))
+    return Vectors(*of_table, vectors.feature_length)
 
 
 class _Held(NamedTuple):
@@ -226,9 +226,9 @@ class _Record(torch.autograd.Function):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
         ctx.save_for_backward(*_Held(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept))
-        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors[:3]]
+        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors.of_table]
         ctx.set_materialize_grads(False)
-        return tuple(torch.zeros_like(vector) for vector in vectors[:3])
+        return tuple(torch.zeros_like(vector) for vector in vectors.of_table)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -292,8 +292,11 @@ inline void unit_gradients(const TableGradient<Number> &in, int64_t first, int64
                 }
             }
         });
-        for (int64_t i = 0; i < count; i++)
-            memcpy(unit_grad + i * width + q * PANEL, sums[i / TILE].at[i % TILE], PANEL * sizeof(float));
+        for (int64_t i = 0; i < count; i++) {
+            float *to = unit_grad + i * width + q * PANEL;
+            memcpy(to, sums[i / TILE].at[i % TILE], PANEL * sizeof(float));
+            for (int d = 0; in.common && d < PANEL; d++) to[d] += in.common[q * PANEL + d];
+        }
     }
 }
 

@@ -68,6 +68,7 @@ template <class Number> struct TableGradient {
     const void *table;         // (classes, D)
     const int64_t *target_classes;  // (num_targets,), ascending
     const float *target_sums;       // (num_targets, D)
+    const float *common;            // (D rounded up to WIDEST_PANEL,), added to each row of dw̃, or null
     float *scratch;                 // (threads, scratch_size)
     void *grad;                     // (classes, D), or null if the step consumes it
     const Step *step;               // or null

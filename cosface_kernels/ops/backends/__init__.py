@@ -1,6 +1,6 @@
 """Backends: implementations of the slab loop, forward and backward. They have one interface, and `choose` picks one.
 
-    forward(x, table, targets, plan, *, need_pull, need_largest=False) -> Sums
+    forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False) -> Sums
     backward(x, table, factors, shift, kept, plan, sink) -> None
 
 x (N, D): the factor of the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
@@ -11,8 +11,9 @@ E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the 
 
     forward    total_n = Σ_j E_nj        lse_n = log total_n + shift_n log 2
                pull_n = Σ_j E_nj w̃_j / total_n        (0 where total is 0)
+               row_sum = Σ_j w̃_j
                largest_n = max_j x_n·w̃_j over the rows j that are left in, and that j
-    backward   dw̃ = Eᵀ diag(row_scale) x · unscale
+    backward   dw̃_j = (Σ_n E_nj row_scale_n x_n + common) · unscale        (common: None for zeros)
                dw_j = (dw̃_j - ŵ_j (ŵ_j·dw̃_j)) / ‖w_j‖, or dw̃_j as it is, plus target_sums[i] where target_rows[i] = j
 
 sink (table.Sink) takes the rows of every slab.
@@ -44,10 +45,11 @@ class Sums(NamedTuple):
     pull: torch.Tensor  # (N, D) plan.wide, or (0, D) when not needed
     kept: torch.Tensor  # 1-D, plan.dtype: the kept slabs' exponentials one after another, see Plan.kept_view
     largest: Largest | None = None  # None where not needed
+    row_sum: torch.Tensor | None = None  # (D,) any float dtype; None where not needed
 
     @classmethod
-    def of(cls, shift, total, pull, kept, largest):
-        return cls(torch.add(total.log(), shift, alpha=math.log(2)), shift, total, pull, kept, largest)
+    def of(cls, shift, total, pull, kept, largest, row_sum):
+        return cls(torch.add(total.log(), shift, alpha=math.log(2)), shift, total, pull, kept, largest, row_sum)
 
 
 NO_TRITON = 'triton is not installed: pip install "cosface-kernels[triton]"'

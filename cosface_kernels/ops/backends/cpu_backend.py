@@ -6,6 +6,7 @@ Memory beyond the results: one slab each of w̃ and E, each in the two layouts t
 """
 
 import torch
+import torch.nn.functional as F
 
 from .. import batch_rows, page_pool
 from ..operands import Largest
@@ -16,7 +17,7 @@ row_functions = batch_rows
 SUM_CLASSES = cpu_library.constant("sum_classes")
 
 
-def forward(x, table, targets, plan, *, need_pull, need_largest=False):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False):
     num_rows, size = x.shape
     slab = _Slab(x, table, targets, plan)
     shift = _shift(slab, plan, num_rows)
@@ -27,8 +28,11 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
     e_panels = slab.panels(plan.slab, num_rows) if need_pull else None
     unit_panels = slab.panels(plan.slab, size) if need_pull else None
+    row_sum = torch.zeros(size, dtype=torch.float64, device="cpu") if need_row_sum else None
     for index, start, stop in plan.slabs(table):
         slab.normalize(start, stop, unit_panels)
+        if need_row_sum:
+            row_sum += slab.unit[: stop - start].sum(0, dtype=torch.float64)
         e = _kept(plan, kept, index, start, stop, num_rows)
         if e is not None:
             e[stop - start :] = 0
@@ -38,7 +42,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     pull = pull[:, :size]
     if need_pull:
         pull = pull / torch.where(total == 0, 1.0, total)[:, None]
-    return Sums.of(shift, total.float(), pull.float(), kept, slab.largest)
+    return Sums.of(shift, total.float(), pull.float(), kept, slab.largest, row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink):
@@ -46,6 +50,9 @@ def backward(x, table, factors, shift, kept, plan, sink):
     slab = _Slab(x, table, factors.targets, plan)
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * factors.row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
+    common = factors.common
+    if common is not None:
+        common = F.pad(common, (0, cpu_library.padded(size) - size))
     update = sink.native_update()
     # A bias may be in another dtype than the weight.
     out_dtype = None if table.bias is None and table.weight.dtype in cpu_library.TABLE_DTYPES else torch.float32
@@ -59,7 +66,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
         slab.kernels.table_gradient(
             *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
             *(float(factors.unscale), start, len(factors.target_rows), factors.target_rows, factors.target_sums),
-            *(slab.scratch, out, update),
+            *(common, slab.scratch, out, update),
         )
         if not update:
             sink.put(start, stop, out)

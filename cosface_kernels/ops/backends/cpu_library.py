@@ -121,7 +121,7 @@ _ARGUMENTS = {
     "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial values places", sizes="centers"),
     "accumulate": _structure(pointers="e_panels unit_panels pull", sizes="num_rows classes size"),
     "table_gradient": _structure(
-        pointers="e x_panels table target_classes target_sums scratch grad step",
+        pointers="e x_panels table target_classes target_sums common scratch grad step",
         sizes="num_rows classes size first_class num_targets scratch_size",
         double="unscale",
         bools="is_bfloat16 normalized grad_is_bfloat16",
@@ -270,12 +270,13 @@ class Kernels:
         num_targets,
         rows,
         sums,
+        common,
         scratch,
         grad,
         step,
     ):
-        """weight, grad: float32 or bfloat16; scratch (threads, scratch_numbers). With a step, which applies the gradient, grad is
-        None.
+        """weight, grad: float32 or bfloat16; common (padded(size),) or None; scratch (threads, scratch_numbers). With a step,
+        which applies the gradient, grad is None.
         """
         threads = len(scratch)
         if step is not None:
@@ -289,6 +290,7 @@ class Kernels:
             table=_table("weight", weight, classes, size),
             target_classes=_integers("target rows", rows, num_targets),
             target_sums=_floats("target sums", sums, num_targets, size),
+            common=None if common is None else _floats("the common row", common, padded(size)),
             scratch=_floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)),
             grad=None if step else _table("the gradient", grad, classes, size),
             step=ctypes.addressof(step) if step else None,

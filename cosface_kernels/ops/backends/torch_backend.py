@@ -18,7 +18,7 @@ from .products import accumulated, cosines
 row_functions = batch_rows
 
 
-def forward(x, table, targets, plan, *, need_pull, need_largest=False):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False):
     num_rows, size = x.shape
     low = x.to(plan.dtype)
     shift = _shift(low, table, targets, plan)
@@ -26,9 +26,11 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
     kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
-    largest = None
+    largest, row_sum = None, torch.zeros(size, dtype=_sum_dtype(x), device=x.device) if need_row_sum else None
     for index, start, stop in plan.slabs(table):
         unit = _unit(table, start, stop, plan)[0].to(plan.dtype)
+        if need_row_sum:
+            row_sum += unit.sum(0, dtype=row_sum.dtype)
         products = _products(low, unit, targets - start, table)
         if need_largest:
             value, place = products.max(1)  # the first of equal ones
@@ -44,7 +46,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
             pull += accumulated(e.to(plan.dtype), unit)
     if need_pull:
         pull /= torch.where(total == 0, 1.0, total)[:, None]
-    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept, largest)
+    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept, largest, row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink):
@@ -56,7 +58,10 @@ def backward(x, table, factors, shift, kept, plan, sink):
         if e is None:
             products = _products(low, unit.to(plan.dtype), factors.targets - start, table)
             e = _exponentials(products, shift, table, plan).to(plan.dtype)
-        grad = project(unit, inverse_norm, accumulated(e[:, : stop - start].T, scaled)) * factors.unscale
+        unit_grad = accumulated(e[:, : stop - start].T, scaled)
+        if factors.common is not None:
+            unit_grad += factors.common
+        grad = project(unit, inverse_norm, unit_grad) * factors.unscale
         sink.put(start, stop, _add_rows(grad, factors.target_rows - start, factors.target_sums))
 
 

@@ -46,7 +46,7 @@ def pull_parts(num_rows, size, width):
     return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
 
 
-def forward(x, table, targets, plan, *, need_pull, need_largest=False):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False):
     num_rows, size = x.shape
     attends = need_pull and not need_largest and targets.dim() == 1
     attend = triton_attend.constants("attend_features", x, table, plan) if attends else None
@@ -60,8 +60,11 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
         slab.find_largest()
     lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     pull_sum, pull_grid = None, (ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)
+    row_sum = torch.zeros(size, dtype=torch.float64, device=x.device) if need_row_sum else None
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
+        if need_row_sum:
+            row_sum += unit[: stop - start, :size].sum(0, dtype=torch.float64)
         if features:
             parts = features.parts(unit, start, stop)
             partial = features.partial
@@ -93,12 +96,14 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False):
                 LAST=last,
                 **PULL_BLOCK,
             )
-    return Sums(lse, shift, total, pull, kept, Largest.of_parts(*slab.largest) if need_largest else None)
+    return Sums(lse, shift, total, pull, kept, Largest.of_parts(*slab.largest) if need_largest else None, row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink):
     num_rows, size = x.shape
     attend = triton_attend.constants("attend_table", x, table, plan) if factors.targets.dim() == 1 else None
+    if attend and factors.common is not None and not attend.get("GLUON", False):
+        attend = None  # no slab of dŵ to add to
     gluon = attend is not None and attend.get("GLUON", False)
     if attend and not gluon:
         triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
@@ -125,6 +130,8 @@ def backward(x, table, factors, shift, kept, plan, sink):
                 e = slab.scratch(width)
                 slab.exponentials(slab.unit(start, stop), start, stop, shift, partial, store=e)
             grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, room)
+        if factors.common is not None:
+            grad[:, :size] += factors.common
         if parts is not None:
             place = slice(start, stop) if table.index is None else table.index[start:stop]
             for part, column in parts:
