@@ -2,9 +2,10 @@
 
 import sys
 
-# Modules of the extras [train], and what they are installed as.
-TRAIN_EXTRAS = {name: name for name in ("tqdm", "safetensors", "timm")}
-TRAIN_EXTRAS |= {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+# Modules of the extras, and what they are installed as.
+MODULES = {name: name for name in ("tqdm", "safetensors", "timm")}
+MODULES |= {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+MODULES |= {"pytorch_metric_learning": "pytorch-metric-learning"}
 
 
 def add(commands, run, name, **texts):
@@ -20,9 +21,9 @@ def fail(message):
     return 1
 
 
-def without_extras(error):
+def without_extras(error, extras="train"):
     """The same for a ModuleNotFoundError, which is raised again where it is none of the extras'."""
     name = (error.name or "").partition(".")[0]
-    if name not in TRAIN_EXTRAS:
+    if name not in MODULES:
         raise error
-    return fail(f'this needs {TRAIN_EXTRAS[name]}, which is not installed: pip install "cosface-kernels[train]"')
+    return fail(f'this needs {MODULES[name]}, which is not installed: pip install "cosface-kernels[{extras}]"')

@@ -1,4 +1,4 @@
-"""The commands that say what a network is worth: eval, embed. cli.py adds them."""
+"""The commands that say what a network is worth: eval, embed, reproduce. cli.py adds them."""
 
 from pathlib import Path
 
@@ -47,6 +47,24 @@ def _add_embed(commands):
     option("--out", type=Path, metavar="FILE", help="a .npy or .safetensors file")
     option("--onnx", type=Path, metavar="FILE", help="the ONNX file")
     _add_network(option)
+
+
+def _add_reproduce(commands):
+    option = add(
+        commands,
+        _reproduce,
+        "reproduce",
+        help="the paper's experiments in small, with a report that says which of its claims held",
+        description="Repeat an experiment of the paper in small, on identities that were never trained, from several seeds: "
+        "toy (figure 4), margins (figure 5), losses (table 2) or normalization (table 1). A run that was stopped goes on where "
+        "it was.",
+    )
+    option("experiment", choices=("toy", "margins", "losses", "normalization"))
+    option("--data", choices=("faces", "digits"), default="faces", help="rendered faces, or handwritten digits (default: faces)")
+    option("--seeds", type=int, default=3, choices=range(1, 101), metavar="N", help="trainings of each loss (default: 3)")
+    option("--steps", type=int, default=500, choices=range(1, 10**6), metavar="N", help="of each training (default: 500)")
+    where = "where results.jsonl and the report go (default: ./reproduction)"
+    option("--out", type=Path, default=Path("reproduction"), metavar="DIR", help=where)
 
 
 def _eval(arguments):
@@ -103,15 +121,25 @@ def _embed(arguments):
     return _print(embedded)
 
 
-def _print(text):
+def _reproduce(arguments):
+    def reproduced():
+        from ..training import reproduce
+
+        names = "experiment", "data", "seeds", "steps", "out"
+        return reproduce.write(**{name: getattr(arguments, name) for name in names})
+
+    return _print(reproduced, "reproduce")
+
+
+def _print(text, extras="train"):
     """Print what text() returns; 0, or 1 where it says why it cannot."""
     try:
         print(text())
     except ModuleNotFoundError as error:
-        return without_extras(error)
+        return without_extras(error, extras)
     except (OSError, ValueError, RuntimeError) as error:
         return fail(error)
     return 0
 
 
-COMMANDS = _add_eval, _add_embed
+COMMANDS = _add_eval, _add_embed, _add_reproduce

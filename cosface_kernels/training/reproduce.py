@@ -1,0 +1,205 @@
+"""`cosface reproduce`: the paper's experiments in small, on identities that were never trained, each from several seeds.
+
+Each training is one line of results.jsonl, so a run that was stopped goes on where it was. An experiment is its losses, and the
+claims of the paper that its results are asked about.
+"""
+
+import json
+import os
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+from . import recipes
+from .arrays import written
+
+MARGINS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.45)
+OURS = f"LMCL, m = {recipes.MARGIN}"
+WITHOUT = "LMCL without feature normalisation"
+EXPERIMENTS = {
+    "margins": {f"LMCL, m = {margin:g}": partial(recipes.lmcl, margin) for margin in MARGINS},
+    "losses": recipes.LOSSES,
+    "normalization": {name: recipes.LOSSES[name] for name in (WITHOUT, OURS)},
+}
+
+
+def run(experiment, data, seeds, steps, out, done=print):
+    """[{"data", "loss", "seed", "settings", and the scores}]: what results.jsonl in `out` has not yet is trained now."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    path, settings = out / "results.jsonl", recipes.settings(steps)
+    known = {_key(line): line for line in read(path)}
+    results = []
+    for seed in range(seeds):
+        dataset = None
+        for name, make_loss in EXPERIMENTS[experiment].items():
+            line = {"data": data, "loss": name, "seed": seed, "settings": settings}
+            if _key(line) not in known:
+                dataset = dataset or recipes.DATA[data](seed)
+                known[_key(line)] = line | recipes.train(make_loss, dataset, seed, steps)._asdict()
+                _append(path, known[_key(line)])
+                done(f"{data}, seed {seed}: {name}")
+            results.append(known[_key(line)])
+    return results
+
+
+def _key(line):
+    return json.dumps([line[name] for name in ("data", "loss", "seed", "settings")], sort_keys=True)
+
+
+def read(path):
+    """The whole lines of results.jsonl; a last one that was cut short by a kill is none."""
+    results = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+        try:
+            results.append(json.loads(line))
+            _key(results[-1])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}: line {number} is no result of a training ({error}); remove it") from error
+    return results
+
+
+def _append(path, line):
+    with open(path, "ab") as file:
+        whole = path.read_bytes().rpartition(b"\n")
+        file.truncate(len(whole[0]) + len(whole[1]))
+        file.write(json.dumps(line).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# The paper's tables 1 and 2 (arXiv 1801.09414): LFW, YTF, MegaFace rank 1, MegaFace TAR at FAR 1e-6, %, trained on CASIA-WebFace.
+PAPER = {
+    "Softmax": (97.88, 93.1, 54.85, 65.92),
+    "Softmax + Contrastive": (98.78, 93.5, 65.21, 78.86),
+    "Triplet": (98.70, 93.4, 64.79, 78.32),
+    "L-Softmax": (99.10, 94.0, 67.12, 80.42),
+    "Softmax + Center": (99.05, 94.4, 65.49, 80.14),
+    "A-Softmax": (99.42, 95.0, 72.72, 85.56),
+    "A-Softmax-NormFea": (99.32, 95.4, 75.42, 88.82),
+    WITHOUT: (99.10, 93.1, 75.10, 88.65),
+    OURS: (99.33, 96.1, 77.11, 89.88),
+}
+TITLES = {
+    "margins": "The paper's figure 5: the margin m from 0 to 0.45",
+    "losses": "The paper's table 2: nine losses",
+    "normalization": "The paper's table 1: feature normalisation",
+}
+TRAINED = {
+    "faces": "1,000 rendered identities of 10 images; tested on 100 others of 10 images, among 1,000 distractors",
+    "digits": "seven of scikit-learn's ten digits; tested on the other three",
+}
+SCORES = {"accuracy": "pair accuracy", "rank1": "rank 1", "tar_1e3": "TAR at FAR 1e-3"}
+VERDICTS = "held", "did not hold", "did not separate"
+
+
+def claims(experiment):
+    """[(the paper's claim, the loss that shall score higher, the other)]"""
+    if experiment == "normalization":
+        return [("normalised features are better", OURS, WITHOUT)]
+    if experiment == "losses":
+        return [(f"LMCL is better than {other}", OURS, other) for other in recipes.LOSSES if other != OURS]
+    name = "LMCL, m = {:g}".format
+    worst = [(f"m = {margin:g} is better than m = 0", name(margin), name(0)) for margin in MARGINS[1:]]
+    pairs = pairwise(MARGINS[1:-1])
+    rising = [(f"m = {high:g} is better than m = {low:g}", name(high), name(low)) for low, high in pairs]
+    return [*worst, *rising, ("m = 0.35 is better than m = 0.45", name(0.35), name(0.45))]
+
+
+def verdict(results, score, better, worse):
+    """(one of VERDICTS, the differences of all seeds): the claim held if all are positive, did not hold if all are negative."""
+    of = {(line["loss"], line["seed"]): line[score] for line in results}
+    differences = [of[better, seed] - of[worse, seed] for seed in sorted({seed for _, seed in of})]
+    return VERDICTS[0 if min(differences) > 0 else 1 if max(differences) < 0 else 2], differences
+
+
+def report(experiment, results):
+    """Markdown of an experiment's results, line by line."""
+    data, seeds, setting = results[0]["data"], len({line["seed"] for line in results}), results[0]["settings"]
+    yield f"# {TITLES[experiment]}, in small"
+    yield ""
+    yield f"    cosface reproduce {experiment} --data {data} --seeds {seeds} --steps {setting['steps']} --out DIR"
+    yield ""
+    yield (
+        f"Trained on `{data}`: {TRAINED[data]}. {setting['steps']} steps of {setting['batch']} images of "
+        f"{setting['image_size']} pixels, D = {setting['embedding_size']}, s = {setting['scale']:g} for cosines, SGD with lr "
+        f"{setting['lr']:g}, one cycle (s and lr chosen for LMCL and softmax on another seed, after 500 steps). Mean ± standard "
+        f"deviation of {seeds} seeds, in %, each with its own images and weights."
+    )
+    yield ""
+    yield from _scores(experiment, results)
+    yield ""
+    yield from _claims(experiment, results)
+
+
+def _scores(experiment, results):
+    names = list(EXPERIMENTS[experiment])
+    printed = all(name in PAPER for name in names)  # figure 5 is a curve without numbers
+    paper = ["the paper's LFW", "YTF", "MegaFace rank 1", "MegaFace TAR at FAR 1e-6"] if printed else []
+    yield f"| {' | '.join(['loss', *SCORES.values(), 'equal error rate', *paper])} |"
+    yield f"| --- |{' --- |' * (4 + len(paper))}"
+    for name in names:
+        runs = [line for line in results if line["loss"] == name]
+        cells = [_percent([line[score] for line in runs]) for score in (*SCORES, "eer")]
+        yield f"| {' | '.join([name, *cells, *(map(str, PAPER[name]) if printed else ())])} |"
+    if printed:
+        yield ""
+        yield "The paper's own numbers are for CASIA-WebFace and another network: compare their order, not their size."
+
+
+def _percent(values):
+    mean = sum(values) / len(values)
+    spread = (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
+    return f"{100 * mean:.2f} ± {100 * spread:.2f}"
+
+
+def _claims(experiment, results):
+    judged = {claim: [verdict(results, score, better, worse) for score in SCORES] for claim, better, worse in claims(experiment)}
+    for place, title in enumerate(SCORES.values()):
+        words = [found[place][0] for found in judged.values()]
+        told = ", ".join(f"{words.count(word)} {word}" for word in VERDICTS if word in words)
+        yield f"- By {title}, of {len(judged)} claims of the paper {told}."
+    yield ""
+    yield "A claim held if it is true of every seed, did not hold if it is true of none, and else did not separate."
+    yield "Beside it are the smallest and the largest difference, in points."
+    yield ""
+    yield f"| claim of the paper | {' | '.join(SCORES.values())} |"
+    yield f"| --- |{' --- |' * len(SCORES)}"
+    for claim, found in judged.items():
+        cells = [f"{word} ({100 * min(each):+.2f} to {100 * max(each):+.2f})" for word, each in found]
+        yield f"| {claim} | {' | '.join(cells)} |"
+
+
+def toy(out):
+    """The demo's experiment: figure 4, toy_features.png in `out`. Markdown, line by line."""
+    import torch
+
+    from ..tools.demo import toy as demo
+
+    Path(out).mkdir(parents=True, exist_ok=True)
+    results = demo.run(Path(out), torch.device("cpu"))
+    gaps = [result.smallest_gap for result in results[1:]]
+    yield "# The paper's figure 4: eight identities in a plane"
+    yield ""
+    yield "    cosface reproduce toy --out DIR"
+    yield ""
+    yield "| loss | smallest gap, ° | within an identity, ° | held-out accuracy, % |"
+    yield f"| --- |{' --- |' * 3}"
+    yield from (f"| {loss} | {gap:.1f} | {angle:.2f} | {100 * accuracy:.1f} |" for loss, gap, angle, accuracy in results)
+    yield ""
+    word = VERDICTS[0 if gaps == sorted(gaps) else 1]
+    yield f"The paper's claim that a larger margin widens the gap {word}: {', '.join(f'{gap:.1f}°' for gap in gaps)}."
+
+
+def write(experiment, data, seeds, steps, out, done=print):
+    """Run an experiment and write its report; the report's text.
+
+    Raises:
+        ValueError: results.jsonl is damaged.
+        OSError: `out` cannot be written.
+    """
+    lines = toy(out) if experiment == "toy" else report(experiment, run(experiment, data, seeds, steps, out, done))
+    text = "\n".join(lines) + "\n"
+    with written(Path(out) / ("toy.md" if experiment == "toy" else f"{experiment}-{data}.md")) as file:
+        file.write(text.encode())
+    return text
