@@ -53,7 +53,8 @@ test-fake-gpu: $(GPU)/.ready
 # The same versions without a GPU: the interpreter, the operators' own checks, and compiled ahead of time.
 test-gpu-versions: test-fake-gpu
 	$(ON_FAKE) FAKE_DEVICES=0 $(GPU)/bin/python -m pytest tests/test_rows.py tests/test_gpu.py tests/test_launches.py tests/test_slabs.py \
-		tests/test_operators.py "tests/test_ahead_of_time.py::test_every_launch_configuration[90]"
+		tests/test_operators.py tests/test_optim.py::test_compiled_head tests/test_hopper.py \
+		"tests/test_ahead_of_time.py::test_every_launch_configuration[90]"
 
 $(GPU)/.ready: requirements-gpu.txt $(wildcard tests/fake_gpu/*.cpp) tests/fake_gpu/build.py
 	@test -x $(GPU)/bin/python || $(PYTHON) -m venv $(GPU)

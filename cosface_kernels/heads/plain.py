@@ -250,6 +250,12 @@ class MarginSoftmaxLoss(nn.Module):
         Statistics of the rows; all as in `margin_softmax_loss`. Whatever else a call has is a TypeError that says what to call.
         """
         validation.check_call(features, labels, others, named)
+        asked = features, labels, label_weights, return_statistics
+        if torch.compiler.is_compiling() and recording.pending(self._parameters.get("weight")) is not None:
+            return self._recorded_loss(*asked)
+        return self._loss(*asked)
+
+    def _loss(self, features, labels, label_weights, return_statistics):
         table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
         labels, label_weights = positives.merged(labels, label_weights, self.ignore_index, features)
@@ -259,6 +265,11 @@ class MarginSoftmaxLoss(nn.Module):
         if inputs.classes is not None:
             self.sample_step += 1
         return loss
+
+    @torch._disable_dynamo
+    def _recorded_loss(self, *asked):
+        """The same, whose recording PyTorch cannot compile; nor, up to 2.11, the objects that a break within would keep."""
+        return self._loss(*asked)
 
     def logits(self, features: Tensor) -> Tensor:
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
