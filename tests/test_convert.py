@@ -286,6 +286,35 @@ def test_round_trips_keep_every_bit(here, dtype):
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
+def test_safetensors_keep_every_bit(here, dtype):
+    safetensors = pytest.importorskip("safetensors.torch")
+    whole = wild(11, dtype)
+    safetensors.save_file({"backbone.weight": torch.randn(3, 3), "head.weight": whole}, "model.safetensors")
+    assert run("model.safetensors", "head.pt", "--key", "head.weight") == 0
+    assert bits(converted("head.pt")).equal(bits(whole))
+    assert run("head.pt", "r{rank}.safetensors", "--to", "insightface", "--ranks", 3) == 0
+    for rank, shard in enumerate(shards(whole, 3)):
+        (found,) = safetensors.load_file(f"r{rank}.safetensors").items()
+        assert found[0] == "weight" and bits(found[1]).equal(bits(shard))
+    assert run(*(f"r{rank}.safetensors" for rank in range(3)), "pml.safetensors", "--from", "insightface", "--to", "pml") == 0
+    assert run("pml.safetensors", "back.safetensors", "--from", "pml") == 0
+    assert bits(safetensors.load_file("back.safetensors")["weight"]).equal(bits(whole))
+    assert int.from_bytes(Path("back.safetensors").read_bytes()[:8], "little") % 8 == 0  # numbers begin where they can be mapped
+
+
+def test_a_damaged_file_of_safetensors(here, capsys):
+    pytest.importorskip("safetensors.torch")
+    torch.save({"weight": table(11)}, "head.pt")
+    assert run("head.pt", "head.safetensors", "--key", "weight") == 0
+    capsys.readouterr()
+    Path("head.safetensors").write_bytes(Path("head.safetensors").read_bytes()[:-1])
+    message = refusal(capsys, "head.safetensors", "out.pt", "--key", "weight")
+    assert "head.safetensors: not a safetensors file, or a damaged one" in message
+    assert "No such file" in refusal(capsys, "none.safetensors", "out.pt", "--key", "weight")
+    assert not Path("out.pt").exists()
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES)
 def test_cosface_loss_loads_it_and_is_converted_back(here, dtype):
     torch.save({"W": torch.randn(SIZE, 11, dtype=dtype)}, "loss.pt")
     assert run("loss.pt", "head.pt", "--from", "pml") == 0

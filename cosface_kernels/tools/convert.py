@@ -5,6 +5,8 @@
     insightface, PartialFC before it       rank_N_softmax_weight.pt, a bare tensor (C_local, D); its momentum in ..._mom.pt beside
     pml, pytorch-metric-learning           W (D, C)
 
+Files are torch.save's or, by their suffix, .safetensors, which have no checksums.
+
 Memory: one copy of the file being written. Inputs are mapped, and compared with the checksums in them; those of torch before 1.6,
 which have none, are read whole.
 
@@ -12,8 +14,10 @@ With K sub-centres a class, the K rows (in pytorch-metric-learning columns) of a
 are converted like K classes.
 """
 
+import json
 import os
 import re
+import struct
 import tempfile
 import warnings
 import zipfile
@@ -25,6 +29,7 @@ import torch
 
 from ..validation import FLOAT_DTYPES
 
+SAFETENSORS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 BARE = "bare-tensor"  # the key of a file that holds no dict but one tensor
 KEYS = {None: ("weight",), "insightface": ("weight", "state_dict_softmax_fc.weight", BARE), "pml": ("W",)}
 LISTED = 20  # keys, files or ranks that a message names; it counts the rest
@@ -35,9 +40,9 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     """Write the table in `inputs` to `out`, and return one line that says what was written.
 
     Args:
-        inputs: paths of files written by torch.save, one, or all shards of a table; of "insightface" also its files of momentum,
-            NAME_mom.pt beside NAME.pt, which are left out.
-        out: a path; with several ranks its text {rank} becomes 0, 1, ...
+        inputs: paths of files written by torch.save, or .safetensors, one, or all shards of a table; of "insightface" also its
+            files of momentum, NAME_mom.pt beside NAME.pt, which are left out.
+        out: a path, .safetensors for that format; with several ranks its text {rank} becomes 0, 1, ...
         system: the system that wrote `inputs`, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
         key: dotted key of the table in each file, for any other system.
         transpose: whether the table at `key` is (D, C).
@@ -76,7 +81,7 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
         not_finite = start = 0
         for (target, new), count in zip(written.items(), shard_sizes(num_classes, ranks), strict=True):
             with _writing(target):
-                not_finite += _write(tables, start, start + count, new, to)
+                not_finite += _write(tables, start, start + count, new, to, target.suffix == ".safetensors")
             start += count
         for target, new in written.items():
             with _writing(target):
@@ -161,6 +166,8 @@ def read_table(path, *, system=None, key=None, transpose=False):
 
 def _load(path):
     """[(dotted key, tensor)] of all tensors in the nested dicts of a file, or of the one tensor that it holds."""
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         is_zip = _is_zip(path)
     except OSError as error:
@@ -173,6 +180,18 @@ def _load(path):
     if tensors is None:
         raise ValueError(f"{path}: holds a {type(content).__name__}, must hold a dict of tensors, or one tensor")
     return tensors
+
+
+def _load_safetensors(path):
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise ValueError(f"{path}: reading it needs safetensors: pip install safetensors") from error
+    try:
+        return [*load_file(path).items()]
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a safetensors file, or a damaged one ({_reason(error)})") from error
 
 
 @contextmanager
@@ -255,14 +274,27 @@ def _writing(target):
         raise OSError(f"cannot write {target}: {_reason(error)}") from error
 
 
-def _write(tables, start, stop, path, to):
+def _write(tables, start, stop, path, to, as_safetensors):
     """Rows start to stop of the table, safely on disk at `path`; the number of them that are not finite."""
     rows = _rows(tables, start, stop, column_major=to == "pml")
+    name, table = ("W", rows.T) if to == "pml" else ("weight", rows)
     with open(path, "xb") as file:
-        torch.save({"W": rows.T} if to == "pml" else {"weight": rows}, file)
+        if as_safetensors:
+            _save_safetensors(name, table, file)
+        else:
+            torch.save({name: table}, file)
         file.flush()
         os.fsync(file.fileno())
     return sum(int((~slab.isfinite().all(1)).sum()) for slab in rows.split(SLAB))
+
+
+def _save_safetensors(name, table, file):
+    """One tensor in the format of safetensors, whose own writer copies it: the size of a JSON header, this, the numbers."""
+    described = {"dtype": SAFETENSORS[table.dtype], "shape": [*table.shape], "data_offsets": [0, table.nbytes]}
+    header = json.dumps({name: described, "__metadata__": {"format": "pt"}}).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(struct.pack("<Q", len(header)) + header)
+    file.write(memoryview(table.view(torch.uint8).numpy()))
 
 
 def _rows(tables, start, stop, *, column_major):
