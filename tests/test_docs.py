@@ -217,7 +217,7 @@ def test_margins_theory():
 @pytest.mark.parametrize(
     "name, document",
     [
-        *((f"cpu_epyc_{name}", "performance.md") for name in ("zen5", "zen5_training", "zen3_break_even")),
+        *((f"cpu_epyc_{name}", "performance.md") for name in ("zen5", "zen5_training", "zen3_break_even", "zen3_processor_time")),
         ("formats", "training.md"),
     ],
 )
