@@ -275,7 +275,10 @@ def test_commands_of_the_document(folder, monkeypatch):
     write_bin(folder / "lfw.bin")
     lines = [f"id{pair % 3}/0.png id{(pair + pair % 2) % 3}/1.png {1 - pair % 2}" for pair in range(12)]
     (folder / "pairs.txt").write_text("\n".join(lines))
-    assert len(commands) == 7
+    np.save("ijbc.npy", random.normal(size=(6, 8)))
+    Path("ijbc_face_tid_mid.txt").write_text("".join(f"{row}.jpg {row} 1\n" for row in range(6)))
+    Path("ijbc_template_pair_label.txt").write_text("0 1 1\n2 3 0\n4 5 0\n")
+    assert len(commands) == 8
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
     assert json.loads((folder / "result.json").read_text()).keys() >= {"verification", "identification"}

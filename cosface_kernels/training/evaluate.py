@@ -9,6 +9,7 @@ from . import identification, verification
 from . import pairs as lists
 from .all_pairs import AllPairs
 from .arrays import read_embeddings, read_labels
+from .templates import TemplatePairs
 
 FARS = {f"1e-{exponent}": exponent for exponent in verification.FAR_EXPONENTS}
 FPIRS = {f"1e-{exponent}": exponent for exponent in (1, 2, 3)}
@@ -68,6 +69,21 @@ def of_pairs(path, checkpoint, flip, images=None):
             "folds": result._asdict(),
             **verification_of(verification.Steps.of(scores[listed.same], scores[~listed.same])),
         },
+    }
+
+
+def of_templates(embeddings, templates, pairs):
+    """The record of pairs of templates (templates.py) of embeddings.
+
+    Raises:
+        ValueError: a file cannot be used; the message names it.
+    """
+    rows = read_embeddings(embeddings)
+    listed = TemplatePairs(rows, templates, pairs)
+    return {
+        "version": __version__,
+        "embeddings": {"file": str(embeddings), "images": len(rows), "size": rows.shape[1], "templates": len(listed.unit)},
+        "verification": verification_of(verification.steps_of(listed)),
     }
 
 
