@@ -177,24 +177,28 @@ def _loss_of_positives(inputs, options, shards, state, training):
     """loss_of_table for labels (N, K): the margin on N K numbers, and positives.losses."""
     _refuse_with_positives(options)
     labels, weights = inputs.labels, inputs.label_weights
-    found = negatives(inputs, options)
-    lse = differentiable_in_scale(_corrected_for_sampling(found.lse, inputs, options, shards), options.scale, found.slope)
-    whole = options.margin
-    norm = _feature_norm(inputs.features, found) if whole.needs_norm else None
+    whole, found = options.margin, negatives(inputs, options, shards.foreign_index)
+    found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
+    norm = shards.own(_feature_norm(inputs.features, found) if whole.needs_norm else None)
+    found = shards.combine(options.bound, found)
+    lse = differentiable_in_scale(found.lse, options.scale, found.slope)
+    feature_length = shards.own(found.feature_length)
     if training:
         with torch.no_grad():
             whole.update(norm, found.counted, state)
     state = {name: snapshot(value) for name, value in state.items()}
     width = labels.shape[1]
     terms = (term.repeat_interleave(width) if term.dim() else term for term in _terms(whole, norm, found.counted, state))
-    lengths = [] if found.feature_length is None else [found.feature_length.repeat_interleave(width)]
+    lengths = [] if feature_length is None else [feature_length.repeat_interleave(width)]
     lengths += [] if found.target_length is None else [found.target_length.flatten()]
-    margin = _margin_of_rows(whole, labels.flatten(), shards.classes(inputs, options)[1])
+    classes, num_classes = shards.classes(inputs, options)
+    margin = _margin_of_rows(whole, classes.flatten(), num_classes)
     logits = _target_logit(margin, found.product.flatten(), math.prod(lengths) if lengths else None, (*terms,))
     losses = positives.losses(lse, options.scale * logits.view(labels.shape), labels, weights, int(options.ignore_index))
     penalty = whole.penalty(norm)
     losses = losses if penalty is None else losses + torch.where(found.counted, penalty, 0.0)
-    return reduced(losses, found.counted, options.reduction)
+    losses = reduced(losses, found.counted, options.reduction)
+    return shards.own_rows(losses) if options.reduction == "none" else losses
 
 
 def _refuse_with_positives(options):

@@ -916,6 +916,32 @@ def _(world):
                 head(local, world.mine(labels))
 
 
+@check("several classes to a row", 2, 3)
+def _(world):
+    """As in one process: rows with classes of several shards, one without any, one of two classes that are one."""
+    features, weight, labels = draw()
+    labels = torch.stack([labels, labels.flip(0), (labels + 150) % NUM_CLASSES], 1)
+    labels[3], labels[5, 1], labels[6] = -1, -1, labels[6, 0]
+    weights = torch.rand(labels.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    m = torch.linspace(0.1, 0.4, NUM_CLASSES, dtype=torch.float64)
+    for margin, options in ((margins.ArcFace(m), {}), (margins.AdaFace(), {"normalize_features": False, "scale": 4.0})):
+        head = ShardedMarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=margin, dtype=torch.float64, ddp_average=False, **options)
+        whole = MarginSoftmaxLoss(SIZE, NUM_CLASSES, margin=margin, dtype=torch.float64, **options)
+        fill(world, head, weight)
+        whole.weight.data.copy_(weight)
+        local, everything = world.mine(features).requires_grad_(), features.clone().requires_grad_()
+        loss = head(local, world.mine(labels), label_weights=world.mine(weights))
+        exact = whole(everything, labels, label_weights=weights)
+        loss.backward(), exact.backward()
+        relative = tolerance(torch.float64, 64.0)
+        assert_close(loss.detach(), exact.detach(), relative)
+        assert_close(local.grad, world.mine(everything.grad), relative, size=everything.grad.norm())
+        assert_close(head.weight.grad.to_local(), world.shard(whole.weight.grad), relative, size=whole.weight.grad.norm())
+    with raises(ValueError, "the number of label_weights to a row must be the same"):
+        columns = 3 if world.rank else 2
+        head(local, world.mine(labels)[:, :columns], label_weights=world.mine(weights)[:, :columns])
+
+
 @check("options that differ between ranks", 2, 3)
 def _(world):
     """Some would wait for each other, some would only be wrong."""

@@ -46,16 +46,18 @@ class Told(NamedTuple):
     needs_gradient: bool
     k: int
     statistics: bool
+    label_columns: int  # K of labels (N, K), 0 of labels (N,)
 
     @classmethod
-    def of(cls, head, features, k=0, statistics=False):
+    def of(cls, head, features, k=0, statistics=False, label_columns=0):
         names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing")
         sampling = ("sample_rate", "sample_correction", "training")
         values = [getattr(head, name) for name in (*names, *sampling)]
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
         options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
-        return cls(len(features), dtype, grad_mode, options, grad_mode and features.requires_grad, k, statistics)
+        needs_gradient = grad_mode and features.requires_grad
+        return cls(len(features), dtype, grad_mode, options, needs_gradient, k, statistics, label_columns)
 
     @classmethod
     def agreed(cls, everyone):
@@ -69,6 +71,7 @@ class Told(NamedTuple):
             (grad_modes, [*map(bool, told.grad_mode)]),
             ("k must be the same", told.k),
             ("return_statistics must be the same", [*map(bool, told.statistics)]),
+            ("the number of label_weights to a row must be the same", told.label_columns),
         ):
             if len({*values}) > 1:
                 raise ValueError(f"{what} on all ranks, got {', '.join(map(str, values))}")
@@ -97,7 +100,7 @@ class Batch:
         columns = {name: getattr(found, name) for name in ("product", "product_sum", "target_length")} | {"lse": total}
         columns["slope"] = None if found.slope is None else total.detach() * found.slope
         columns = {name: column.double() for name, column in columns.items() if column is not None}
-        columns = dict(zip(columns, self.ranks.add(torch.stack([*columns.values()], 1)).unbind(1), strict=True))
+        columns = self._added(columns)
         total = columns["lse"]
         # No negative at all: log 0, without its infinite derivative.
         none = total == 0
@@ -106,6 +109,12 @@ class Batch:
         if "slope" in columns:
             columns["slope"] = columns["slope"].detach() / total.detach()
         return found._replace(**{name: column.to(dtype) for name, column in columns.items()})
+
+    def _added(self, columns):
+        """The sums over the ranks of {name: (N,) or (N, K)}."""
+        parts = [column if column.dim() == 2 else column[:, None] for column in columns.values()]
+        sums = self.ranks.add(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
+        return {name: each.reshape(column.shape) for (name, column), each in zip(columns.items(), sums, strict=True)}
 
     def classes(self, inputs, options):
         """(the class of each row (N,), the number of classes) in the whole table."""
@@ -172,7 +181,8 @@ class OverRanks(Whole):
 
         def told():
             _check(head, table, inputs, options)
-            return Told.of(head, features, statistics=options.return_statistics)
+            label_columns = 0 if inputs.label_weights is None else inputs.label_weights.shape[1]
+            return Told.of(head, features, statistics=options.return_statistics, label_columns=label_columns)
 
         counts, needs_gradient = Told.agreed(
             ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device)
@@ -184,6 +194,8 @@ class OverRanks(Whole):
         first = self.first_class(head, table[0])
         labels = _labels_here(everywhere, head.ignore_index, head.num_classes, first, num_classes_here)
         inputs = inputs._replace(features=features, labels=labels)
+        if inputs.label_weights is not None:
+            inputs = inputs._replace(label_weights=ranks.gather(inputs.label_weights.detach().to(torch.float64), counts))
         per_row = {name: ranks.gather(value.detach().to(features.device), counts) for name, value in per_row.items()}
         margin = margins.replaced(options.margin, per_row)
         if head._samples():
@@ -294,8 +306,6 @@ def _labels_here(labels, ignore_index, num_classes, first, count):
 def _check(head, table, inputs, options):
     """Check everything that can be wrong on one rank alone, before ranks wait for each other."""
     features, weight, labels = inputs.features, inputs.weight, inputs.labels
-    if inputs.label_weights is not None:
-        raise NotImplementedError("label_weights do not go with a table over several ranks: there a row has one class")
     wants_sparse = head._samples() and torch.is_grad_enabled() and table[0].requires_grad
     if dtensors.is_sharded(table[0]) and wants_sparse and recording.pending(table[0]) is None:
         raise RuntimeError(
@@ -303,7 +313,10 @@ def _check(head, table, inputs, options):
             "DTensor has no sparse gradient"
         )
     options.checked(inputs.bias is not None).check_values(features)
-    validation.check_tensors(features, weight, labels, inputs.bias, head.centers_per_class)
+    several = inputs.label_weights is not None
+    validation.check_tensors(features, weight, labels, inputs.bias, head.centers_per_class, several=several)
+    if several and inputs.label_weights.requires_grad:
+        raise ValueError("label_weights must need no gradient: other ranks' rows have none")
     backends.choose(head.backend, weight.device, product_dtype(features, weight))
     operators.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
     margins.check_classes(options.margin, head.num_classes, features.device)
