@@ -35,6 +35,9 @@ SMALL = (
 )
 
 
+MISSING = [("yaml", "some.yaml", 1, '"cosface-kernels[train]"'), ("timm", "backbone=timm:vit_tiny", 2, "timm")]
+
+
 def settings(out, *more):
     return config.of_command([*SMALL, f"out={out}", *more], False)
 
@@ -268,16 +271,16 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
     assert isinstance(backbones.load_backbone(tmp_path / "run")[0][1], torch.nn.Linear)
 
 
-MISSING = [("yaml", "pyyaml", "some.yaml"), ("timm", "timm", "backbone=timm:vit_tiny")]
-
-
-@pytest.mark.parametrize(("module", "package", "argument"), MISSING)
-def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys, module, package, argument):
+@pytest.mark.parametrize(("module", "argument", "status", "remedy"), MISSING)
+def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys, module, argument, status, remedy):
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / "some.yaml").write_text("epochs: 1")
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["train", *SMALL, "out=run", argument]) == 1
-    assert f'this needs {package}, which is not installed: pip install "cosface-kernels[train]"' in capsys.readouterr().err
+    try:
+        found = cli.main(["train", *SMALL, "out=run", argument])
+    except SystemExit as stop:
+        found = stop.code
+    assert found == status and f"which is not installed: pip install {remedy}" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -312,10 +315,16 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_commands_of_the_document(tmp_path, monkeypatch, capsys):
-    """docs/faces.md, from top to bottom in one folder, with small settings in place of the defaults."""
-    text = (Path(__file__).parents[1] / "docs/faces.md").read_text()
-    found = [shlex.split(line) for line in text.splitlines() if line.startswith("    cosface ")]
-    assert len(found) >= 10
+    """docs/faces.md, from top to bottom in one folder, with small settings in place of the defaults; README.md has its first."""
+    document, readme = (
+        [
+            shlex.split(line, comments=True)
+            for line in (Path(__file__).parents[1] / name).read_text().splitlines()
+            if line.startswith("    cosface ")
+        ]
+        for name in ("docs/faces.md", "README.md")
+    )
+    assert len(document) >= 10 and [line for line in readme if line[1] in ("train", "compare")] == document[:3]
     monkeypatch.chdir(tmp_path)
     folder_of_images(tmp_path / "crops"), folder_of_images(tmp_path / "others")
     (tmp_path / "shards").mkdir()
@@ -323,10 +332,20 @@ def test_the_commands_of_the_document(tmp_path, monkeypatch, capsys):
     labels = [(f"{number}.cls", b"%d" % number) for number in range(4)]
     write_tar(tmp_path / "shards/0.tar", [*labels, *((f"{number}.png", image(number)[0]) for number in range(4))])
     small = ["image_size=16", "batch_size=4", "embedding_size=8", "workers=0", "tensorboard=false", "held_out=2", "epochs=1"]
-    for _, name, *arguments in found:
+    for _, name, *arguments in document:
         if name == "train":
-            arguments = [argument.replace("faces:300", "faces:4:3") for argument in arguments]
+            arguments = [argument.replace("faces:200", "faces:4:3") for argument in arguments]
             arguments += [] if "--resume" in arguments else small
         assert cli.main([name, *arguments]) == 0, (name, arguments, capsys.readouterr().err)
     assert "others: TAR at FAR" in (tmp_path / "runs/first/report.html").read_text()
     assert (tmp_path / "compare.html").exists()
+
+
+@pytest.mark.slow
+def test_tensorboard_has_the_curves(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert loop.train(settings(tmp_path / "run", "epochs=2", "tensorboard=true")) == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [each.value for each in events.Scalars("loss")] == pytest.approx(losses(tmp_path / "run"), rel=1e-6)

@@ -3,7 +3,7 @@
 import sys
 
 # Modules of the extras, and what they are installed as.
-MODULES = {name: name for name in ("tqdm", "safetensors", "timm")}
+MODULES = {name: name for name in ("tqdm", "safetensors")}
 MODULES |= {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 MODULES |= {"pytorch_metric_learning": "pytorch-metric-learning"}
 

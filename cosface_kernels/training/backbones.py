@@ -67,8 +67,10 @@ def load_backbone(run):
 
 
 def _timm(name, embedding_size, image_size):
-    import timm
-
+    try:
+        import timm
+    except ImportError:
+        raise ConfigError(f"backbone=timm:{name} needs timm, which is not installed: pip install timm") from None
     try:
         return timm.create_model(name, num_classes=embedding_size, img_size=image_size)
     except TypeError:  # a network for images of any size

@@ -122,9 +122,9 @@ def check_margin_warmup(config, margin):
 
 
 def synced(module):
-    """The module with SyncedBatchNorm for each BatchNorm, of the same names."""
+    """The module with SyncedBatchNorm for each usual BatchNorm, of the same names."""
     for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.affine and child.track_running_stats and child.momentum:
             new = SyncedBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
             new.load_state_dict(child.state_dict())
             for parameter, old in zip(new.parameters(), child.parameters(), strict=True):
