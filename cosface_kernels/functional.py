@@ -29,6 +29,7 @@ class LossArguments(Common, total=False):
     classes: Tensor | None
     sample_correction: bool
     label_smoothing: float
+    class_weight: Tensor | None
 
 
 class CosFaceArguments(LossArguments, total=False):
@@ -147,6 +148,7 @@ def cosface_loss(
     classes: Tensor | None = None,
     sample_correction: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     return_statistics: bool = False,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
@@ -160,7 +162,7 @@ def cosface_loss(
         features, weight, labels, scale, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: m, a finite number in units of cosine, or a tensor (C,) with one for each class.
         reduction: "mean" over the rows that are not ignored (0 with zero gradients if there are none), "sum", or "none".
-        classes, sample_correction, label_smoothing, return_statistics: as in `margin_softmax_loss`.
+        classes, sample_correction, label_smoothing, class_weight, return_statistics: as in `margin_softmax_loss`.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or (N,) for "none" with 0 at ignored rows; with return_statistics
@@ -186,6 +188,7 @@ def cosface_loss(
         classes=classes,
         sample_correction=sample_correction,
         label_smoothing=label_smoothing,
+        class_weight=class_weight,
         return_statistics=return_statistics,
     )
 
@@ -222,6 +225,7 @@ def margin_softmax_loss(
     classes: Tensor | None = None,
     sample_correction: bool = False,
     label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
     return_statistics: bool = False,
     label_weights: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Statistics]:
@@ -251,6 +255,8 @@ def margin_softmax_loss(
         label_smoothing: ε, from 0 to 1: ε (z_y - mean_j z_j) is added to each row's loss, z being the logits with the margin, as
             `F.cross_entropy(z, labels, label_smoothing=ε)` has it. The mean is over the classes that take part. Not with
             sub-centres.
+        class_weight: (C,), the weight of each class's rows, as `F.cross_entropy` has it: the mean divides by the sum of the rows'
+            weights. Not with label_smoothing. For weights of rows take reduction="none".
         return_statistics: whether to return, beside the loss, what the same pass finds about each row: the `Statistics`, vectors
             (N,) without gradient, such as the training accuracy's. The loss keeps its bits (on a GPU: where
             triton_forms.json asks for no kernel that attends).
@@ -275,4 +281,4 @@ def margin_softmax_loss(
         *(ignore_index, memory_budget, backend, return_statistics, label_smoothing),
     )
     labels, label_weights = positives.merged(labels, label_weights, ignore_index, features)
-    return loss_of_table(Inputs(features, weight, labels, bias, classes, label_weights), options)
+    return loss_of_table(Inputs(features, weight, labels, bias, classes, label_weights, class_weight), options)

@@ -30,6 +30,7 @@ class Inputs(NamedTuple):
     bias: torch.Tensor | None = None
     classes: torch.Tensor | None = None
     label_weights: torch.Tensor | None = None  # (N, K), with labels (N, K) as positives.merged gives them
+    class_weight: torch.Tensor | None = None  # (C,) of the whole table
     parameters: tuple | None = None  # the nn.Parameters (weight, bias) that own these rows; None: the two above
 
 
@@ -143,7 +144,8 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
     if inputs.label_weights is not None:
         return _loss_of_positives(inputs, options, shards, state or {}, training)
     found = negatives(inputs, options, shards.foreign_index)
-    margin = _margin_of_rows(options.margin, *shards.classes(inputs, options))
+    own_classes, num_classes = shards.classes(inputs, options)
+    margin = _margin_of_rows(options.margin, own_classes, num_classes)
     found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
     norm = _feature_norm(inputs.features, found) if margin.needs_norm else None
     found = shards.combine(options.bound, found)
@@ -163,10 +165,14 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
     if isinstance(scale, torch.Tensor):
         logit, scale = scale * logit, 1.0
     lse = differentiable_in_scale(found.lse, options.scale, found.slope)
-    losses, _ = margin_losses(lse, logit, found.counted, float(scale), options.reduction, options.backend)
+    reduction = options.reduction if inputs.class_weight is None else "none"
+    losses, _ = margin_losses(lse, logit, found.counted, float(scale), reduction, options.backend)
     for extra in (penalty, smoothing):
         if extra is not None:
-            losses = losses + reduced(torch.where(found.counted, extra, 0.0), found.counted, options.reduction)
+            losses = losses + reduced(torch.where(found.counted, extra, 0.0), found.counted, reduction)
+    if inputs.class_weight is not None:
+        validation.check_class_weight(inputs.class_weight, num_classes, losses.device, options.label_smoothing)
+        losses = _weighted(losses, inputs.class_weight[own_classes.clamp(0, num_classes - 1)], found.counted, options.reduction)
     losses = shards.own_rows(losses) if options.reduction == "none" else losses
     if not options.return_statistics:
         return losses
@@ -175,7 +181,7 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
 
 def _loss_of_positives(inputs, options, shards, state, training):
     """loss_of_table for labels (N, K): the margin on N K numbers, and positives.losses."""
-    _refuse_with_positives(options)
+    _refuse_with_positives(inputs, options)
     labels, weights = inputs.labels, inputs.label_weights
     whole, found = options.margin, negatives(inputs, options, shards.foreign_index)
     found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
@@ -201,8 +207,10 @@ def _loss_of_positives(inputs, options, shards, state, training):
     return shards.own_rows(losses) if options.reduction == "none" else losses
 
 
-def _refuse_with_positives(options):
+def _refuse_with_positives(inputs, options):
     """Raise for what several classes to a row do not go with."""
+    if inputs.class_weight is not None:
+        raise ValueError("label_weights and class_weight exclude each other: give label_weights times class_weight[labels]")
     if options.centers_per_class > 1:
         raise ValueError(f"label_weights go with one centre to a class, got centers_per_class = {options.centers_per_class}")
     if options.label_smoothing:
@@ -311,6 +319,16 @@ class _InScale(torch.autograd.Function):
     def backward(ctx, grad):
         lse, scale, slope = ctx.saved_tensors
         return grad, FirstDerivative.apply((grad * slope).sum().to(scale), scale, lse), None
+
+
+def _weighted(losses, weights, counted, reduction):
+    """Losses (N,), each times its weight (N,), reduced; the mean is over the weights' sum, 0 where that is 0."""
+    weights = torch.where(counted, weights.to(losses.dtype), 0.0)
+    losses = torch.where(counted, losses * weights, 0.0)
+    if reduction == "none":
+        return losses
+    total = weights.sum() if reduction == "mean" else weights.new_ones(())
+    return losses.sum() / torch.where(total == 0, 1.0, total)
 
 
 def _smoothing(logit, found, inputs, options, shards):

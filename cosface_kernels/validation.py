@@ -350,6 +350,24 @@ def check_flag(name, value):
         raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
+def check_class_weight(class_weight, num_classes, device=None, label_smoothing=0.0):
+    """Check weights (C,), or None."""
+    if class_weight is None:
+        return
+    _check_dense("class_weight", f"(C,) = ({num_classes},)", class_weight)
+    if class_weight.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"class_weight must be float16, bfloat16, float32 or float64, got {class_weight.dtype}")
+    if class_weight.shape != (num_classes,):
+        raise ValueError(f"class_weight must have shape (C,) = ({num_classes},), got {tuple(class_weight.shape)}")
+    if device is not None and class_weight.device != device:
+        raise ValueError(f"class_weight must be on the device of features ({device}), got {class_weight.device}")
+    if label_smoothing:
+        raise ValueError(
+            "class_weight and label_smoothing exclude each other: F.cross_entropy then weights every class's term, which the "
+            "pass over the table does not sum"
+        )
+
+
 def check_label_smoothing(label_smoothing, centers_per_class):
     check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:

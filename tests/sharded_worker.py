@@ -202,6 +202,7 @@ def learnt_scale(num_classes, scale):
             ShardedCosFaceLoss(SIZE, num_classes, ddp_average=False, **options),
             CosFaceLoss(SIZE, num_classes, **options),
         )
+        head.class_weight = whole.class_weight = torch.linspace(1, 2, num_classes, dtype=torch.float64)  # in the first step
         with torch.no_grad():
             head.weight.to_local().copy_(world.shard(weight)), whole.weight.copy_(weight)
         steps = [torch.optim.SGD([each.double().log_scale], lr=1e-3) for each in (head, whole)]
@@ -215,6 +216,7 @@ def learnt_scale(num_classes, scale):
             for each, step in zip((head, whole), steps, strict=True):
                 step.step(), each.zero_grad()
                 each.label_smoothing = 0.1
+                each.class_weight = None
         values = [torch.zeros((), dtype=torch.float64) for _ in range(world.size)]
         dist.all_gather(values, head.log_scale.detach())
         assert len({value.item() for value in values}) == 1 and values[0] != math.log(scale)

@@ -160,7 +160,10 @@ def test_margins_of_classes():
 
 def test_margins_beside_the_margin():
     names = after("margins.md", "smooth = ")
-    torch.testing.assert_close(names["smooth"], names["same_smooth"])
+    for name in ("smooth", "weighted"):
+        torch.testing.assert_close(names[name], names[f"same_{name}"])
+    rows = F.cross_entropy(names["logits"], names["labels"], reduction="none")
+    torch.testing.assert_close(names["weighted_rows"], (names["row_weights"] * rows).sum() / names["row_weights"].sum())
 
 
 def test_margins_learnt_scale():

@@ -143,3 +143,80 @@ def test_mistakes(mistake, device):
         margin_softmax_loss(*draw(device), **options)
     with pytest.raises(error, match=message):
         MarginSoftmaxLoss(SIZE, NUM_CLASSES, **options)
+
+
+# --- weights of classes
+
+CLASS_WEIGHT = torch.linspace(0, 2, NUM_CLASSES, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("row", [ROWS[name] for name in ("CosFace", "ArcFace x3", "MagFace")], ids=["CosFace", "x3", "MagFace"])
+def test_class_weight(row, reduction, device):
+    """In float64 against the formula, which margins.md has from F.cross_entropy; a penalty is weighted too."""
+    features, weight, labels = batch(row, device)
+    labels[4], features[4] = -100, torch.nan
+    class_weight = CLASS_WEIGHT.to(device)
+    upstream = torch.linspace(1, 2, len(labels), device=device) if reduction == "none" else torch.ones((), device=device)
+    options = {**row.options, "margin": row.margin, "reduction": reduction, "class_weight": class_weight}
+
+    def exact(features, weight, labels):
+        weights = torch.where(labels == -100, 0.0, class_weight[labels])
+        losses = weights * written_out(row, features, weight, labels, reduction="none")
+        return losses if reduction == "none" else losses.sum() / (weights.sum() if reduction == "mean" else 1)
+
+    ours = evaluate(partial(margin_softmax_loss, **options), features, weight, labels, upstream)
+    for one, other in zip(ours, evaluate(exact, features, weight, labels, upstream), strict=True):
+        assert_close(one.nan_to_num(), other.nan_to_num(), tolerance(torch.float64))
+
+
+def test_class_weight_of_a_head(device):
+    """A buffer, float32 at least, that identities that come and go take along; a batch of weight 0 has loss 0."""
+    features, _, labels = draw(device, torch.float32)
+    head = CosFaceLoss(SIZE, NUM_CLASSES, class_weight=CLASS_WEIGHT.to(torch.bfloat16), device=device)
+    assert torch.equal(head.state_dict()["class_weight"], CLASS_WEIGHT.to(device, torch.bfloat16).float())
+    assert torch.equal(head.bfloat16().class_weight, CLASS_WEIGHT.to(device, torch.bfloat16).float())
+    head.float()
+    found = head(features, labels)
+    weights = head.class_weight[labels]
+    losses = cosface_loss(features, head.weight, labels, reduction="none")
+    assert_close(found.detach(), ((weights * losses).sum() / weights.sum()).detach().double(), tolerance(torch.float32))
+    head.grow(1)
+    head.remove([0])
+    assert_close(head.class_weight, torch.cat([weight := head.class_weight[:-1], weight.new_ones(1)]).double(), 1e-2)
+    assert len(head.class_weight) == NUM_CLASSES and head.class_weight[0] > 0
+    head.class_weight.zero_()
+    assert head(features, labels) == 0
+
+
+WRONG_WEIGHTS = {
+    "shape": (torch.ones(3), {}, ValueError, r"class_weight must have shape \(C,\) = \(300,\), got \(3,\)"),
+    "dtype": (torch.ones(300, dtype=torch.int64), {}, TypeError, "class_weight must be float16, .*, got torch.int64"),
+    "smoothing": (torch.ones(300), {"label_smoothing": 0.1}, ValueError, "class_weight and label_smoothing exclude each other"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG_WEIGHTS)
+def test_wrong_weights(mistake, device):
+    class_weight, options, error, message = WRONG_WEIGHTS[mistake]
+    options = {**options, "class_weight": class_weight.to(device)}
+    with pytest.raises(error, match=message):
+        cosface_loss(*draw(device, torch.float32), **options)
+    with pytest.raises(error, match=message):
+        CosFaceLoss(SIZE, NUM_CLASSES, **options)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "class_weight"])
+def test_several_classes_to_a_row_are_refused(name, device):
+    features, weight, labels = draw(device)
+    option = {name: 0.1 if name == "label_smoothing" else CLASS_WEIGHT.to(device)}
+    labels = labels[:, None]
+    with pytest.raises(ValueError, match=rf"label_weights and {name} exclude each other"):
+        margin_softmax_loss(
+            features,
+            weight,
+            labels,
+            margin=margins.CosFace(),
+            label_weights=torch.ones_like(labels, dtype=weight.dtype),
+            **option,
+        )

@@ -80,7 +80,8 @@ def _change(head, changes, optimizer, change, change_by_class):
     if optimizer is not None:
         validation.check_optimizer(optimizer, head.weight)
         states = [new for parameter, _ in changes for new in follow(optimizer, parameter, change)]
-    by_class = {name: change_by_class(numbers) for name, numbers in margin_buffers.by_class(head).items()}
+    by_class = {**margin_buffers.by_class(head), "class_weight": head.class_weight}
+    by_class = {name: change_by_class(numbers) for name, numbers in by_class.items() if numbers is not None}
     for name, numbers in by_class.items():
         setattr(head, name, numbers)
     for state, key, tensor in states:

@@ -50,6 +50,8 @@ class MarginSoftmaxLoss(nn.Module):
         sample_seed: an int from 0 on. The sample of step t is a function of sample_seed, t and the labels.
         sample_correction: as in `margin_softmax_loss`, in training.
         label_smoothing: as in `margin_softmax_loss`.
+        class_weight: as in `margin_softmax_loss`, copied to a buffer of that name, float32 at least; over several ranks each has
+            that of all classes. `grow` gives new identities the mean.
         device, dtype: of the table.
         placement: the object that knows where the table's rows are, for the package's own subclasses: see heads/placement.py.
 
@@ -96,6 +98,7 @@ class MarginSoftmaxLoss(nn.Module):
         sample_seed: int = 0,
         sample_correction: bool = False,
         label_smoothing: float = 0.0,
+        class_weight: Tensor | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
         placement: Whole = WHOLE,
@@ -129,6 +132,10 @@ class MarginSoftmaxLoss(nn.Module):
         if learnable_scale:
             self._learn_scale(device)
         validation.check_label_smoothing(label_smoothing, centers_per_class)
+        validation.check_class_weight(class_weight, num_classes, label_smoothing=label_smoothing)
+        if class_weight is not None:
+            class_weight = class_weight.detach().to(device, torch.promote_types(class_weight.dtype, torch.float32), copy=True)
+        self.register_buffer("class_weight", class_weight)
         self.sample_rate, self.label_smoothing = sample_rate, label_smoothing
         self.margin = given
         recording.register(self)
@@ -259,7 +266,9 @@ class MarginSoftmaxLoss(nn.Module):
         table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
         labels, label_weights = positives.merged(labels, label_weights, self.ignore_index, features)
-        inputs = Inputs(features, weight, labels, bias, label_weights=label_weights, parameters=parameters)
+        inputs = Inputs(
+            features, weight, labels, bias, label_weights=label_weights, class_weight=self.class_weight, parameters=parameters
+        )
         inputs, options, shards = self.placement.batch(self, table, inputs, options)
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
         if inputs.classes is not None:
@@ -368,12 +377,16 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _apply(self, function, recurse=True):
         """Move and convert, but keep the margin's buffers and log_scale float32 at least, and numbers of fields as they are."""
-        before, log_scale = margin_buffers.values(self), self._parameters.get("log_scale")
+        before, log_scale, class_weight = margin_buffers.values(self), self._parameters.get("log_scale"), self.class_weight
         log_scale = None if log_scale is None else log_scale.data
         super()._apply(function, recurse)
         margin_buffers.restore(self, before)
         if log_scale is not None and self.log_scale.dtype.itemsize < 4:
             self.log_scale.data = log_scale.to(self.log_scale.device)
+        if class_weight is not None and not class_weight.is_meta:
+            self.class_weight = class_weight.to(
+                self.class_weight.device, torch.promote_types(self.class_weight.dtype, torch.float32)
+            )
         return self
 
     def extra_repr(self) -> str:
@@ -418,6 +431,7 @@ class HeadOptions(TypedDict, total=False):
     sample_seed: int
     sample_correction: bool
     label_smoothing: float
+    class_weight: Tensor | None
     dtype: torch.dtype | None
 
 
