@@ -289,6 +289,7 @@ def changed(place, value):
         ("e.npy", np.array([{}] * 3), "not a file of numpy.save, or a damaged one"),
         ("y.npy", np.arange(5), "has 5 labels for 120 embeddings"),
         ("y.npy", np.full(120, 0.5), "must hold one integer or text"),
+        ("y.npy", np.full(120, np.inf), "must hold one integer or text"),
         ("y.npy", np.zeros((120, 1), int), "must hold one integer or text"),
         ("y.npy", np.arange(120), "there is no genuine pair"),
         ("y.npy", np.zeros(120, int), "there is no impostor pair"),
@@ -319,5 +320,5 @@ def test_bad_files(files, capsys):
     assert run(files, "--distractors", files / "narrow.npy") == 1
     assert "narrow.npy: has D = 8" in capsys.readouterr().err
     assert run(files, "--json", files / "nowhere" / "o.json") == 1
-    assert f"cannot write {files / 'nowhere' / 'o.json'}: No such file" in capsys.readouterr().err
+    assert f"cannot write {files / 'nowhere' / 'o.json'}: there is no folder" in capsys.readouterr().err
     assert not list(files.glob("*o.json*")) and not list(files.glob(".*"))

@@ -88,6 +88,8 @@ def _eval(arguments):
     for path in filter(None, (embeddings, labels, arguments.distractors, templates, arguments.template_pairs, pairs)):
         if not path.is_file():
             return fail(f"{path}: there is no such file")
+    if homeless := _homeless(arguments.json, arguments.html):
+        return fail(homeless)
 
     def evaluated():
         from ..training import arrays, evaluate
@@ -116,6 +118,9 @@ def _embed(arguments):
         if is_wrong:
             arguments.wrong_usage(message)
 
+    if homeless := _homeless(arguments.out, arguments.onnx):
+        return fail(homeless)
+
     def embedded():
         from ..training import embed
 
@@ -137,6 +142,12 @@ def _reproduce(arguments):
         return reproduce.write(**{name: getattr(arguments, name) for name in names})
 
     return _print(reproduced, "reproduce")
+
+
+def _homeless(*paths):
+    """A message where a file to write has no folder, before the work is done."""
+    missing = [path for path in paths if path and not path.parent.is_dir()]
+    return f"cannot write {missing[0]}: there is no folder {missing[0].parent}" if missing else None
 
 
 def _print(text, extras="train"):

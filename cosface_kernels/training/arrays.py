@@ -41,7 +41,7 @@ def read_embeddings(path):
 def read_labels(path, count):
     """An array (count,) of integers or text, one identity for each embedding."""
     found = _read(path, "labels")
-    if found.dtype.kind == "f" and np.array_equal(found, np.trunc(found)):
+    if found.dtype.kind == "f" and np.isfinite(found).all() and np.array_equal(found, np.trunc(found)):
         found = found.astype(np.int64)
     if found.ndim != 1 or found.dtype.kind not in "iuU":
         raise ValueError(
