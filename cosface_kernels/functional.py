@@ -7,6 +7,7 @@ from torch import Tensor
 from typing_extensions import Required, Unpack
 
 from . import positives, validation
+from .hard_negatives import HardNegatives
 from .loss import Inputs, LossOptions, Statistics, differentiable_in_scale, loss_of_table, negatives
 from .margins import CosFace, Margin, NormSoftmax
 from .validation import Backend, MemoryBudget, Reduction
@@ -30,6 +31,7 @@ class LossArguments(Common, total=False):
     sample_correction: bool
     label_smoothing: float
     class_weight: Tensor | None
+    negatives: HardNegatives | None
 
 
 class CosFaceArguments(LossArguments, total=False):
@@ -150,6 +152,7 @@ def cosface_loss(
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     return_statistics: bool = False,
+    negatives: HardNegatives | None = None,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Large Margin Cosine Loss (CosFace) over any number of classes, without an N x C matrix.
 
@@ -162,7 +165,7 @@ def cosface_loss(
         features, weight, labels, scale, ignore_index, memory_budget, backend: as in `cosine_lse`.
         margin: m, a finite number in units of cosine, or a tensor (C,) with one for each class.
         reduction: "mean" over the rows that are not ignored (0 with zero gradients if there are none), "sum", or "none".
-        classes, sample_correction, label_smoothing, class_weight, return_statistics: as in `margin_softmax_loss`.
+        classes, sample_correction, label_smoothing, class_weight, return_statistics, negatives: as in `margin_softmax_loss`.
 
     Returns:
         float32 (float64 for float64 inputs): a scalar, or (N,) for "none" with 0 at ignored rows; with return_statistics
@@ -190,6 +193,7 @@ def cosface_loss(
         label_smoothing=label_smoothing,
         class_weight=class_weight,
         return_statistics=return_statistics,
+        negatives=negatives,
     )
 
 
@@ -228,6 +232,7 @@ def margin_softmax_loss(
     class_weight: Tensor | None = None,
     return_statistics: bool = False,
     label_weights: Tensor | None = None,
+    negatives: HardNegatives | None = None,
 ) -> Tensor | tuple[Tensor, Statistics]:
     """Softmax cross-entropy with any margin over any number of classes, without an N x C matrix.
 
@@ -263,6 +268,9 @@ def margin_softmax_loss(
         label_weights: (N, K), K from 1 to 32, any float dtype, for labels (N, K), -1 for none: several classes to a row, as mixup
             and clusters have them. loss_n = Σ_k v_nk (log Z_n - s t_nk), Z_n the sum over the row's classes, with their margins,
             and all others. A class that is named twice counts once, with the sum of its weights. None: labels (N,).
+        negatives: CurricularFace(), MVSoftmax() or InterclassFiltering() of `cosface_kernels.margins`, or one of your own: what
+            becomes of the cosines that pass a row's threshold, see `hard_negatives`. Without a module there are no running
+            statistics. None: they stay.
 
     Logits that are no cosines have no bound, so each row's largest one is found first: 2 N C D flops more.
 
@@ -278,7 +286,7 @@ def margin_softmax_loss(
     """
     options = LossOptions(
         *(margin, scale, normalize_features, centers_per_class, reduction, sample_correction),
-        *(ignore_index, memory_budget, backend, return_statistics, label_smoothing),
+        *(ignore_index, memory_budget, backend, return_statistics, label_smoothing, negatives),
     )
     labels, label_weights = positives.merged(labels, label_weights, ignore_index, features)
     return loss_of_table(Inputs(features, weight, labels, bias, classes, label_weights, class_weight), options)

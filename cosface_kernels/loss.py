@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import margins, positives, validation
+from . import hard_negatives, margins, positives, validation
+from .hard_negatives import HardNegatives
 from .margins import Margin
 from .ops import recording
 from .ops.batch_rows import reduced
 from .ops.normalize import direction
 from .ops.operands import Largest, Needs, Options, Problem
-from .ops.operators import FirstDerivative, margin_losses, snapshot
+from .ops.operators import FirstDerivative, margin_losses, snapshot, target_products
 
 
 class Inputs(NamedTuple):
@@ -62,6 +63,7 @@ class LossOptions(NamedTuple):
     backend: str = "auto"
     return_statistics: bool = False
     label_smoothing: float = 0.0
+    negatives: HardNegatives | None = None
 
     def checked(self, has_bias):
         """These options, validated, with the margin's defaults in place of None."""
@@ -72,6 +74,7 @@ class LossOptions(NamedTuple):
         validation.check_label_smoothing(self.label_smoothing, self.centers_per_class)
         normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
         scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
+        hard_negatives.check(self.negatives, normalize_features and self.margin.normalize_weight, scale, self.label_smoothing)
         return self._replace(scale=_tensor_if_it_moves(scale), normalize_features=normalize_features)
 
     def check_values(self, features):
@@ -87,7 +90,13 @@ class LossOptions(NamedTuple):
     def bound(self):
         """Upper bound of |logit|; infinity where it is not known without reading a tensor."""
         is_number = not isinstance(self.scale, torch.Tensor)
-        return float(self.scale) if is_number and self.normalize_features and self.margin.normalize_weight else math.inf
+        known = is_number and self.normalize_features and self.margin.normalize_weight
+        return float(self.scale) * self.largest_cosine if known else math.inf
+
+    @property
+    def largest_cosine(self):
+        """Upper bound of what takes a cosine's place in a logit."""
+        return 1.0 if self.negatives is None else max(float(self.negatives.bound), 1.0)
 
 
 class Negatives(NamedTuple):
@@ -126,6 +135,10 @@ class WholeTable:
         """Largest of the whole table."""
         return found
 
+    def total(self, vector):
+        """The sum over the processes of a vector (N,) without gradient, 0 for rows whose class another one holds."""
+        return vector
+
     def of_all_shards(self, num_classes, num_sampled, device):
         """(number of classes in the whole table, number of them that take part)."""
         return num_classes, num_sampled
@@ -140,18 +153,20 @@ class WholeTable:
 
 def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=False):  # noqa: B008 (it has no state)
     """`margin_softmax_loss`. state: a module's running statistics, brought up to date first when training."""
-    options = options.checked(inputs.bias is not None)
+    options, hard, state = options.checked(inputs.bias is not None), None, state or {}
     if inputs.label_weights is not None:
-        return _loss_of_positives(inputs, options, shards, state or {}, training)
-    found = negatives(inputs, options, shards.foreign_index)
+        return _loss_of_positives(inputs, options, shards, state, training)
+    if options.negatives is not None:
+        hard, state = _hard(inputs, options, shards, state, training)
+        training = False  # the statistics have moved
+    found = negatives(inputs, options, shards.foreign_index, hard)
     own_classes, num_classes = shards.classes(inputs, options)
     margin = _margin_of_rows(options.margin, own_classes, num_classes)
     found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
-    norm = _feature_norm(inputs.features, found) if margin.needs_norm else None
+    norm = _feature_norm(inputs.features, found.unit, found.counted) if margin.needs_norm else None
     found = shards.combine(options.bound, found)
     feature_length, norm = shards.own(found.feature_length), shards.own(norm)
     lengths = [length for length in (feature_length, found.target_length) if length is not None]
-    state = state or {}
     if training:
         with torch.no_grad():
             margin.update(norm, found.counted, state)
@@ -185,7 +200,7 @@ def _loss_of_positives(inputs, options, shards, state, training):
     labels, weights = inputs.labels, inputs.label_weights
     whole, found = options.margin, negatives(inputs, options, shards.foreign_index)
     found = found._replace(lse=_corrected_for_sampling(found.lse, inputs, options, shards))
-    norm = shards.own(_feature_norm(inputs.features, found) if whole.needs_norm else None)
+    norm = shards.own(_feature_norm(inputs.features, found.unit, found.counted) if whole.needs_norm else None)
     found = shards.combine(options.bound, found)
     lse = differentiable_in_scale(found.lse, options.scale, found.slope)
     feature_length = shards.own(found.feature_length)
@@ -217,12 +232,34 @@ def _refuse_with_positives(inputs, options):
         raise ValueError(
             "label_weights and label_smoothing exclude each other: weights can spread over classes what smoothing does"
         )
+    if options.negatives is not None:
+        raise ValueError(f"label_weights go with negatives as they are, got negatives = {options.negatives}")
     if options.return_statistics:
         raise ValueError(
             "label_weights and return_statistics=True exclude each other: which class of a row should be the own one?"
         )
     if options.margin.needs_norm and any(each.dim() for each in margins.class_tensors(options.margin).values()):
         raise ValueError(f"label_weights go with numbers by class of margins without norms, got {options.margin}")
+
+
+@torch.no_grad()
+def _hard(inputs, options, shards, state, training):
+    """((τ, p0, p1, p2) of each row (N, 4), the running statistics). Like the loss, it needs the margin, but before the slabs."""
+    _check_inputs(inputs, options)
+    products, unit = target_products(*_problem(inputs, options, shards.foreign_index))
+    labels, cosine = class_indices(inputs.labels), shards.total(products.amax(1))
+    counted, margin = labels != int(options.ignore_index), _margin_of_rows(options.margin, *shards.classes(inputs, options))
+    norm = _feature_norm(inputs.features, unit, counted) if margin.needs_norm else None
+    if training:
+        margin.update(norm, counted, state)
+        options.negatives.update(cosine, counted, state)
+    state = {name: snapshot(value) for name, value in state.items()}
+    target = _target_logit(margin, cosine, None, _terms(margin, norm, counted, state))
+    numbers = options.negatives.polynomial(cosine, target, state)
+    columns = [each if isinstance(each, Tensor) else cosine.new_full((), each) for each in numbers]
+    for name, column in zip(("threshold", "p0", "p1", "p2"), columns, strict=True):
+        _check_rows(name, options.negatives, column, cosine.shape, torch.Size([]))
+    return torch.stack([column.to(cosine.dtype).expand(cosine.shape) for column in columns], 1), state
 
 
 @torch.no_grad()
@@ -236,44 +273,56 @@ def _statistics(lse, product, largest, counted, scale, shards):
     return Statistics(*(shards.own_rows(each) for each in every))
 
 
-def negatives(inputs, options, foreign_index=None):
-    """The Negatives of a batch."""
+def _check_inputs(inputs, options):
+    validation.check_tensors(*inputs[:4], options.centers_per_class, inputs.classes, inputs.label_weights is not None)
+    options.check_values(inputs.features)
+    _refuse_transforms(*(each for each in (*inputs[:2], inputs.bias, options.scale) if isinstance(each, Tensor)))
+
+
+def _problem(inputs, options, foreign_index, hard=None):
+    """(Problem, Options) of the operator."""
     features, weight, bias, classes = inputs.features, inputs.weight, inputs.bias, inputs.classes
-    centers, margin = options.centers_per_class, options.margin
-    validation.check_tensors(features, weight, inputs.labels, bias, centers, classes, inputs.label_weights is not None)
-    options.check_values(features)
-    scale = options.scale
-    is_tensor = isinstance(scale, torch.Tensor)
-    _refuse_transforms(features, weight, *([] if bias is None else [bias]), *([scale] if is_tensor else []))
-    needs_slope = is_tensor and scale.requires_grad and torch.is_grad_enabled()
-    labels, ignore_index = class_indices(inputs.labels), int(options.ignore_index)
-    vectors, saved, largest = recording.negative_lse(
+    centers, scale = options.centers_per_class, options.scale
+    is_tensor = isinstance(scale, Tensor)
+    return (
         Problem(
-            *(features, weight, bias, labels, _rows_of(classes, centers, len(weight))),
+            *(features, weight, bias, class_indices(inputs.labels), _rows_of(classes, centers, len(weight))),
             own_scale=scale.detach().to("cpu", torch.float64) if is_tensor else None,
+            hard=hard,
         ),
         Options(
             scale=1.0 if is_tensor else float(scale),
-            ignore_index=ignore_index,
+            ignore_index=int(options.ignore_index),
             normalize_features=bool(options.normalize_features),
-            normalize_weight=margin.normalize_weight,
+            normalize_weight=options.margin.normalize_weight,
             centers=int(centers),
             dtype=product_dtype(features, weight),
             memory_budget=None if options.memory_budget == "auto" else min(int(options.memory_budget), 2**62),
             backend=options.backend,
             foreign_index=foreign_index,
             sums_products=options.label_smoothing > 0,
+            bound=options.largest_cosine,
         ),
+    )
+
+
+def negatives(inputs, options, foreign_index=None, hard=None):
+    """The Negatives of a batch. hard: (N, 4), what `_hard` returns."""
+    _check_inputs(inputs, options)
+    weight, bias, scale, margin = inputs.weight, inputs.bias, options.scale, options.margin
+    needs_slope = isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled()
+    vectors, saved, largest = recording.negative_lse(
+        *_problem(inputs, options, foreign_index, hard),
         (weight, bias) if inputs.parameters is None else inputs.parameters,
         Needs(needs_slope, False, options.return_statistics),
     )
     product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
     feature_length = None if options.normalize_features else vectors.feature_length
     slope = (saved.unit * saved.pull).sum(1) if needs_slope else None
-    if labels.dim() == 2:
-        counted = (labels != ignore_index).any(1)
-        return Negatives(vectors.lse, product, target_length, feature_length, None, slope, saved.unit, counted, largest)
-    if centers > 1:  # the gradient goes to the nearest centre alone
+    counted = class_indices(inputs.labels) != int(options.ignore_index)
+    if counted.dim() == 2:
+        return Negatives(vectors.lse, product, target_length, feature_length, None, slope, saved.unit, counted.any(1), largest)
+    if options.centers_per_class > 1:  # the gradient goes to the nearest centre alone
         nearest = product.argmax(1, keepdim=True)
         product = product.gather(1, nearest)
         target_length = None if target_length is None else target_length.gather(1, nearest)
@@ -285,7 +334,7 @@ def negatives(inputs, options, foreign_index=None):
         product_sum=vectors.product_sum if options.label_smoothing else None,
         slope=slope,
         unit=saved.unit,
-        counted=labels != ignore_index,
+        counted=counted,
         largest=largest,
     )
 
@@ -341,9 +390,9 @@ def _smoothing(logit, found, inputs, options, shards):
     return options.label_smoothing * options.scale * (logit - mean)
 
 
-def _feature_norm(features, found):
+def _feature_norm(features, unit, counted):
     """‖x‖ (N,), computed as x·x̂ so that its derivative is x̂. NaN where a GPU made x̂ NaN for a label outside [0, C)."""
-    return (torch.where(found.counted[:, None], features, 0.0).to(found.unit.dtype) * direction(found.unit)).sum(1)
+    return (torch.where(counted[:, None], features, 0.0).to(unit.dtype) * direction(unit)).sum(1)
 
 
 def _margin_of_rows(margin, labels, num_classes):

@@ -3,13 +3,14 @@
     loss_n = -log( e^{s l_n ψ(cos θ_n)} / ( e^{s l_n ψ(cos θ_n)} + Σ_{j≠y_n} e^{s x̃_n·w̃_j} ) ),    cos θ_n of x_n and w_{y_n}
 
 x̃ and w̃ are unit rows, or the rows as they are; l_n is the product of the lengths of x̃_n and w̃_{y_n}: 1 for unit rows. The
-negatives do not depend on the margin, so a new one is a frozen dataclass with `psi`. Autograd differentiates it; a ψ of the angle
-first moves the cosine just `inside` ±1, where an arc cosine's derivative is infinite (and the cosine's own gradient is zero).
+negatives do not depend on the margin, so a new one is a frozen dataclass with `psi`; what changes them is in hard_negatives.py,
+whose classes are here too. Autograd differentiates ψ; one of the angle first moves the cosine just `inside` ±1, where an arc
+cosine's derivative is infinite (and the cosine's own gradient is zero).
 
 The numbers of a margin are numbers, or tensors: () for one, or (C,) for one of each class, which `for_labels` turns into one of
 each row before ψ.
 
-A margin that reweights the negatives, such as CurricularFace's, is not of this form. A parameter of the wrong type or outside its
+A parameter of the wrong type or outside its
 range is a TypeError or ValueError at construction.
 """
 
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .hard_negatives import CurricularFace, HardNegatives, InterclassFiltering, MVSoftmax  # noqa: F401 (for callers)
 from .validation import NUMBERS, check_flag, check_number, check_numbers, shown
 
 Number = float | Tensor  # a number, or a tensor of shape () or, a number for each class, (C,)
@@ -391,6 +393,8 @@ class LSoftmax(SphereFace):
 
 def check_kind(margin):
     """Check that a value is a Margin."""
+    if isinstance(margin, HardNegatives):
+        raise TypeError(f"{type(margin).__name__} goes beside a margin: margin=ArcFace(0.5), negatives={margin}")
     if not isinstance(margin, Margin):
         m = float(margin) if isinstance(margin, (int, float)) and margin == margin else 0.35
         raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace({m:g}), got {shown(margin)}")

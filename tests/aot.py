@@ -126,6 +126,8 @@ def _tiles():
         yield Call(num_classes=num_classes // 3, centers_per_class=3, **case)
         for options in ({}, {"frozen": True}, {"centers_per_class": 3}):
             yield Call(**case, statistics=True, **options)
+            yield Call(**case, negatives=margins.MVSoftmax(), scale=16.0, **options)
+        yield Call(**case, negatives=margins.CurricularFace())
 
 
 def _shapes():
@@ -196,9 +198,11 @@ def _forms(chip):
         call = Call(num_classes=2 * SLAB + 80, size=size, dtypes=(BFLOAT16, BFLOAT16))
         yield asking(call, exponentials=options)
         yield asking(call._replace(statistics=True), exponentials=options)
+        yield asking(call._replace(statistics=True, negatives=margins.CurricularFace()), exponentials=options)
         if "HALVES" not in options:
             yield asking(call._replace(frozen=True), exponentials=options)
             yield asking(call._replace(frozen=True, statistics=True), exponentials=options)
+            yield asking(call._replace(frozen=True, negatives=margins.CurricularFace()), exponentials=options)
             yield asking(call._replace(scale=100.0), exponentials=options)
     for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
         yield asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
@@ -241,6 +245,7 @@ class Call(NamedTuple):
     ignore_index: int = -100
     reduction: str = "mean"
     statistics: bool = False
+    negatives: object = None
 
     def __call__(self):
         layout = self.layout or (lambda tensor: tensor)
@@ -248,7 +253,7 @@ class Call(NamedTuple):
         features = layout(torch.ones(self.num_rows, self.size, dtype=self.dtypes[0])).requires_grad_(not self.frozen)
         weight = layout(torch.ones(rows, self.size, dtype=self.dtypes[1])).requires_grad_()
         labels = layout(torch.arange(self.num_rows) % self.num_classes)
-        names = ("margin", "centers_per_class", "scale", "ignore_index", "reduction")
+        names = ("negatives", "margin", "centers_per_class", "scale", "ignore_index", "reduction")
         options = {name: getattr(self, name) for name in names}
         if self.bias:
             options["bias"] = torch.ones(rows, dtype=self.dtypes[1], requires_grad=True)

@@ -495,6 +495,31 @@ def _(world):
     assert torch.equal(found.correct, world.mine(wanted.correct))
 
 
+@check("hard negatives", 2, 3)
+def _(world):
+    """Two training steps and one in eval mode, with the running statistic: what one process with the whole batch computes."""
+    features, weight, labels = draw()
+    labels[4] = -100
+    options = {"negatives": margins.CurricularFace(0.5), "margin": 0.2, "scale": 64.0}
+    head, whole = sharded(world, weight, **options), CosFaceLoss(SIZE, NUM_CLASSES, dtype=weight.dtype, **options)
+    whole.weight.data.copy_(weight)
+    for training in (True, True, False):
+        head.train(training), whole.train(training)
+        local = world.mine(features).requires_grad_()
+        everything = features.clone().requires_grad_()
+        loss, exact = head(local, world.mine(labels)), whole(everything, labels)
+        loss.backward(), exact.backward()
+        relative = tolerance(torch.float32)  # the statistic is float32
+        assert_close(loss.detach(), exact.detach(), relative)
+        assert_close(head.t, whole.t, relative)
+        assert_close(local.grad, world.mine(everything.grad), relative, size=everything.grad.norm())
+    assert_close(head.weight.grad.to_local(), world.shard(whole.weight.grad), relative, size=whole.weight.grad.norm())
+    if world.rank == 1:
+        head.negatives = None
+    with raises(ValueError, "options of the head must be the same"):
+        head(world.mine(features), world.mine(labels))
+
+
 @check("a mistake on one rank is an error on all", 2, 3)
 def _(world):
     features, weight, labels = draw()

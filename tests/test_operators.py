@@ -15,6 +15,8 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from cosface_kernels import CosFaceLoss, cosface_loss, margin_softmax_loss, sample_classes
 from cosface_kernels.margins import Softmax
+from cosface_kernels.ops.operands import Needs, Options, Problem, split
+from cosface_kernels.ops.slabs import wide_dtype
 
 negative_lse = torch.ops.cosface_kernels.negative_lse.default
 negative_lse_backward = torch.ops.cosface_kernels.negative_lse_backward.default
@@ -31,6 +33,8 @@ OP_CASES = {
     "recompute": (torch.bfloat16, 0, True, True),
     "frozen features": (torch.float32, 0, False, True),
     "frozen weight": (torch.float32, 0, True, False),
+    "hard": (torch.float32, 7 * 128 * 4, True, True),
+    "hard centres": (torch.bfloat16, 0, True, True),
     "bias": (torch.float32, ALL, True, True),
     "centres": (torch.bfloat16, 2 * 7 * 384 * 2, True, True),
     "raw": (torch.bfloat16, 0, True, True),
@@ -46,6 +50,7 @@ OP_CASES = {
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
 FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}
 FORMS |= {"raw centres": (False, False, 3)}
+FORMS |= {"hard centres": (True, True, 3)}
 FORMS |= {"sampled with a bias": FORMS["bias"], "sampled centres": FORMS["centres"]}
 
 
@@ -66,20 +71,10 @@ def op_arguments(case, device):
     labels = torch.where(labels < 0, labels, labels // form[2])
     index = sampled_rows(labels, form[2]) if "sampled" in case else None
     scale = torch.tensor(8.0, dtype=torch.float64, device="cpu") if "scale" in case else None
-    constants = (
-        8.0,
-        -100,
-        *form,
-        dtype,
-        memory_budget,
-        "auto",
-        None,
-        "smoothing" in case,
-        need_x_grad,
-        need_weight_grad,
-        "bias" in case or "centres" in case,
-    )
-    return features, weight, bias, labels, index, scale, *constants
+    hard = torch.tensor([0.1, 0.2, 1.1, 0.3], device=device).to(wide_dtype(dtype)).expand(7, 4) if "hard" in case else None
+    options = Options(8.0, -100, *form, dtype, memory_budget, "auto", None, "smoothing" in case, 1.6)
+    needs = Needs(need_x_grad, need_weight_grad, "bias" in case or "centres" in case)
+    return *Problem(features, weight, bias, labels, index, scale, hard), *options, *needs
 
 
 @pytest.mark.parametrize("case", OP_CASES)
@@ -91,9 +86,10 @@ def test_opcheck_forward(case, device):
 @pytest.mark.parametrize("case", OP_CASES)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
-        x, weight, bias, labels, index, scale, *constants = op_arguments(case, device)
-        x = x.T.contiguous().T if transposed else x
-        inputs = x.detach(), weight.detach(), None if bias is None else bias.detach(), labels, index, scale
+        problem, options, needs = split(op_arguments(case, device), (Problem, Options, Needs))
+        x = problem.x.T.contiguous().T if transposed else problem.x
+        inputs = [each if each is None else each.detach() for each in problem._replace(x=x)]
+        constants = *options, *needs
         output = negative_lse(*inputs, *constants)
         vectors, saved = output[:5], output[5:-2]
         gradients = [torch.ones_like(vector) for vector in vectors]

@@ -55,7 +55,7 @@ def test_slab_factors(device, kernels, num_rows, size):
     unit, weight, labels = draw(device, num_rows)
     lse_grad, product_grad, total = size * unit[:, 0], unit[:, 2:3].clone(), unit[:, 1].exp()
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
-    factors = TableFactors(unit, labels, None, total, lse_grad, product_grad, None, None, None)
+    factors = TableFactors(unit, labels, None, total, lse_grad, product_grad, None, None, None, None)
     ours, plain = (module.slab_factors(factors, Table(weight), OPTIONS) for module in (kernels, batch_rows))
     assert_close(ours[:3], plain[:3])
     for found in (ours, plain):

@@ -30,6 +30,7 @@ from cosface_kernels.heads import data_parallel
 from cosface_kernels.heads.over_ranks import FOREIGN, IGNORED, INVALID, _labels_here
 from cosface_kernels.loss import Inputs, LossOptions, negatives
 from cosface_kernels.margins import NormSoftmax
+from cosface_kernels.ops.operands import Needs, Options, Problem
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
@@ -239,13 +240,14 @@ def test_foreign_rows_of_no_class_are_nan(backend, device, monkeypatch):
     monkeypatch.setattr("cosface_kernels.ops.operators.check_labels", lambda *arguments: None)
     features, weight, _ = draw(device, torch.float32)
     labels = torch.tensor([FOREIGN, INVALID, IGNORED, 0, 1, 2, 3], device=device)
-    arguments = 16.0, IGNORED, True, True, 1, torch.float32, 0, backend, FOREIGN, True, True, False
-    lse = negative_lse(features, weight, None, labels, None, None, *arguments)[0]
+    options = Options(16.0, IGNORED, True, True, 1, torch.float32, 0, backend, FOREIGN)
+    lse = negative_lse(*Problem(features, weight, None, labels, None), *options, *Needs(True, True))[0]
     assert lse.isnan().tolist() == [False, True, False, False, False, False, False]
 
 
 def test_opcheck(device, small_slabs):
     features, weight, labels = draw(device, torch.float32)
     labels[:3] = FOREIGN
-    arguments = 8.0, IGNORED, True, True, 1, torch.float32, 0, "auto", FOREIGN, True, True, True
-    library.opcheck(negative_lse, (features.requires_grad_(), weight.requires_grad_(), None, labels, None, None, *arguments))
+    options = Options(8.0, IGNORED, True, True, 1, torch.float32, 0, "auto", FOREIGN)
+    problem = Problem(features.requires_grad_(), weight.requires_grad_(), None, labels, None)
+    library.opcheck(negative_lse, (*problem, *options, *Needs(True, True, True)))

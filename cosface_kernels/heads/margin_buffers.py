@@ -19,7 +19,8 @@ def write(head, given):
         head._margin_refused = (given,)
         return
     device, old = head.weight.device, values(head)
-    statistics = {name: old[name] if name in old else _first_value(value, device) for name, value in margin.state.items()}
+    first = {**margin.state, **(head._negatives.state if head._negatives else {})}
+    statistics = {name: old[name] if name in old else _first_value(value, device) for name, value in first.items()}
     tensors = {name: _copy(margin, name, value, device) for name, value in margins.class_tensors(margin).items()}
     for name in old:
         delattr(head, name)

@@ -51,6 +51,7 @@ class Told(NamedTuple):
     @classmethod
     def of(cls, head, features, k=0, statistics=False, label_columns=0):
         names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing")
+        names = *names, "negatives"
         sampling = ("sample_rate", "sample_correction", "training")
         values = [getattr(head, name) for name in (*names, *sampling)]
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
@@ -128,6 +129,10 @@ class Batch:
         none = torch.iinfo(torch.int64).max
         place = -self.ranks.maximum(-torch.where(here, found.place + self.first_class, none))
         return Largest(largest, torch.where(place == none, -1, place))
+
+    def total(self, vector):
+        """The sum over the ranks of a vector (N,) without gradient."""
+        return self.ranks.add(vector)
 
     def of_all_shards(self, num_classes, num_sampled, device):
         """(C, M) of the whole table, from the number of classes in this shard and of those that take part."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import Unpack
 
-from .. import margins, positives, theory, validation
+from .. import hard_negatives, margins, positives, theory, validation
+from ..hard_negatives import HardNegatives
 from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..sampling import classes_of_step
@@ -39,6 +40,7 @@ class MarginSoftmaxLoss(nn.Module):
             so twice a step under activation checkpointing; those that two margins have in common go on. Its numbers that are
             tensors are copied to buffers, m to margin_m; `grow`, `remove` and `head.margin = ...` change those. `to`, `half` and
             the like leave all these float32 at least. Over several ranks each has the numbers of all classes.
+        negatives: as in `margin_softmax_loss`, also to set later. Its running statistics are buffers as the margin's are.
         bias: whether to learn one, True or False, for margins.Softmax() alone.
         scale, normalize_features, centers_per_class, reduction, ignore_index, memory_budget, backend: as in
             `margin_softmax_loss`. `head.scale = 30.0` changes s.
@@ -86,6 +88,7 @@ class MarginSoftmaxLoss(nn.Module):
         margin: margins.Margin,
         scale: float | Tensor | None = None,
         learnable_scale: bool = False,
+        negatives: HardNegatives | None = None,
         bias: bool = False,
         normalize_features: bool | None = None,
         centers_per_class: int = 1,
@@ -109,8 +112,10 @@ class MarginSoftmaxLoss(nn.Module):
         validation.check_size("centers_per_class", centers_per_class)
         validation.check_flag("bias", bias)
         validation.check_flag("learnable_scale", learnable_scale)
+        hard_negatives.check_kind(negatives)
         given, margin = margin, self._as_margin(margin)
         margins.check(margin, bias, normalize_features)
+        self.__dict__["_negatives"] = negatives
         self.normalize_features = margin.normalize_features if normalize_features is None else normalize_features
         self.scale = default_scale(margin, self.normalize_features) if scale is None else scale
         self.reduction, self.ignore_index, self.memory_budget, self.backend = reduction, ignore_index, memory_budget, backend
@@ -215,6 +220,21 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _begin_sampling(self):
         self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
+
+    @property
+    def negatives(self) -> HardNegatives | None:
+        """What becomes of hard negatives, also to set: its running statistics come and go as the margin's do."""
+        return self._negatives
+
+    @negatives.setter
+    def negatives(self, negatives: HardNegatives | None) -> None:
+        hard_negatives.check_kind(negatives)
+        self._negatives = negatives
+        margin_buffers.write(self, self.margin)
+
+    def _states(self):
+        """The first values of the running statistics of margin and negatives, by name."""
+        return {**self._margin().state, **(self._negatives.state if self._negatives else {})}
 
     def _margin(self):
         """The margin as a Margin. It may have been set since construction, also to something else."""
@@ -343,7 +363,7 @@ class MarginSoftmaxLoss(nn.Module):
             self.scale = self._first_scale
         if "sample_step" in self._buffers:
             self.sample_step.zero_()
-        for name, value in self._margin().state.items():
+        for name, value in self._states().items():
             getattr(self, name).fill_(value)
 
     def _table(self):
@@ -372,8 +392,8 @@ class MarginSoftmaxLoss(nn.Module):
         return LossOptions(margin=self._margin(), **own)
 
     def _statistics(self):
-        """Running statistics of the margin, by name."""
-        return {name: getattr(self, name) for name in self._margin().state}
+        """Running statistics of margin and negatives, by name."""
+        return {name: getattr(self, name) for name in self._states()}
 
     def _apply(self, function, recurse=True):
         """Move and convert, but keep the margin's buffers and log_scale float32 at least, and numbers of fields as they are."""
@@ -396,7 +416,7 @@ class MarginSoftmaxLoss(nn.Module):
 
         shape = f"{self.weight.shape[1]}, {self.num_classes}"
         sampling = unusual(table_format="float32", sample_rate=1.0, sample_seed=0, sample_correction=False, label_smoothing=0.0)
-        form = unusual(bias=False, normalize_features=self._margin().normalize_features, centers_per_class=1)
+        form = unusual(bias=False, normalize_features=self._margin().normalize_features, centers_per_class=1, negatives=None)
         scale = self.scale
         if isinstance(scale, Tensor):
             learnt = ", learnable_scale=True" if self._learns_scale() else ""
@@ -419,6 +439,7 @@ def _table_dtype(table_format, dtype):
 class HeadOptions(TypedDict, total=False):
     """Options of `MarginSoftmaxLoss` that the other heads take too, for a type checker."""
 
+    negatives: HardNegatives | None
     normalize_features: bool | None
     centers_per_class: int
     learnable_scale: bool

@@ -15,6 +15,7 @@ class Problem(NamedTuple):
     labels: Tensor  # (N,) int64, or (N, K) of several classes to a row, each once; then K stands for their number below
     index: Tensor | None  # (M,) int64, the rows of the table that take part, ascending and all of a class; None: all
     own_scale: Tensor | None = None  # () float64 on the CPU, in place of Options.scale: torch.compile knows no number of a tensor
+    hard: Tensor | None = None  # (N, 4), (τ, p0, p1, p2) of hard_negatives.py for each row
 
 
 class Options(NamedTuple):
@@ -30,6 +31,7 @@ class Options(NamedTuple):
     backend: str
     foreign_index: int | None  # label of rows whose class another rank holds: they count, and have no target here
     sums_products: bool = False  # whether Vectors.product_sum is wanted
+    bound: float = 1.0  # of |logit| / scale, for cosines
 
     @property
     def cosines(self):
@@ -58,6 +60,13 @@ class Vectors(NamedTuple):
     def of_table(self):
         """Those that depend on the table."""
         return self[:-1]
+
+
+class Targets(NamedTuple):
+    """A batch beside its classes, before the slabs."""
+
+    product: Tensor  # x̃_n·w̃_{y_n} (N, K)
+    unit: Tensor  # x̃ (N, D)
 
 
 class Saved(NamedTuple):
@@ -110,10 +119,12 @@ class TableFactors(NamedTuple):
     length_grad: Tensor  # (N, K), or (0, K) where the table is normalised
     sum_grad: Tensor  # (N,), of product_sum; (0,) where that is not wanted
     kept: Tensor  # exponentials kept by forward; empty if backward computes them again
+    hard: Tensor  # (N, 4), or (0, 4): see Problem
 
     @classmethod
-    def of(cls, labels, saved, grads):
-        return cls(saved.unit, labels, saved.shift, saved.total, *grads.of_table, saved.kept)
+    def of(cls, labels, saved, grads, hard):
+        hard = saved.total.new_empty(0, 4) if hard is None else hard
+        return cls(saved.unit, labels, saved.shift, saved.total, *grads.of_table, saved.kept, hard)
 
 
 _SCHEMA_TYPES = {

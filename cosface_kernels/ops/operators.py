@@ -17,7 +17,7 @@ from torch import Tensor, library
 
 from .. import validation
 from . import backends, batch_rows, sampled_classes
-from .operands import Gradients, Largest, Needs, Options, Problem, Saved, TableFactors, Vectors, schema, split
+from .operands import Gradients, Largest, Needs, Options, Problem, Saved, TableFactors, Targets, Vectors, schema, split
 from .slabs import kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
 
@@ -72,6 +72,7 @@ def _negative_lse(problem, options, needs):
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         entered = _row_functions(backend, table, options, problem.labels).enter(x, table, problem.labels, options, plan.wide)
         wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
+        wanted["hard"] = problem.hard
         sums = backend.forward(entered.unit, table, entered.targets, plan, **wanted)
         product = entered.product
         row_sum = product.new_empty(0) if sums.row_sum is None else sums.row_sum.to(product.dtype)
@@ -142,6 +143,28 @@ def _(problem, options, needs):
     return *vectors, *saved, x.new_empty(asked, dtype=wide), problem.labels.new_empty(asked)
 
 
+def target_products(problem, options):
+    """Targets of a Problem, without gradient, for what must know them before the slabs."""
+    return Targets(*_TARGET_PRODUCTS(*problem, *options))
+
+
+def _target_products(problem, options):
+    table = _table(problem, options)
+    with torch._C._DisableAutocast(), torch.cuda.device_of(problem.x):
+        entered = batch_rows.enter(problem.x, table, problem.labels, options, wide_dtype(options.dtype))
+    return (Targets(entered.product, entered.unit),)
+
+
+_TARGET_PRODUCTS = _register_named("target_products", _target_products, (Problem, Options), (Targets,))
+
+
+@_register_fake("target_products", (Problem, Options))
+def _(problem, options):
+    (num_rows, size), wide = problem.x.shape, wide_dtype(options.dtype)
+    product = problem.x.new_empty(num_rows, options.centers, dtype=wide)
+    return product, problem.x.new_empty(num_rows, size + int(problem.bias is not None), dtype=wide)
+
+
 def _negative_lse_backward(grads, problem, saved, options, needs):
     """Gradients of x, weight and bias from those of negative_lse's vectors: one operator, so no second derivative misses one."""
     options = with_scale(problem, options)
@@ -155,7 +178,7 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
                 x_grad = torch.where(batch_rows.ignored(problem.labels, options.ignore_index)[:, None], 0.0, x_grad)
         if needs.need_table_grad:
             gradient = TableGradient.of(table)
-            write_table_gradient(gradient, table, TableFactors.of(problem.labels, saved, grads), options)
+            write_table_gradient(gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
             weight_grad, bias_grad = gradient.weight, bias_grad if gradient.bias is None else gradient.bias
     return (Gradients(x_grad, weight_grad, bias_grad),)
 
@@ -167,7 +190,8 @@ def write_table_gradient(sink, table, factors, options):
     plan = make_plan(unit, table, options, keep=True)
     with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
         slab_factors = _row_functions(backend, table, options, factors.labels).slab_factors(factors, table, options)
-        backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink)
+        hard = factors.hard if len(factors.hard) else None
+        backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
 
 
 _BACKWARD_TAKES = Vectors, Problem, Saved, Options, Needs

@@ -218,6 +218,7 @@ class _Held(NamedTuple):
     shift: torch.Tensor
     total: torch.Tensor
     kept: torch.Tensor
+    hard: torch.Tensor | None
 
 
 class _Record(torch.autograd.Function):
@@ -225,7 +226,9 @@ class _Record(torch.autograd.Function):
     def forward(ctx, weight, bias, vectors, saved, problem, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
-        ctx.save_for_backward(*_Held(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept))
+        ctx.save_for_backward(
+            *_Held(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept, problem.hard)
+        )
         ctx.options, ctx.shapes = options, [vector.shape for vector in vectors.of_table]
         ctx.set_materialize_grads(False)
         return tuple(torch.zeros_like(vector) for vector in vectors.of_table)
@@ -238,7 +241,8 @@ class _Record(torch.autograd.Function):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
         grads = zeros_for_none(grads, ctx.shapes, held.total)
-        factors = TableFactors(held.unit, held.labels.clone(), held.shift, held.total, *grads, held.kept)
+        hard = held.total.new_empty(0, 4) if held.hard is None else held.hard
+        factors = TableFactors(held.unit, held.labels.clone(), held.shift, held.total, *grads, held.kept, hard)
         record = Record(ctx.options, held.index, factors, [*ctx.seen, *Seen.all(held.index)], ctx.needs_input_grad[:2])
         returned = [node is not None and _is_returned(node) for node, _ in ctx.next_functions]  # of tensors: not of no bias
         if any(returned):

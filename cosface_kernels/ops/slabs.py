@@ -86,7 +86,7 @@ def make_plan(features, table, options, *, keep):
     """The plan for features (N, D), a Table and operands.Options. keep: whether backward will want exponentials."""
     log2_scale, dtype = options.scale * math.log2(math.e), options.dtype
     half = math.log2(table.num_rows) / 2
-    bounded = options.cosines and log2_scale * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
+    bounded = options.cosines and log2_scale * options.bound * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
     slab = slab_rows(features, table, dtype)
     kept_slabs, kept_elements = kept_size(features, table, dtype, options.memory_budget, slab) if keep else (0, 0)
     return Plan(

@@ -3,7 +3,8 @@
 //     normalize           w̃ = w / ‖w‖, or w as it is
 //     exponentials        Eᵀ = 2^{k w̃ xᵀ - shift}, E[n, y_n] = 0: the epilogue of the matmul, cosines live in registers only
 //     maxima              each row's largest exponent, and with several centres to a class all exponents
-//                         both also each row's largest product and its class, in a form of their own, where these are asked for
+//                         both also each row's largest product and its class, in a form of their own, where these are asked for;
+//                         and with hard negatives of p0 + p1 c + p2 c² where a product c passes τ; E times its slope is stored
 //     accumulate          U += E w̃, in float64
 //     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul;
 //                         stored, or applied by an optimiser's step (update.cpp) while it is in the cache
@@ -86,6 +87,12 @@ template <class Number> void normalize(const Normalize<Number> &given, int threa
     }
 }
 
+// read(n) for the rows of a panel, one in each lane; past num_rows, the last row again.
+template <class Lanes, class Read> inline void fill(Lanes *lanes, int64_t first_row, int64_t num_rows, Read read) {
+    for (int v = 0; v < VECTORS; v++)
+        for (int i = 0; i < LANES; i++) lanes[v][i] = read(smaller(first_row + v * LANES + i, num_rows - 1));
+}
+
 // The exponents of some classes with the rows of a panel, and those rows' targets.
 template <class Number> struct ExponentTile {
     int64_t first, last;  // classes of the slab
@@ -96,7 +103,23 @@ template <class Number> struct ExponentTile {
 
     Vector product(int64_t j, int v) const { return cosines[(j - first) / TILE].at[(j - first) % TILE][v]; }
     // Round before subtracting the shift: the row maxima that became shifts were rounded products too.
-    Vector exponent(int64_t j, int v) const { return rounded(product(j, v) * log2_scale); }
+    Vector exponent(Vector product) const { return rounded(product * log2_scale); }
+};
+
+// Hard negatives of the rows of a tile; none if not GIVEN.
+template <bool GIVEN> struct Hard {
+    Vector threshold[VECTORS], p0[VECTORS], p1[VECTORS], p2[VECTORS];
+
+    Hard(const float *hard, int64_t row, int64_t num_rows) {
+        if (!GIVEN) return;
+        Vector *columns[] = {threshold, p0, p1, p2};
+        for (int i = 0; i < 4; i++) fill(columns[i], row, num_rows, [&](int64_t n) { return hard[i * num_rows + n]; });
+    }
+    Vector value(int v, Vector c) const { return GIVEN ? c > threshold[v] ? p0[v] + c * (p1[v] + c * p2[v]) : c : c; }
+    // e times the slope of value.
+    Vector times_slope(int v, Vector c, Vector e) const {
+        return GIVEN ? c > threshold[v] ? e * (p1[v] + 2.0f * c * p2[v]) : e : e;
+    }
 };
 
 // The largest product of each row of a tile, and its class, the first of equal ones; nothing if none is WANTED.
@@ -115,12 +138,6 @@ template <bool WANTED> struct Largest {
         place[v] = larger ? Integers{} + (int32_t)j : place[v];
     }
 };
-
-// read(n) for the rows of a panel, one in each lane; past num_rows, the last row again.
-template <class Lanes, class Read> inline void fill(Lanes *lanes, int64_t first_row, int64_t num_rows, Read read) {
-    for (int v = 0; v < VECTORS; v++)
-        for (int i = 0; i < LANES; i++) lanes[v][i] = read(smaller(first_row + v * LANES + i, num_rows - 1));
-}
 
 // Calls epilogue(tile) for every tile of a slab, in any order and on any thread.
 template <class Number, class Epilogue>
@@ -163,11 +180,12 @@ inline void store_largest(const Out &out, const ExponentTile<Number> &tile, cons
     store_partial(out.places, tile, out.of.num_rows, largest.place);
 }
 
-template <class Number, bool LARGEST> void exponentials_and(const Exponentials<Number> &out, int threads) {
+template <class Number, bool LARGEST, bool HARD> void exponentials_and(const Exponentials<Number> &out, int threads) {
     const int64_t num_rows = out.of.num_rows, e_words = ceil_div(out.of.classes, PER_WORD<Number>) * PANEL;
     exponent_tiles<Number>(out.of, threads, [=](const ExponentTile<Number> &tile) {
         Vector shift[VECTORS], sum[VECTORS] = {};
         Largest<LARGEST> largest;
+        const Hard<HARD> hard(out.hard, tile.row, num_rows);
         fill(shift, tile.row, num_rows, [&](int64_t n) { return out.shifts[n]; });
         uint32_t *panel = out.e_panels ? out.e_panels + tile.row / PANEL * e_words : nullptr;
         for (int64_t j = tile.first; j < tile.last; j += PER_WORD<Number>) {
@@ -178,10 +196,13 @@ template <class Number, bool LARGEST> void exponentials_and(const Exponentials<N
 #pragma GCC unroll 2
                 for (int i = 0; i < PER_WORD<Number>; i++) {
                     if (j + i == tile.last) break;
-                    const Vector e = exp2(tile.exponent(j + i, v) - shift[v]);
-                    of_word[i] = tile.target[v] == (int32_t)(j + i) ? Vector{} : e;
-                    largest.see(j + i, v, tile.product(j + i, v), tile.target[v] == (int32_t)(j + i));
+                    const Vector product = tile.product(j + i, v);
+                    const auto is_target = tile.target[v] == (int32_t)(j + i);
+                    const Vector e = exp2(tile.exponent(hard.value(v, product)) - shift[v]);
+                    of_word[i] = is_target ? Vector{} : e;
+                    largest.see(j + i, v, product, is_target);
                     sum[v] += of_word[i];
+                    of_word[i] = hard.times_slope(v, product, of_word[i]);
                     if (out.e && n < num_rows) store(out.e + (j + i) * num_rows + n, of_word[i], num_rows - n);
                 }
                 if (panel) put_words<Number>(panel + j / PER_WORD<Number> * PANEL + v * LANES, of_word);
@@ -193,23 +214,28 @@ template <class Number, bool LARGEST> void exponentials_and(const Exponentials<N
 }
 
 template <class Number> void exponentials(const Exponentials<Number> &out, int threads) {
-    out.values ? exponentials_and<Number, true>(out, threads) : exponentials_and<Number, false>(out, threads);
+    constexpr void (*FORMS[])(const Exponentials<Number> &, int) = {
+        exponentials_and<Number, false, false>, exponentials_and<Number, true, false>,  //
+        exponentials_and<Number, false, true>, exponentials_and<Number, true, true>};
+    FORMS[(out.values != nullptr) + 2 * (out.hard != nullptr)](out, threads);
 }
 
-template <class Number, bool LARGEST> void maxima_and(const Maxima<Number> &out, int threads) {
+template <class Number, bool LARGEST, bool HARD> void maxima_and(const Maxima<Number> &out, int threads) {
     const int64_t num_rows = out.of.num_rows;
     exponent_tiles<Number>(out.of, threads, [=](const ExponentTile<Number> &tile) {
         Vector maximum[VECTORS];
         for (Vector &lanes : maximum) lanes = splat(-INFINITY);
         Largest<LARGEST> largest;
+        const Hard<HARD> hard(out.hard, tile.row, num_rows);
         for (int64_t j = tile.first; j < tile.last; j++) {
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
                 const int64_t n = tile.row + v * LANES;
                 const auto is_target = (Words)((int32_t)j - tile.target[v]) < (uint32_t)out.centers;
-                const Vector exponent = is_target ? splat(-INFINITY) : tile.exponent(j, v);
+                const Vector product = tile.product(j, v);
+                const Vector exponent = is_target ? splat(-INFINITY) : tile.exponent(hard.value(v, product));
                 maximum[v] = exponent > maximum[v] ? exponent : maximum[v];
-                largest.see(j, v, tile.product(j, v), is_target);
+                largest.see(j, v, product, is_target);
                 if (out.exponents && n < num_rows) store(out.exponents + j * num_rows + n, exponent, num_rows - n);
             }
         }
@@ -219,7 +245,10 @@ template <class Number, bool LARGEST> void maxima_and(const Maxima<Number> &out,
 }
 
 template <class Number> void maxima(const Maxima<Number> &out, int threads) {
-    out.values ? maxima_and<Number, true>(out, threads) : maxima_and<Number, false>(out, threads);
+    constexpr void (*FORMS[])(const Maxima<Number> &, int) = {
+        maxima_and<Number, false, false>, maxima_and<Number, true, false>,  //
+        maxima_and<Number, false, true>, maxima_and<Number, true, true>};
+    FORMS[(out.values != nullptr) + 2 * (out.hard != nullptr)](out, threads);
 }
 
 template <class Number> void accumulate(const Accumulate<Number> &given, int threads) {
@@ -362,7 +391,7 @@ EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
 // The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h or update.h.
-EXPORT(int, interface)() { return 9; }
+EXPORT(int, interface)() { return 10; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }

@@ -45,6 +45,7 @@ template <class Number> struct Exponentials {
     float *partial;       // (pieces of SUM_CLASSES, N)
     float *values;        // (the same), each piece's largest product, or null
     int32_t *places;      // (the same), and its class in the slab
+    const float *hard;    // (4, N), each row's τ, p0, p1, p2, or null
 };
 
 template <class Number> struct Maxima {
@@ -53,6 +54,7 @@ template <class Number> struct Maxima {
     float *partial;    // (pieces of SUM_CLASSES, N)
     float *values;     // as Exponentials has them
     int32_t *places;
+    const float *hard;
     int64_t centers;
 };
 

@@ -1,7 +1,7 @@
 """Backends: implementations of the slab loop, forward and backward. They have one interface, and `choose` picks one.
 
-    forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False) -> Sums
-    backward(x, table, factors, shift, kept, plan, sink) -> None
+    forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None) -> Sums
+    backward(x, table, factors, shift, kept, plan, sink, *, hard=None) -> None
 
 x (N, D): the factor of the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
 targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none. Or (N, K): K such rows,
@@ -15,6 +15,9 @@ E_nj = 2^{k x_n·w̃_j - shift_n}, 0 for the target's rows, and for all but the 
                largest_n = max_j x_n·w̃_j over the rows j that are left in, and that j
     backward   dw̃_j = (Σ_n E_nj row_scale_n x_n + common) · unscale        (common: None for zeros)
                dw_j = (dw̃_j - ŵ_j (ŵ_j·dw̃_j)) / ‖w_j‖, or dw̃_j as it is, plus target_sums[i] where target_rows[i] = j
+
+hard (N, 4): of each row (τ, p0, p1, p2), for E = 2^{k g(c) - shift}, g(c) = p0 + p1 c + p2 c² where c = x_n·w̃_j > τ, else c. In
+all but total E g'(c) then takes the place of E. None: g(c) = c.
 
 sink (table.Sink) takes the rows of every slab.
 

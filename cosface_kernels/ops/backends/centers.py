@@ -5,17 +5,18 @@ import torch
 
 def exponentials(exponents, shift, centers, dim):
     """E = 2^{exponents - shift}, in place; of each `centers` consecutive ones along dim all but the largest become 0."""
-    if centers > 1:
-        _drop_all_but_largest(exponents, centers, dim)
-    return exponents.sub_(shift.unsqueeze(dim)).exp2_()
+    return nearest(exponents, centers, dim).sub_(shift.unsqueeze(dim)).exp2_()
 
 
-def _drop_all_but_largest(exponents, centers, dim):
-    """Set all but the largest exponent of each class to -inf; the first of equal ones stays. Exponents are compared, because far
-    more exponentials are equal after rounding.
+def nearest(exponents, centers, dim):
+    """The exponents, all but the largest of each class set to -inf; the first of equal ones stays.
+
+    Exponents are compared, because far more exponentials are equal after rounding.
 
     A loop over the K centres: an argmax along so short a dimension takes ten times as long on a CPU.
     """
+    if centers == 1:
+        return exponents
     parts = exponents.unflatten(dim, (-1, centers)).unbind(dim + 1)
     largest = parts[0]
     for part in parts[1:]:
@@ -25,3 +26,4 @@ def _drop_all_but_largest(exponents, centers, dim):
         kept = wanted & ((part == largest) | part.isnan())
         part.masked_fill_(~kept, -torch.inf)
         wanted &= ~kept
+    return exponents

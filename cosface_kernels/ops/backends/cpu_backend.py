@@ -12,14 +12,15 @@ from .. import batch_rows, page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
 from . import Sums, centers, cpu_library, several
+from . import hard as hard_products
 
 row_functions = batch_rows
 SUM_CLASSES = cpu_library.constant("sum_classes")
 
 
-def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
-    slab = _Slab(x, table, targets, plan)
+    slab = _Slab(x, table, targets, plan, hard)
     shift = _shift(slab, plan, num_rows)
     if need_largest:
         slab.find_largest()
@@ -45,9 +46,9 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     return Sums.of(shift, total.float(), pull.float(), kept, slab.largest, row_sum)
 
 
-def backward(x, table, factors, shift, kept, plan, sink):
+def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     num_rows, size = x.shape
-    slab = _Slab(x, table, factors.targets, plan)
+    slab = _Slab(x, table, factors.targets, plan, hard)
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * factors.row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
     common = factors.common
@@ -75,7 +76,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
 class _Slab:
     """x in the layout that the kernels read, and the buffers that every slab reuses."""
 
-    def __init__(self, x, table, targets, plan):
+    def __init__(self, x, table, targets, plan, hard):
         self.kernels = cpu_library.kernels(plan.dtype)
         self.table, self.targets, self.plan, self.several = table, targets, plan, None
         self.num_rows, self.size = x.shape
@@ -86,6 +87,8 @@ class _Slab:
         self.unit = self.empty(plan.slab, self.size, dtype=self.kernels.operand)
         self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
         self.partial = self.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
+        self.hard = hard
+        self._hard_columns = None if hard is None or table.centers > 1 else hard.T.contiguous()
         self.largest = self._values = self._places = None
         self._e = self._exponents = None
 
@@ -121,7 +124,7 @@ class _Slab:
             return self._from_exponents(start, stop, shift, e, panels)
         self.kernels.exponentials(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
-            *(self.plan.log2_scale, e, panels, self.partial, self._values, self._places),
+            *(self.plan.log2_scale, e, panels, self.partial, self._values, self._places, self._hard_columns),
         )
         return self._parts(start, stop)
 
@@ -136,8 +139,13 @@ class _Slab:
 
     def _from_exponents(self, start, stop, shift, e, panels):
         """The same from all exponents in float32: for each class's nearest centre alone, and without several targets."""
-        exact = centers.exponentials(self.exponents(start, stop), shift, self.table.centers, 0)
-        low = exact.to(self.plan.dtype)
+        exponents = self.exponents(start, stop)
+        if self.hard is None:
+            exact = to_keep = centers.exponentials(exponents, shift, self.table.centers, 0)
+        else:
+            products = centers.nearest(exponents, self.table.centers, 0)
+            exact, to_keep = hard_products.exponentials(products, self.hard, shift, self.plan.log2_scale, 0)
+        low = to_keep.to(self.plan.dtype)
         if e is not None:
             e[: stop - start] = low
         if panels is not None:
@@ -145,18 +153,28 @@ class _Slab:
         return exact
 
     def exponents(self, start, stop):
-        """All exponents (B, N) in float32, -inf at targets."""
+        """All exponents (B, N) in float32, with hard negatives all products, -inf at targets."""
         if self._exponents is None:
             self._exponents = self.empty(self.plan.slab, self.num_rows)
         self.maxima(start, stop, self._exponents)
         exponents = self._exponents[: stop - start]
         return exponents if self.several is None else several.leave_out(exponents, self.several, start, 0)
 
+    def largest_exponents(self, start, stop):
+        """The largest exponent of each row in pieces (pieces, N)."""
+        if self.several is not None:
+            return self.exponents(start, stop)
+        if self.hard is None or self.table.centers == 1:
+            return self.maxima(start, stop)
+        products = centers.nearest(self.exponents(start, stop), self.table.centers, 0)
+        return hard_products.changed(products, self.hard, 0)[0] * self.plan.log2_scale
+
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
         self.kernels.maxima(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
-            *(self.plan.log2_scale, exponents, self.partial, self._values, self._places),
+            *(self.plan.log2_scale if self.hard is None or self.table.centers == 1 else 1.0, exponents, self.partial),
+            *(self._values, self._places, self._hard_columns),
         )
         return self._parts(start, stop)
 
@@ -168,8 +186,7 @@ def _shift(slab, plan, num_rows):
     largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
     for _, start, stop in plan.slabs(slab.table):
         slab.normalize(start, stop, None)
-        maxima = slab.maxima(start, stop) if slab.several is None else slab.exponents(start, stop)
-        largest = torch.maximum(largest, maxima.amax(0))
+        largest = torch.maximum(largest, slab.largest_exponents(start, stop).amax(0))
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 

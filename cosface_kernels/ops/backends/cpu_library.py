@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portabl
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 9
+INTERFACE = 10
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -117,8 +117,8 @@ _ARGUMENTS = {
     "normalize": _structure(
         pointers="table scratch unit panels", sizes="classes size scratch_size", bools="is_bfloat16 normalized"
     ),
-    "exponentials": _structure(("of", _EXPONENTS), pointers="shifts e e_panels partial values places"),
-    "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial values places", sizes="centers"),
+    "exponentials": _structure(("of", _EXPONENTS), pointers="shifts e e_panels partial values places hard"),
+    "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial values places hard", sizes="centers"),
     "accumulate": _structure(pointers="e_panels unit_panels pull", sizes="num_rows classes size"),
     "table_gradient": _structure(
         pointers="e x_panels table target_classes target_sums common scratch grad step",
@@ -203,8 +203,9 @@ class Kernels:
         partial,
         values=None,
         places=None,
+        hard=None,
     ):
-        """values, places: of the largest product in each piece of a row, where wanted."""
+        """values, places: of the largest product in each piece of a row, where wanted. hard: (4, N), or None."""
         pieces = ceil_div(classes, constant("sum_classes")), num_rows
         self._call(
             "exponentials",
@@ -215,6 +216,7 @@ class Kernels:
             partial=_floats("partial sums", partial, *pieces),
             values=_floats("largest products", values, *pieces),
             places=("their places", places, torch.int32, math.prod(pieces)),
+            hard=_floats("hard negatives", hard, 4, num_rows),
         )
 
     def maxima(
@@ -232,8 +234,9 @@ class Kernels:
         partial,
         values=None,
         places=None,
+        hard=None,
     ):
-        """values, places: as in `exponentials`."""
+        """values, places, hard: as in `exponentials`."""
         pieces = ceil_div(classes, constant("sum_classes")), num_rows
         self._call(
             "maxima",
@@ -242,6 +245,7 @@ class Kernels:
             partial=_floats("partial maxima", partial, *pieces),
             values=_floats("largest products", values, *pieces),
             places=("their places", places, torch.int32, math.prod(pieces)),
+            hard=_floats("hard negatives", hard, 4, num_rows),
             centers=centers,
         )
 

@@ -13,15 +13,16 @@ from ..normalize import project
 from ..operands import Largest
 from ..slabs import aligned
 from . import Sums, centers, several
+from . import hard as hard_products
 from .products import accumulated, cosines
 
 row_functions = batch_rows
 
 
-def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
     low = x.to(plan.dtype)
-    shift = _shift(low, table, targets, plan)
+    shift = _shift(low, table, targets, plan, hard)
     # Sums over up to 10^5 slabs: in float32 they would lose three digits.
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
@@ -36,8 +37,8 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             value, place = products.max(1)  # the first of equal ones
             parts = [*([] if largest is None else [largest]), Largest(value, place + start)]
             largest = Largest.of_parts(*map(torch.stack, zip(*parts, strict=True)))
-        e = _exponentials(products, shift, table, plan)
-        total += e.sum(1)
+        summed, e = _exponentials(products, shift, table, plan, hard)
+        total += summed.sum(1)
         place = plan.kept_view(kept, index, num_rows, aligned(stop - start))
         if place is not None:
             place[:, stop - start :] = 0
@@ -49,7 +50,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept, largest, row_sum)
 
 
-def backward(x, table, factors, shift, kept, plan, sink):
+def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     low = x.to(plan.dtype)
     scaled = (x * factors.row_scale[:, None]).to(plan.dtype)
     for index, start, stop in plan.slabs(table):
@@ -57,7 +58,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
             products = _products(low, unit.to(plan.dtype), factors.targets - start, table)
-            e = _exponentials(products, shift, table, plan).to(plan.dtype)
+            e = _exponentials(products, shift, table, plan, hard)[1].to(plan.dtype)
         unit_grad = accumulated(e[:, : stop - start].T, scaled)
         if factors.common is not None:
             unit_grad += factors.common
@@ -76,18 +77,23 @@ def _products(low, unit, columns, table):
     return _without_targets(cosines(low, unit), columns, table.centers)
 
 
-def _exponentials(products, shift, table, plan):
-    """E (N, B), in place of the products."""
-    return centers.exponentials(products.mul_(plan.log2_scale), shift, table.centers, 1)
+def _exponentials(products, shift, table, plan, hard):
+    """(E, E g') (N, B), in place of the products; one tensor without `hard`."""
+    if hard is not None:
+        return hard_products.exponentials(centers.nearest(products, table.centers, 1), hard, shift, plan.log2_scale, 1)
+    e = centers.exponentials(products.mul_(plan.log2_scale), shift, table.centers, 1)
+    return e, e
 
 
-def _shift(low, table, targets, plan):
+def _shift(low, table, targets, plan, hard):
     """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
     if plan.shift is not None:
         return torch.full((low.shape[0],), plan.shift, dtype=plan.wide, device=low.device)
     largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
     for _, start, stop in plan.slabs(table):
         products = _products(low, _unit(table, start, stop, plan)[0].to(plan.dtype), targets - start, table)
+        if hard is not None:
+            products, _ = hard_products.changed(centers.nearest(products, table.centers, 1), hard, 1)
         largest = torch.maximum(largest, products.amax(1) * plan.log2_scale)
     return torch.where(largest == -torch.inf, 0.0, largest)
 

@@ -13,6 +13,7 @@ import torch
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
 from . import Sums, centers, several, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
+from . import hard as hard_products
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -46,11 +47,11 @@ def pull_parts(num_rows, size, width):
     return next(parts for parts in range(most, 0, -1) if width % (8 * parts) == 0)
 
 
-def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False):
+def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
-    attends = need_pull and not need_largest and targets.dim() == 1
+    attends = need_pull and not need_largest and hard is None and targets.dim() == 1
     attend = triton_attend.constants("attend_features", x, table, plan) if attends else None
-    slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan)
+    slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan, hard)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
     shift = _shift(slab, plan, num_rows)
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
@@ -99,9 +100,10 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     return Sums(lse, shift, total, pull, kept, Largest.of_parts(*slab.largest) if need_largest else None, row_sum)
 
 
-def backward(x, table, factors, shift, kept, plan, sink):
+def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     num_rows, size = x.shape
-    attend = triton_attend.constants("attend_table", x, table, plan) if factors.targets.dim() == 1 else None
+    attends = hard is None and factors.targets.dim() == 1
+    attend = triton_attend.constants("attend_table", x, table, plan) if attends else None
     if attend and factors.common is not None and not attend.get("GLUON", False):
         attend = None  # no slab of dŵ to add to
     gluon = attend is not None and attend.get("GLUON", False)
@@ -110,7 +112,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
         return
     scaled = _padded(x, plan.dtype, attend, row_scale=factors.row_scale)
     if plan.kept_slabs * plan.slab < table.num_rows:
-        slab = _Slab(_padded(x, plan.dtype, attend), table, factors.targets, plan)
+        slab = _Slab(_padded(x, plan.dtype, attend), table, factors.targets, plan, hard)
         partial = slab.partial()
     num_targets, blocks = factors.target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
@@ -159,7 +161,7 @@ def backward(x, table, factors, shift, kept, plan, sink):
 class _Slab:
     """The buffers that every slab reuses, and the kernels that fill them, with the launch arguments of all slabs."""
 
-    def __init__(self, low, table, targets, plan):
+    def __init__(self, low, table, targets, plan, hard):
         self.low, self.table, self.targets, self.plan, self.several = low, table, targets, plan, None
         if targets.dim() == 2:
             self.several = targets
@@ -187,6 +189,10 @@ class _Slab:
         self._row_constants = {"NORMALIZE": table.normalize, **triton_kernels.row_blocks(low.shape[1])}
         self._unit = self._scratch = None
         self.largest = None, None
+        self.hard = hard
+        # Of sub-centres the nearest is chosen before its product changes.
+        self._hard_columns = None if hard is None or table.centers > 1 else hard.T.contiguous()
+        self._factor = plan.log2_scale if hard is None or table.centers == 1 else 1.0
 
     def scratch(self, width):
         """Memory (N, width) for the exponentials of a slab that is not kept."""
@@ -221,10 +227,12 @@ class _Slab:
         if self.writes_exponents:
             self._from_exponents(unit, start, stop, shift, partial, store)
         elif store is None:
-            self._launch(triton_exponentials.exponential_sums, unit, start, stop, shift, partial, *self.largest)
+            self._launch(
+                triton_exponentials.exponential_sums, unit, start, stop, shift, partial, *self.largest, self._hard_columns
+            )
         else:
             out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if self._halves else 1))
-            epilogue = shift, partial, *self.largest, out, unit.shape[0]
+            epilogue = shift, partial, *self.largest, self._hard_columns, out, unit.shape[0]
             self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=self._halves)
 
     def attended(self, start, stop, row_scale, out):
@@ -236,7 +244,7 @@ class _Slab:
         return out
 
     def exponents(self, unit, start, stop):
-        """All exponents (N, B) in float32, -inf at targets."""
+        """All exponents (N, B) in float32, with hard negatives all products, -inf at targets."""
         out = torch.empty(self.low.shape[0], unit.shape[0], dtype=torch.float32, device=self.low.device)
         epilogue = *self.largest, out, unit.shape[0]
         self._launch(triton_exponentials.exponents, unit, start, stop, *epilogue, CENTERS=self.table.centers)
@@ -245,10 +253,15 @@ class _Slab:
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
         """The same from all exponents in float32: for each class's nearest centre alone, and without several targets."""
-        e = centers.exponentials(self.exponents(unit, start, stop), shift, self.table.centers, 1)
+        exponents = self.exponents(unit, start, stop)
+        if self.hard is None:
+            summed = e = centers.exponentials(exponents, shift, self.table.centers, 1)
+        else:
+            products = centers.nearest(exponents, self.table.centers, 1)
+            summed, e = hard_products.exponentials(products, self.hard, shift, self.plan.log2_scale, 1)
         if start == 0:
             partial.zero_()
-        partial[0] += e.sum(1, dtype=torch.float64)
+        partial[0] += summed.sum(1, dtype=torch.float64)
         if store is not None:
             store[:, : stop - start] = e
             store[:, stop - start :] = 0
@@ -256,11 +269,16 @@ class _Slab:
     def maxima(self, unit, start, stop, partial):
         """Write row maxima of the exponents into `partial`."""
         if self.several is not None:
-            largest = self.exponents(unit, start, stop).amax(1)
-            partial[0] = largest if start == 0 else torch.maximum(partial[0], largest)
-            partial[1:] = -torch.inf
+            found = self.exponents(unit, start, stop).amax(1)
+        elif self.hard is None or self.table.centers == 1:
+            epilogue = partial, self._hard_columns
+            self._launch(triton_exponentials.maxima, unit, start, stop, *epilogue, CENTERS=self.table.centers)
             return
-        self._launch(triton_exponentials.maxima, unit, start, stop, partial, CENTERS=self.table.centers)
+        else:
+            products = centers.nearest(self.exponents(unit, start, stop), self.table.centers, 1)
+            found = hard_products.changed(products, self.hard, 1)[0].amax(1) * self.plan.log2_scale
+        partial[0] = found if start == 0 else torch.maximum(partial[0], found)
+        partial[1:] = -torch.inf
 
     def _source(self, matrix, rows, columns):
         """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
@@ -272,7 +290,7 @@ class _Slab:
         if num_rows:
             unit = self._source(unit, "BLOCK_C", self.config["BLOCK_K"])
             kernel[(self.row_tiles * ceil_div(width, tile),)](
-                *(self._low, unit, self.targets, num_rows, stop - start, size_padded, start, self.plan.log2_scale, *epilogue),
+                *(self._low, unit, self.targets, num_rows, stop - start, size_padded, start, self._factor, *epilogue),
                 RAGGED=(stop - start) % tile != 0,
                 **constants,
                 **self._constants,

@@ -7,7 +7,8 @@
 
 Sums and maxima of a tile are added to those of the slabs before, one float64 for each row and tile; exponents of a row's target
 and past the slab's end count as -inf. Cosines are never stored. No atomics. All but maxima also find each row's largest product
-and its position in the table, where they are given memory for it.
+and its position in the table, where they are given memory for it. Of hard negatives, where given, exponentials are those of
+p0 + p1 c + p2 c² where a product c passes τ, and what is stored is E times its slope.
 
 Forms (triton_forms.py): DESCRIPTORS, blocks are moved by tensor descriptors, which compute capability 9.0 has hardware for.
 HALVES, E is made and stored in two halves of a tile, the first on its way out under the second's exponentials.
@@ -118,11 +119,31 @@ def see_largest(
 
 
 @triton.jit
-def exponential_tile(cosine, log2_scale, targets, shifts, row, column, N, B, first_class, RAGGED: tl.constexpr):
-    """E of a tile."""
+def hard_tile(cosine, hard, row, N):
+    """(g(c), g'(c)) of a tile; hard: (4, N), each row's τ, p0, p1, p2."""
+    live = row < N
+    threshold = tl.load(hard + row, mask=live, other=float("inf"))[:, None]
+    p0 = tl.load(hard + N + row, mask=live, other=0.0)[:, None]
+    p1 = tl.load(hard + 2 * N + row, mask=live, other=0.0)[:, None]
+    p2 = tl.load(hard + 3 * N + row, mask=live, other=0.0)[:, None]
+    is_hard = cosine > threshold
+    value = tl.where(is_hard, p0 + cosine * (p1 + cosine * p2), cosine)
+    return value, tl.where(is_hard, p1 + 2.0 * cosine * p2, 1.0)
+
+
+@triton.jit
+def exponential_tile(cosine, log2_scale, targets, shifts, hard, row, column, N, B, first_class, RAGGED: tl.constexpr):
+    """(E, what is stored of it) of a tile."""
     dropped = left_out(targets, row, column, N, B, first_class, RAGGED, 1)
     shift = tl.load(shifts + row, mask=row < N, other=0.0)
-    return tl.where(dropped, 0.0, tl.exp2(cosine * log2_scale - shift[:, None]))
+    if hard is None:
+        e = tl.where(dropped, 0.0, tl.exp2(cosine * log2_scale - shift[:, None]))
+        stored = e
+    else:
+        value, slope = hard_tile(cosine, hard, row, N)
+        e = tl.where(dropped, 0.0, tl.exp2(value * log2_scale - shift[:, None]))
+        stored = e * slope
+    return e, stored
 
 
 @triton.jit
@@ -152,6 +173,7 @@ def exponential_sums(
     partial_ptr,  # (tiles, N) float64
     largest_ptr,  # (tiles, N) float32, and
     position_ptr,  # (tiles, N) int64, as see_largest has them; or None
+    hard_ptr,  # (4, N) float32, or None
     RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     UPCAST: tl.constexpr,
@@ -168,7 +190,7 @@ def exponential_sums(
     )
     if largest_ptr is not None:
         see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
-    e = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
+    e, _ = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, hard_ptr, row, column, N, B, first_class, RAGGED)
     add_sums(partial_ptr, tile, row, N, first_class, tl.sum(e, 1))
 
 
@@ -186,6 +208,7 @@ def exponentials(
     partial_ptr,
     largest_ptr,
     position_ptr,
+    hard_ptr,
     out,  # (N, stride_out) E, or its descriptor; columns B .. stride_out become 0
     stride_out,
     HALVES: tl.constexpr,
@@ -208,17 +231,21 @@ def exponentials(
     if HALVES:
         left, right = halves(cosine)
         half = tl.arange(0, BLOCK_C // 2)
-        e = exponential_tile(left, log2_scale, target_ptr, shift_ptr, row, first + half, N, B, first_class, RAGGED)
+        e, stored = exponential_tile(
+            left, log2_scale, target_ptr, shift_ptr, hard_ptr, row, first + half, N, B, first_class, RAGGED
+        )
         sums = tl.sum(e, 1)
-        store_tile(e, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
+        store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
         first += BLOCK_C // 2
-        e = exponential_tile(right, log2_scale, target_ptr, shift_ptr, row, first + half, N, B, first_class, RAGGED)
+        e, stored = exponential_tile(
+            right, log2_scale, target_ptr, shift_ptr, hard_ptr, row, first + half, N, B, first_class, RAGGED
+        )
         sums += tl.sum(e, 1)
     else:
-        e = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, row, column, N, B, first_class, RAGGED)
+        e, stored = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, hard_ptr, row, column, N, B, first_class, RAGGED)
         sums = tl.sum(e, 1)
     add_sums(partial_ptr, tile, row, N, first_class, sums)
-    store_tile(e, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
+    store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
 
 
 @triton.jit
@@ -232,6 +259,7 @@ def maxima(
     first_class,
     log2_scale,
     partial_ptr,
+    hard_ptr,
     CENTERS: tl.constexpr,
     RAGGED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -248,6 +276,8 @@ def maxima(
         x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     dropped = left_out(target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
+    if hard_ptr is not None:
+        cosine, _ = hard_tile(cosine, hard_ptr, row, N)
     exponent = tl.where(dropped, float("-inf"), cosine * log2_scale)
     place = partial_ptr + tile.to(tl.int64) * N + row
     before = tl.load(place, mask=(row < N) & (first_class > 0), other=float("-inf"))
