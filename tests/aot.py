@@ -198,11 +198,9 @@ def _forms(chip):
         call = Call(num_classes=2 * SLAB + 80, size=size, dtypes=(BFLOAT16, BFLOAT16))
         yield asking(call, exponentials=options)
         yield asking(call._replace(statistics=True), exponentials=options)
-        yield asking(call._replace(statistics=True, negatives=margins.CurricularFace()), exponentials=options)
         if "HALVES" not in options:
             yield asking(call._replace(frozen=True), exponentials=options)
             yield asking(call._replace(frozen=True, statistics=True), exponentials=options)
-            yield asking(call._replace(frozen=True, negatives=margins.CurricularFace()), exponentials=options)
             yield asking(call._replace(scale=100.0), exponentials=options)
     for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
         yield asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})

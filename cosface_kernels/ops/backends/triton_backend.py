@@ -168,8 +168,9 @@ class _Slab:
             self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
         capability = triton_kernels.capability(low.device)
         self.writes_exponents = table.centers > 1 or self.several is not None
-        self.config = tiles(*low.shape, plan.dtype, capability, 1 + self.writes_exponents)
-        if not self.writes_exponents:
+        narrow = self.writes_exponents or hard is not None  # with hard negatives too the widest tile would spill
+        self.config = tiles(*low.shape, plan.dtype, capability, 1 + narrow)
+        if not narrow:
             size = table.weight.shape[1]
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
         self._descriptors = self.config.pop("DESCRIPTORS", False)
