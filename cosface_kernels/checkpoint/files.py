@@ -169,8 +169,8 @@ def _check_replaceable(folder, overwrite):
         raise FileExistsError(f"{folder} exists and is no finished checkpoint: overwrite=True takes the place of nothing else")
 
 
-def finish(temporary, folder, written):
-    """Rename the temporary folder to the checkpoint `folder`, or change its name with the one that is there.
+def finish(temporary, folder, written, overwrite=False):
+    """Rename the temporary folder to the checkpoint `folder`; with overwrite, change its name with the one that is there.
 
     Raises, and leaves things as they were, if files are missing.
     """
@@ -178,7 +178,8 @@ def finish(temporary, folder, written):
     files = HashedFiles()
     files.put(temporary / MANIFEST, manifest.encode())
     _sync_folder(temporary)
-    take_name, give_back = (_exchange, _exchange) if os.path.lexists(folder) else (os.rename, lambda a, b: os.rename(b, a))
+    is_taken = overwrite and os.path.lexists(folder)
+    take_name, give_back = (_exchange, _exchange) if is_taken else (os.rename, lambda a, b: os.rename(b, a))
     take_name(temporary, folder)
     lost = [name for name, file in (written | files.written).items() if not _has_size(folder / name, file["size"])]
     if lost:

@@ -69,7 +69,7 @@ def save_checkpoint(
             temporary, written = ranks.objects(own)[0], {}
             for part in ranks.objects(_together(lambda: _write(temporary, tensors, small))):
                 written |= part
-            _together(lambda: files.finish(temporary, folder, written) if ranks.rank == 0 else None)
+            _together(lambda: files.finish(temporary, folder, written, overwrite) if ranks.rank == 0 else None)
         except Exception as error:
             raise _not_saved(folder, error) from error
     if keep is not None and ranks.rank == 0:
