@@ -65,7 +65,7 @@ class AllPairs:
 
 def unit(embeddings, order=None):
     """Unit rows, float32 (N, D), of an array that may lie on the disk; in another order where one is given."""
-    rows = torch.empty(embeddings.shape, dtype=torch.float32)
+    rows = torch.empty(embeddings.shape, dtype=torch.float32, device="cpu")
     for start in range(0, len(rows), BLOCK):
         place = slice(start, start + BLOCK)
         part = torch.from_numpy(np.array(embeddings[place if order is None else order[place]]))

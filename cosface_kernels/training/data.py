@@ -70,9 +70,10 @@ class Digits:
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
-        images = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) * (255 / 16)
+        images = torch.tensor(images, dtype=torch.float32, device="cpu").view(-1, 1, 8, 8) * (255 / 16)
         images = F.interpolate(images, (image_size, image_size), mode="bilinear")
-        self.images, self.labels = images.round().to(torch.uint8).expand(-1, 3, -1, -1), torch.tensor(labels)
+        self.images = images.round().to(torch.uint8).expand(-1, 3, -1, -1)
+        self.labels = torch.tensor(labels, dtype=torch.int64, device="cpu")
 
     def __len__(self):
         return len(self.labels)
@@ -99,7 +100,8 @@ class Order:
             if epoch != step // steps:
                 epoch = step // steps
                 key = int(faces.mix(self.seed, epoch) >> np.uint64(1))
-                order = torch.randperm(self.count, generator=torch.Generator().manual_seed(key)).numpy()
+                generator = torch.Generator().manual_seed(key)
+                order = torch.randperm(self.count, generator=generator, dtype=torch.int64, device="cpu").numpy()
             own = order[step % steps * self.batch :][: self.batch].reshape(self.pieces, self.size, -1)
             for piece in own[:, self.rank]:
                 yield epoch, piece
@@ -141,8 +143,10 @@ def augment(images, config, numbers):
         images = torch.where(torch.from_numpy(mirrored < 0.5)[:, None, None, None], images.flip(3), images)
     if config.crop:
         places = [torch.from_numpy(np.rint((each * 2 - 1) * config.crop * size)).long()[:, None] for each in (down, right)]
-        rows, columns = ((torch.arange(size) + place).clamp(0, size - 1) for place in places)
-        images = images[torch.arange(len(images))[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        steps = torch.arange(size, dtype=torch.int64, device="cpu")
+        rows, columns = ((steps + place).clamp(0, size - 1) for place in places)
+        each = torch.arange(len(images), dtype=torch.int64, device="cpu")[:, None, None]
+        images = images[each, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     for factor, low, high in ((2, 0, 0.5), (4, 0.5, 1)):
         chosen = torch.from_numpy((low * config.downscale <= blurred) & (blurred < high * config.downscale)).nonzero()[:, 0]
         if len(chosen):

@@ -123,7 +123,7 @@ def onnx(checkpoint, out):
     names = {"input_names": ["data"], "output_names": ["embedding"], "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        module, example = Exported(backbone).eval(), (torch.zeros(2, 3, size, size),)
+        module, example = Exported(backbone).eval(), (torch.zeros(2, 3, size, size, dtype=torch.float32, device="cpu"),)
         program = torch.onnx.export(module, example, dynamo=True, opset_version=OPSET, verbose=False, **names)
     with written(out) as file:
         file.write(program.model_proto.SerializeToString())

@@ -89,9 +89,10 @@ def of_templates(embeddings, templates, pairs):
 
 def scores_of(listed, rows):
     """(P,) cosines of Pairs; rows: the embeddings of all images of all templates, in order. A template is its mean unit row."""
-    sizes = torch.tensor([len(template) for template in listed.templates])
-    owner = torch.arange(len(sizes)).repeat_interleave(sizes)
-    sums = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64).index_add_(0, owner, unit_rows(rows.double())[0])
+    sizes = torch.tensor([len(template) for template in listed.templates], dtype=torch.int64, device="cpu")
+    owner = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(sizes)
+    sums = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device="cpu")
+    sums.index_add_(0, owner, unit_rows(rows.double())[0])
     unit = unit_rows(sums)[0]
     return (unit[listed.first] * unit[listed.second]).sum(1).numpy()
 

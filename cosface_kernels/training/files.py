@@ -23,8 +23,9 @@ class Files:
                 labels.append(label)
             except Exception as error:  # a decoder of damaged bytes may raise anything
                 damaged[int(index)] = str(name), f"{type(error).__name__}: {error}"
-        stacked = torch.stack(images) if images else torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8)
-        return stacked, torch.tensor(labels, dtype=torch.int64), damaged
+        none = torch.empty(0, 3, self.image_size, self.image_size, dtype=torch.uint8, device="cpu")
+        stacked = torch.stack(images) if images else none
+        return stacked, torch.tensor(labels, dtype=torch.int64, device="cpu"), damaged
 
 
 class Folder(Files):

@@ -80,7 +80,9 @@ def _search(rows, probes, mates, own, gallery):
     scores[indices == torch.from_numpy(own)[:, None]] = -torch.inf
     scores = scores.sort(1, descending=True).values[:, :CMC_RANKS]
     counts = [len(some) for some in mates]
-    probe = torch.arange(len(x)).repeat_interleave(torch.tensor(counts))
+    probe = torch.arange(len(x), dtype=torch.int64, device="cpu").repeat_interleave(
+        torch.tensor(counts, dtype=torch.int64, device="cpu")
+    )
     with_mate = _cosines(x[probe], rows[np.concatenate(mates)])
     ranks = 1 + (scores[probe] >= with_mate[:, None]).sum(1)
     return with_mate.numpy(), ranks.numpy(), scores[:, 0].numpy()

@@ -53,7 +53,8 @@ def _head(config, num_classes, device):
     with torch.no_grad():  # by blocks, so that the table does not depend on the number of processes
         for block in range(first // _ROWS, -(-(first + len(rows)) // _ROWS)):
             key = int(faces.mix(config.seed, _TABLE, block) >> 1)
-            drawn = torch.empty(_ROWS, config.embedding_size).normal_(std=0.01, generator=torch.Generator().manual_seed(key))
+            block_rows = torch.empty(_ROWS, config.embedding_size, dtype=torch.float32, device="cpu")
+            drawn = block_rows.normal_(std=0.01, generator=torch.Generator().manual_seed(key))
             start = block * _ROWS
             low, high = max(first, start), min(first + len(rows), start + _ROWS)
             rows[low - first : high - first] = drawn[low - start : high - start].to(rows)

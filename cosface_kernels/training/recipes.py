@@ -80,7 +80,7 @@ class Alone(nn.Module):
         self.head, self.weights = head, (contrastive, center)
         self.contrastive, self.triplet = ContrastiveLoss(), TripletMarginLoss(margin=0.2) if triplet else None
         self.miner = TripletMarginMiner(margin=0.2)
-        self.centers = nn.Parameter(torch.zeros(classes, EMBEDDING)) if center else None
+        self.centers = nn.Parameter(torch.zeros(classes, EMBEDDING, dtype=torch.float32, device="cpu")) if center else None
 
     def forward(self, features, labels):
         contrastive, center = self.weights

@@ -101,8 +101,8 @@ def _bins_of_thresholds(rough):
 
 def _fine_counts(pairs, refined):
     """(2, bins, FINE): the numbers of genuine and impostor pairs with each score of these bins."""
-    slots = torch.full((BINS,), -1, dtype=torch.int64)
-    slots[torch.from_numpy(refined)] = torch.arange(len(refined))
+    slots = torch.full((BINS,), -1, dtype=torch.int64, device="cpu")
+    slots[torch.from_numpy(refined)] = torch.arange(len(refined), dtype=torch.int64, device="cpu")
     fine = np.zeros((2, len(refined) * FINE), dtype=np.int64)
     for block in pairs.blocks():
         for kind, scores in enumerate(block):
