@@ -20,6 +20,7 @@ from .ops.batch_rows import reduced
 from .ops.normalize import direction
 from .ops.operands import Largest, Needs, Options, Problem
 from .ops.operators import FirstDerivative, margin_losses, snapshot, target_products
+from .positives import class_indices
 
 
 class Inputs(NamedTuple):
@@ -387,7 +388,7 @@ def _smoothing(logit, found, inputs, options, shards):
     else:
         _, num_classes = shards.of_all_shards(0, len(inputs.classes), logit.device)
     mean = (found.product_sum - found.product + logit) / num_classes
-    return options.label_smoothing * options.scale * (logit - mean)
+    return options.label_smoothing * (options.scale * (logit - mean))  # ε s would be rounded to a scale of 16 bits
 
 
 def _feature_norm(features, unit, counted):
@@ -471,14 +472,6 @@ def _refuse_transforms(*tensors):
     if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors):
         raise RuntimeError("cosface_kernels has no forward-mode derivative; use reverse mode, or cosface_kernels.reference")
     validation.check_transforms(*tensors)
-
-
-def class_indices(labels):
-    """labels (N,) as int64. A uint64 beyond that range becomes the largest int64: it must not wrap to a class or ignore_index."""
-    if labels.dtype != torch.uint64:
-        return labels.long()
-    wrapped = labels.view(torch.int64)
-    return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
 
 
 def product_dtype(features, weight):

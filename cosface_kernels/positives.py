@@ -13,6 +13,14 @@ from . import validation
 MOST = 32  # classes to a row
 
 
+def class_indices(labels):
+    """Labels as int64. A uint64 beyond that range becomes the largest int64: it must not wrap to a class or ignore_index."""
+    if labels.dtype != torch.uint64:
+        return labels.long()
+    wrapped = labels.view(torch.int64)
+    return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
+
+
 def merged(labels, weights, ignore_index, features):
     """(labels (N, K) int64 with ignore_index for none, weights (N, K)), each class of a row once, with the sum of its weights.
 
@@ -22,7 +30,7 @@ def merged(labels, weights, ignore_index, features):
         return labels, None
     validation.check_ignore_index(ignore_index)
     validation.check_positives(labels, weights, features, MOST)
-    labels = labels.long()
+    labels = class_indices(labels)
     labels = torch.where(labels == -1, ignore_index, labels)
     same = labels[:, :, None] == labels[:, None]  # (N, K, K)
     first = same.int().argmax(2) == torch.arange(labels.shape[1], dtype=torch.int64, device=labels.device)

@@ -161,7 +161,7 @@ def check_call(features, labels, others, named):
     if others or named:
         got = ", ".join([*(type(each).__name__ for each in others), *(f"{name}=" for name in named)])
         raise TypeError(f"a head is called as head(features, labels), got {got} too; {_instead(labels, others, named)}")
-    if isinstance(features, (tuple, list, dict)):
+    if labels is None and isinstance(features, (tuple, list, dict)):
         raise TypeError(f"a head is called as head(features, labels), got one {type(features).__name__}: pass its parts apart")
     if features is None:
         raise TypeError("a head is called as head(features, labels), got no features")

@@ -464,7 +464,7 @@ def _(world):
 MISTAKES = {
     "labels of floats": (lambda x, y: (x, y.float()), TypeError, "labels must have an integer dtype"),
     "wrong D": (lambda x, y: (x[:, :5], y), ValueError, r"D = 16, got shape \(\d, 5\)"),
-    "no tensor": (lambda x, y: (None, y), TypeError, "features must be a tensor"),
+    "no tensor": (lambda x, y: (None, y), TypeError, "got no features"),
     "too few labels": (lambda x, y: (x, y[1:]), ValueError, "one class index for each row"),
     "on another device": (lambda x, y: (x.to("meta"), y), TypeError, "must have its numbers in memory"),
     "a label past the last class": (lambda x, y: (x, torch.full_like(y, 300)), IndexError, r"labels\[0\] is 300.* \[0, 300\)"),

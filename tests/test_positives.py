@@ -206,3 +206,10 @@ def test_wrong_calls(case):
         margin_softmax_loss(
             torch.ones(2, 3), torch.eye(5, 3) + 0.1, labels, label_weights=weights, **{"margin": margins.CosFace(), **options}
         )
+
+
+def test_an_unsigned_label_past_int64_is_no_class():
+    """It must not wrap to -1, which is no positive."""
+    labels = torch.full((4, 1), 2**64 - 1, dtype=torch.uint64)
+    with pytest.raises(IndexError, match="must be in"):
+        margin_softmax_loss(torch.eye(4, 8), torch.eye(6, 8), labels, margin=margins.CosFace(), label_weights=torch.ones(4, 1))

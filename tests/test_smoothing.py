@@ -220,3 +220,19 @@ def test_several_classes_to_a_row_are_refused(name, device):
             label_weights=torch.ones_like(labels, dtype=weight.dtype),
             **option,
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_scale_of_16_bits_is_not_rounded_with_the_smoothing(dtype):
+    """64 is exact in both; 0.1 x 64 is not."""
+    features, weight, labels = torch.eye(4, 8), torch.linspace(-1, 1, 48).view(6, 8), torch.arange(4)
+    wanted = cosface_loss(features, weight, labels, scale=64.0, label_smoothing=0.1)
+    got = cosface_loss(features, weight, labels, scale=torch.tensor(64.0, dtype=dtype), label_smoothing=0.1)
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=0)
+
+
+def test_class_weights_of_a_head_made_on_meta():
+    weights = torch.arange(1.0, 7)
+    head = MarginSoftmaxLoss(8, 6, margin=margins.CosFace(0.1), scale=16.0, class_weight=weights, device="meta")
+    head.to_empty(device="cpu")
+    assert torch.equal(head.class_weight, weights)

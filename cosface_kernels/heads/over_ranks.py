@@ -168,6 +168,17 @@ class OverRanks(Whole):
         seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu").item() + self.ranks(head.weight).rank
         weight.normal_(std=0.01, generator=None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed))
 
+    def refuse(self, head, error):
+        """Raise it on every rank, in place of the exchange with which their calls begin."""
+        ranks = self.ranks(head.weight)
+        if ranks is ONE_PROCESS:
+            raise error
+
+        def told():
+            raise error
+
+        ranks.exchange("the exchange of batch sizes", told, len(Told._fields), self.local(head.weight).device)
+
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, Batch) of all ranks' rows with this rank's rows of the table."""
         ranks = self.ranks(table[0])

@@ -44,6 +44,10 @@ class Whole:
         """The Ranks that hold the rows."""
         return dtensors.ranks(weight)
 
+    def refuse(self, head, error):
+        """Raise the error that a call of the head is."""
+        raise error
+
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, shards) of a step, as loss.loss_of_table takes them."""
         agreement.watch(head, table[0])

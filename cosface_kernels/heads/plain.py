@@ -139,7 +139,8 @@ class MarginSoftmaxLoss(nn.Module):
         validation.check_label_smoothing(label_smoothing, centers_per_class)
         validation.check_class_weight(class_weight, num_classes, label_smoothing=label_smoothing)
         if class_weight is not None:
-            class_weight = class_weight.detach().to(device, torch.promote_types(class_weight.dtype, torch.float32), copy=True)
+            place = class_weight.device if self.weight.is_meta else self.weight.device  # on meta it would lose its numbers
+            class_weight = class_weight.detach().to(place, torch.promote_types(class_weight.dtype, torch.float32), copy=True)
         self.register_buffer("class_weight", class_weight)
         self.sample_rate, self.label_smoothing = sample_rate, label_smoothing
         self.margin = given
@@ -276,7 +277,11 @@ class MarginSoftmaxLoss(nn.Module):
         """The loss of features (N, D) with labels (N,), or (N, K) with label_weights (N, K); with return_statistics also the
         Statistics of the rows; all as in `margin_softmax_loss`. Whatever else a call has is a TypeError that says what to call.
         """
-        validation.check_call(features, labels, others, named)
+        try:
+            validation.check_call(features, labels, others, named)
+            labels, label_weights = positives.merged(labels, label_weights, self.ignore_index, features)
+        except (TypeError, ValueError, IndexError) as error:
+            self.placement.refuse(self, error)
         asked = features, labels, label_weights, return_statistics
         if torch.compiler.is_compiling() and recording.pending(self._parameters.get("weight")) is not None:
             return self._recorded_loss(*asked)
@@ -285,7 +290,6 @@ class MarginSoftmaxLoss(nn.Module):
     def _loss(self, features, labels, label_weights, return_statistics):
         table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
-        labels, label_weights = positives.merged(labels, label_weights, self.ignore_index, features)
         inputs = Inputs(
             features, weight, labels, bias, label_weights=label_weights, class_weight=self.class_weight, parameters=parameters
         )
