@@ -161,7 +161,7 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
 class _Slab:
     """The buffers that every slab reuses, and the kernels that fill them, with the launch arguments of all slabs."""
 
-    def __init__(self, low, table, targets, plan, hard):
+    def __init__(self, low, table, targets, plan, hard=None):
         self.low, self.table, self.targets, self.plan, self.several = low, table, targets, plan, None
         if targets.dim() == 2:
             self.several = targets
