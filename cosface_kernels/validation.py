@@ -291,10 +291,10 @@ def check_options(*, scale, ignore_index, memory_budget, backend, reduction="non
     check_backend(backend)
 
 
-def check_k(k, num_classes):
+def check_k(k, most, meaning="the number of classes"):
     check_integer("k", k)
-    if not 0 <= k <= num_classes:
-        raise ValueError(f"k must be from 0 to the number of classes, {num_classes}, got {k}")
+    if not 0 <= k <= most:
+        raise ValueError(f"k must be from 0 to {meaning}, {most}, got {k}")
 
 
 def check_ids(ids, num_classes):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margins
+from cosface_kernels.heads import confusions
 from cosface_kernels.heads.grow import follow
 
 OPTIMIZERS = {
@@ -271,3 +272,22 @@ def test_fused_optimisers_follow_without_being_named(kind, state_format, device)
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] and head.weight.grad is None
+
+
+@pytest.mark.parametrize("centers", [1, 3])
+def test_confusions_are_each_classs_nearest_others(centers, monkeypatch):
+    """Looked up five classes at a time; 3 and 8 are the same person, and a class's own sub-centres are not its neighbours."""
+    monkeypatch.setattr(confusions, "ROWS", 5)
+    head = MarginSoftmaxLoss(SIZE, 12, margin=margins.CosFace(0.2), centers_per_class=centers, dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.view(12, centers, SIZE)[8, 0] = 3 * head.weight.view(12, centers, SIZE)[3, -1]
+    unit = torch.nn.functional.normalize(head.weight.detach()).view(12, centers, SIZE)
+    exact = torch.einsum("ikd,jld->ijkl", unit, unit).amax((2, 3)).fill_diagonal_(-2)
+    cosines, classes = head.confusions(4)
+    torch.testing.assert_close(cosines, exact.topk(4).values, rtol=0, atol=1e-15)
+    torch.testing.assert_close(exact.gather(1, classes), cosines, rtol=0, atol=1e-15)  # 3 and 8 may change places
+    assert all(len(set(row)) == 4 for row in classes.tolist())
+    assert classes[3, 0] == 8 and classes[8, 0] == 3
+    assert head.confusions(0)[1].shape == (12, 0) and head.confusions(11)[1].shape == (12, 11)
+    with pytest.raises(ValueError, match="k must be from 0 to the number of other classes, 11, got 12"):
+        head.confusions(12)

@@ -17,7 +17,7 @@ from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..sampling import classes_of_step
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
-from . import grow, margin_buffers
+from . import confusions, grow, margin_buffers
 from .placement import Whole
 
 WHOLE = Whole()
@@ -318,6 +318,16 @@ class MarginSoftmaxLoss(nn.Module):
             TypeError, ValueError: k is no int, negative, or larger than the number of classes.
         """
         return self.placement.topk(self, self._table(), features, k)
+
+    def confusions(self, k: int) -> tuple[Tensor, Tensor]:
+        """(cosines, classes), each (C, k): the k other classes whose rows are nearest to each class's, descending, of sub-centres
+        by the nearest two. Slab by slab, never C x C; 2 C² D operations.
+
+        Raises:
+            TypeError, ValueError: k is no int, negative, or larger than C - 1.
+            NotImplementedError: the table is sharded.
+        """
+        return confusions.confusions(self, k)
 
     def grow(self, count: int, optimizer: Optimizer | None = None) -> range:
         """Add `count` identities, drawn as the initial ones were, and return the range of their ids.
