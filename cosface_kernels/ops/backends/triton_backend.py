@@ -51,7 +51,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     num_rows, size = x.shape
     attends = need_pull and not need_largest and hard is None and targets.dim() == 1
     attend = triton_attend.constants("attend_features", x, table, plan) if attends else None
-    slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan, hard)
+    slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan, hard, need_largest)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
     shift = _shift(slab, plan, num_rows)
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
@@ -161,15 +161,18 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
 class _Slab:
     """The buffers that every slab reuses, and the kernels that fill them, with the launch arguments of all slabs."""
 
-    def __init__(self, low, table, targets, plan, hard=None):
+    def __init__(self, low, table, targets, plan, hard=None, need_largest=False):
         self.low, self.table, self.targets, self.plan, self.several = low, table, targets, plan, None
         if targets.dim() == 2:
             self.several = targets
             self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
         capability = triton_kernels.capability(low.device)
         self.writes_exponents = table.centers > 1 or self.several is not None
-        narrow = self.writes_exponents or hard is not None  # with hard negatives too the widest tile would spill
+        # What an epilogue does beside E takes registers: with the widest tile it would spill, on older chips with few warps too.
+        narrow = self.writes_exponents or hard is not None or (need_largest and capability[0] == 10)
         self.config = tiles(*low.shape, plan.dtype, capability, 1 + narrow)
+        if hard is not None and capability[0] not in (9, 10) and self.config["BLOCK_N"] == 128:
+            self.config["num_warps"] = 8
         if not narrow:
             size = table.weight.shape[1]
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}

@@ -106,16 +106,16 @@ def left_out(targets, row, column, N, B, first_class, RAGGED: tl.constexpr, CENT
 
 @triton.jit
 def see_largest(
-    cosine, targets, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED: tl.constexpr, CENTERS: tl.constexpr
+    cosine, targets, largest, positions, tile, row, column, N, B, first_class, RAGGED: tl.constexpr, CENTERS: tl.constexpr
 ):
     """The larger of a row's largest product in this tile and those of the slabs before, and its position; (tiles, N)."""
     dropped = left_out(targets, row, column, N, B, first_class, RAGGED, CENTERS)
     value, at = tl.max(tl.where(dropped, float("-inf"), cosine), 1, return_indices=True)
     place = tile.to(tl.int64) * N + row
-    before = tl.load(largest_ptr + place, mask=(row < N) & (first_class > 0), other=float("-inf"))
-    tl.store(largest_ptr + place, tl.maximum(before, value), mask=row < N)
+    before = tl.load(largest + place, mask=(row < N) & (first_class > 0), other=float("-inf"))
+    tl.store(largest + place, tl.maximum(before, value), mask=row < N)
     position = first_class + (tile * cosine.shape[1] + at).to(tl.int64)
-    tl.store(position_ptr + place, position, mask=(row < N) & (value > before))
+    tl.store(positions + place, position, mask=(row < N) & (value > before))
 
 
 @triton.jit
