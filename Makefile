@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-all test-sanitize test-aarch64 test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
+.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-all | test-sanitize | test-aarch64 | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -20,7 +20,11 @@ test: $(READY)
 	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow and not other_chips"
+
+# The kernels compiled for sm_80 and sm_100 too, which takes minutes: after a change of one.
+test-chips: $(READY)
+	$(BIN)/python -m pytest -m other_chips
 
 test-all: $(READY)
 	$(PYTEST)

@@ -17,8 +17,11 @@ SPILL_LIMIT = {"project_rows": 8, "update_rows": 8, "sum_targets": 8, "attend": 
 PRODUCTS = {"exponential_sums", "exponentials", "maxima", "exponents"}
 
 
+OTHER_CHIPS = [pytest.param(chip, marks=pytest.mark.other_chips) for chip in SHARED_LIMIT if chip != 90]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", SHARED_LIMIT)
+@pytest.mark.parametrize("chip", [90, *OTHER_CHIPS])
 def test_every_launch_configuration(chip):
     script = Path(__file__).parent / "aot.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -171,7 +171,8 @@ class _Slab:
         # What an epilogue does beside E takes registers: with the widest tile it would spill, on older chips with few warps too.
         narrow = self.writes_exponents or hard is not None or (need_largest and capability[0] == 10)
         self.config = tiles(*low.shape, plan.dtype, capability, 1 + narrow)
-        if hard is not None and capability[0] not in (9, 10) and self.config["BLOCK_N"] == 128:
+        is_older = capability[0] not in (9, 10) and self.config["BLOCK_N"] == 128
+        if hard is not None and (is_older or (capability[0] == 9 and plan.dtype == torch.float32)):
             self.config["num_warps"] = 8
         if not narrow:
             size = table.weight.shape[1]
