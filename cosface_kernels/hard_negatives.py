@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .validation import check_flag, check_number, shown
+from .validation import check_fields, check_flag, shown
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class CurricularFace(HardNegatives):
     state: ClassVar[dict] = {"t": 0.0}
 
     def __post_init__(self):
-        _check_within(self, momentum=(0.0, 1.0))
+        check_fields(self, momentum=(0.0, 1.0))
 
     def polynomial(self, cosine: Tensor, target: Tensor, state: dict[str, Tensor]) -> tuple[float | Tensor, ...]:
         return target, 0.0, state.get("t", 0.0), 1.0
@@ -84,7 +84,7 @@ class MVSoftmax(HardNegatives):
     adaptive: bool = True
 
     def __post_init__(self):
-        _check_within(self, t=(1.0, math.inf))
+        check_fields(self, t=(1.0, math.inf))
         check_flag("adaptive", self.adaptive)
 
     @property
@@ -106,7 +106,7 @@ class InterclassFiltering(HardNegatives):
     threshold: float = 0.4
 
     def __post_init__(self):
-        _check_within(self, threshold=(-1.0, 1.0))
+        check_fields(self, threshold=(-1.0, 1.0))
 
     def polynomial(self, cosine: Tensor, target: Tensor, state: dict[str, Tensor]) -> tuple[float | Tensor, ...]:
         return float(self.threshold), 0.0, 0.0, 0.0
@@ -134,12 +134,3 @@ def check_kind(negatives):
             "negatives must be None or one of CurricularFace(), MVSoftmax() and InterclassFiltering() of "
             f"cosface_kernels.margins, got {shown(negatives)}"
         )
-
-
-def _check_within(negatives, **ranges):
-    """Check that each named field is a finite number within its closed range."""
-    for name, (low, high) in ranges.items():
-        value = getattr(negatives, name)
-        check_number(name, value)
-        if not low <= value <= high:
-            raise ValueError(f"{name} of {type(negatives).__name__} must be from {low:g} to {high:g}, got {value}")

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .hard_negatives import CurricularFace, HardNegatives, InterclassFiltering, MVSoftmax  # noqa: F401 (for callers)
-from .validation import NUMBERS, check_flag, check_number, check_numbers, shown
+from .validation import check_fields, check_flag, shown
 
 Number = float | Tensor  # a number, or a tensor of shape () or, a number for each class, (C,)
 
@@ -90,20 +90,6 @@ class Margin:
         return None
 
 
-def _check(margin, **ranges):
-    """Check that each named field is a finite number, or a tensor of such where it may be one, within its closed range."""
-    for name, (low, high) in ranges.items():
-        value = getattr(margin, name)
-        if name in margin.by_class and isinstance(value, Tensor):
-            wrong = check_numbers(name, value, low, high)
-        else:
-            check_number(name, value, *([NUMBERS] if name in margin.by_class else []))
-            wrong = None if low <= value <= high else value
-        if wrong is not None:
-            unit = " radians" if high in (math.pi, math.pi / 2) else ""
-            raise ValueError(f"{name} of {type(margin).__name__} must be from {low:g} to {high:g}{unit}, got {wrong}")
-
-
 def class_tensors(margin):
     """The numbers of a margin that are tensors, () or (C,), by the names of their fields."""
     return {name: getattr(margin, name) for name in margin.by_class if isinstance(getattr(margin, name), Tensor)}
@@ -139,7 +125,7 @@ class CosFace(Margin):
     by_class: ClassVar = ("m",)
 
     def __post_init__(self):
-        _check(self, m=(-math.inf, math.inf))
+        check_fields(self, m=(-math.inf, math.inf))
 
     def psi(self, cosine: Tensor) -> Tensor:
         return cosine - _number(self.m, cosine)
@@ -183,7 +169,7 @@ class ArcFace(Margin):
     by_class: ClassVar = ("m",)
 
     def __post_init__(self):
-        _check(self, m=(0.0, math.pi))
+        check_fields(self, m=(0.0, math.pi))
         check_flag("easy_margin", self.easy_margin)
         if self.gradient not in ("exact", "straight_through"):
             raise ValueError(f'gradient of ArcFace must be "exact" or "straight_through", got {self.gradient!r}')
@@ -213,7 +199,7 @@ class SphereFace(Margin):
     by_class: ClassVar = ("m",)
 
     def __post_init__(self):
-        _check(self, m=(1.0, math.inf))
+        check_fields(self, m=(1.0, math.inf))
         check_flag("annealing", self.annealing)
 
     @property
@@ -254,7 +240,7 @@ class Combined(Margin):
     by_class: ClassVar = ("m1", "m2", "m3")
 
     def __post_init__(self):
-        _check(self, m1=(0.0, math.inf), m2=(0.0, math.pi), m3=(-math.inf, math.inf))
+        check_fields(self, m1=(0.0, math.inf), m2=(0.0, math.pi), m3=(-math.inf, math.inf))
 
     def psi(self, cosine: Tensor) -> Tensor:
         m1, m2, m3 = (_number(m, cosine) for m in (self.m1, self.m2, self.m3))
@@ -287,7 +273,7 @@ class AdaFace(Margin):
     state: ClassVar[dict] = {"batch_mean": 20.0, "batch_std": 100.0}
 
     def __post_init__(self):
-        _check(self, m=(0.0, math.pi / 2), h=(-math.inf, math.inf), t_alpha=(0.0, 1.0))
+        check_fields(self, m=(0.0, math.pi / 2), h=(-math.inf, math.inf), t_alpha=(0.0, 1.0))
 
     def psi(self, cosine: Tensor, quality: Tensor) -> Tensor:
         m = _number(self.m, cosine)
@@ -346,8 +332,8 @@ class MagFace(Margin):
     needs_norm: ClassVar[bool] = True
 
     def __post_init__(self):
-        _check(self, l_a=(0.0, math.inf), u_a=(0.0, math.inf), lambda_g=(0.0, math.inf))
-        _check(self, l_margin=(0.0, math.pi), u_margin=(0.0, math.pi))
+        check_fields(self, l_a=(0.0, math.inf), u_a=(0.0, math.inf), lambda_g=(0.0, math.inf))
+        check_fields(self, l_margin=(0.0, math.pi), u_margin=(0.0, math.pi))
         check_flag("easy_margin", self.easy_margin)
         if not _all(self.l_a > 0) or not _all(self.l_a < self.u_a):
             raise ValueError(f"MagFace needs 0 < l_a < u_a, got l_a = {shown(self.l_a)}, u_a = {shown(self.u_a)}")

@@ -404,6 +404,20 @@ def check_number(name, value, wanted="a real number"):
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_fields(owner, **ranges):
+    """Check that each named field is a finite number within its closed range; those of owner.by_class may be tensors of such."""
+    for name, (low, high) in ranges.items():
+        value, by_class = getattr(owner, name), name in getattr(owner, "by_class", ())
+        if by_class and isinstance(value, torch.Tensor):
+            wrong = check_numbers(name, value, low, high)
+        else:
+            check_number(name, value, *([NUMBERS] if by_class else []))
+            wrong = None if low <= value <= high else value
+        if wrong is not None:
+            unit = " radians" if high in (math.pi, math.pi / 2) else ""
+            raise ValueError(f"{name} of {type(owner).__name__} must be from {low:g} to {high:g}{unit}, got {wrong}")
+
+
 def check_numbers(name, tensor, low, high):
     """Check a tensor of numbers, () or (C,), and return the text of the first that is outside of a closed range, or None."""
     if not tensor.is_floating_point() or tensor.dim() > 1:

@@ -206,16 +206,13 @@ class Kernels:
         hard=None,
     ):
         """values, places: of the largest product in each piece of a row, where wanted. hard: (4, N), or None."""
-        pieces = ceil_div(classes, constant("sum_classes")), num_rows
         self._call(
             "exponentials",
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
             shifts=_floats("shift", shift, num_rows),
             e=self._numbers("exponentials", e, classes, num_rows),
             e_panels=self._panels(e_panels, classes, num_rows),
-            partial=_floats("partial sums", partial, *pieces),
-            values=_floats("largest products", values, *pieces),
-            places=("their places", places, torch.int32, math.prod(pieces)),
+            **self._pieces(num_rows, classes, partial, values, places),
             hard=_floats("hard negatives", hard, 4, num_rows),
         )
 
@@ -237,14 +234,11 @@ class Kernels:
         hard=None,
     ):
         """values, places, hard: as in `exponentials`."""
-        pieces = ceil_div(classes, constant("sum_classes")), num_rows
         self._call(
             "maxima",
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
             exponents=_floats("exponents", exponents, classes, num_rows),
-            partial=_floats("partial maxima", partial, *pieces),
-            values=_floats("largest products", values, *pieces),
-            places=("their places", places, torch.int32, math.prod(pieces)),
+            **self._pieces(num_rows, classes, partial, values, places),
             hard=_floats("hard negatives", hard, 4, num_rows),
             centers=centers,
         )
@@ -322,6 +316,16 @@ class Kernels:
             first_class=first,
             log2_scale=log2_scale,
         )
+
+    @staticmethod
+    def _pieces(num_rows, classes, partial, values, places):
+        """What each piece of a row has: its sum or maximum, its largest product and the place of that."""
+        pieces = ceil_div(classes, constant("sum_classes")), num_rows
+        return {
+            "partial": _floats("partial results", partial, *pieces),
+            "values": _floats("largest products", values, *pieces),
+            "places": ("their places", places, torch.int32, math.prod(pieces)),
+        }
 
     def _numbers(self, name, tensor, *shape):
         return name, tensor, self.dtype, math.prod(shape)
