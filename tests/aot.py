@@ -323,8 +323,9 @@ def kernels(chip):
 def configurations(chip):
     """Every launch configuration in the table of tiles."""
     powers = [2**exponent for exponent in range(14)]
-    cases = itertools.product([*powers, *(power + 1 for power in powers)], powers[6:], (BFLOAT16, FLOAT32), (1, 3))
-    found = [triton_backend.tiles(rows, size, dtype, divmod(chip, 10), centers) for rows, size, dtype, centers in cases]
+    epilogues = (False, False), (True, False), (True, True)
+    cases = itertools.product([*powers, *(power + 1 for power in powers)], powers[6:], (BFLOAT16, FLOAT32), epilogues)
+    found = [triton_backend.tiles(rows, size, dtype, divmod(chip, 10), *epilogue) for rows, size, dtype, epilogue in cases]
     return {tuple(config.items()) for config in found}
 
 

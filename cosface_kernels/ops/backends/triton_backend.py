@@ -25,14 +25,17 @@ PULL_BLOCK = {"BLOCK": 512, "num_warps": 4, **triton_kernels.FUSE}
 FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_kernels.FUSE}
 
 
-def tiles(num_rows, size, dtype, capability, centers=1):
-    """Launch configuration of `exponentials` for N rows of (padded) size D; docs/notes/gpu.md has the arithmetic behind it."""
+def tiles(num_rows, size, dtype, capability, narrow=False, hard=False):
+    """Launch configuration of `exponentials` for N rows of (padded) size D; docs/notes/gpu.md has the arithmetic behind it.
+
+    narrow, hard: whether the epilogue needs registers beside E's, and whether it changes hard negatives.
+    """
     block_n = 64 if num_rows <= 64 or dtype == torch.float32 else 128
     if dtype == torch.float32:
-        shape = 64, 32, 4, 3  # twice the registers and shared memory for each element
+        shape = 64, 32, 4, 2 if hard else 3  # twice the registers and shared memory for each element
     elif capability[0] not in (9, 10):
-        shape = 128, 32, 4, 4  # no more than 99 KB of shared memory, which every chip has
-    elif block_n == 128 and size >= 512 and centers == 1:  # float32 exponents of so large a tile would spill
+        shape = 128, 32, 8 if hard and block_n == 128 else 4, 4  # no more than 99 KB of shared memory, which every chip has
+    elif block_n == 128 and size >= 512 and not narrow:
         shape = 256, 64, 8, 4  # bound by what L2 delivers: the larger tile reads less
     else:
         shape = 128, 64, block_n // 16, 3  # two programs on a processor: one's exponential under the other's product
@@ -168,12 +171,9 @@ class _Slab:
             self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
         capability = triton_kernels.capability(low.device)
         self.writes_exponents = table.centers > 1 or self.several is not None
-        # What an epilogue does beside E takes registers: with the widest tile it would spill, on older chips with few warps too.
+        # What an epilogue holds beside E takes registers: of the widest tile it would spill.
         narrow = self.writes_exponents or hard is not None or (need_largest and capability[0] == 10)
-        self.config = tiles(*low.shape, plan.dtype, capability, 1 + narrow)
-        is_older = capability[0] not in (9, 10) and self.config["BLOCK_N"] == 128
-        if hard is not None and (is_older or (capability[0] == 9 and plan.dtype == torch.float32)):
-            self.config["num_warps"] = 8
+        self.config = tiles(*low.shape, plan.dtype, capability, narrow, hard is not None)
         if not narrow:
             size = table.weight.shape[1]
             self.config |= triton_forms.options("exponentials", low.shape[0], size, plan.dtype, capability) or {}
