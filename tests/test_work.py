@@ -8,7 +8,7 @@ from cases import evaluate
 from rounding import assert_equals_reference, draw
 
 from cosface_kernels import cosface_loss
-from cosface_kernels.ops import backends
+from cosface_kernels.ops import backends, slabs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -118,7 +118,8 @@ def test_memory_budget_is_a_ceiling(memory_budget, kept, device, calls):
     assert [(name, plan.kept_slabs) for name, plan, _ in calls] == [("forward", kept), ("backward", kept)]
 
 
-def test_auto_budget_is_at_most_the_weights_gradient(device, calls):
+def test_auto_budget_is_at_most_the_weights_gradient(device, calls, monkeypatch):
+    monkeypatch.setattr(slabs, "KEPT_ANYWAY", 0)
     features, weight, labels = draw(device, torch.float32, num_rows=101)
     cosface_loss(features, weight.requires_grad_(), labels)
     (_, plan, _), *_ = calls
@@ -126,3 +127,10 @@ def test_auto_budget_is_at_most_the_weights_gradient(device, calls):
     cosface_loss(features[:15], weight, labels[:15])
     _, (_, plan, _) = calls
     assert plan.kept_slabs == weight.nbytes // (15 * plan.slab * 4) == 2
+
+
+def test_auto_budget_keeps_all_of_a_small_table(device, calls):
+    features, weight, labels = draw(device, torch.float32, num_rows=101)
+    cosface_loss(features, weight.requires_grad_(), labels)
+    (_, plan, _), *_ = calls
+    assert plan.kept_slabs == 3

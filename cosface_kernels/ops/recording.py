@@ -16,6 +16,7 @@ from ..distributed import dtensors
 from . import operators
 from .operands import Options, TableFactors, Vectors
 from .operators import in_rows, write_table_gradient, zeros_for_none
+from .slabs import KEPT_ANYWAY
 from .table import Table, TableGradient
 
 PUT_ROWS = 2**16  # rows of a sum that are handed on at once
@@ -186,8 +187,10 @@ def negative_lse(problem, options, parameters, needs):
 
 
 def automatic_budget(weight):
-    """Bytes of exponentials kept by memory_budget "auto" beside a table whose gradient never exists: a tenth of the table."""
-    return weight.nbytes // 10
+    """Bytes of exponentials kept by memory_budget "auto" beside a table whose gradient never exists: a tenth of the table's, at
+    least KEPT_ANYWAY.
+    """
+    return max(weight.nbytes // 10, KEPT_ANYWAY)
 
 
 @torch._disable_dynamo

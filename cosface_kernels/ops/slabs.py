@@ -14,6 +14,8 @@ from .memory import total_memory
 # E_nj = 2^{k cos - h} with a constant h needs no running maximum while every E, and a sum of C of them, is a normal number with
 # room to spare for the products of backward: k |cos| + log2(C) / 2 within this many powers of two.
 CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloat16: 112.0}
+# Bytes of exponentials that memory_budget "auto" keeps in any case: below them time counts, and memory does not.
+KEPT_ANYWAY = 2**23
 # A bfloat16 unit row may be 0.4% too long, so a cosine of two may reach 1.008.
 COSINE_LIMIT = 1.008
 
@@ -129,14 +131,21 @@ def _rows_on_gpu(num_rows, size, centers, dtype, chip):
 def kept_size(features, table, dtype, memory_budget, slab):
     """(slabs, elements) of exponentials that fit the budget in bytes, for slabs of `slab` rows.
 
-    None: at most what the weight's gradient takes and at most an eighth of the device's memory.
+    None: that of `automatic_budget`.
     """
     if memory_budget is None:
         gradient = table.num_rows * table.weight.shape[1] * table.weight.element_size()
-        memory_budget = min(gradient, total_memory(features.device) // 8)
+        memory_budget = automatic_budget(gradient, total_memory(features.device))
     num_rows = features.shape[0]
     slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), ceil_div(table.num_rows, slab))
     return slabs, num_rows * min(slabs * slab, aligned(table.num_rows))
+
+
+def automatic_budget(gradient, memory):
+    """The bytes that memory_budget "auto" stands for: those of the weight's gradient, at least KEPT_ANYWAY, at most an eighth of
+    the device's memory.
+    """
+    return min(max(gradient, KEPT_ANYWAY), memory // 8)
 
 
 def aligned(classes):

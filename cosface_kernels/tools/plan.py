@@ -20,7 +20,7 @@ from ..heads.plain import MarginSoftmaxLoss
 from ..margins import NormSoftmax
 from ..ops import formats, page_pool, recording
 from ..ops.memory import available_bytes
-from ..ops.slabs import Chip, kept_size, slab_rows
+from ..ops.slabs import Chip, automatic_budget, kept_size, slab_rows
 from ..ops.table import Table
 from ..optim.fused import FusedSGD
 
@@ -111,8 +111,8 @@ def plan(training, device):
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
     table = Table(weight[:rows])
     slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, device.memory))
-    # The second is kept_size's own rule, of a device that need not be here.
-    budget = recording.automatic_budget(weight) if training.is_fused else min(weight.nbytes, device.memory // 8)
+    fused = training.is_fused
+    budget = recording.automatic_budget(weight) if fused else automatic_budget(weight.nbytes, device.memory)
     kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
     # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms.
     buffers = 8 * slab * (batch + 2 * dim)
