@@ -46,15 +46,17 @@ from cosface_kernels.compat import insightface
 from cosface_kernels.distributed import dtensors
 from cosface_kernels.ops import recording, slabs
 
-CHECKS = {}  # name: (numbers of ranks, seconds until a collective gives up, function)
+CHECKS = {}  # name: (numbers of ranks, function)
+# Until a collective gives up: on a busy machine a rank may get there minutes after another.
+PATIENCE = timedelta(minutes=5)
 # Rows of each rank, 12 in all.
 COUNTS = {1: [12], 2: [7, 5], 3: [7, 0, 5]}
 
 
-def check(name, *sizes, timeout=60):
+def check(name, *sizes):
     def register(function):
         assert name not in CHECKS
-        CHECKS[name] = (sizes, timeout, function)
+        CHECKS[name] = (sizes, function)
         return function
 
     return register
@@ -185,11 +187,11 @@ def every_margin(name, dtype):
     return function
 
 
-for name in ROWS:
-    check(f"{name} float64", 2)(every_margin(name, torch.float64))
+# One of each kind that ranks see: constant, jump, statistics, step, penalty, raw features, raw table, bias, sub-centres.
+for name in ("CosFace", "ArcFace raw", "SphereFace annealed", "AdaFace x3", "MagFace", "Softmax bias x3", "LSoftmax 4"):
+    check(f"{name} float64", 2, 3)(every_margin(name, torch.float64))
+for name in ("CosFace", "AdaFace", "Softmax bias"):
     check(f"{name} float32", 2)(every_margin(name, torch.float32))
-for name in ("CosFace", "AdaFace", "MagFace", "Softmax bias x3", "LSoftmax 4"):
-    check(f"{name} float64, 3 ranks", 3)(every_margin(name, torch.float64))
 
 
 def learnt_scale(num_classes, scale):
@@ -1028,20 +1030,23 @@ def _(world):
     assert torch.equal(again.weight.to_local(), head.weight.to_local())
 
 
-@check("an error inside the loss", 3, timeout=30)
+# What gloo adds where a rank has left: it has not waited for as long as it may.
+AT_ONCE = "(?s:(?!.*Timed out))"
+
+
+@check("an error inside the loss", 3)
 def _(world):
     """One rank has no memory left: it raises, and when it has left, so do the others, long before the timeout."""
     features, weight, labels = draw()
-    head, began = sharded(world, weight), time.monotonic()
+    head = sharded(world, weight)
     if world.rank == 1:
         recording.negative_lse = out_of_memory
         with raises(MemoryError, "none left"):
             head(world.mine(features), world.mine(labels))
         dist.destroy_process_group()
     else:
-        with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed.*another rank has failed"):
+        with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed.*another rank has failed{AT_ONCE}"):
             head(world.mine(features), world.mine(labels))
-    assert time.monotonic() - began < 15
 
 
 def out_of_memory(*arguments):
@@ -1077,6 +1082,7 @@ def missing(part):
         run, *_held = until(part, world)
         if world.rank == 1:
             return world.wait_for_others()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=2))
         try:
             with raises(RuntimeError, WAITS[part].format(world.rank) + " failed or timed out"):
                 run()
@@ -1087,29 +1093,28 @@ def missing(part):
 
 
 for part in WAITS:
-    check(f"a rank that does not come to {part}", 3, timeout=5)(missing(part))
+    check(f"a rank that does not come to {part}", 3)(missing(part))
 
 
-@check("a rank that has gone before step", 3, timeout=30)
+@check("a rank that has gone before step", 3)
 def _(world):
     step, head, _ = until("step", world)
-    before, began = head.weight.to_local().detach().clone(), time.monotonic()
+    before = head.weight.to_local().detach().clone()
     if world.rank == 1:
         return dist.destroy_process_group()
-    with raises(RuntimeError, WAITS["step"].format(world.rank) + " failed.*another rank has failed"):
+    with raises(RuntimeError, WAITS["step"].format(world.rank) + " failed.*another rank has failed" + AT_ONCE):
         step()
-    assert time.monotonic() - began < 15 and torch.equal(head.weight.to_local().detach(), before)
+    assert torch.equal(head.weight.to_local().detach(), before)
 
 
-@check("a rank that is killed", 3, timeout=30)  # the last one
+@check("a rank that is killed", 3)  # the last one
 def _(world):
     features, weight, labels = draw()
-    head, began = sharded(world, weight), time.monotonic()
+    head = sharded(world, weight)
     if world.rank == 1:
         recording.negative_lse = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
-    with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed"):
+    with raises(RuntimeError, f"^rank {world.rank} of 3: the all-reduce of sums failed{AT_ONCE}"):
         head(world.mine(features), world.mine(labels))
-    assert time.monotonic() - began < 15
 
 
 def main(rank, size, folder):
@@ -1118,11 +1123,11 @@ def main(rank, size, folder):
     warnings.simplefilter("ignore")  # of scales and margins past the paper's bounds, at 300 classes
     slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX = 1, 128  # several slabs to a shard
     with open(folder / f"outcomes.{rank}", "w", buffering=1) as outcomes:
-        for number, (name, (sizes, timeout, function)) in enumerate(CHECKS.items()):
+        for number, (name, (sizes, function)) in enumerate(CHECKS.items()):
             if size not in sizes:
                 continue
             store = dist.FileStore(str(folder / f"store.{number}"), size)
-            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
             lse, outcome = recording.negative_lse, None
             try:
                 function(World(rank, size, folder / f"done{number}"))

@@ -49,7 +49,8 @@ def outcomes(request, tmp_path_factory):
 
     @functools.cache
     def collect(size):
-        codes, folder, found = [process.wait(timeout=180) for process in running[size]], folders[size], {}
+        # They take seconds where the machine is theirs, minutes where it is not; a collective that waits in vain ends by itself.
+        codes, folder, found = [process.wait(timeout=1200) for process in running[size]], folders[size], {}
         for rank in range(size):
             for name, outcome in map(json.loads, (folder / f"outcomes.{rank}").read_text().splitlines()):
                 found.setdefault(name, []).append(outcome and f"rank {rank}: {outcome}")
@@ -68,7 +69,7 @@ def start(rank, size, folder):
 
 
 @pytest.mark.parametrize(
-    "name, size", [(name, size) for name, (sizes, *_) in sharded_worker.CHECKS.items() for size in sizes if "killed" not in name]
+    "name, size", [(name, size) for name, (sizes, _) in sharded_worker.CHECKS.items() for size in sizes if "killed" not in name]
 )
 @slow_when(lambda size: size == 3)
 def test_ranks(name, size, outcomes):
