@@ -152,9 +152,9 @@ inline void exponent_tiles(const Exponents<Number> &given, int threads, Epilogue
             tile.last = smaller(first + SUM_CLASSES, in.classes);
             tile.row = p * PANEL;
             tile.log2_scale = in.log2_scale;
-            const Operand<Number> *row[SUM_CLASSES];
-            const int64_t tiles = tile_rows(row, in.unit, in.size, first, tile.last, in.classes);
-            multiply(tile.cosines, tiles, row, PER_WORD<Number>, in.x_panels + p * panel_words, in.size, [](int64_t, int64_t) {});
+            const Rows<Operand<Number>, SUM_CLASSES> unit(tile.last - first, PER_WORD<Number>,
+                                                          [&](int64_t j) { return in.unit + (first + j) * in.size; });
+            multiply(tile.cosines, unit, in.x_panels + p * panel_words, in.size, [](int64_t, int64_t) {});
             fill(tile.target, tile.row, in.num_rows, [&](int64_t n) {
                 const int64_t column = in.targets[n] - in.first_class;
                 return column >= 0 && column < in.classes ? (int32_t)column : NO_TARGET;
@@ -257,22 +257,20 @@ template <class Number> void accumulate(const Accumulate<Number> &given, int thr
 #pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) firstprivate(in)
     for (int64_t first = 0; first < in.num_rows; first += SUM_ROWS) {
         for (int64_t q = 0; q < ceil_div(in.size, PANEL); q++) {
-            const int64_t last = smaller(first + SUM_ROWS, in.num_rows), tiles = ceil_div(last - first, TILE);
-            const Operand<Number> *row[SUM_ROWS];
-            for (int64_t i = 0; i < tiles * TILE; i++) {
-                const int64_t n = smaller(first + i, in.num_rows - 1);
-                row[i] = (const Operand<Number> *)(in.e_panels + n / PANEL * words + n % PANEL);
-            }
+            const int64_t last = smaller(first + SUM_ROWS, in.num_rows);
+            const Rows<Operand<Number>, SUM_ROWS> e(last - first, PANEL * PER_WORD<Number>, [&](int64_t i) {
+                return (const Operand<Number> *)(in.e_panels + (first + i) / PANEL * words + (first + i) % PANEL);
+            });
             for (int64_t n = first; n < last; n++)
                 for (int i = 0; i < PANEL; i += 8) __builtin_prefetch(in.pull + n * width + q * PANEL + i, 1);
             Accumulator sums[SUM_ROWS / TILE];
             // An odd class is paired with zeros.
             const int64_t padded = words / PANEL * PER_WORD<Number>;
             const uint32_t *panel = in.unit_panels + q * words;
-            multiply(sums, tiles, row, PANEL * PER_WORD<Number>, panel, padded, [&](int64_t tile, int64_t piece) {
+            multiply(sums, e, panel, padded, [&](int64_t tile, int64_t piece) {
                 // Prefetch the next piece: a slab comes from the third-level cache.
                 const int64_t next = smaller(PIECE_WORDS, words / PANEL - piece - PIECE_WORDS);
-                if (next > 0) prefetch(panel + (piece + PIECE_WORDS) * PANEL, next * PANEL * sizeof(uint32_t), tile, tiles);
+                if (next > 0) prefetch(panel + (piece + PIECE_WORDS) * PANEL, next * PANEL * sizeof(uint32_t), tile, e.tiles);
             });
             for (int64_t n = first; n < last; n++) {
                 const float *from = (const float *)sums + (n - first) * PANEL;
@@ -305,12 +303,11 @@ template <class Number>
 inline void unit_gradients(const TableGradient<Number> &in, int64_t first, int64_t last, float *widened_e, float *unit_grad) {
     const int64_t words = ceil_div(in.num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(in.size, PANEL) * PANEL;
     const int64_t row_bytes = in.size * (in.is_bfloat16 ? sizeof(bfloat16) : sizeof(float)), count = last - first;
-    const Operand<Number> *row[CACHED_CLASSES];
-    const auto *e = operands(in.e + first * in.num_rows, count * in.num_rows, widened_e);
-    const int64_t tiles = tile_rows(row, e, in.num_rows, 0, count, count);
+    const auto *numbers = operands(in.e + first * in.num_rows, count * in.num_rows, widened_e);
+    const Rows<Operand<Number>, CACHED_CLASSES> e(count, PER_WORD<Number>, [&](int64_t j) { return numbers + j * in.num_rows; });
     for (int64_t q = 0; q < width / PANEL; q++) {
         Accumulator sums[CACHED_CLASSES / TILE];
-        multiply(sums, tiles, row, PER_WORD<Number>, in.x_panels + q * words, in.num_rows, [&](int64_t tile, int64_t piece) {
+        multiply(sums, e, in.x_panels + q * words, in.num_rows, [&](int64_t tile, int64_t piece) {
             if (piece) return;
             for (int64_t j = first + tile * TILE; j < smaller(first + (tile + 1) * TILE, last); j++) {
                 prefetch((const char *)in.table + j * row_bytes, row_bytes, q, width / PANEL);

@@ -52,32 +52,36 @@ __attribute__((noinline)) void add_tile(Accumulator &sum, const Number *const *r
         for (int v = 0; v < VECTORS; v++) sum.at[i][v] += part.at[i][v];
 }
 
-// Σ_k row[i][k·step] · panel[k][:] over `count` numbers, for as many rows as `tiles` have; a last odd bfloat16 is paired with 0.
+// The operand that is read a word at a time, by rows: word k of row i is at row[i][k·step]. Up to ROWS of them in tiles; past the
+// last, the last again, whose products are dropped.
+template <class Number, int64_t ROWS> struct Rows {
+    const Number *row[ROWS];
+    int64_t step, tiles;
+
+    // place(i) for i in 0 .. count
+    template <class Place> Rows(int64_t count, int64_t step, Place place) : step(step), tiles(ceil_div(count, TILE)) {
+        for (int64_t i = 0; i < tiles * TILE; i++) row[i] = place(smaller(i, count - 1));
+    }
+};
+
+// Σ_k left.row[i][k·step] · panel[k][:] over `count` numbers; a last odd bfloat16 is paired with 0.
 // Summed in blocks, because a long float32 sum loses digits with every term. begin(t, first) is called as tile t begins with the words
 // from first on.
-template <class Number, class Begin>
-inline void multiply(Accumulator *sums, int64_t tiles, const Number *const *row, int64_t step, const uint32_t *panel, int64_t count,
-                     Begin begin) {
-    const int64_t words = count / PER_WORD<Number>;
-    for (int64_t t = 0; t < tiles; t++) sums[t] = {};
+template <class Number, int64_t ROWS, class Begin>
+inline void multiply(Accumulator *sums, const Rows<Number, ROWS> &left, const uint32_t *panel, int64_t count, Begin begin) {
+    const int64_t words = count / PER_WORD<Number>, step = left.step;
+    for (int64_t t = 0; t < left.tiles; t++) sums[t] = {};
     for (int64_t first = 0; first < words; first += PIECE_WORDS) {
-        for (int64_t t = 0; t < tiles; t++) {
+        for (int64_t t = 0; t < left.tiles; t++) {
             begin(t, first);
             const int64_t last = smaller(first + PIECE_WORDS, words);
             for (int64_t k = first; k < last; k += SUM_WORDS)
-                add_tile(sums[t], row + t * TILE, step, panel, k, smaller(k + SUM_WORDS, last));
+                add_tile(sums[t], left.row + t * TILE, step, panel, k, smaller(k + SUM_WORDS, last));
         }
     }
     if (count % PER_WORD<Number>)
-        for (int64_t t = 0; t < tiles; t++) add_words<Number, uint16_t>(sums[t], row + t * TILE, words * step, panel + words * PANEL);
-}
-
-// Pointers to rows first .. of a matrix (count, stride), a multiple of TILE. Past its end: the last row, whose products are dropped.
-template <class Number>
-inline int64_t tile_rows(const Number **row, const Number *matrix, int64_t stride, int64_t first, int64_t last, int64_t count) {
-    const int64_t tiles = ceil_div(last - first, TILE);
-    for (int64_t i = 0; i < tiles * TILE; i++) row[i] = matrix + smaller(first + i, count - 1) * stride;
-    return tiles;
+        for (int64_t t = 0; t < left.tiles; t++)
+            add_words<Number, uint16_t>(sums[t], left.row + t * TILE, words * step, panel + words * PANEL);
 }
 
 // Word `k` of row n, zero past the edges.
