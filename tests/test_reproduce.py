@@ -24,7 +24,7 @@ def made_up(experiment, score):
     """Lines of three seeds; score(loss, seed) is the accuracy, and rank 1 is one for all."""
     return [
         {"data": "faces", "loss": loss, "seed": seed, "settings": recipes.settings(500)}
-        | recipes.Scores(score(loss, seed), 0.5, -score(loss, seed), 0.1)._asdict()
+        | recipes.Scores(score(loss, seed), 0.5, -score(loss, seed), None, 0.1)._asdict()
         for seed in range(3)
         for loss in reproduce.EXPERIMENTS[experiment]
     ]
@@ -49,6 +49,8 @@ def test_claims_are_the_papers():
     claims = reproduce.claims("margins")
     assert [reproduce.verdict(results, "accuracy", *pair)[0] == "held" for _, *pair in claims] == [True] * len(claims)
     assert len(claims) == 9 and len(reproduce.claims("losses")) == 8
+    results = made_up("nsl", lambda loss, seed: float(loss.split()[-1]))
+    assert reproduce.verdict(results, "accuracy", *reproduce.claims("nsl")[0][1:])[0] == "held"
 
 
 def test_a_batch_has_several_images_of_each_identity():
@@ -113,7 +115,7 @@ def test_document_is_what_was_measured():
     found = re.findall(r"cosface reproduce (\w+) --data (\w+) --seeds (\d) --steps (\d+)", "\n".join(COMMANDS))
     assert len(found) == len(COMMANDS) - 1 == 3  # and the toy
     for experiment, data, seeds, steps in found:
-        lines = [line for line in known if line["data"] == data and line["settings"] == recipes.settings(int(steps))]
+        lines = [line for line in known if line["data"] == data and line["settings"] == recipes.settings(int(steps), data)]
         lines = [line for line in lines if line["loss"] in reproduce.EXPERIMENTS[experiment]]
         assert len(lines) == int(seeds) * len(reproduce.EXPERIMENTS[experiment])
         assert "\n".join(reproduce.report(experiment, lines)).lstrip("# ") in DOCUMENT.read_text()

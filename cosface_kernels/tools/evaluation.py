@@ -59,11 +59,12 @@ def _add_reproduce(commands):
         "reproduce",
         help="the paper's experiments in small, with a report that says which of its claims held",
         description="Repeat an experiment of the paper in small, on identities that were never trained, from several seeds: "
-        "toy (figure 4), margins (figure 5), losses (table 2) or normalization (table 1). A run that was stopped goes on where "
-        "it was.",
+        "toy (figure 4), margins (figure 5), losses (table 2), normalization (table 1), or nsl, LMCL with and without its "
+        "margin. A run that was stopped goes on where it was.",
     )
-    option("experiment", choices=("toy", "margins", "losses", "normalization"))
-    option("--data", choices=("faces", "digits"), default="faces", help="rendered faces, or handwritten digits (default: faces)")
+    option("experiment", choices=("toy", "margins", "losses", "normalization", "nsl"))
+    data = "1,000 or 20,000 rendered identities, or handwritten digits (default: faces)"
+    option("--data", choices=("faces", "faces20000", "digits"), default="faces", help=data)
     option("--seeds", type=int, default=3, choices=range(1, 101), metavar="N", help="trainings of each loss (default: 3)")
     option("--steps", type=int, default=500, choices=range(1, 10**6), metavar="N", help="of each training (default: 500)")
     where = "where results.jsonl and the report go (default: ./reproduction)"
