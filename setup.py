@@ -12,7 +12,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ["csrc/cpu/kernels.cpp", "csrc/cpu/update.cpp"]
+SOURCES = ["csrc/cpu/kernels.cpp", "csrc/cpu/batch.cpp", "csrc/cpu/update.cpp"]
 FLAGS = [
     "-std=c++17",
     "-fno-exceptions",

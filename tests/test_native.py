@@ -25,6 +25,7 @@ if not cpu_library.available():
 @pytest.fixture(params=cpu_library.available())
 def instruction_set(request, monkeypatch):
     monkeypatch.setattr(cpu_library, "kernels", lambda dtype: cpu_library.Kernels(dtype, request.param))
+    monkeypatch.setattr(cpu_library, "batch_kernels", lambda: cpu_library.BatchKernels(request.param))
     return request.param
 
 

@@ -11,12 +11,12 @@ NUM_CLASSES, SIZE, IGNORED = 40, 70, 7
 OPTIONS = Options(64.0, IGNORED, True, True, 1, torch.float32, None, "auto", None)
 
 
-@pytest.fixture
-def kernels(device):
-    why = backends.unusable("triton", device)
+@pytest.fixture(params=["triton", "cpu"])
+def kernels(request, device):
+    why = backends.unusable(request.param, device)
     if why:
         pytest.skip(why)
-    return backends.choose("triton", device, torch.float32).row_functions
+    return backends.choose(request.param, device, torch.float32).row_functions
 
 
 def draw(device, num_rows):
@@ -50,9 +50,11 @@ def test_enter_and_x_gradient(device, kernels, dtype):
 
 
 @pytest.mark.parametrize("num_rows, size", [(1, 1e-30), (1, 1.0), (1, 1e30), pytest.param(613, 1.0, marks=pytest.mark.slow)])
-def test_slab_factors(device, kernels, num_rows, size):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slab_factors(device, kernels, num_rows, size, dtype):
     """613: past the rows that `order_targets` compares at once."""
     unit, weight, labels = draw(device, num_rows)
+    weight = weight.to(dtype)
     lse_grad, product_grad, total = size * unit[:, 0], unit[:, 2:3].clone(), unit[:, 1].exp()
     lse_grad[1::100], lse_grad[2::100], total[4::100] = torch.nan, torch.inf, 0
     factors = TableFactors(unit, labels, None, total, lse_grad, product_grad, None, None, None, None)

@@ -369,10 +369,6 @@ template <class Number> void table_gradient(const TableGradient<Number> &given, 
     }
 }
 
-template <class Arguments, void function(const Arguments &, int)>
-constexpr Kernel KERNEL = {[](const void *arguments, int threads) { function(*(const Arguments *)arguments, threads); },
-                           sizeof(Arguments)};
-
 // In cpu_library.py's order.
 template <class Number>
 constexpr Kernel KERNELS[] = {
@@ -387,8 +383,8 @@ constexpr Kernel KERNELS[] = {
 EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
-// The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h or update.h.
-EXPORT(int, interface)() { return 10; }
+// The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h, batch.h or update.h.
+EXPORT(int, interface)() { return 11; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }

@@ -79,10 +79,4 @@ template <class Number> struct TableGradient {
     bool is_bfloat16, normalized, grad_is_bfloat16;
 };
 
-// A kernel, and the size of its arguments in bytes.
-struct Kernel {
-    void (*function)(const void *arguments, int threads);
-    int64_t bytes;
-};
-
 }  // namespace

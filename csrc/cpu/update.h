@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+#include "kernel.h"
+
 struct Buffer {
     void *data;    // (R, D), null if the rule has no such state
     float *scale;  // (R,) for 8 bits
@@ -22,11 +24,6 @@ struct Step {
     uint64_t key;    // of the random bits for rounding
     float *scratch;  // 4 D numbers for each thread
 };
-
-// Exported for each instruction set: cosface_<step>_<number>_<set>, and cosface_supported_<set>.
-#define JOIN_(name, set) cosface_##name##_##set
-#define JOIN(name, set) JOIN_(name, set)
-#define EXPORT(type, name) extern "C" __attribute__((visibility("default"))) type JOIN(name, INSTRUCTION_SET)
 
 // Rows first .. of the table, or index[first] .., with their gradients grad (rows, stride).
 extern "C" void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int64_t stride, const int64_t *index,

@@ -8,13 +8,13 @@ Memory beyond the results: one slab each of w̃ and E, each in the two layouts t
 import torch
 import torch.nn.functional as F
 
-from .. import batch_rows, page_pool
+from .. import page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, cpu_library, several
+from . import Sums, centers, cpu_library, cpu_rows, several
 from . import hard as hard_products
 
-row_functions = batch_rows
+row_functions = cpu_rows
 SUM_CLASSES = cpu_library.constant("sum_classes")
 
 

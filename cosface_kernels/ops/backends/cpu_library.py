@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portabl
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 10
+INTERFACE = 11
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -127,19 +127,55 @@ _ARGUMENTS = {
         bools="is_bfloat16 normalized grad_is_bfloat16",
     ),
 }
+# The same of batch.cpp.
+_BATCH_ARGUMENTS = {
+    "enter": _structure(
+        pointers="x table labels targets unit target_unit inverse_norms products",
+        sizes="num_rows size classes ignore_index foreign_index",
+        bools="x_is_bfloat16 table_is_bfloat16",
+    ),
+    "losses": _structure(
+        pointers="lse logits counted losses slopes", sizes="num_rows", floats="scale", bools="is_reduced is_mean"
+    ),
+    "x_gradient": _structure(
+        pointers="lse_grads product_grads inverse_norms unit target_unit pull grad",
+        sizes="num_rows size",
+        floats="scale",
+        bools="grad_is_bfloat16",
+    ),
+    "slab_factors": _structure(
+        pointers="labels lse_grads product_grads totals unit table "
+        "targets target_rows row_scales target_sums unscale slots scratch",
+        sizes="num_rows size classes ignore_index",
+        floats="scale",
+        bools="is_bfloat16",
+    ),
+}
 
 
 class _Kernel(ctypes.Structure):
-    """csrc/cpu/kernels.h's Kernel."""
+    """csrc/cpu/kernel.h's Kernel."""
 
     _fields_ = [("function", ctypes.CFUNCTYPE(None, _POINTER, ctypes.c_int)), ("bytes", _SIZE)]
 
 
-def _kernels(library, dtype, instruction_set):
-    """{name: _Kernel}."""
-    table = getattr(library, f"cosface_kernels_{_NUMBERS[dtype]}_{instruction_set}")
-    table.restype = ctypes.POINTER(_Kernel * len(_ARGUMENTS))
-    return dict(zip(_ARGUMENTS, table().contents, strict=True))
+def _kernels(library, table, instruction_set, arguments):
+    """{name: _Kernel} of a table of kernels whose arguments are these."""
+    table = getattr(library, f"cosface_{table}_{instruction_set}")
+    table.restype = ctypes.POINTER(_Kernel * len(arguments))
+    return dict(zip(arguments, table().contents, strict=True))
+
+
+class BatchKernels:
+    """The kernels of csrc/cpu/batch.cpp for one instruction set."""
+
+    def __init__(self, instruction_set):
+        library, _ = _load()
+        self._kernels = _kernels(library, "batch_kernels", instruction_set, _BATCH_ARGUMENTS)
+
+    def call(self, name, **fields):
+        arguments = _arguments(_BATCH_ARGUMENTS[name], **fields)
+        self._kernels[name].function(ctypes.addressof(arguments), torch.get_num_threads())
 
 
 class Kernels:
@@ -149,7 +185,8 @@ class Kernels:
 
     def __init__(self, dtype, instruction_set):
         library, _ = _load()
-        self.dtype, self._kernels = dtype, _kernels(library, dtype, instruction_set)
+        self.dtype = dtype
+        self._kernels = _kernels(library, f"kernels_{_NUMBERS[dtype]}", instruction_set, _ARGUMENTS)
         per_word = getattr(library, f"cosface_per_word_{_NUMBERS[dtype]}_{instruction_set}")()
         self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # dtype of the operands for numbers of `dtype`
         self._scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
@@ -176,8 +213,8 @@ class Kernels:
         self._call(
             "normalize",
             threads=len(scratch),
-            table=_table("weight", weight, classes, size),
-            scratch=_floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)),
+            table=rows_of_table("weight", weight, classes, size),
+            scratch=floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)),
             unit=self._operands("unit rows", unit, classes, size),
             panels=self._panels(panels, classes, size),
             classes=classes,
@@ -209,11 +246,11 @@ class Kernels:
         self._call(
             "exponentials",
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
-            shifts=_floats("shift", shift, num_rows),
+            shifts=floats("shift", shift, num_rows),
             e=self._numbers("exponentials", e, classes, num_rows),
             e_panels=self._panels(e_panels, classes, num_rows),
             **self._pieces(num_rows, classes, partial, values, places),
-            hard=_floats("hard negatives", hard, 4, num_rows),
+            hard=floats("hard negatives", hard, 4, num_rows),
         )
 
     def maxima(
@@ -237,9 +274,9 @@ class Kernels:
         self._call(
             "maxima",
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
-            exponents=_floats("exponents", exponents, classes, num_rows),
+            exponents=floats("exponents", exponents, classes, num_rows),
             **self._pieces(num_rows, classes, partial, values, places),
-            hard=_floats("hard negatives", hard, 4, num_rows),
+            hard=floats("hard negatives", hard, 4, num_rows),
             centers=centers,
         )
 
@@ -285,12 +322,12 @@ class Kernels:
             threads=threads,
             e=self._numbers("exponentials", e, classes, num_rows),
             x_panels=self._panels(x_panels, num_rows, size),
-            table=_table("weight", weight, classes, size),
-            target_classes=_integers("target rows", rows, num_targets),
-            target_sums=_floats("target sums", sums, num_targets, size),
-            common=None if common is None else _floats("the common row", common, padded(size)),
-            scratch=_floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)),
-            grad=None if step else _table("the gradient", grad, classes, size),
+            table=rows_of_table("weight", weight, classes, size),
+            target_classes=integers("target rows", rows, num_targets),
+            target_sums=floats("target sums", sums, num_targets, size),
+            common=None if common is None else floats("the common row", common, padded(size)),
+            scratch=floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)),
+            grad=None if step else rows_of_table("the gradient", grad, classes, size),
             step=ctypes.addressof(step) if step else None,
             num_rows=num_rows,
             classes=classes,
@@ -309,7 +346,7 @@ class Kernels:
             _EXPONENTS,
             x_panels=self._panels(x_panels, size, num_rows),
             unit=self._operands("unit rows", unit, classes, size),
-            targets=_integers("targets", targets, num_rows),
+            targets=integers("targets", targets, num_rows),
             num_rows=num_rows,
             classes=classes,
             size=size,
@@ -322,8 +359,8 @@ class Kernels:
         """What each piece of a row has: its sum or maximum, its largest product and the place of that."""
         pieces = ceil_div(classes, constant("sum_classes")), num_rows
         return {
-            "partial": _floats("partial results", partial, *pieces),
-            "values": _floats("largest products", values, *pieces),
+            "partial": floats("partial results", partial, *pieces),
+            "values": floats("largest products", values, *pieces),
             "places": ("their places", places, torch.int32, math.prod(pieces)),
         }
 
@@ -348,17 +385,17 @@ def _arguments(structure, **fields):
     return structure(**{name: pointer(*value) if isinstance(value, tuple) else value for name, value in fields.items()})
 
 
-def _floats(name, tensor, *shape):
+def floats(name, tensor, *shape):
     return name, tensor, torch.float32, math.prod(shape)
 
 
-def _table(name, tensor, *shape):
+def rows_of_table(name, tensor, *shape):
     """Rows in either of TABLE_DTYPES."""
     dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
     return name, tensor, dtype, math.prod(shape)
 
 
-def _integers(name, tensor, count):
+def integers(name, tensor, count):
     return name, tensor, torch.int64, count
 
 
@@ -371,6 +408,12 @@ def padded(columns):
 def kernels(dtype):
     """The kernels for the best instruction set that both the library and this processor have."""
     return Kernels(dtype, available()[0])
+
+
+@functools.cache
+def batch_kernels():
+    """The same of the work on a batch."""
+    return BatchKernels(available()[0])
 
 
 @functools.cache
@@ -416,5 +459,9 @@ def _load():
 
 def _fits(library):
     """True if each kernel's arguments have the size of the structure here."""
-    kernels = [_kernels(library, dtype, "portable") for dtype in _NUMBERS]
-    return all(each[name].bytes == ctypes.sizeof(_ARGUMENTS[name]) for each in kernels for name in _ARGUMENTS)
+    tables = [("batch_kernels", _BATCH_ARGUMENTS), *((f"kernels_{numbers}", _ARGUMENTS) for numbers in _NUMBERS.values())]
+    return all(
+        kernel.bytes == ctypes.sizeof(arguments[name])
+        for table, arguments in tables
+        for name, kernel in _kernels(library, table, "portable", arguments).items()
+    )

@@ -1,0 +1,126 @@
+"""The functions of batch_rows.py as one native call each, csrc/cpu/batch.cpp: over few classes the hundred small operators of
+plain PyTorch take several times as long as the slabs. All but `losses` are for cosines and one row to a class.
+
+A table that the kernels cannot read in place, for its dtype or its strides, is left to batch_rows.
+"""
+
+import torch
+
+from .. import batch_rows
+from ..batch_rows import Entered, SlabFactors
+from . import cpu_library
+from .cpu_library import TABLE_DTYPES, floats, integers, rows_of_table
+
+
+def enter(x, table, labels, options, wide):
+    """See batch_rows.enter."""
+    weight = table.weight
+    if not _is_readable(weight):
+        return batch_rows.enter(x, table, labels, options, wide)
+    (num_rows, size), classes = x.shape, weight.shape[0]
+    x = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous()
+    targets = torch.empty(num_rows, dtype=torch.int64, device="cpu")
+    unit, target_unit, inverse_norm, product = _room((num_rows, size), (num_rows, 1, size), (num_rows,), (num_rows, 1))
+    cpu_library.batch_kernels().call(
+        "enter",
+        x=rows_of_table("features", x, num_rows, size),
+        table=rows_of_table("weight", weight, classes, size),
+        labels=integers("labels", labels.contiguous(), num_rows),
+        targets=integers("targets", targets, num_rows),
+        unit=floats("unit features", unit, num_rows, size),
+        target_unit=floats("targets' unit rows", target_unit, num_rows, size),
+        inverse_norms=floats("inverse norms", inverse_norm, num_rows),
+        products=floats("products", product, num_rows),
+        num_rows=num_rows,
+        size=size,
+        classes=classes,
+        ignore_index=options.ignore_index,
+        foreign_index=options.ignore_index if options.foreign_index is None else options.foreign_index,
+        x_is_bfloat16=x.dtype == torch.bfloat16,
+        table_is_bfloat16=weight.dtype == torch.bfloat16,
+    )
+    return Entered(targets, unit, inverse_norm, target_unit, product)
+
+
+def losses(lse, logit, counted, scale, reduction):
+    """See batch_rows.losses."""
+    num_rows, is_reduced = len(lse), reduction != "none"
+    losses, slopes = _room(() if is_reduced else (num_rows,), (num_rows,))
+    cpu_library.batch_kernels().call(
+        "losses",
+        lse=floats("log-sum-exps", lse.contiguous(), num_rows),
+        logits=floats("logits", logit.contiguous(), num_rows),
+        counted=("counted rows", counted.contiguous(), torch.bool, num_rows),
+        losses=floats("losses", losses, losses.numel()),
+        slopes=floats("slopes", slopes, num_rows),
+        num_rows=num_rows,
+        scale=scale,
+        is_reduced=is_reduced,
+        is_mean=reduction == "mean",
+    )
+    return losses, slopes
+
+
+def x_gradient(grads, saved, scale, shape, dtype):
+    """See batch_rows.x_gradient."""
+    num_rows, size = shape
+    grad = torch.empty(shape, dtype=dtype if dtype in TABLE_DTYPES else torch.float32, device="cpu")
+    cpu_library.batch_kernels().call(
+        "x_gradient",
+        lse_grads=floats("gradients of log-sum-exps", grads.lse.contiguous(), num_rows),
+        product_grads=floats("gradients of products", grads.product.contiguous(), num_rows),
+        inverse_norms=floats("inverse norms", saved.inverse_norm.contiguous(), num_rows),
+        unit=floats("unit features", saved.unit.contiguous(), num_rows, size),
+        target_unit=floats("targets' unit rows", saved.target_unit.contiguous(), num_rows, size),
+        pull=floats("pull", saved.pull.contiguous(), num_rows, size),
+        grad=rows_of_table("the gradient", grad, num_rows, size),
+        num_rows=num_rows,
+        size=size,
+        scale=scale,
+        grad_is_bfloat16=dtype == torch.bfloat16,
+    )
+    return grad.to(dtype)
+
+
+def slab_factors(factors, table, options):
+    """See batch_rows.slab_factors."""
+    weight, (num_rows, size) = table.weight, factors.unit.shape
+    if not _is_readable(weight):
+        return batch_rows.slab_factors(factors, table, options)
+    classes, is_bfloat16 = weight.shape[0], weight.dtype == torch.bfloat16
+    threads = torch.get_num_threads() if is_bfloat16 else 0
+    targets, target_rows, slots = (
+        torch.empty(count, dtype=torch.int64, device="cpu") for count in (num_rows, num_rows, 4 * num_rows)
+    )
+    row_scale, target_sums, unscale, scratch = _room((num_rows,), (num_rows, size), (), (threads, size))
+    cpu_library.batch_kernels().call(
+        "slab_factors",
+        labels=integers("labels", factors.labels.contiguous(), num_rows),
+        lse_grads=floats("gradients of log-sum-exps", factors.lse_grad.contiguous(), num_rows),
+        product_grads=floats("gradients of products", factors.product_grad.contiguous(), num_rows),
+        totals=floats("totals", factors.total.contiguous(), num_rows),
+        unit=floats("unit features", factors.unit.contiguous(), num_rows, size),
+        table=rows_of_table("weight", weight, classes, size),
+        targets=integers("targets", targets, num_rows),
+        target_rows=integers("target rows", target_rows, num_rows),
+        row_scales=floats("row scales", row_scale, num_rows),
+        target_sums=floats("target sums", target_sums, num_rows, size),
+        unscale=floats("the scale of all rows", unscale, 1),
+        slots=integers("slots", slots, 4 * num_rows),
+        scratch=floats("scratch", scratch, threads, size),
+        num_rows=num_rows,
+        size=size,
+        classes=classes,
+        ignore_index=options.ignore_index,
+        scale=options.scale,
+        is_bfloat16=is_bfloat16,
+    )
+    return SlabFactors(targets, row_scale, unscale, target_rows, target_sums)
+
+
+def _room(*shapes):
+    return [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
+
+
+def _is_readable(weight):
+    return weight.dtype in TABLE_DTYPES and weight.is_contiguous()
