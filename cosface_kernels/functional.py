@@ -28,7 +28,7 @@ class LseArguments(Common, total=False):
 class LossArguments(Common, total=False):
     reduction: Reduction
     classes: Tensor | None
-    sample_correction: bool
+    sample_correction: bool | Tensor
     label_smoothing: float
     class_weight: Tensor | None
     negatives: HardNegatives | None
@@ -149,7 +149,7 @@ def cosface_loss(
     memory_budget: MemoryBudget = "auto",
     backend: Backend = "auto",
     classes: Tensor | None = None,
-    sample_correction: bool = False,
+    sample_correction: bool | Tensor = False,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     return_statistics: bool = False,
@@ -228,7 +228,7 @@ def margin_softmax_loss(
     memory_budget: MemoryBudget = "auto",
     backend: Backend = "auto",
     classes: Tensor | None = None,
-    sample_correction: bool = False,
+    sample_correction: bool | Tensor = False,
     label_smoothing: float = 0.0,
     class_weight: Tensor | None = None,
     return_statistics: bool = False,
@@ -257,7 +257,8 @@ def margin_softmax_loss(
             `sampling.sample_classes` draws them; labels stay class numbers of the whole table. The gradients of weight and bias
             are then sparse tensors of those rows, as nn.Embedding(sparse=True) gives. None: all.
         sample_correction: whether to add log((C - 1) / (M - 1)) to the log-sum-exp of the M - 1 negatives, an estimate of that of
-            all C - 1.
+            all C - 1. Or a tensor (M,), from 0 to 20: what is added to the logits of each of `classes` where it is a negative,
+            -log of the probability that it was drawn with, such as `sampling.correction` gives.
         label_smoothing: ε, from 0 to 1: ε (z_y - mean_j z_j) is added to each row's loss, z being the logits with the margin, as
             `F.cross_entropy(z, labels, label_smoothing=ε)` has it. The mean is over the classes that take part. Not with
             sub-centres.

@@ -20,6 +20,7 @@ from .ops.batch_rows import reduced
 from .ops.normalize import direction
 from .ops.operands import Largest, Needs, Options, Problem
 from .ops.operators import FirstDerivative, margin_losses, snapshot, target_products
+from .ops.slabs import wide_dtype
 from .positives import class_indices
 
 
@@ -58,7 +59,7 @@ class LossOptions(NamedTuple):
     normalize_features: bool | None
     centers_per_class: int
     reduction: str = "mean"
-    sample_correction: bool = False
+    sample_correction: bool | Tensor = False
     ignore_index: int = -100
     memory_budget: int | str = "auto"
     backend: str = "auto"
@@ -70,7 +71,8 @@ class LossOptions(NamedTuple):
         """These options, validated, with the margin's defaults in place of None."""
         margins.check(self.margin, has_bias, self.normalize_features)
         validation.check_reduction(self.reduction)
-        validation.check_flag("sample_correction", self.sample_correction)
+        if not isinstance(self.sample_correction, Tensor):
+            validation.check_flag("sample_correction", self.sample_correction)
         validation.check_flag("return_statistics", self.return_statistics)
         validation.check_label_smoothing(self.label_smoothing, self.centers_per_class)
         normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
@@ -277,6 +279,7 @@ def _statistics(lse, product, largest, counted, scale, shards):
 def _check_inputs(inputs, options):
     validation.check_tensors(*inputs[:4], options.centers_per_class, inputs.classes, inputs.label_weights is not None)
     options.check_values(inputs.features)
+    validation.check_correction(options.sample_correction, inputs.classes, inputs.weight.device)
     _refuse_transforms(*(each for each in (*inputs[:2], inputs.bias, options.scale) if isinstance(each, Tensor)))
 
 
@@ -284,12 +287,13 @@ def _problem(inputs, options, foreign_index, hard=None):
     """(Problem, Options) of the operator."""
     features, weight, bias, classes = inputs.features, inputs.weight, inputs.bias, inputs.classes
     centers, scale = options.centers_per_class, options.scale
-    is_tensor = isinstance(scale, Tensor)
+    is_tensor, dtype = isinstance(scale, Tensor), product_dtype(features, weight)
     return (
         Problem(
             *(features, weight, bias, class_indices(inputs.labels), _rows_of(classes, centers, len(weight))),
             own_scale=scale.detach().to("cpu", torch.float64) if is_tensor else None,
             hard=hard,
+            correction=_correction_of_rows(options.sample_correction, centers, wide_dtype(dtype)),
         ),
         Options(
             scale=1.0 if is_tensor else float(scale),
@@ -297,7 +301,7 @@ def _problem(inputs, options, foreign_index, hard=None):
             normalize_features=bool(options.normalize_features),
             normalize_weight=options.margin.normalize_weight,
             centers=int(centers),
-            dtype=product_dtype(features, weight),
+            dtype=dtype,
             memory_budget=None if options.memory_budget == "auto" else min(int(options.memory_budget), 2**62),
             backend=options.backend,
             foreign_index=foreign_index,
@@ -342,7 +346,7 @@ def negatives(inputs, options, foreign_index=None, hard=None):
 
 def _corrected_for_sampling(lse, inputs, options, shards):
     """lse (N,) plus log((C - 1) / (M - 1)), negatives over summed negatives; unchanged where none was summed."""
-    if not options.sample_correction or inputs.classes is None:
+    if isinstance(options.sample_correction, Tensor) or not options.sample_correction or inputs.classes is None:
         return lse
     weight, classes = inputs.weight, inputs.classes
     num_classes = weight.shape[0] // options.centers_per_class
@@ -462,6 +466,13 @@ def _rows_of(classes, centers, num_rows):
         rows = classes.clamp(-1, num_rows // centers)[:, None] * centers + offsets
         return rows.flatten()
     return classes.contiguous()
+
+
+def _correction_of_rows(correction, centers, dtype):
+    """(M K,) what the binary exponents of the sampled rows get: log2 e times the correction (M,) of their classes, or None."""
+    if not isinstance(correction, Tensor):
+        return None
+    return (correction.detach().to(dtype) * math.log2(math.e)).repeat_interleave(centers)
 
 
 def _refuse_transforms(*tensors):

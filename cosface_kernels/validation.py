@@ -368,6 +368,41 @@ def check_class_weight(class_weight, num_classes, device=None, label_smoothing=0
         )
 
 
+def check_correction(correction, classes, device):
+    """Check sample_correction where it is a tensor (M,), one number for each of classes (M,)."""
+    if not isinstance(correction, torch.Tensor):
+        return
+    if classes is None:
+        raise ValueError("sample_correction may be a tensor with classes alone, one number for each, got classes = None")
+    shape = f"(M,) = ({len(classes)},)"
+    _check_dense("sample_correction", shape, correction)
+    if correction.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"sample_correction must be float16, bfloat16, float32 or float64, got {correction.dtype}")
+    if correction.shape != classes.shape:
+        raise ValueError(f"sample_correction must have shape {shape}, one number for each class, got {tuple(correction.shape)}")
+    if correction.device != device:
+        raise ValueError(f"sample_correction must be on the device of weight ({device}), got {correction.device}")
+    if correction.requires_grad:
+        raise ValueError("sample_correction must need no gradient: pass sample_correction.detach()")
+
+
+def check_hard_classes(hard_classes, num_classes):
+    """Check (C, k) class numbers, -1 for none, or None."""
+    if hard_classes is None:
+        return
+    shape = f"(C, k), C = {num_classes}"
+    _check_dense("hard_classes", shape, hard_classes)
+    if hard_classes.dtype not in INTEGER_DTYPES:
+        raise TypeError(f"hard_classes must have an integer dtype, got {hard_classes.dtype}")
+    if hard_classes.dim() != 2 or hard_classes.shape[0] != num_classes or not hard_classes.shape[1]:
+        raise ValueError(
+            f"hard_classes must have shape {shape}, k classes to be drawn along with each, got {tuple(hard_classes.shape)}"
+        )
+    low, high = (int(each) for each in hard_classes.aminmax())
+    if low < -1 or high >= num_classes:
+        raise IndexError(f"hard_classes must be in [0, {num_classes}), or -1 for none, got {low if low < -1 else high}")
+
+
 def check_label_smoothing(label_smoothing, centers_per_class):
     check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:

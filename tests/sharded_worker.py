@@ -654,8 +654,11 @@ def _(world):
     optimizer.step()
 
 
-def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labels=NUM_CLASSES):
-    """Two steps over what the ranks drew: the loss of all of it in one process, and SGD written out for its rows."""
+def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labels=NUM_CLASSES, hard=False):
+    """Two steps over what the ranks drew: the loss of all of it in one process, and SGD written out for its rows.
+
+    hard: whether each class has two others that are drawn along with it, and with a correction one for each class.
+    """
 
     def function(world):
         row = ROWS[name]
@@ -663,8 +666,13 @@ def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labe
         labels = tables.pop(1) % num_labels
         options = {"sample_rate": 0.2, "sample_seed": 3, "sample_correction": correction}
         head, _ = heads(world, row, tables, dtype=torch.float64, **options)
-        drawn, sample = [], head._classes
-        head._classes = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
+        certain = labels
+        if hard:
+            head.hard_classes = torch.randint(-1, num_classes, (num_classes, 2), generator=torch.Generator().manual_seed(2))
+            certain = torch.cat([labels, head.hard_classes[labels].flatten().long()])
+            certain = certain[certain >= 0]
+        drawn, sample = [], head._sample
+        head._sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
         optimizer = FusedSGD(head.parameters(), lr=0.5, momentum=0.9, weight_decay=0.01)
         tables, momenta = [table.requires_grad_() for table in tables], [torch.zeros_like(table) for table in tables]
         for _ in range(2):
@@ -674,17 +682,21 @@ def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labe
             loss.backward()
             optimizer.step()
             parts, held = [None] * world.size, world.shard(torch.arange(num_classes))
-            dist.all_gather_object(parts, held[drawn[-1]] if len(held) else held)
-            wanted = world.shard(labels.bincount(minlength=num_classes)).count_nonzero(), round(0.2 * len(held))
-            assert len(parts[world.rank]) == min(max(*wanted, 1), len(held))
-            classes = torch.cat(parts)
-            assert torch.isin(labels, classes).all()
+            here, by_class = drawn[-1]
+            dist.all_gather_object(parts, (held[here], by_class) if len(held) else (held, torch.zeros(0)))
+            num_certain = world.shard(certain.bincount(minlength=num_classes)).count_nonzero()
+            assert len(parts[world.rank][0]) == min(max(num_certain, round(0.2 * len(held)), 1), len(held))
+            if hard and correction and len(held) > len(here) > num_certain:
+                share = math.log((len(held) - num_certain) / (len(here) - num_certain))
+                assert_close(by_class.sum(), torch.tensor(share * (len(here) - num_certain)), 1e-5)
+            classes = torch.cat([classes for classes, _ in parts])
+            assert torch.isin(certain, classes).all()
             exact = functional.margin_softmax_loss(
                 *(everything, tables[0], labels),
                 margin=row.margin,
                 bias=tables[1] if row.bias else None,
                 classes=classes,
-                sample_correction=correction,
+                sample_correction=torch.cat([by_class for _, by_class in parts]) if hard and correction else correction,
                 **row.options,
             )
             exact.backward()
@@ -707,6 +719,8 @@ for name in ("CosFace", "Softmax bias x3"):
         check(what, 2, 3)(sampled_like_one_process(name, correction))
 # One class of the batch: a rank draws it alone, another draws one that is not, and the last has none to draw from.
 check("CosFace, sampled where a shard is empty", 3)(sampled_like_one_process("CosFace", True, 4, 1))
+check("CosFace, sampled with hard classes", 2, 3)(sampled_like_one_process("CosFace", True, num_labels=7, hard=True))
+check("CosFace, sampled with hard classes where a shard is empty", 3)(sampled_like_one_process("CosFace", True, 4, 1, hard=True))
 
 
 @check("PartialFC_V2 samples", 1, 2)
@@ -983,6 +997,7 @@ def _(world):
         {"ddp_average": True},
         {"ignore_index": 7},
         {"sample_correction": True},
+        {"hard_classes": torch.zeros(NUM_CLASSES, 1, dtype=torch.int64)},
         {"margin": torch.full((NUM_CLASSES,), 0.35)},
     ]
     for options in different:

@@ -201,7 +201,8 @@ def test_margins_what_the_paper_compares():
 
 
 def test_sampling():
-    first, second = run("sampling.md")
+    first, hard, *_, second = run("sampling.md")
+    assert (hard["head"].hard_classes[hard["labels"]] >= 0).all() and hard["statistics"].negative_class.shape == (64,)
     assert len(first["touched"]) == 1000 and torch.isin(first["labels"], first["touched"]).all()
     assert len(second["classes"]) == 1000 and second["loss"].isfinite()
 

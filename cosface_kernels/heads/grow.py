@@ -1,6 +1,7 @@
 """Identities that come and go: new and removed rows of a head's table, its bias, and the optimiser's state of them."""
 
 import torch
+import torch.nn.functional as F
 
 from .. import validation
 from ..ops import recording
@@ -18,6 +19,7 @@ def grow(head, count, optimizer=None):
     def with_new_rows(tensor):
         return torch.cat([tensor, tensor.new_zeros(new_rows, *tensor.shape[1:])])
 
+    hard_classes = None if head.hard_classes is None else F.pad(head.hard_classes, (0, 0, 0, count), value=-1)
     drawn = head.weight.new_empty(new_rows, head.weight.shape[1])
     head.draw(drawn)
     changes = [(head.weight, torch.cat([head.weight, drawn]))]
@@ -25,6 +27,7 @@ def grow(head, count, optimizer=None):
         changes.append((head.bias, with_new_rows(head.bias)))
     _change(head, changes, optimizer, with_new_rows, lambda numbers: torch.cat([numbers, numbers.mean().expand(count)]))
     head.num_classes += count
+    head.hard_classes = hard_classes
     first = rows // head.centers_per_class
     return range(first, first + count)
 
@@ -43,6 +46,10 @@ def remove(head, ids, optimizer=None):
     kept[ids] = False
     new_ids = torch.where(kept, kept.cumsum(0) - 1, -1)
     rows = kept.repeat_interleave(centers).nonzero().squeeze(1)
+    hard_classes = head.hard_classes
+    if hard_classes is not None:
+        place = F.pad(new_ids, (0, 1), value=-1).to(hard_classes.device)  # of -1 too
+        hard_classes = place[hard_classes[kept.to(hard_classes.device)].long()]
 
     def of_kept_rows(tensor):
         return tensor.index_select(0, rows.to(tensor.device))
@@ -50,6 +57,7 @@ def remove(head, ids, optimizer=None):
     changes = [(parameter, of_kept_rows(parameter)) for parameter in (head.weight, head.bias) if parameter is not None]
     _change(head, changes, optimizer, of_kept_rows, lambda numbers: numbers[kept.to(numbers.device)])
     head.num_classes = int(kept.sum())
+    head.hard_classes = hard_classes
     return new_ids
 
 

@@ -24,6 +24,7 @@ from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
 from ..ops import backends, operators, recording
 from ..ops.operands import Largest
+from ..sampling import with_hard_classes
 from . import data_parallel, logits
 from .placement import Whole
 
@@ -55,6 +56,7 @@ class Told(NamedTuple):
         sampling = ("sample_rate", "sample_correction", "training")
         values = [getattr(head, name) for name in (*names, *sampling)]
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        values.append(head.hard_classes is None)
         options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
         needs_gradient = grad_mode and features.requires_grad
@@ -216,7 +218,10 @@ class OverRanks(Whole):
         margin = margins.replaced(options.margin, per_row)
         if head._samples():
             seed = (head.sample_seed * ranks.size + ranks.rank) % 2**63
-            inputs = inputs._replace(classes=head._classes(labels, IGNORED, max(num_classes_here, 1), seed))
+            certain = with_hard_classes(everywhere.flatten(), head.ignore_index, head.hard_classes)
+            certain = _labels_here(certain, IGNORED, head.num_classes, first, num_classes_here)
+            classes, correction = head._sample(certain, max(num_classes_here, 1), seed)
+            inputs, options = inputs._replace(classes=classes), options._replace(sample_correction=correction)
         batch = Batch(ranks, counts, first, bool(num_classes_here), everywhere, head.num_classes)
         return inputs, options._replace(margin=margin, ignore_index=IGNORED), batch
 

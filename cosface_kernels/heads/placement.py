@@ -10,6 +10,7 @@ import torch
 from .. import validation
 from ..distributed import dtensors
 from ..loss import WholeTable
+from ..sampling import with_hard_classes
 from . import agreement, data_parallel, logits
 
 
@@ -56,9 +57,11 @@ class Whole:
         if head._samples():
             several, centers = inputs.label_weights is not None, head.centers_per_class
             validation.check_tensors(inputs.features, inputs.weight, inputs.labels, inputs.bias, centers, several=several)
-            classes = head._classes(inputs.labels, head.ignore_index, head.num_classes, head.sample_seed)
+            certain = with_hard_classes(inputs.labels.flatten(), head.ignore_index, head.hard_classes)
+            classes, correction = head._sample(certain, head.num_classes, head.sample_seed)
             weight, bias = map(data_parallel.with_dense_gradient, (inputs.weight, inputs.bias))
             inputs = inputs._replace(classes=classes, weight=weight, bias=bias)
+            options = options._replace(sample_correction=correction)
         return inputs, options, WholeTable()
 
     def logits(self, head, table, features):

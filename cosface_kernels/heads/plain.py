@@ -15,7 +15,7 @@ from .. import hard_negatives, margins, positives, theory, validation
 from ..hard_negatives import HardNegatives
 from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
-from ..sampling import classes_of_step
+from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
 from . import confusions, grow, margin_buffers
 from .placement import Whole
@@ -50,7 +50,9 @@ class MarginSoftmaxLoss(nn.Module):
         sample_rate: the share of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below
             1 the gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
         sample_seed: an int from 0 on. The sample of step t is a function of sample_seed, t and the labels.
-        sample_correction: as in `margin_softmax_loss`, in training.
+        sample_correction: as in `margin_softmax_loss`, in training; with hard_classes `sampling.correction` of the classes drawn.
+        hard_classes: (C, k), -1 for none: the classes that are in the sample whenever a class of the batch is, such as
+            `head.confusions(k)[1]`; also to set later. Copied to a buffer of that name, int32; over several ranks each has all.
         label_smoothing: as in `margin_softmax_loss`.
         class_weight: as in `margin_softmax_loss`, copied to a buffer of that name, float32 at least; over several ranks each has
             that of all classes. `grow` gives new identities the mean.
@@ -100,6 +102,7 @@ class MarginSoftmaxLoss(nn.Module):
         sample_rate: float = 1.0,
         sample_seed: int = 0,
         sample_correction: bool = False,
+        hard_classes: Tensor | None = None,
         label_smoothing: float = 0.0,
         class_weight: Tensor | None = None,
         device: Device = None,
@@ -142,6 +145,8 @@ class MarginSoftmaxLoss(nn.Module):
             place = class_weight.device if self.weight.is_meta else self.weight.device  # on meta it would lose its numbers
             class_weight = class_weight.detach().to(place, torch.promote_types(class_weight.dtype, torch.float32), copy=True)
         self.register_buffer("class_weight", class_weight)
+        self.register_buffer("hard_classes", None)
+        self.hard_classes = hard_classes
         self.sample_rate, self.label_smoothing = sample_rate, label_smoothing
         self.margin = given
         recording.register(self)
@@ -149,6 +154,9 @@ class MarginSoftmaxLoss(nn.Module):
         self.reset_parameters()
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
+        hard_classes = state_dict.get(f"{prefix}hard_classes")
+        if hard_classes is not None and self.hard_classes is None:
+            self.hard_classes = hard_classes
         super()._load_from_state_dict(state_dict, prefix, *rest)
         name = f"{prefix}weight"
         # strict=False is not told to this method. Without the parameter torch.nn.utils.parametrize makes the weight.
@@ -174,6 +182,9 @@ class MarginSoftmaxLoss(nn.Module):
         return super().__getattr__(name)
 
     def __setattr__(self, name, value):
+        if name == "hard_classes" and value is not None:
+            validation.check_hard_classes(value, self.num_classes)
+            value = value.to(value.device if self.weight.is_meta else self.weight.device, torch.int32, copy=True)
         if name == "scale" and self._learns_scale():
             validation.check_scale(value)
             validation.check_scale(float(value))
@@ -396,9 +407,11 @@ class MarginSoftmaxLoss(nn.Module):
         weight, bias = self.placement.rows(table)
         return weight if self._format_of(weight) == "float32" else recording.refused(weight), bias, None
 
-    def _classes(self, labels, ignore_index, num_classes, seed):
-        """The classes of this step."""
-        return classes_of_step(labels.flatten(), ignore_index, num_classes, self.sample_rate, seed, self.sample_step)
+    def _sample(self, certain, num_classes, seed):
+        """(the classes of this step, the sample_correction of the loss)."""
+        classes = classes_of_step(certain, num_classes, self.sample_rate, seed, self.sample_step)
+        by_class = self.sample_correction and self.hard_classes is not None
+        return classes, correction(classes, certain, num_classes) if by_class else self.sample_correction
 
     def _loss_options(self):
         """The LossOptions of the head's present attributes."""
@@ -411,7 +424,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _apply(self, function, recurse=True):
         """Move and convert, but keep the margin's buffers and log_scale float32 at least, and numbers of fields as they are."""
-        before, log_scale, class_weight = margin_buffers.values(self), self._parameters.get("log_scale"), self.class_weight
+        before, log_scale = margin_buffers.values(self), self._parameters.get("log_scale")
+        class_weight, hard_classes = self.class_weight, self.hard_classes
         log_scale = None if log_scale is None else log_scale.data
         super()._apply(function, recurse)
         margin_buffers.restore(self, before)
@@ -421,6 +435,8 @@ class MarginSoftmaxLoss(nn.Module):
             self.class_weight = class_weight.to(
                 self.class_weight.device, torch.promote_types(self.class_weight.dtype, torch.float32)
             )
+        if hard_classes is not None and not hard_classes.is_meta:
+            self._buffers["hard_classes"] = hard_classes.to(self.hard_classes.device)
         return self
 
     def extra_repr(self) -> str:
@@ -465,6 +481,7 @@ class HeadOptions(TypedDict, total=False):
     sample_rate: float
     sample_seed: int
     sample_correction: bool
+    hard_classes: Tensor | None
     label_smoothing: float
     class_weight: Tensor | None
     dtype: torch.dtype | None

@@ -10,6 +10,7 @@ of the lengths are projected together with others: for w̃_{y_n} with the rows o
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
 
+import math
 import os
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, library
 from .. import validation
 from . import backends, batch_rows, sampled_classes
 from .operands import Gradients, Largest, Needs, Options, Problem, Saved, TableFactors, Targets, Vectors, schema, split
-from .slabs import kept_size, make_plan, slab_rows, wide_dtype
+from .slabs import CORRECTION_MOST, kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
 
 LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
@@ -66,6 +67,7 @@ def _negative_lse(problem, options, needs):
     _check_index(table)
     check_labels(problem.labels, table.num_classes, options.ignore_index, options.foreign_index)
     _check_sampled(problem.labels, table, options)
+    _check_correction(table)
     x = problem.x
     plan = make_plan(x, table, options, keep=needs.need_table_grad)
     backend = backends.choose(options.backend, x.device, options.dtype)
@@ -98,7 +100,7 @@ def with_scale(problem, options):
 
 
 def _table(problem, options):
-    return Table(problem.weight, problem.bias, options.normalize_weight, options.centers, problem.index)
+    return Table(problem.weight, problem.bias, options.normalize_weight, options.centers, problem.index, problem.correction)
 
 
 def _row_functions(backend, table, options, labels):
@@ -425,3 +427,17 @@ def _check_index(table):
         )
     if first < 0 or last >= table.num_classes:
         raise IndexError(f"classes must be in [0, {table.num_classes}), got {first if first < 0 else last}")
+
+
+def _check_correction(table):
+    """Raise for corrections of sampled classes that a constant shift does not allow, if values are checked."""
+    if table.correction is None or not _checks_values(table.correction):
+        return
+    most = CORRECTION_MOST * math.log2(math.e)
+    low, high = table.correction.aminmax()
+    if not (low >= 0 and high <= most * (1 + 2**-8)):  # of a NaN both are
+        got = low if low < 0 else high
+        raise ValueError(
+            f"sample_correction must be from 0 to {CORRECTION_MOST}, -log of the probability that a class was drawn with, got "
+            f"{float(got) * math.log(2):.6g}"
+        )

@@ -73,6 +73,7 @@ class Record(NamedTuple):
 
     options: Options  # records with equal options can be concatenated
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
+    correction: torch.Tensor | None  # (M,), of the index's rows, see Problem
     factors: TableFactors
     seen: list  # Seen of weight, bias and index then
     trained: tuple  # whether weight and bias needed a gradient
@@ -217,6 +218,7 @@ class _Held(NamedTuple):
 
     labels: torch.Tensor
     index: torch.Tensor | None
+    correction: torch.Tensor | None
     unit: torch.Tensor
     shift: torch.Tensor
     total: torch.Tensor
@@ -230,7 +232,10 @@ class _Record(torch.autograd.Function):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
         ctx.save_for_backward(
-            *_Held(problem.labels, problem.index, saved.unit, saved.shift, saved.total, saved.kept, problem.hard)
+            *_Held(
+                *(problem.labels, problem.index, problem.correction),
+                *(saved.unit, saved.shift, saved.total, saved.kept, problem.hard),
+            )
         )
         ctx.options, ctx.shapes = options, [vector.shape for vector in vectors.of_table]
         ctx.set_materialize_grads(False)
@@ -246,7 +251,8 @@ class _Record(torch.autograd.Function):
         grads = zeros_for_none(grads, ctx.shapes, held.total)
         hard = held.total.new_empty(0, 4) if held.hard is None else held.hard
         factors = TableFactors(held.unit, held.labels.clone(), held.shift, held.total, *grads, held.kept, hard)
-        record = Record(ctx.options, held.index, factors, [*ctx.seen, *Seen.all(held.index)], ctx.needs_input_grad[:2])
+        seen = [*ctx.seen, *Seen.all(held.index)]
+        record = Record(ctx.options, held.index, held.correction, factors, seen, ctx.needs_input_grad[:2])
         returned = [node is not None and _is_returned(node) for node, _ in ctx.next_functions]  # of tensors: not of no bias
         if any(returned):
             return *_gradients(ctx.parameters, record, returned), *(None,) * (6 - len(returned))
@@ -337,7 +343,7 @@ def write_gradient(table, records, sink):
 def _write_groups(table, records, sink):
     alike = {}
     for record in records:
-        alike.setdefault((record.options, id(record.index)), []).append(record)
+        alike.setdefault((record.options, id(record.index), id(record.correction)), []).append(record)
     if len(alike) == 1:
         _write(table, records, sink)
         return
@@ -378,8 +384,8 @@ class _Sum:
 
 def _write(table, records, sink):
     """Write the gradient of records with equal options and rows into a Sink."""
-    options = records[0].options
-    table = Table(table.weight, table.bias, options.normalize_weight, options.centers, records[0].index)
+    options, index, correction = records[0][:3]
+    table = Table(table.weight, table.bias, options.normalize_weight, options.centers, index, correction)
     columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
     # No copy for a single record: `kept` may be large.
     factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))

@@ -16,6 +16,9 @@ from .memory import total_memory
 CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloat16: 112.0}
 # Bytes of exponentials that memory_budget "auto" keeps in any case: below them time counts, and memory does not.
 KEPT_ANYWAY = 2**23
+# A correction of sampled classes adds up to this power of two to E with the full range above to spare: one class of 65,536 is
+# drawn. The most that may be asked for, in natural logarithms, is 13 powers of two more, which float32 still has.
+CORRECTION_RANGE, CORRECTION_MOST = 16.0, 20
 # A bfloat16 unit row may be 0.4% too long, so a cosine of two may reach 1.008.
 COSINE_LIMIT = 1.008
 
@@ -87,7 +90,7 @@ class Plan(NamedTuple):
 def make_plan(features, table, options, *, keep):
     """The plan for features (N, D), a Table and operands.Options. keep: whether backward will want exponentials."""
     log2_scale, dtype = options.scale * math.log2(math.e), options.dtype
-    half = math.log2(table.num_rows) / 2
+    half = (math.log2(table.num_rows) + (0.0 if table.correction is None else CORRECTION_RANGE)) / 2
     bounded = options.cosines and log2_scale * options.bound * COSINE_LIMIT + half <= CONSTANT_SHIFT_RANGE[dtype]
     slab = slab_rows(features, table, dtype)
     kept_slabs, kept_elements = kept_size(features, table, dtype, options.memory_budget, slab) if keep else (0, 0)

@@ -17,6 +17,7 @@ class Table(NamedTuple):
     normalize: bool = True  # whether each row is divided by its norm; never with a bias
     centers: int = 1  # a class's logit is the largest of its rows'
     index: torch.Tensor | None = None  # (M,) int64 ascending: the rows of weight that take part, in whole classes; None: all
+    correction: torch.Tensor | None = None  # (M,): added to the binary exponents of the rows that take part; None: zeros
 
     @property
     def num_rows(self):

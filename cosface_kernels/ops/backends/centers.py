@@ -3,11 +3,6 @@
 import torch
 
 
-def exponentials(exponents, shift, centers, dim):
-    """E = 2^{exponents - shift}, in place; of each `centers` consecutive ones along dim all but the largest become 0."""
-    return nearest(exponents, centers, dim).sub_(shift.unsqueeze(dim)).exp2_()
-
-
 def nearest(exponents, centers, dim):
     """The exponents, all but the largest of each class set to -inf; the first of equal ones stays.
 

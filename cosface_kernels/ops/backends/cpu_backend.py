@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from .. import page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, cpu_library, cpu_rows, several
-from . import hard as hard_products
+from . import Sums, cpu_library, cpu_rows, exponents, several
 
 row_functions = cpu_rows
 SUM_CLASSES = cpu_library.constant("sum_classes")
@@ -88,7 +87,11 @@ class _Slab:
         self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
         self.partial = self.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
         self.hard = hard
-        self._hard_columns = None if hard is None or table.centers > 1 else hard.T.contiguous()
+        self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
+        self._hard_columns = None if hard is None or self.writes_exponents else hard.T.contiguous()
+        # Hard negatives change a product, before the factor.
+        late = hard is not None and self.writes_exponents
+        self._factor, self._late_factor = (1.0, plan.log2_scale) if late else (plan.log2_scale, 1.0)
         self.largest = self._values = self._places = None
         self._e = self._exponents = None
 
@@ -120,7 +123,7 @@ class _Slab:
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
-        if self.table.centers > 1 or self.several is not None:
+        if self.writes_exponents:
             return self._from_exponents(start, stop, shift, e, panels)
         self.kernels.exponentials(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
@@ -138,13 +141,8 @@ class _Slab:
         return self.partial[:pieces]
 
     def _from_exponents(self, start, stop, shift, e, panels):
-        """The same from all exponents in float32: for each class's nearest centre alone, and without several targets."""
-        exponents = self.exponents(start, stop)
-        if self.hard is None:
-            exact = to_keep = centers.exponentials(exponents, shift, self.table.centers, 0)
-        else:
-            products = centers.nearest(exponents, self.table.centers, 0)
-            exact, to_keep = hard_products.exponentials(products, self.hard, shift, self.plan.log2_scale, 0)
+        """The same from all exponents in float32."""
+        exact, to_keep = exponents.exponentials(self.exponents(start, stop), shift, *self._rest(start))
         low = to_keep.to(self.plan.dtype)
         if e is not None:
             e[: stop - start] = low
@@ -162,18 +160,19 @@ class _Slab:
 
     def largest_exponents(self, start, stop):
         """The largest exponent of each row in pieces (pieces, N)."""
-        if self.several is not None:
-            return self.exponents(start, stop)
-        if self.hard is None or self.table.centers == 1:
+        if self.several is None and (self.hard is None or self.table.centers == 1) and self.table.correction is None:
             return self.maxima(start, stop)
-        products = centers.nearest(self.exponents(start, stop), self.table.centers, 0)
-        return hard_products.changed(products, self.hard, 0)[0] * self.plan.log2_scale
+        return exponents.finished(self.exponents(start, stop), *self._rest(start))[0]
+
+    def _rest(self, start):
+        """The arguments of exponents.finished beside a slab's products."""
+        return self.table, start, self.hard, self._late_factor, 0
 
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
         self.kernels.maxima(
             *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
-            *(self.plan.log2_scale if self.hard is None or self.table.centers == 1 else 1.0, exponents, self.partial),
+            *(self._factor, exponents, self.partial),
             *(self._values, self._places, self._hard_columns),
         )
         return self._parts(start, stop)

@@ -14,10 +14,3 @@ def changed(products, hard, dim):
         torch.where(is_hard, p0 + products * (p1 + products * p2), products),
         torch.where(is_hard, p1 + 2 * p2 * products, 1.0),
     )
-
-
-def exponentials(products, hard, shift, log2_scale, dim):
-    """(E, E g'(c)), (0, 0) where a product is -inf."""
-    value, slope = changed(products, hard, dim)
-    e = value.mul_(log2_scale).sub_(shift.unsqueeze(dim)).exp2_()
-    return e, e * slope

@@ -12,8 +12,7 @@ from .. import batch_rows, page_pool
 from ..normalize import project
 from ..operands import Largest
 from ..slabs import aligned
-from . import Sums, centers, several
-from . import hard as hard_products
+from . import Sums, exponents, several
 from .products import accumulated, cosines
 
 row_functions = batch_rows
@@ -37,7 +36,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             value, place = products.max(1)  # the first of equal ones
             parts = [*([] if largest is None else [largest]), Largest(value, place + start)]
             largest = Largest.of_parts(*map(torch.stack, zip(*parts, strict=True)))
-        summed, e = _exponentials(products, shift, table, plan, hard)
+        summed, e = exponents.exponentials(products, shift, table, start, hard, plan.log2_scale, 1)
         total += summed.sum(1)
         place = plan.kept_view(kept, index, num_rows, aligned(stop - start))
         if place is not None:
@@ -58,7 +57,7 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
             products = _products(low, unit.to(plan.dtype), factors.targets - start, table)
-            e = _exponentials(products, shift, table, plan, hard)[1].to(plan.dtype)
+            e = exponents.exponentials(products, shift, table, start, hard, plan.log2_scale, 1)[1].to(plan.dtype)
         unit_grad = accumulated(e[:, : stop - start].T, scaled)
         if factors.common is not None:
             unit_grad += factors.common
@@ -77,14 +76,6 @@ def _products(low, unit, columns, table):
     return _without_targets(cosines(low, unit), columns, table.centers)
 
 
-def _exponentials(products, shift, table, plan, hard):
-    """(E, E g') (N, B), in place of the products; one tensor without `hard`."""
-    if hard is not None:
-        return hard_products.exponentials(centers.nearest(products, table.centers, 1), hard, shift, plan.log2_scale, 1)
-    e = centers.exponentials(products.mul_(plan.log2_scale), shift, table.centers, 1)
-    return e, e
-
-
 def _shift(low, table, targets, plan, hard):
     """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
     if plan.shift is not None:
@@ -92,9 +83,8 @@ def _shift(low, table, targets, plan, hard):
     largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
     for _, start, stop in plan.slabs(table):
         products = _products(low, _unit(table, start, stop, plan)[0].to(plan.dtype), targets - start, table)
-        if hard is not None:
-            products, _ = hard_products.changed(centers.nearest(products, table.centers, 1), hard, 1)
-        largest = torch.maximum(largest, products.amax(1) * plan.log2_scale)
+        found, _ = exponents.finished(products, table, start, hard, plan.log2_scale, 1)
+        largest = torch.maximum(largest, found.amax(1))
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 

@@ -50,7 +50,8 @@ def width(size):
 def constants(kernel, x, table, plan):
     """A kernel's launch options and constants if it serves the call; None if the slab loop does."""
     num_rows, size = x.shape
-    if not (num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs and table.centers == 1):
+    plain = table.centers == 1 and table.correction is None
+    if not (plain and num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs):
         return None
     capability = triton_kernels.capability(x.device)
     asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability)

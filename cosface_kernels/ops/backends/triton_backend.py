@@ -12,8 +12,17 @@ import torch
 
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, centers, several, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
-from . import hard as hard_products
+from . import (
+    Sums,
+    exponents,
+    several,
+    triton_attend,
+    triton_exponentials,
+    triton_forms,
+    triton_kernels,
+    triton_rows,
+    triton_update,
+)
 from .products import accumulated, in_parts
 
 row_functions = triton_rows
@@ -170,7 +179,7 @@ class _Slab:
             self.several = targets
             self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
         capability = triton_kernels.capability(low.device)
-        self.writes_exponents = table.centers > 1 or self.several is not None
+        self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
         # What an epilogue holds beside E takes registers: of the widest tile it would spill.
         narrow = self.writes_exponents or hard is not None or (need_largest and capability[0] == 10)
         self.config = tiles(*low.shape, plan.dtype, capability, narrow, hard is not None)
@@ -195,9 +204,10 @@ class _Slab:
         self._unit = self._scratch = None
         self.largest = None, None
         self.hard = hard
-        # Of sub-centres the nearest is chosen before its product changes.
-        self._hard_columns = None if hard is None or table.centers > 1 else hard.T.contiguous()
-        self._factor = plan.log2_scale if hard is None or table.centers == 1 else 1.0
+        self._hard_columns = None if hard is None or self.writes_exponents else hard.T.contiguous()
+        # Hard negatives change a product, before the factor.
+        late = hard is not None and self.writes_exponents
+        self._factor, self._late_factor = (1.0, plan.log2_scale) if late else (plan.log2_scale, 1.0)
 
     def scratch(self, width):
         """Memory (N, width) for the exponentials of a slab that is not kept."""
@@ -257,13 +267,8 @@ class _Slab:
         return out if self.several is None else several.leave_out(out, self.several, start, 1)
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
-        """The same from all exponents in float32: for each class's nearest centre alone, and without several targets."""
-        exponents = self.exponents(unit, start, stop)
-        if self.hard is None:
-            summed = e = centers.exponentials(exponents, shift, self.table.centers, 1)
-        else:
-            products = centers.nearest(exponents, self.table.centers, 1)
-            summed, e = hard_products.exponentials(products, self.hard, shift, self.plan.log2_scale, 1)
+        """The same from all exponents in float32."""
+        summed, e = exponents.exponentials(self.exponents(unit, start, stop), shift, *self._rest(start))
         if start == 0:
             partial.zero_()
         partial[0] += summed.sum(1, dtype=torch.float64)
@@ -273,17 +278,17 @@ class _Slab:
 
     def maxima(self, unit, start, stop, partial):
         """Write row maxima of the exponents into `partial`."""
-        if self.several is not None:
-            found = self.exponents(unit, start, stop).amax(1)
-        elif self.hard is None or self.table.centers == 1:
+        if self.several is None and (self.hard is None or self.table.centers == 1) and self.table.correction is None:
             epilogue = partial, self._hard_columns
             self._launch(triton_exponentials.maxima, unit, start, stop, *epilogue, CENTERS=self.table.centers)
             return
-        else:
-            products = centers.nearest(self.exponents(unit, start, stop), self.table.centers, 1)
-            found = hard_products.changed(products, self.hard, 1)[0].amax(1) * self.plan.log2_scale
+        found = exponents.finished(self.exponents(unit, start, stop), *self._rest(start))[0].amax(1)
         partial[0] = found if start == 0 else torch.maximum(partial[0], found)
         partial[1:] = -torch.inf
+
+    def _rest(self, start):
+        """The arguments of exponents.finished beside a slab's products."""
+        return self.table, start, self.hard, self._late_factor, 1
 
     def _source(self, matrix, rows, columns):
         """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
