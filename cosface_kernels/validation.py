@@ -386,6 +386,18 @@ def check_correction(correction, classes, device):
         raise ValueError("sample_correction must need no gradient: pass sample_correction.detach()")
 
 
+def check_own_cosines(cosines, labels, centers_per_class):
+    """Check cosines (N, K) and labels (N,)."""
+    _check_dense("cosines", "(N, K)", cosines)
+    _check_integers("labels", "(N,)", labels)
+    shape = (len(labels) if labels.dim() == 1 else "N", centers_per_class)
+    if labels.dim() != 1 or cosines.shape != shape:
+        raise ValueError(
+            f"cosines must have shape (N, K), K = {centers_per_class} centres to a class, and labels (N,), got "
+            f"{tuple(cosines.shape)} and {tuple(labels.shape)}"
+        )
+
+
 def check_hard_classes(hard_classes, num_classes):
     """Check (C, k) class numbers, -1 for none, or None."""
     if hard_classes is None:

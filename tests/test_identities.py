@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margins
-from cosface_kernels.heads import confusions
+from cosface_kernels.heads import confusions, own_centers
 from cosface_kernels.heads.grow import follow
 
 OPTIMIZERS = {
@@ -291,3 +291,27 @@ def test_confusions_are_each_classs_nearest_others(centers, monkeypatch):
     assert head.confusions(0)[1].shape == (12, 0) and head.confusions(11)[1].shape == (12, 11)
     with pytest.raises(ValueError, match="k must be from 0 to the number of other classes, 11, got 12"):
         head.confusions(12)
+
+
+@pytest.mark.parametrize("centers", [1, 3])
+def test_rows_beside_their_own_centres(centers, device, monkeypatch):
+    """Looked up four rows at a time; class 2 has no row, ignored rows count for nothing."""
+    monkeypatch.setattr(own_centers, "ROWS", 4)
+    head = MarginSoftmaxLoss(SIZE, 6, margin=margins.CosFace(0.2), centers_per_class=centers, ignore_index=-7, device=device)
+    features = torch.randn(30, SIZE, dtype=torch.float64, device=device)
+    labels = torch.tensor([0, 1, 3, 4, 5, -7], dtype=torch.int32, device=device).repeat(5)
+    cosines = head.own_cosines(features, labels)
+    assert cosines.isnan().all(1).tolist() == (labels == -7).tolist() and cosines.dtype == torch.float64
+    dominant = head.dominant_centers(cosines, labels).tolist()
+    unit = torch.nn.functional.normalize(head.weight.detach().double()).view(6, centers, SIZE)
+    for number in range(6):
+        rows = labels == number
+        exact = torch.nn.functional.normalize(features[rows]) @ unit[number].T
+        torch.testing.assert_close(cosines[rows], exact, rtol=0, atol=1e-14)
+        counts = exact.argmax(1).bincount(minlength=centers).tolist() if rows.any() else [0]
+        assert dominant[number] == (counts.index(max(counts)) if any(counts) else -1)
+    assert dominant[2] == -1
+    with pytest.raises(IndexError, match=r"labels\[0\] is 6, but a label must be in \[0, 6\)"):
+        head.own_cosines(features.cpu(), torch.full((30,), 6)) if device.type == "cpu" else None
+    with pytest.raises(ValueError, match=rf"^cosines must have shape \(N, K\), K = {centers} .* got \(30, 9\) and \(30,\)"):
+        head.dominant_centers(torch.zeros(30, 9, device=device), labels)

@@ -27,6 +27,7 @@ import torch
 
 from .. import margins
 from ..functional import margin_softmax_loss
+from ..heads import own_centers
 from ..ops.normalize import unit_rows
 from ..ops.slabs import wide_dtype
 
@@ -175,17 +176,15 @@ class SubCenterArcFaceLoss(ArcFaceLoss, losses.SubCenterArcFaceLoss):
         labels = labels.to(embeddings.device).long()
         rows = ((labels >= 0) & (labels < self.num_classes)).nonzero().squeeze(1)
         rows = rows[labels[rows].sort(stable=True).indices]
-        classes, of_class = labels[rows].unique(return_inverse=True)
         cosines = self._own_cosines(embeddings[rows], labels[rows])
-        nearest = of_class * self.sub_centers + cosines.argmax(1)
-        counts = torch.bincount(nearest, minlength=len(classes) * self.sub_centers)
-        dominant = counts.view(-1, self.sub_centers).argmax(1)
-        own = cosines.gather(1, dominant[of_class][:, None]).squeeze(1)
+        dominant = own_centers.dominant(cosines, labels[rows], self.num_classes)
+        own = cosines.gather(1, dominant[labels[rows]][:, None]).squeeze(1)
         outliers = rows[own < math.cos(math.radians(threshold))]
         if not return_dominant_centers:
             return outliers
         centers = self.W.new_zeros(self.W.shape[0], self.num_classes)
-        centers[:, classes] = self.W[:, classes * self.sub_centers + dominant]
+        classes = (dominant >= 0).nonzero().squeeze(1)
+        centers[:, classes] = self.W[:, classes * self.sub_centers + dominant[classes]]
         return outliers, centers
 
 

@@ -17,7 +17,7 @@ from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
-from . import confusions, grow, margin_buffers
+from . import confusions, grow, margin_buffers, own_centers
 from .placement import Whole
 
 WHOLE = Whole()
@@ -339,6 +339,32 @@ class MarginSoftmaxLoss(nn.Module):
             NotImplementedError: the table is sharded.
         """
         return confusions.confusions(self, k)
+
+    def own_cosines(self, features: Tensor, labels: Tensor) -> Tensor:
+        """cos(x_n, w_{y_n,k}), (N, K) float32 (float64): the cosines of features (N, D) with the K centres of their own classes,
+        by labels (N,), without gradient; NaN for ignored rows. For the whole of a data set take it batch by batch.
+
+        Raises:
+            TypeError, ValueError, IndexError: as the loss.
+            NotImplementedError: the table is sharded.
+        """
+        return own_centers.own_cosines(self, features, labels)
+
+    def dominant_centers(self, cosines: Tensor, labels: Tensor) -> Tensor:
+        """(C,) int64: of each class the centre, from 0 to K - 1, that is the nearest to most of its rows; -1 without rows.
+
+        Args:
+            cosines: (N, K), `own_cosines` of the rows of a data set.
+            labels: (N,), theirs, any integer dtype. Rows with a label outside [0, C) count for nothing.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or shape.
+
+        Source: Sub-center ArcFace, Deng et al., ECCV 2020, section 3.4, which drops the other centres, and the rows more than 75
+        degrees from this one.
+        """
+        validation.check_own_cosines(cosines, labels, self.centers_per_class)
+        return own_centers.dominant(cosines, positives.class_indices(labels), self.num_classes)
 
     def grow(self, count: int, optimizer: Optimizer | None = None) -> range:
         """Add `count` identities, drawn as the initial ones were, and return the range of their ids.

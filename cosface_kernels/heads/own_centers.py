@@ -1,0 +1,44 @@
+"""Each row's cosines with its own class's centres, and each class's dominant centre: to find rows under a wrong name."""
+
+import torch
+
+from .. import validation
+from ..distributed import dtensors
+from ..ops import operators
+from ..ops.normalize import unit_rows
+from ..ops.slabs import wide_dtype
+from ..positives import class_indices
+
+ROWS = 4096  # looked up at a time
+
+
+@torch.no_grad()
+def own_cosines(head, features, labels):
+    """`MarginSoftmaxLoss.own_cosines`."""
+    if dtensors.is_sharded(head.weight):
+        raise NotImplementedError("own_cosines needs the whole table in one process: load_checkpoint into an unsharded head")
+    weight, centers = head.weight, head.centers_per_class
+    validation.check_tensors(features, weight, labels, None, centers)
+    operators.check_labels(class_indices(labels), head.num_classes, int(head.ignore_index))
+    return of_rows(features, weight.unflatten(0, (-1, centers)), class_indices(labels))
+
+
+def of_rows(features, table, labels):
+    """cos(x_n, w_{y_n,k}) (N, K), table: (C, K, D), in float32 or float64; NaN for labels outside [0, C)."""
+    wide = wide_dtype(torch.promote_types(features.dtype, table.dtype))
+    known = (labels >= 0) & (labels < len(table))
+    found = features.new_full((len(features), table.shape[1]), torch.nan, dtype=wide)
+    for rows in known.nonzero().squeeze(1).split(ROWS):
+        centers = table[labels[rows]].to(wide)
+        unit, _ = unit_rows(centers.flatten(0, 1))
+        found[rows] = (unit_rows(features[rows].to(wide))[0][:, None] * unit.view_as(centers)).sum(2)
+    return found
+
+
+def dominant(cosines, labels, num_classes):
+    """`MarginSoftmaxLoss.dominant_centers`."""
+    width = cosines.shape[1]
+    known = (labels >= 0) & (labels < num_classes)
+    nearest = labels[known] * width + cosines[known].argmax(1)
+    counts = nearest.bincount(minlength=num_classes * width).view(num_classes, width)
+    return torch.where(counts.any(1), counts.argmax(1), -1)
