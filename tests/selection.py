@@ -10,6 +10,8 @@ two ranks, benchmarks in processes of their own. All arithmetic of every backend
 not slow.
 """
 
+import itertools
+
 import pytest
 import torch
 
@@ -20,6 +22,25 @@ HAS_GPU = torch.cuda.is_available()
 
 def slow_when(condition):
     return pytest.mark.slow_when.with_args(condition)
+
+
+def pairs(*parameters, first=()):
+    """Few cases of the parameters' product, `first` among them, in which any two values of two parameters meet.
+
+    For grids whose parameters change code of their own: an error needs a value or two to show, seldom three.
+    """
+
+    def met(case):
+        return set(itertools.combinations(enumerate(case), 2))
+
+    cases, product = list(first), list(itertools.product(*(range(len(values)) for values in parameters)))
+    places = [tuple(values.index(value) for values, value in zip(parameters, case, strict=True)) for case in cases]
+    left = set().union(*map(met, product)).difference(*map(met, places))
+    while left:
+        best = max(product, key=lambda case: len(left & met(case)))
+        left -= met(best)
+        cases.append(tuple(values[place] for values, place in zip(parameters, best, strict=True)))
+    return cases
 
 
 def attend_too(test):
