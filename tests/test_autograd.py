@@ -9,7 +9,7 @@ from rounding import assert_close, draw, tolerance
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from cosface_kernels import cosface_loss, cosine_lse, margin_softmax_loss, margins, reference
+from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse, margin_softmax_loss, margins, reference
 
 ALL = 2**40  # bytes: keep every slab
 
@@ -222,3 +222,14 @@ def test_gradients_of_torch_func_are_refused(transform, device):
         transform(lambda rows: cosface_loss(rows, weight, labels))(inputs)
     with pytest.raises(RuntimeError, match=r"no gradient for torch\.func"):
         torch.func.vjp(lambda table: cosface_loss(features, table, labels), weight)
+
+
+def test_functional_call(backend, device):
+    """Parameters of the caller's own, and their gradients by torch.autograd.grad."""
+    features, weight, labels = leaves(device, torch.float32)
+    head = CosFaceLoss(weight.shape[1], len(weight), backend=backend, device=device)
+    found = torch.func.functional_call(head, {"weight": weight}, (features, labels))
+    wanted = cosface_loss(features, weight, labels, backend=backend)
+    assert torch.equal(found, wanted) and head.weight.grad is None
+    for ours, exact in zip(*(torch.autograd.grad(loss, (features, weight)) for loss in (found, wanted)), strict=True):
+        assert torch.equal(ours, exact)

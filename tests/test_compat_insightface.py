@@ -10,12 +10,12 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import evaluate
+from cases import evaluate, make
 from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
 
 from cosface_kernels import FusedSGD, MarginSoftmaxLoss
 from cosface_kernels.compat import insightface
-from cosface_kernels.margins import ArcFace, Combined, CosFace
+from cosface_kernels.margins import ArcFace, Combined, CosFace, InterclassFiltering
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
 
@@ -290,6 +290,22 @@ def test_one_that_raises(margin_loss):
 def test_filtering_is_refused_by_name():
     with pytest.raises(ValueError, match=r"interclass_filtering_threshold.*0\.4"):
         insightface.head(CombinedToday(64, 1.0, 0.0, 0.4, 0.4), 3, 5)
+
+
+def test_filtering_as_negatives(device):
+    """The same loss from a head of theirs, filtered as `CombinedMarginLoss` does it, and from our PartialFC_V2."""
+    features, _, labels = (tensor.to(device) for tensor in make("uniform", 9, 30, 3))
+    head = insightface.head(CombinedToday(64, 1.0, 0.0, 0.4), 3, 30, negatives=InterclassFiltering(0.4), device=device)
+    module = insightface.PartialFC_V2(CombinedToday(64, 1.0, 0.0, 0.4), 3, 30).to(device)
+    module.weight.data.copy_(head.weight)
+    module.negatives = InterclassFiltering(0.4)
+    cosines = F.linear(*(F.normalize(each).double() for each in (features, head.weight)))
+    others = torch.ones_like(cosines, dtype=torch.bool).scatter(1, labels[:, None], False)
+    filtered = torch.where(others & (cosines > 0.4), 0.0, cosines)
+    exact = F.cross_entropy(CombinedToday(64, 1.0, 0.0, 0.4)(filtered, labels), labels)
+    loss, statistics = module(features, labels[:, None], return_statistics=True)
+    assert torch.equal(loss, head(features, labels)) and statistics.correct.shape == (9,)
+    torch.testing.assert_close(loss.double(), exact, rtol=100 * 2**-23, atol=0)
 
 
 def test_unknown_kinds():

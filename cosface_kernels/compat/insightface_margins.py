@@ -38,8 +38,8 @@ def translate(margin_loss: Callable[..., Tensor]) -> tuple[Margin, float]:
         raise TypeError(f"margin_loss must be an InsightFace {', '.join(KNOWN[:-1])} or {KNOWN[-1]}, got {name}")
     if getattr(margin_loss, "interclass_filtering_threshold", 0) > 0:
         raise ValueError(
-            "interclass_filtering_threshold > 0 zeroes cosines of other classes, which cosface_kernels does not: "
-            f"got {margin_loss.interclass_filtering_threshold}"
+            f"interclass_filtering_threshold = {margin_loss.interclass_filtering_threshold} belongs to no margin: make the "
+            "object with 0, and give the head cosface_kernels.margins.InterclassFiltering of it as `negatives`"
         )
     scale = _attribute(margin_loss, "s", "scale")
     candidates, composed = _candidates(name, margin_loss)
