@@ -376,6 +376,7 @@ def check_correction(correction, classes, device):
         raise ValueError("sample_correction may be a tensor with classes alone, one number for each, got classes = None")
     shape = f"(M,) = ({len(classes)},)"
     _check_dense("sample_correction", shape, correction)
+    _check_one_kind(classes=classes, sample_correction=correction)
     if correction.dtype not in FLOAT_DTYPES:
         raise TypeError(f"sample_correction must be float16, bfloat16, float32 or float64, got {correction.dtype}")
     if correction.shape != classes.shape:

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, reference, sample_classes
 from cosface_kernels.loss import Inputs, loss_of_table
 from cosface_kernels.margins import AdaFace, CosFace, NormSoftmax, Softmax
-from cosface_kernels.ops import operators, sampled_classes
+from cosface_kernels.ops import operators, sampled_classes, slabs
 from cosface_kernels.ops.operands import Needs, Options, Problem
 from cosface_kernels.ops.sampled_classes import one_of_each
 
@@ -301,7 +301,7 @@ def test_all_classes_are_no_sample(backend, device, centers):
     got = evaluate(sampled(CosFace(0.35), 64.0, lambda y, c: torch.arange(c, device=device), **options)[0], *inputs)
     whole = partial(margin_softmax_loss, margin=CosFace(0.35), scale=64.0, reduction="none", **options)
     for ours, wanted in zip(got, evaluate(whole, *inputs), strict=True):
-        if backend == "triton" and centers == 1:
+        if backend in ("cpu", "triton") and centers == 1:
             torch.testing.assert_close(ours, wanted, rtol=0, atol=200 * 2**-23 * float(wanted.abs().max()))
         else:
             assert torch.equal(ours, wanted)
@@ -434,8 +434,9 @@ def test_classes_may_be_refilled_after_backward(device):
     assert torch.equal(found, weight.grad.to_dense())
 
 
-def test_auto_budget_is_at_most_the_sampled_gradient(device):
+def test_auto_budget_is_at_most_the_sampled_gradient(device, monkeypatch):
     """One slab of 30 x 128 numbers: the gradient of 256 rows of 16 takes a little more; that of all 512 would be two."""
+    monkeypatch.setattr(slabs, "KEPT_ANYWAY", 0)
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 30, 512, 16))
     weight.requires_grad_()
     classes = torch.arange(0, 512, 2, device=device)

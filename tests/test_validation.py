@@ -264,11 +264,11 @@ NOT_IN_MEMORY = {
 
 
 @pytest.mark.parametrize("kind", NOT_IN_MEMORY)
-@pytest.mark.parametrize("name", ["features", "weight", "labels", "bias", "classes"])
+@pytest.mark.parametrize("name", ["features", "weight", "labels", "bias", "classes", "sample_correction"])
 def test_a_tensor_whose_numbers_are_not_in_memory(name, kind):
     make, error, message = NOT_IN_MEMORY[kind]
     tensors = {"features": torch.ones(4, 3), "weight": torch.ones(5, 3), "labels": torch.tensor([0, 4, 2, 2])}
-    tensors |= {"bias": torch.zeros(5), "classes": torch.arange(5)}
+    tensors |= {"bias": torch.zeros(5), "classes": torch.arange(5), "sample_correction": torch.zeros(5)}
     with pytest.raises(error, match=message.format(name)):
         margin_softmax_loss(**tensors | {name: make(tensors[name])}, margin=margins.Softmax())
 
@@ -291,7 +291,7 @@ def test_fake_tensors_alone_have_a_fake_loss():
 
 
 NUMBERS = {
-    cosface_loss: ("scale", "margin", "reduction", "ignore_index", "memory_budget", "backend", "sample_correction"),
+    cosface_loss: ("scale", "margin", "reduction", "ignore_index", "memory_budget", "backend"),
     margin_softmax_loss: ("scale", "margin", "normalize_features", "centers_per_class"),
     CosFaceLoss: ("embedding_size", "num_classes", "scale", "table_format", "sample_rate", "sample_seed"),
     sample_classes: ("num_classes", "rate", "seed"),

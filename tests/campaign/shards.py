@@ -79,8 +79,8 @@ def _one_step(case, rank):
     head, _ = heads(world, row, tables, dtype=dtype, **sampled)
     whole = heads(world, row, tables, dtype=dtype, whole_dtype=torch.float64)[1]
     optimizer, plain = _optimizers(case, head, whole)
-    drawn, sample = [], head._classes
-    head._classes = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
+    drawn, sample = [], head._sample
+    head._sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
 
     local, everything = world.mine(features).requires_grad_(), features.double().requires_grad_()
     loss = head(local, world.mine(labels))
@@ -107,6 +107,6 @@ def _optimizers(case, *heads):
 def _of_classes(row, whole, features, labels, world, drawn):
     """The loss of what all ranks drew."""
     parts, held = [None] * world.size, world.shard(torch.arange(whole.num_classes))
-    dist.all_gather_object(parts, held[drawn[-1]] if len(held) else held)
+    dist.all_gather_object(parts, held[drawn[-1][0]] if len(held) else held)
     bias = {"bias": whole.bias} if row.bias else {}
     return margin_softmax_loss(features, whole.weight, labels, margin=row.margin, classes=torch.cat(parts), **bias, **row.options)
