@@ -270,9 +270,9 @@ def margin_softmax_loss(
         label_weights: (N, K), K from 1 to 32, any float dtype, for labels (N, K), -1 for none: several classes to a row, as mixup
             and clusters have them. loss_n = Σ_k v_nk (log Z_n - s t_nk), Z_n the sum over the row's classes, with their margins,
             and all others. A class that is named twice counts once, with the sum of its weights. None: labels (N,).
-        negatives: CurricularFace(), MVSoftmax() or InterclassFiltering() of `cosface_kernels.margins`, or one of your own: what
-            becomes of the cosines that pass a row's threshold, see `hard_negatives`. Without a module there are no running
-            statistics. None: they stay.
+        negatives: CurricularFace(), MVSoftmax(), InterTopK() or InterclassFiltering() of `cosface_kernels.margins`, or one of
+            your own: what becomes of the cosines that pass a row's threshold, see `hard_negatives`. Without a module there are
+            no running statistics. None: they stay.
 
     Logits that are no cosines have no bound, so each row's largest one is found first: 2 N C D flops more.
 

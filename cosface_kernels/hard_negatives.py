@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .validation import check_fields, check_flag, shown
+from .validation import check_fields, check_flag, check_size, shown
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,14 @@ class HardNegatives:
 
     bound: ClassVar[float] = 1.0  # at least every |g(c)| for |c| <= 1 that is finite
     state: ClassVar[dict] = {}  # initial values of running statistics by name; the module keeps them as buffers
+    num_nearest: ClassVar[int] = 0  # how many of a row's largest cosines with other classes `polynomial` wants to know
 
     def polynomial(self, cosine: Tensor, target: Tensor, state: dict[str, Tensor]) -> tuple[float | Tensor, ...]:
         """(τ, p0, p1, p2), each a number, or a tensor () or (N,); p0 = -inf with p1 = p2 = 0 leaves a negative out of the sum.
 
         cosine, target: that with the own class (N,), before and after the margin, of ignored rows anything; state: the running
-        statistics, {} without a module to keep them.
+        statistics, {} without a module to keep them; where num_nearest is k, also nearest (N, k), those cosines, descending, -inf
+        where there are fewer. They take a pass over the table of their own.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no polynomial(self, cosine, target, state)")
 
@@ -112,6 +114,37 @@ class InterclassFiltering(HardNegatives):
         return float(self.threshold), 0.0, 0.0, 0.0
 
 
+@dataclass(frozen=True)
+class InterTopK(HardNegatives):
+    """g(c) = c + m for the k other classes that are nearest to a row; of classes equal to the next one none.
+
+    Args:
+        k: how many, 1 or more.
+        m: from 0 to 1. Where it is an angle, cos(θ - m), c + m is nearly that at right angles, and more than that elsewhere.
+
+    Source: Multi-Query Multi-Head Attention Pooling and Inter-TopK Penalty for Speaker Verification, arXiv 2110.05042.
+    """
+
+    k: int = 5
+    m: float = 0.06
+
+    def __post_init__(self):
+        check_size("k", self.k)
+        check_fields(self, m=(0.0, 1.0))
+
+    @property
+    def bound(self):
+        return 1 + float(self.m)
+
+    @property
+    def num_nearest(self):
+        return self.k + 1
+
+    def polynomial(self, cosine: Tensor, target: Tensor, state: dict[str, Tensor]) -> tuple[float | Tensor, ...]:
+        # Between the k-th and the next, so that no rounding of a product decides.
+        return state["nearest"][:, -2:].mean(1), float(self.m), 1.0, 0.0
+
+
 def check(negatives, cosines, scale, label_smoothing):
     """HardNegatives or None, and what goes with them. cosines: whether features and table are normalised."""
     if negatives is None:
@@ -131,6 +164,6 @@ def check_kind(negatives):
     """Check that a value is HardNegatives or None."""
     if negatives is not None and not isinstance(negatives, HardNegatives):
         raise TypeError(
-            "negatives must be None or one of CurricularFace(), MVSoftmax() and InterclassFiltering() of "
+            "negatives must be None or one of CurricularFace(), MVSoftmax(), InterTopK() and InterclassFiltering() of "
             f"cosface_kernels.margins, got {shown(negatives)}"
         )

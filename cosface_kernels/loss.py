@@ -18,7 +18,7 @@ from .margins import Margin
 from .ops import recording
 from .ops.batch_rows import reduced
 from .ops.normalize import direction
-from .ops.operands import Largest, Needs, Options, Problem
+from .ops.operands import Largest, Needs, Options, Problem, Ranked
 from .ops.operators import FirstDerivative, margin_losses, snapshot, target_products
 from .ops.slabs import wide_dtype
 from .positives import class_indices
@@ -138,6 +138,10 @@ class WholeTable:
         """Largest of the whole table."""
         return found
 
+    def nearest(self, products):
+        """The largest products (N, k), descending, of the whole table from those of this process."""
+        return products
+
     def total(self, vector):
         """The sum over the processes of a vector (N,) without gradient, 0 for rows whose class another one holds."""
         return vector
@@ -249,7 +253,8 @@ def _refuse_with_positives(inputs, options):
 def _hard(inputs, options, shards, state, training):
     """((τ, p0, p1, p2) of each row (N, 4), the running statistics). Like the loss, it needs the margin, but before the slabs."""
     _check_inputs(inputs, options)
-    products, unit = target_products(*_problem(inputs, options, shards.foreign_index))
+    ranked = Ranked(int(options.negatives.num_nearest))
+    products, unit, nearest = target_products(*_problem(inputs, options, shards.foreign_index), ranked)
     labels, cosine = class_indices(inputs.labels), shards.total(products.amax(1))
     counted, margin = labels != int(options.ignore_index), _margin_of_rows(options.margin, *shards.classes(inputs, options))
     norm = _feature_norm(inputs.features, unit, counted) if margin.needs_norm else None
@@ -258,7 +263,8 @@ def _hard(inputs, options, shards, state, training):
         options.negatives.update(cosine, counted, state)
     state = {name: snapshot(value) for name, value in state.items()}
     target = _target_logit(margin, cosine, None, _terms(margin, norm, counted, state))
-    numbers = options.negatives.polynomial(cosine, target, state)
+    known = {**state, "nearest": shards.nearest(nearest)} if ranked.count else state
+    numbers = options.negatives.polynomial(cosine, target, known)
     columns = [each if isinstance(each, Tensor) else cosine.new_full((), each) for each in numbers]
     for name, column in zip(("threshold", "p0", "p1", "p2"), columns, strict=True):
         _check_rows(name, options.negatives, column, cosine.shape, torch.Size([]))

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from .hard_negatives import CurricularFace, HardNegatives, InterclassFiltering, MVSoftmax  # noqa: F401 (for callers)
+from .hard_negatives import CurricularFace, HardNegatives, InterclassFiltering, InterTopK, MVSoftmax  # noqa: F401 (for callers)
 from .validation import check_fields, check_flag, shown
 
 Number = float | Tensor  # a number, or a tensor of shape () or, a number for each class, (C,)

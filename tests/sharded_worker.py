@@ -522,6 +522,22 @@ def _(world):
         head(world.mine(features), world.mine(labels))
 
 
+@check("the nearest negatives of all shards", 2, 3)
+def _(world):
+    """Also where a shard has fewer classes than are asked for, or none."""
+    for num_classes in (NUM_CLASSES, 4):
+        features, weight, labels = draw()
+        weight, labels = weight[:num_classes], labels % num_classes
+        options = {"negatives": margins.InterTopK(2, 0.1), "margin": 0.2, "scale": 16.0}
+        head, whole = sharded(world, weight, **options), CosFaceLoss(SIZE, num_classes, dtype=weight.dtype, **options)
+        whole.weight.data.copy_(weight)
+        loss, exact = head(world.mine(features), world.mine(labels)), whole(features, labels)
+        loss.backward(), exact.backward()
+        relative = tolerance(torch.float64, 16.0)
+        assert_close(loss.detach(), exact.detach(), relative)
+        assert_close(head.weight.grad.to_local(), world.shard(whole.weight.grad), relative, size=whole.weight.grad.norm())
+
+
 @check("a mistake on one rank is an error on all", 2, 3)
 def _(world):
     features, weight, labels = draw()

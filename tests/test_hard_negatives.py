@@ -11,7 +11,16 @@ from cases import check_rule, draws, evaluate, make
 from selection import attend_too, interpreted, slow_when
 
 from cosface_kernels import CosFaceLoss, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss
-from cosface_kernels.margins import ArcFace, CosFace, CurricularFace, HardNegatives, InterclassFiltering, MVSoftmax, Softmax
+from cosface_kernels.margins import (
+    ArcFace,
+    CosFace,
+    CurricularFace,
+    HardNegatives,
+    InterclassFiltering,
+    InterTopK,
+    MVSoftmax,
+    Softmax,
+)
 
 SHAPE = 67, 522, 70  # 67 rows: one past a tile; slabs of 128 classes, or of 384 rows for three centres, the last one short
 PRECISIONS = {"float32": (torch.float32, False), "autocast": (torch.float32, True), "bfloat16": (torch.bfloat16, False)}
@@ -45,8 +54,15 @@ FORMS = {
     "own": (CosFace(0.35), Own(), 32.0, 1),
     "left out": (CosFace(0.35), LeftOut(), 64.0, 1),
     "3 centres": (CosFace(0.35), Own(), 64.0, 3),
+    "inter-top-k": (CosFace(0.2), InterTopK(3, 0.06), 32.0, 1),
+    "inter-top-k, 3 centres": (CosFace(0.2), InterTopK(1, 0.1), 32.0, 3),
     "3 centres, small": (CosFace(0.35), Own(), 16.0, 3),
 }
+
+
+def nearest(cosines, labels, negatives):
+    others = cosines.scatter(1, labels.clamp(min=0)[:, None], -math.inf)
+    return F.pad(others, (0, negatives.num_nearest), value=-math.inf).topk(negatives.num_nearest).values
 
 
 def written_out(x, w, y, *, margin, negatives, scale, centers, state=None, reduction="none"):
@@ -55,7 +71,8 @@ def written_out(x, w, y, *, margin, negatives, scale, centers, state=None, reduc
     cosines = cosines.unflatten(1, (-1, centers)).amax(2)
     own = cosines.gather(1, y.clamp(min=0)[:, None])
     target = margin.psi(own)
-    numbers = negatives.polynomial(own.squeeze(1).detach(), target.squeeze(1).detach(), state or {})
+    state = {**(state or {}), "nearest": nearest(cosines.detach(), y, negatives)}
+    numbers = negatives.polynomial(own.squeeze(1).detach(), target.squeeze(1).detach(), state)
     threshold, p0, p1, p2 = (each[:, None] if isinstance(each, torch.Tensor) and each.dim() else each for each in numbers)
     changed = torch.where(cosines > threshold, p0 + p1 * cosines + p2 * cosines.square(), cosines)
     logits = scale * changed.scatter(1, y.clamp(min=0)[:, None], target)
@@ -70,7 +87,8 @@ def far_from_thresholds(inputs, form, distance):
         y = y // centers
         cosines = (F.normalize(x.double()) @ F.normalize(w.double()).T).unflatten(1, (-1, centers)).amax(2)
         own = cosines.gather(1, y[:, None]).squeeze(1)
-        threshold = torch.as_tensor(negatives.polynomial(own, margin.psi(own), {})[0]).expand(len(y))
+        state = {"nearest": nearest(cosines, y, negatives)}
+        threshold = torch.as_tensor(negatives.polynomial(own, margin.psi(own), state)[0]).expand(len(y))
         near = (cosines - threshold[:, None]).abs().scatter(1, y[:, None], torch.inf).amin(1) < distance
         assert not near.all()
         settled.append((x, w, torch.where(near, -100, y)))
@@ -118,6 +136,18 @@ def test_nothing_is_hard(backend, device):
     ]
     for changed, unchanged in zip(*both, strict=True):
         assert torch.equal(changed, unchanged)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4])
+def test_nearest_of_few(k, backend, device):
+    """Of three other classes: two, all, and all though one more was asked for. Of two that are equal at the edge none."""
+    weight, x = torch.eye(4, device=device), torch.tensor([[0.1, 0.3, 0.5, 0.7], [0.1, 0.5, 0.5, 0.7]], device=device)
+    options = {"margin": CosFace(0.0), "scale": 8.0, "backend": backend, "reduction": "none"}
+    loss = margin_softmax_loss(x, weight, torch.tensor([0, 0], device=device), negatives=InterTopK(k, 0.1), **options)
+    raised = torch.tensor([[k > 2, 1, 1], [k > 2, k > 2, 1]], device=device)
+    cosines = F.normalize(x.double())
+    logits = 8 * torch.cat([cosines[:, :1], cosines[:, 1:] + 0.1 * raised], 1)
+    torch.testing.assert_close(loss.double(), -logits.log_softmax(1)[:, 0], rtol=100 * 2**-23, atol=0)
 
 
 def head_of(negatives, weight, **options):
@@ -176,15 +206,16 @@ def test_sampled_classes(device):
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=0)
 
 
-def test_compiled_in_one_graph(device):
+@pytest.mark.parametrize("negatives", [CurricularFace(0.5), pytest.param(InterTopK(3), marks=pytest.mark.slow)], ids=str)
+def test_compiled_in_one_graph(negatives, device):
     features, weight, labels = (tensor.to(device) for tensor in make("hard", 7, 258, 70))
     results = []
     for compiled in (False, True):
-        head = head_of(CurricularFace(0.5), weight)
+        head = head_of(negatives, weight)
         x = features.clone().requires_grad_()
         loss = (torch.compile(head, fullgraph=True, backend="aot_eager") if compiled else head)(x, labels)
         loss.backward()
-        results.append((loss.detach(), x.grad, head.weight.grad, head.t))
+        results.append((loss.detach(), x.grad, head.weight.grad, *head.buffers()))
     for compiled, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=1e-7)
 
@@ -205,6 +236,8 @@ def test_statistics_are_of_the_cosines_as_they_are(device):
         (lambda: CosFaceLoss(8, 9, negatives=0.4), "negatives must be None or one of CurricularFace"),
         (lambda: MarginSoftmaxLoss(8, 9, margin=MVSoftmax()), r"MVSoftmax goes beside a margin: margin=ArcFace\(0.5\)"),
         (lambda: MVSoftmax(0.9), "t of MVSoftmax must be from 1 to inf, got 0.9"),
+        (lambda: InterTopK(0), "k must be 1 or more, got 0"),
+        (lambda: InterTopK(m=-0.1), "m of InterTopK must be from 0 to 1, got -0.1"),
         (lambda: InterclassFiltering(40), "threshold of InterclassFiltering must be from -1 to 1, got 40"),
         (
             lambda: MarginSoftmaxLoss(8, 9, margin=Softmax(), negatives=MVSoftmax())(torch.ones(2, 8), torch.ones(2).long()),

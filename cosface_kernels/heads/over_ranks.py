@@ -132,6 +132,12 @@ class Batch:
         place = -self.ranks.maximum(-torch.where(here, found.place + self.first_class, none))
         return Largest(largest, torch.where(place == none, -1, place))
 
+    def nearest(self, products):
+        """The largest products (N, k), descending, of the whole table from those of this shard."""
+        products = products if self.holds_classes else torch.full_like(products, -torch.inf)
+        found = self.ranks.gather(products, [len(products)] * self.ranks.size)
+        return found.unflatten(0, (self.ranks.size, -1)).transpose(0, 1).flatten(1).topk(products.shape[1]).values
+
     def total(self, vector):
         """The sum over the ranks of a vector (N,) without gradient."""
         return self.ranks.add(vector)

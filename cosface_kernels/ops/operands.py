@@ -48,6 +48,12 @@ class Needs(NamedTuple):
     need_largest: bool = False
 
 
+class Ranked(NamedTuple):
+    """How many of each row's largest products with negatives are wanted."""
+
+    count: int
+
+
 class Vectors(NamedTuple):
     """The N-vectors that margins are applied to, or their gradients."""
 
@@ -68,6 +74,7 @@ class Targets(NamedTuple):
 
     product: Tensor  # x̃_n·w̃_{y_n} (N, K)
     unit: Tensor  # x̃ (N, D)
+    nearest: Tensor  # (N, Ranked.count), the largest x̃_n·w̃_j of its negatives, descending, -inf for none
 
 
 class Saved(NamedTuple):

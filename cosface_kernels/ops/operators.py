@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, library
 
 from .. import validation
-from . import backends, batch_rows, sampled_classes
-from .operands import Gradients, Largest, Needs, Options, Problem, Saved, TableFactors, Targets, Vectors, schema, split
+from . import backends, batch_rows, nearest, sampled_classes
+from .operands import Gradients, Largest, Needs, Options, Problem, Ranked, Saved, TableFactors, Targets, Vectors, schema, split
 from .slabs import CORRECTION_MOST, kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
 
@@ -145,26 +145,30 @@ def _(problem, options, needs):
     return *vectors, *saved, x.new_empty(asked, dtype=wide), problem.labels.new_empty(asked)
 
 
-def target_products(problem, options):
+def target_products(problem, options, ranked):
     """Targets of a Problem, without gradient, for what must know them before the slabs."""
-    return Targets(*_TARGET_PRODUCTS(*problem, *options))
+    return Targets(*_TARGET_PRODUCTS(*problem, *options, *ranked))
 
 
-def _target_products(problem, options):
-    table = _table(problem, options)
-    with torch._C._DisableAutocast(), torch.cuda.device_of(problem.x):
-        entered = batch_rows.enter(problem.x, table, problem.labels, options, wide_dtype(options.dtype))
-    return (Targets(entered.product, entered.unit),)
+def _target_products(problem, options, ranked):
+    x, table = problem.x, _table(problem, options)
+    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
+        entered = batch_rows.enter(x, table, problem.labels, options, wide_dtype(options.dtype))
+        largest = entered.unit.new_empty(len(x), 0)
+        if ranked.count:
+            largest = nearest.largest_products(entered, table, x, options.dtype, ranked.count)
+    return (Targets(entered.product, entered.unit, largest),)
 
 
-_TARGET_PRODUCTS = _register_named("target_products", _target_products, (Problem, Options), (Targets,))
+_TARGET_PRODUCTS_TAKES = Problem, Options, Ranked
+_TARGET_PRODUCTS = _register_named("target_products", _target_products, _TARGET_PRODUCTS_TAKES, (Targets,))
 
 
-@_register_fake("target_products", (Problem, Options))
-def _(problem, options):
-    (num_rows, size), wide = problem.x.shape, wide_dtype(options.dtype)
-    product = problem.x.new_empty(num_rows, options.centers, dtype=wide)
-    return product, problem.x.new_empty(num_rows, size + int(problem.bias is not None), dtype=wide)
+@_register_fake("target_products", _TARGET_PRODUCTS_TAKES)
+def _(problem, options, ranked):
+    x, (num_rows, size), wide = problem.x, problem.x.shape, wide_dtype(options.dtype)
+    shapes = options.centers, size + int(problem.bias is not None), ranked.count
+    return tuple(x.new_empty(num_rows, columns, dtype=wide) for columns in shapes)
 
 
 def _negative_lse_backward(grads, problem, saved, options, needs):

@@ -73,7 +73,7 @@ def _products(low, unit, columns, table):
     """x w̃ᵀ (N, B) in plan.wide, -inf at targets; columns: each row's target counted from the slab's first row."""
     if columns.dim() == 2:
         return several.leave_out(cosines(low, unit), columns, 0, 1)
-    return _without_targets(cosines(low, unit), columns, table.centers)
+    return without_targets(cosines(low, unit), columns, table.centers)
 
 
 def _shift(low, table, targets, plan, hard):
@@ -88,7 +88,7 @@ def _shift(low, table, targets, plan, hard):
     return torch.where(largest == -torch.inf, 0.0, largest)
 
 
-def _without_targets(slab, columns, count):
+def without_targets(slab, columns, count):
     """Set slab[n, columns[n] + k] = -inf in place, for k < count and columns inside the slab, without waiting for the device."""
     inside = ((columns >= 0) & (columns < slab.shape[1]))[:, None]
     columns = torch.where(inside, columns[:, None] + torch.arange(count, dtype=torch.int64, device=slab.device), 0)
