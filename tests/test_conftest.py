@@ -10,7 +10,8 @@ import pytest
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
     """One that answers nothing after the first failure, as after an illegal access."""
     (tmp_path / "conftest.py").write_text(
@@ -33,7 +34,7 @@ def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
         env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")} | {"PYTHONPATH": str(TESTS)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     if workers:
         assert run.returncode == 1 and "crashed while running 'test_it.py::test_culprit'" in run.stdout, run.stdout

@@ -252,8 +252,9 @@ sys.exit(cli.main(["convert", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads RssAnon from /proc, which only Linux has")
-@pytest.mark.parametrize("to", [[], pytest.param(["--to", "pml"], marks=pytest.mark.slow)], ids=["CosFaceLoss", "pml"])
+@pytest.mark.parametrize("to", [[], ["--to", "pml"]], ids=["CosFaceLoss", "pml"])
 def test_memory_is_one_copy(here, to):
     """In a fresh process, when the file is written: 64 MB for the copy, and nothing for the mapped inputs."""
     files = save_shards(here, torch.ones(2**17, 128), 4)
@@ -713,8 +714,9 @@ sys.exit(cli.main(["convert", *sys.argv[2:]]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files by setrlimit")
-@pytest.mark.parametrize("limit", [50_000, *(pytest.param(limit, marks=pytest.mark.slow) for limit in (100, 80_400))])
+@pytest.mark.parametrize("limit", [50_000, 100, 80_400])
 def test_disk_that_is_really_full(here, limit):
     """As far as torch.save's own writer can tell: every write beyond the limit fails."""
     torch.save({"weight": torch.ones(2000, 10)}, "in.pt")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from margin_rows import ROWS, batch
-from selection import interpreted, slow_when
+from selection import interpreted, pairs, slow_when
 
 import cosface_kernels
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss
@@ -20,7 +20,6 @@ from cosface_kernels.sampling import sample_classes
 
 DEFAULTS = {
     "float64": lambda: _default_dtype(torch.float64),
-    "bfloat16": lambda: _default_dtype(torch.bfloat16),
     "float16": lambda: _default_dtype(torch.float16),
     "meta": lambda: torch.device("meta"),
 }
@@ -75,17 +74,15 @@ def test_every_margin(default, backend, device):
                 raise AssertionError(f"{name}, memory_budget = {budget}, scale = {scale}") from error
 
 
-@every_default
-@pytest.mark.parametrize("state_format", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("path", ["native", "torch"])
+@pytest.mark.parametrize("default, state_format, path", pairs([*DEFAULTS], ["float32", "bfloat16", "int8"], ["native", "torch"]))
 @slow_when(lambda backend: interpreted(backend))
 def test_fused_steps(default, state_format, path, backend, device, monkeypatch):
     if path == "torch" or not cpu_library.available():
         monkeypatch.setattr(rules.Part, "is_native", lambda part: False)
     optimizers = (FusedSGD, {"momentum": 0.9}), (FusedAdamW, {})
     tables = {"table_format": "bfloat16"}, {"dtype": torch.float32, "sample_rate": 0.5}
-    pairs = [*itertools.product(optimizers, tables)]
-    for (optimizer, options), head_options in pairs[::3] if interpreted(backend) else pairs:
+    combined = [*itertools.product(optimizers, tables)]
+    for (optimizer, options), head_options in combined[::3] if interpreted(backend) else combined:
 
         def run(optimizer=optimizer, options=options, head_options=head_options):
             torch.manual_seed(0)
@@ -99,7 +96,7 @@ def test_fused_steps(default, state_format, path, backend, device, monkeypatch):
                 table.step()
             return [head.weight.detach(), *tensors(table.state[head.weight])]
 
-        assert_unmoved(default, run)
+        assert_unmoved(DEFAULTS[default], run)
 
 
 @every_default

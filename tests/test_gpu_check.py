@@ -88,12 +88,14 @@ def test_every_stage_has_its_work():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu(capfd, tmp_path):
     assert command.main(["--out", str(tmp_path), "--patience", "10"]) == 1
     assert "gpu_check: there is no GPU that this torch can use" in capfd.readouterr().err
     assert record(tmp_path)["stages"]["probe"]["status"] == "skipped" and not record(tmp_path)["complete"]
 
 
+@pytest.mark.slow
 def test_a_hang_ends_with_all_of_its_processes(monkeypatch, tmp_path, log):
     """Also one that ignores an interrupt, and its child that holds the log open."""
     monkeypatch.setattr(runner, "GRACE", 0.2)
@@ -101,8 +103,8 @@ def test_a_hang_ends_with_all_of_its_processes(monkeypatch, tmp_path, log):
     child = deaf + "print(os.getpid(), flush=True); time.sleep(60)"
     parent = deaf + f"subprocess.run([sys.executable, '-c', {child!r}])"
     started = time.monotonic()
-    assert runner._process([sys.executable, "-c", parent], stages.PROBE, log, 3.0) is None
-    assert time.monotonic() - started < 10
+    assert runner._process([sys.executable, "-c", parent], stages.PROBE, log, 6.0) is None
+    assert time.monotonic() - started < 50
     pid = int((tmp_path / "log.txt").read_text())
     for _ in range(50):
         state = Path(f"/proc/{pid}/stat")

@@ -110,7 +110,7 @@ def test_hashed_bits_are_splitmix64():
 
 def test_marginals(device, source):
     """P(|X - T p| > t) <= 2 exp(-t² / 2(T p (1 - p) + t / 3)), Bernstein, for X of T draws: 10^-9 for all classes together."""
-    num_classes, steps = 50, 4000
+    num_classes, steps = 50, 3000
     labels = torch.tensor([0, 17, 18, 49, 17, -1, 50], device=device)
     tally = torch.zeros(num_classes, dtype=torch.int64, device=device)
     for step in range(steps):
@@ -394,7 +394,7 @@ def interpreter_uncounted(monkeypatch):
 
 @pytest.mark.usefixtures("interpreter_uncounted")
 @pytest.mark.parametrize("form", ["cosines", "cosines, large", "bias", "3 centres"])
-@slow_when(lambda backend, form: interpreted(backend) and form not in ("bias", "3 centres"))
+@slow_when(lambda backend, form: interpreted(backend) and form != "3 centres")
 def test_rows_are_gathered_slab_by_slab(backend, device, form):
     """Forward holds no M x D numbers and backward the gradient's own alone: slabs are 128 of 500 rows, or 384 of 1500."""
     margin, scale, _, centers = FORMS[form]
@@ -646,8 +646,7 @@ def test_compile(kind, device):
     assert torch.equal(broken(features.to(device), labels.to(device)), eager(features.to(device), labels.to(device)))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("use_reentrant, compiled", [(False, False), (True, False), (False, True)])
 def test_checkpointing_a_head_is_refused(use_reentrant, compiled, device):
     torch._dynamo.reset()
     head = sampled_head(device)
