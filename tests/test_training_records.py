@@ -26,11 +26,14 @@ def image(number, kind="png"):
     return stream.getvalue(), pixels
 
 
-def write_rec(folder, header="<IfQQ", several=False, payloads=None):
-    """As mxnet.recordio.MXIndexedRecordIO writes, with pack for one label or several; InsightFace's record 0 in front."""
+def write_rec(folder, header="<IfQQ", several=False, payloads=None, labels=LABELS, ends=(5, 8)):
+    """As mxnet.recordio.MXIndexedRecordIO writes, with pack for one label or several.
+
+    InsightFace's record 0 is in front, and behind there is a record for each of three identities, without an image.
+    """
     payloads = payloads or [image(number)[0] for number in range(len(LABELS))]
-    contents = [struct.pack(header, 2, 0, 0, 0) + np.array([len(payloads) + 1, len(payloads) + 4], np.float32).tobytes()]
-    for label, payload in zip(LABELS, payloads, strict=True):
+    contents = [struct.pack(header, 2, 0, 0, 0) + np.array(ends, np.float32).tobytes()]
+    for label, payload in zip([*labels, 0, 0, 0], [*payloads, b"", b"", b""], strict=True):
         several_labels = np.array([label, 9], np.float32).tobytes() if several else b""
         contents.append(struct.pack(header, 2 * several, label, 0, 0) + several_labels + payload)
     offsets, stream = [], io.BytesIO()
@@ -84,15 +87,61 @@ def test_damage_of_records(tmp_path):
     write_rec(tmp_path, payloads=[*(image(number)[0] for number in (0, 1, 2)), image(3)[0][:60]])
     ((name, why),) = opened(tmp_path).batch([0, 3])[2].values()
     assert name == f"{tmp_path}/train.rec, record 4" and why
-    os.truncate(tmp_path / "train.rec", 900)
+    os.truncate(tmp_path / "train.rec", 2000)
     with pytest.raises(config.ConfigError, match=r"train\.rec is cut off: its \.idx has a record at byte"):
         opened(tmp_path)
     (tmp_path / "train.idx").unlink()
     with pytest.raises(config.ConfigError, match=r"there is no .*train\.idx"):
         opened(tmp_path)
     write_rec(tmp_path, payloads=[b"none"] * 4)
-    with pytest.raises(config.ConfigError, match=r"record 1 of .* holds no JPEG or PNG"):
+    with pytest.raises(config.ConfigError, match=r"first records of .* hold no JPEG or PNG"):
         opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("", "there are none"),
+        ("0\t0\n1", "lines of KEY, tab, OFFSET are wanted"),
+        ("0\t0\n1\tx\n", "something else in it"),
+        ("0\t0\n1\t-4\n", "some below 0"),
+        ("0\t0\n1\t99999999999999999999\n", "is cut off"),
+        ("0\t0\n1\t40\n", "has 1 images of 4"),
+        ("1\t8\n", "hold no JPEG or PNG"),
+    ],
+)
+def test_a_damaged_index(tmp_path, index, message):
+    write_rec(tmp_path)
+    (tmp_path / "train.idx").write_text(index)
+    with pytest.raises(config.ConfigError, match=message):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("ends", [(np.nan, 8), (5, np.inf), (0, 8), (5, 4), (9e8, 9e9)])
+def test_a_front_that_counts_wrong(tmp_path, ends):
+    write_rec(tmp_path, ends=ends)
+    with pytest.raises(config.ConfigError, match=r"record 0 of .* is damaged|has 7 images of"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("label", [np.nan, np.inf, -1, 1.5, 3])
+def test_a_label_that_is_none(tmp_path, label):
+    """With record 0, which counts the identities, and without."""
+    write_rec(tmp_path, labels=[label, *LABELS[1:]])
+    assert list(opened(tmp_path).batch([0, 1])[2]) == [0]
+    lines = (tmp_path / "train.idx").read_text().splitlines()
+    (tmp_path / "train.idx").write_text("\n".join(lines[1:5]))
+    source = opened(tmp_path)
+    assert source.num_classes == (4 if label == 3 else 3)
+    assert list(source.batch([0, 1])[2]) == ([] if label == 3 else [0])
+
+
+def test_counts_that_float32_rounds(tmp_path, monkeypatch):
+    """Of 42 million images record 0 has the number only to a multiple of four: the records themselves say where they end."""
+    monkeypatch.setattr(records, "FLOAT32_LABELS", 4)
+    for ends in ((4, 8), (5, 8), (8, 12)):
+        write_rec(tmp_path, ends=ends)
+        check(opened(tmp_path))
 
 
 def test_labels_that_float32_cannot_hold(tmp_path, monkeypatch):
@@ -123,6 +172,10 @@ def test_tar_shards(tmp_path):
     write_tar(tmp_path / "1.tar", [("a.png", image(0)[0])])
     with pytest.raises(config.ConfigError, match=r"1 images of .*1\.tar have no label from 0 on, such as a\.png"):
         opened(tmp_path)
+    for content in (b"1.5", b"true", b'"x"', b"null", b"-1", b"["):
+        write_tar(tmp_path / "1.tar", [("a.png", image(0)[0]), ("a.json", b'{"label": ' + content + b"}")])
+        with pytest.raises(config.ConfigError, match=r"1\.tar cannot be read|have no label from 0 on"):
+            opened(tmp_path)
     write_tar(tmp_path / "1.tar", [("a.png", image(0)[0]), ("a.cls", b"ann")])
     with pytest.raises(config.ConfigError, match=r"1\.tar cannot be read: ValueError"):
         opened(tmp_path)

@@ -6,9 +6,11 @@ Record 0 holds no image: its two labels are the first key of the identities' rec
 """
 
 import json
+import math
 import os
 import struct
 import tarfile
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -27,35 +29,80 @@ class Records(Files):
     """A .rec file and its .idx."""
 
     def __init__(self, path, image_size):
-        self.path, self.image_size, index = path, image_size, path.with_suffix(".idx")
-        try:
-            keys, offsets = np.array(index.read_text().split(), dtype=np.int64).reshape(-1, 2).T
-            self.data = np.memmap(path, dtype=np.uint8, mode="r")
-        except FileNotFoundError as error:
-            raise ConfigError(f"data: there is no {error.filename}: a .rec file needs its .idx beside it") from None
-        except ValueError as error:
-            raise ConfigError(f"data: {index} or {path} is damaged: lines of KEY, tab, OFFSET are wanted ({error})") from None
-        places = dict(zip(keys.tolist(), offsets.tolist(), strict=True))
-        last = int(offsets.max())
-        if last + 8 > len(self.data) or last + 8 + self._length(last) > len(self.data):
-            raise ConfigError(
-                f"data: {path} is cut off: its .idx has a record at byte {last:,}, and the file ends at "
-                f"{len(self.data):,}; copy it anew"
-            )
-        # Not the first one, which may hold no image.
-        self.header = self._found_header(int(keys[min(1, len(keys) - 1)]), int(offsets[min(1, len(keys) - 1)]))
-        ends, image = self._labels(self._record(places[0])) if 0 in places else ([], b"")
-        if len(ends) == 2 and not image:
-            self.keys, self.num_classes = np.arange(1, int(ends[0])), int(ends[1] - ends[0])
-            self.offsets = np.array([places.get(key, -1) for key in self.keys.tolist()])
+        self.path, self.image_size = path, image_size
+        self.keys, self.offsets = self._index(path.with_suffix(".idx"))  # by ascending keys
+        self.header = self._found_header()
+        ends = self._ends()
+        if ends is None:
+            self.num_classes = 1 + max((self._label(place) for place in range(len(self))), default=-1)
         else:
-            self.keys, self.offsets = keys, offsets
-            self.num_classes = 1 + int(max(self._labels(self._record(each))[0][0] for each in offsets.tolist()))
+            self.num_classes = self._without_identities(*ends)
+        if self.num_classes < 1 or not len(self):
+            raise ConfigError(f"data: {path} has no record of an image with a label from 0 on")
         if self.header == HEADERS[0] and self.num_classes > FLOAT32_LABELS:
             raise ConfigError(
                 f"data: {path} has {self.num_classes:,} identities, and its float32 labels are exact up to {FLOAT32_LABELS:,}: "
                 "write it as tar shards"
             )
+
+    def _index(self, index):
+        """(keys, offsets) of the .idx. self.data becomes the .rec."""
+        try:
+            keys, offsets = _whole_numbers(index.read_text()).reshape(-1, 2).T
+            self.data = np.memmap(self.path, dtype=np.uint8, mode="r")
+            if not len(keys) or min(keys.min(), offsets.min()) < 0:
+                raise ValueError("there are none, or some below 0")
+        except FileNotFoundError as error:
+            raise ConfigError(f"data: there is no {error.filename}: a .rec file needs its .idx beside it") from None
+        except ValueError as error:
+            raise ConfigError(
+                f"data: {index} or {self.path} is damaged: lines of KEY, tab, OFFSET are wanted ({error}); copy both anew"
+            ) from None
+        last, size = int(offsets.max()), len(self.data)
+        if last + 8 > size or last + 8 + struct.unpack_from("<I", self.data, last + 4)[0] % 2**29 > size:
+            raise ConfigError(
+                f"data: {self.path} is cut off: its .idx has a record at byte {last:,}, and the file ends at {size:,}; "
+                "copy it anew"
+            )
+        order = keys.argsort(kind="stable")
+        return keys[order], offsets[order]
+
+    def _ends(self):
+        """The two labels of InsightFace's record 0; None where there is none."""
+        if self.keys[0] != 0:
+            return None
+        try:
+            ends, image = self._labels(self._record(int(self.offsets[0])))
+        except (ValueError, struct.error) as error:
+            raise self._damaged_front(error) from None
+        if len(ends) != 2 or image:
+            return None
+        if not (1 < ends[0] <= ends[1] < math.inf):
+            raise self._damaged_front(f"images end at {ends[0]}, identities at {ends[1]}")
+        return int(ends[0]), int(ends[1])
+
+    def _damaged_front(self, why):
+        return ConfigError(
+            f"data: record 0 of {self.path}, which says how many images there are, is damaged ({why}); copy it anew"
+        )
+
+    def _without_identities(self, first, end):
+        """Leave the records of images, whose keys are below `first`. The number of identities.
+
+        The two are float32 numbers, rounded where they are above 2^24: then the .idx, and what the records hold, say more.
+        """
+        identities, slack = end - first, 0
+        if end > FLOAT32_LABELS:
+            slack = 8
+            near = np.searchsorted(self.keys, [first - slack, first + slack])
+            images = [place for place in range(*near) if self._image(place)]
+            first = int(self.keys[images[-1]]) + 1 if images else first
+            identities = int((self.keys >= first).sum()) or identities
+        images = slice(*np.searchsorted(self.keys, [1, first]))
+        self.keys, self.offsets = self.keys[images], self.offsets[images]
+        if len(self) < first - 1 - slack:
+            raise ConfigError(f"data: the .idx of {self.path} has {len(self):,} images of {first - 1:,}; copy both anew")
+        return identities
 
     def __len__(self):
         return len(self.keys)
@@ -64,12 +111,26 @@ class Records(Files):
         name = f"{self.path}, record {self.keys[index]}"
         try:
             labels, image = self._labels(self._record(int(self.offsets[index])))
-            label = int(labels[0])
-            if not 0 <= label < self.num_classes:
-                raise ValueError(f"label {labels[0]}, and there are {self.num_classes} identities")
-            return name, image, label
-        except (ValueError, struct.error) as error:
+            if not (0 <= labels[0] < self.num_classes and labels[0] == int(labels[0])):
+                raise ValueError(f"its label is {labels[0]}, and there are {self.num_classes} identities, from 0 on")
+            return name, image, int(labels[0])
+        except (ValueError, IndexError, struct.error) as error:
             return name, error, 0
+
+    def _label(self, place):
+        """The label of a record, or -1 where it has none."""
+        try:
+            label = self._labels(self._record(int(self.offsets[place])))[0][0]
+            return int(label) if label >= 0 and label == int(label) else -1
+        except (ValueError, OverflowError, IndexError, struct.error):
+            return -1
+
+    def _image(self, place):
+        """True if a record holds an image."""
+        try:
+            return self._labels(self._record(int(self.offsets[place])))[1].startswith(_STARTS)
+        except (ValueError, struct.error):
+            return False
 
     def _length(self, offset):
         magic, length = struct.unpack_from("<II", self.data, offset)
@@ -80,8 +141,6 @@ class Records(Files):
     def _record(self, offset):
         """The bytes of the record at an offset. One that holds the magic number at a multiple of 4 is in parts, without it."""
         parts, part = [], 0
-        if offset < 0:
-            raise ValueError("it is not in the .idx")
         while part in (0, 1, 2):
             length = self._length(offset)
             part = self.data[offset + 7] >> 5
@@ -101,14 +160,28 @@ class Records(Files):
             return [label], record[start:]
         return np.frombuffer(record, "<f4", flag, start).tolist(), record[start + 4 * flag :]
 
-    def _found_header(self, key, offset):
-        """The form of header after which an image begins in a record."""
-        record = self._record(offset)
-        for header in HEADERS:
-            (flag,) = struct.unpack_from("<I", record)
-            if record[struct.calcsize(header) + 4 * flag :].startswith(_STARTS):
-                return header
-        raise ConfigError(f"data: record {key} of {self.path} holds no JPEG or PNG after a header of {', '.join(HEADERS)}")
+    def _found_header(self):
+        """The form of header after which an image begins, in one of the first records: one may be damaged, or hold none."""
+        for place in range(min(len(self), 20)):
+            try:
+                record = self._record(int(self.offsets[place]))
+                (flag,) = struct.unpack_from("<I", record)
+            except (ValueError, struct.error):
+                continue
+            for header in HEADERS:
+                if record[struct.calcsize(header) + 4 * flag :].startswith(_STARTS):
+                    return header
+        raise ConfigError(f"data: the first records of {self.path} hold no JPEG or PNG after a header of {', '.join(HEADERS)}")
+
+
+def _whole_numbers(text):
+    """int64 of a text of numbers with blanks between, without an object for each: there may be a hundred million."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)  # so NumPy says that the text ends in something else
+        try:
+            return np.fromstring(text, dtype=np.int64, sep=" ")
+        except DeprecationWarning:
+            raise ValueError("there is something else in it") from None
 
 
 class Shards(Files):
@@ -135,6 +208,12 @@ class Shards(Files):
         return f"{self.paths[number]}, {self.names[index]}", os.pread(self.files[number], size, offset), label
 
 
+def _label(value):
+    if isinstance(value, bool | float):
+        raise ValueError(f"a label is {value}")
+    return int(value)
+
+
 def _samples(path):
     """(offset, size, label, name) of each image of a tar file."""
     images, labels = {}, {}
@@ -147,7 +226,7 @@ def _samples(path):
                     images[folder, key] = member.offset_data, member.size, member.name
                 elif kind in ("cls", "json"):
                     text = archive.extractfile(member).read()
-                    labels[folder, key] = int(text) if kind == "cls" else int(json.loads(text)["label"])
+                    labels[folder, key] = _label(text if kind == "cls" else json.loads(text)["label"])
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"data: {path} cannot be read: {type(error).__name__}: {error}; a tar without compression is wanted, with whole "
