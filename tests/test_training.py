@@ -67,16 +67,29 @@ def test_settings_come_from_files_and_the_command_line(tmp_path):
         ("epochs=ten", "epochs must be a whole number from 1, got 'ten'"),
         ("epochs=1.5", "epochs must be a whole number"),
         ("lr=nan", "lr must be a number"),
+        ("lr=inf", "lr must be a number"),
+        ("seed=1e99", "seed must be a whole number from 0 to 2,147,483,648"),
+        ("clip=0", "clip must be a number from 1e-09"),
+        ("ema=1", "ema must be a number from 0 to 0.999999"),
+        pytest.param(
+            "device=cuda", "PyTorch finds no GPU here", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU")
+        ),
         ("flip=maybe", "flip must be true or false"),
         ("optimizer=adam", "optimizer must be one of sgd, adamw"),
         ("nowhere.yaml", "cannot read nowhere.yaml"),
         ("margin=ArcFace(m=9)", "m of ArcFace must be from 0"),
         ("margin=print(1)", "margin must be one of CosFace"),
+        ("margin=CosFace(nan)", "its arguments must be plain numbers"),
         ("margin=SphereFace() margin_warmup=0.5", "margin_warmup needs CosFace, ArcFace or AdaFace"),
         ("backbone=smal", "backbone must be one of small"),
         ("backbone=nowhere:net", "cannot be imported"),
+        ("backbone=:", "cannot be imported"),
+        ("backbone=os:getcwd", "backbone=os:getcwd fails, called with embedding_size=8"),
+        ("backbone=torch.nn:Identity", "backbone=torch.nn:Identity makes (2, 3, 16, 16) of two images, and (2, 8) is wanted"),
         ("data=faces:many", "data=faces:many must be faces:IDENTITIES"),
-        ("data=nowhere", "data: there is no nowhere"),
+        ("data=nowhere", "data: nowhere is not there"),
+        (f"data={__file__}", "test_training.py is a file of another kind"),
+        ("data=faces:10000000000000", "identities need a class table of 320,000.0 GB"),
         ("batch_size=100", "fewer than batch_size=100"),
         ("accumulate=3", "must be a multiple of accumulate=3"),
         ("fused=false table_format=bfloat16", "need fused=true"),
@@ -171,6 +184,10 @@ def test_a_run_is_not_trained_over(tmp_path):
     with pytest.raises(config.ConfigError, match="has a run already: --resume"):
         loop.train(settings(tmp_path))
     (tmp_path / "config.yaml").write_text(config.text(settings(tmp_path)))
+    with pytest.raises(config.ConfigError, match=r"nowhere is no run, it has no config\.yaml"):
+        config.of_command(["out=nowhere"], True)
+    with pytest.raises(config.ConfigError, match="is no run and not empty"):
+        loop.train(settings(__file__))
     with pytest.raises(config.ConfigError, match="lr cannot change with --resume"):
         config.of_command([f"out={tmp_path}", "lr=0.2"], True)
 
@@ -185,13 +202,18 @@ def folder_of_images(path):
 
 def test_a_folder_of_images(tmp_path, capsys):
     folder_of_images(tmp_path / "crops")
-    (tmp_path / "crops/bob/1.png").write_bytes((tmp_path / "crops/bob/1.png").read_bytes()[:99])
+    (tmp_path / "crops/bob/1.png").write_bytes((tmp_path / "crops/bob/1.png").read_bytes()[:3])
     assert loop.train(settings(tmp_path / "run", f"data={tmp_path / 'crops'}", "batch_size=7", "epochs=2")) == 0
     assert f"1 of 3 identities have one image, such as {tmp_path / 'crops/eve'}" in capsys.readouterr().out
     (line,) = (tmp_path / "run/damaged.txt").read_text().splitlines()
     assert "bob/1.png" in line
     with pytest.raises(RuntimeError, match=r"1 damaged images, more than max_damaged=0; the last is .*bob/1\.png"):
         loop.train(settings(tmp_path / "other", f"data={tmp_path / 'crops'}", "batch_size=7", "max_damaged=0"))
+    for path in (tmp_path / "crops").glob("*/*.png"):
+        path.write_bytes(b"none")
+    more = f"data={tmp_path / 'crops'}", "batch_size=2"
+    with pytest.raises(RuntimeError, match=r"no image of a batch can be read, such as .*4 bytes are no image that Pillow knows"):
+        loop.train(settings(tmp_path / "other3", *more))
     with pytest.raises(config.ConfigError, match="run has no images"):
         loop.train(settings(tmp_path / "other2", f"data={tmp_path / 'run'}"))
 

@@ -147,8 +147,12 @@ def _reproduce(arguments):
 
 def _homeless(*paths):
     """A message where a file to write has no folder, before the work is done."""
-    missing = [path for path in paths if path and not path.parent.is_dir()]
-    return f"cannot write {missing[0]}: there is no folder {missing[0].parent}" if missing else None
+    for path in filter(None, paths):
+        if path.is_dir():
+            return f"cannot write {path}: it is a folder, and a file is wanted"
+        if not path.parent.is_dir():
+            return f"cannot write {path}: there is no folder {path.parent}"
+    return None
 
 
 def _print(text, extras="train"):

@@ -37,11 +37,23 @@ def build(name, embedding_size, image_size):
         return _timm(function, embedding_size, image_size)
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"backbone={name} cannot be imported: {error}; its module must be on PYTHONPATH or installed"
         ) from error
-    return make(embedding_size=embedding_size, image_size=image_size)
+    try:
+        backbone = make(embedding_size=embedding_size, image_size=image_size)
+        with torch.no_grad():
+            images = torch.zeros(2, 3, image_size, image_size, dtype=torch.float32, device="cpu")
+            shape = tuple(backbone.eval()(images).shape)
+    except Exception as error:  # a function of somebody else's
+        raise ConfigError(
+            f"backbone={name} fails, called with embedding_size={embedding_size} and image_size={image_size}, or its module with "
+            f"two images: {type(error).__name__}: {error}"
+        ) from error
+    if shape != (2, embedding_size):
+        raise ConfigError(f"backbone={name} makes {shape} of two images, and (2, {embedding_size}) is wanted")
+    return backbone.train()
 
 
 def load_backbone(run):
@@ -75,6 +87,8 @@ def _timm(name, embedding_size, image_size):
         return timm.create_model(name, num_classes=embedding_size, img_size=image_size)
     except TypeError:  # a network for images of any size
         return timm.create_model(name, num_classes=embedding_size)
+    except RuntimeError as error:
+        raise ConfigError(f"backbone=timm:{name} cannot be made: {error}; timm.list_models() has the names") from error
 
 
 def _halved(size, times):

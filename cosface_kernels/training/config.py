@@ -61,9 +61,9 @@ class Config:
     milestones: list[float] = _setting(  # noqa: RUF009
         [0.5, 0.75, 0.9], "parts of the steps after which `step` divides the rate by 10", low=0, high=1
     )
-    clip: float | None = _setting(None, "the largest norm of the backbone's gradient", low=0)
+    clip: float | None = _setting(None, "the largest norm of the backbone's gradient", low=1e-9)
     accumulate: int = _setting(1, "pieces in which a batch is computed", low=1)
-    ema: float | None = _setting(None, "decay of a running mean of the backbone's weights, such as 0.999", low=0, high=1)
+    ema: float | None = _setting(None, "decay of a running mean of the backbone's weights, such as 0.999", low=0, high=0.999999)
 
     device: str | None = _setting(None, "cpu or cuda (null: cuda where there is a GPU)", ("cpu", "cuda"))
     precision: str = _setting("float32", "bfloat16: autocast", ("float32", "bfloat16"))
@@ -89,6 +89,9 @@ def of_command(arguments, resume=False, only_shown=False):
     """
     config = parse(arguments)
     path = Path(config.out) / "config.yaml"
+    if resume and not config.data and not path.exists():
+        where = f"{config.out} is no run, it has no config.yaml" if config.out else "out is missing"
+        raise ConfigError(f"{where}: --resume goes on with the run in out=; a new one needs data= too")
     if not (resume and config.out and path.exists()):
         return config if only_shown and not (config.data and config.out) else resolved(config)
     saved = read(path)
@@ -171,7 +174,7 @@ def _value(key, value, where):
         found = _converted(kind, value)
         numbers = found if isinstance(found, list) else [found]
         low, high = metadata["range"]
-        if not all(isinstance(each, str | bool) or low <= each <= high for each in numbers):
+        if not all(isinstance(each, str | bool) or (low <= each <= high and math.isfinite(each)) for each in numbers):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
         raise ConfigError(f"{key} must be {_named(kind, metadata)}, got {value!r} in {where}") from None
@@ -204,5 +207,6 @@ def _converted(kind, value):
 def _named(kind, metadata):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
     low, high = metadata["range"]
-    bounds = [f"from {low:g}"] * (low > -math.inf) + [f"to {high:g}"] * (high < math.inf)
+    bounds = [f"{word} {f'{each:,}' if isinstance(each, int) else f'{each:g}'}" for word, each in (("from", low), ("to", high))]
+    bounds = [bound for bound, each in zip(bounds, (low, high), strict=True) if math.isfinite(each)]
     return " ".join([names.get(kind, "numbers with commas between"), *bounds])

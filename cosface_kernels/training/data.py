@@ -33,9 +33,10 @@ def open_source(config):
         return found
     if path.is_dir():
         return Folder(path, config.image_size)
+    what = "a file of another kind" if path.exists() else "not there"
     raise ConfigError(
-        f"data: there is no {path}; it takes faces:IDENTITIES, digits, a folder of "
-        "folders of images, one for each identity, a .rec file, or tar shards"
+        f"data: {path} is {what}; data takes faces:IDENTITIES, digits, a folder of folders of images, one for each identity, "
+        "a .rec file, or tar shards"
     )
 
 

@@ -67,11 +67,15 @@ class Folder(Files):
 
 def decode(data, size):
     """uint8 (3, size, size) of an image file's bytes, or raises the error that took their place."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if isinstance(data, Exception):
         raise data
-    with Image.open(io.BytesIO(data)) as image:
+    try:
+        opened = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its own message has an address, which is another each time
+        raise ValueError(f"its {len(data):,} bytes are no image that Pillow knows") from None
+    with opened as image:
         image = image.convert("RGB")
         if image.size != (size, size):
             image = image.resize((size, size), Image.Resampling.BILINEAR)

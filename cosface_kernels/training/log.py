@@ -19,7 +19,8 @@ class Log:
         writes = ranks.rank == 0
         self.out, self.ranks, self.writes, self.waiting, self.images, self.bar = out, ranks, writes, [], 0, None
         self.pieces, self.since = config.accumulate, time.perf_counter()
-        self.known = set((out / "damaged.txt").read_text().splitlines()) if (out / "damaged.txt").exists() else set()
+        lines = (out / "damaged.txt").read_text().splitlines() if (out / "damaged.txt").exists() else []
+        self.known = {line.partition(": ")[0] for line in lines}
         if writes:
             _truncate(out / "metrics.jsonl", start)
         self.board = _tensorboard(out) if config.tensorboard and writes else None
@@ -94,11 +95,11 @@ class Log:
         Raises:
             RuntimeError: there are more than `limit`.
         """
-        new = {name: why for name, why in found.values() if f"{name}: {why}" not in self.known}
+        new = {name: why for name, why in found.values() if name not in self.known}
         if not new:
             return
         lines = [f"{name}: {why}" for name, why in new.items()]
-        self.known.update(lines)
+        self.known.update(new)
         with open(self.out / "damaged.txt", "a") as stream:
             stream.write("".join(f"{line}\n" for line in lines))
         if len(self.known) > limit:

@@ -26,6 +26,8 @@ def train(config, resume=False):
         ConfigError: settings that do not fit each other, the data or the run's folder; nothing was written.
         OSError, RuntimeError: a disk, a worker or the loss failed; the run can be resumed.
     """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, and PyTorch finds no GPU here: `cosface info` says more; device=cpu trains without")
     with _processes(config):
         run = Run(config, resume)
         with _Signals() as signals:
@@ -114,7 +116,7 @@ class Run:
                     f"{self.out} has a run already: --resume goes on with it; or choose another out=, or remove the folder"
                 )
             return
-        if self.out.exists() and any(self.out.iterdir()):
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
         self.out.mkdir(parents=True, exist_ok=True)
         partial = self.out / "config.yaml.partial"
@@ -198,6 +200,8 @@ class Run:
                     "workers=0 reads in the main process"
                 ) from error
             self.log.damaged(damaged, self.config.max_damaged)
+            if not len(images):
+                raise RuntimeError(f"no image of a batch can be read, such as {': '.join(next(iter(damaged.values())))}")
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
     def _stopped(self, signals, step):

@@ -12,6 +12,7 @@ from torch import nn
 from .. import margins
 from ..distributed.dtensors import first_row
 from ..heads.sharded import ShardedMarginSoftmaxLoss
+from ..ops.memory import total_memory
 from ..optim import FusedAdamW, FusedSGD
 from . import backbones, faces
 from .config import ConfigError
@@ -24,6 +25,7 @@ class Model(nn.Module):
 
     def __init__(self, config, num_classes, device, ranks):
         super().__init__()
+        _check_memory(config, num_classes, device, ranks)
         torch.manual_seed(config.seed)
         self.backbone = backbones.build(config.backbone, config.embedding_size, config.image_size)
         if ranks.size > 1 and config.sync_batchnorm:
@@ -40,6 +42,17 @@ class Model(nn.Module):
         torch._foreach_lerp_(list(mean), list(here), 1 - decay)
         for own, new in zip(self.ema.buffers(), self.backbone.buffers(), strict=True):
             own.copy_(new)
+
+
+def _check_memory(config, num_classes, device, ranks):
+    """Raise where the class table alone is larger than the memory: the labels are at fault, as a rule."""
+    size = num_classes * config.centers_per_class * config.embedding_size * (2 if config.table_format == "bfloat16" else 4)
+    there = total_memory(device) * ranks.size
+    if size > there:
+        raise ConfigError(
+            f"data: {num_classes:,} identities need a class table of {size / 1e9:,.1f} GB, and the memory has "
+            f"{there / 1e9:,.1f} GB: number the identities from 0 without gaps; `cosface plan` says what fits"
+        )
 
 
 def _head(config, num_classes, device):
@@ -70,11 +83,16 @@ def margin_of(text):
     try:
         call = ast.parse(text, mode="eval").body
         name = call.func if isinstance(call, ast.Call) else call
-        arguments = [ast.literal_eval(each) for each in getattr(call, "args", ())]
-        options = {each.arg: ast.literal_eval(each.value) for each in getattr(call, "keywords", ())}
-        return kinds[name.id](*arguments, **options)
+        make = kinds[name.id]
     except (SyntaxError, KeyError, AttributeError):
         raise ConfigError(f'margin must be one of {", ".join(kinds)}, as in margin="ArcFace(0.5)", got {text!r}') from None
+    try:
+        arguments = [ast.literal_eval(each) for each in getattr(call, "args", ())]
+        options = {each.arg: ast.literal_eval(each.value) for each in getattr(call, "keywords", ())}
+    except ValueError:
+        raise ConfigError(f"margin={text!r}: its arguments must be plain numbers, such as 0.5") from None
+    try:
+        return make(*arguments, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"margin={text!r}: {error}") from error
 
