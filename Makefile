@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
+.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-stand-in test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-stand-in | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -47,6 +47,12 @@ test-aarch64: $(READY)
 	aarch64-linux-gnu-g++ -std=c++17 -O1 -Wno-psabi -fopenmp tests/aarch64/compare.cpp -o $(AARCH64)/compare -ldl
 	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu $(AARCH64)/compare \
 		$(AARCH64)/cosface_kernels/ops/backends/libcosface_cpu.so portable neon neonbf16
+
+# The native kernels for AVX-512 and AMX with plain functions in place of their instructions, on any x86-64.
+test-stand-in: $(READY)
+	COSFACE_STAND_IN="avx512 avx512bf16 amx" $(BIN)/python setup.py -q build_ext --build-lib build/stand_in --build-temp build/stand_in
+	COSFACE_CPU_LIBRARY=$(CURDIR)/build/stand_in/cosface_kernels/ops/backends/libcosface_cpu.so \
+		$(BIN)/python -m pytest tests/test_native.py tests/test_formats.py -k "avx512 or amx"
 
 # What only the CUDA builds of PyTorch and Triton show, in the versions of the GPU machine: 700 MB to download once, no GPU.
 GPU := build/gpu

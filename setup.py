@@ -6,11 +6,13 @@ import glob
 import os
 import platform
 import shutil
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SOURCES = ["csrc/cpu/kernels.cpp", "csrc/cpu/batch.cpp", "csrc/cpu/update.cpp"]
 FLAGS = [
@@ -33,9 +35,16 @@ if MACHINE in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = ["-mavx2", "-mfma"]
     INSTRUCTION_SETS["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
     INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+    INSTRUCTION_SETS["amx"] = [*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
 elif MACHINE == "aarch64":
     INSTRUCTION_SETS["neon"] = ["-DCOSFACE_NEON"]
     INSTRUCTION_SETS["neonbf16"] = ["-march=armv8.2-a+bf16", "-DCOSFACE_NEON"]
+# Sets whose instructions are plain functions, to test on any x86-64 what is compiled for them: make test-stand-in.
+if os.environ.get("COSFACE_STAND_IN"):
+    LEVELS = {"avx512": 1, "avx512bf16": 2, "amx": 3}
+    INSTRUCTION_SETS = {"portable": []}
+    for name in os.environ["COSFACE_STAND_IN"].split():
+        INSTRUCTION_SETS[name] = ["-include", "tests/stand_in/avx512.h", f"-DSTAND_IN={LEVELS[name]}", "-O1"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"] if os.environ.get("COSFACE_SANITIZE") else []
 
 
@@ -48,6 +57,9 @@ class BuildNative(build_ext):
         Path(path).unlink(missing_ok=True)  # where compiling fails, no older library is taken
         objects = []
         for name, flags in INSTRUCTION_SETS.items():
+            if not self.takes(flags):
+                print(f"without {name}: {self.compiler.compiler_cxx[0]} is too old for {' '.join(flags)}")
+                continue
             objects += self.compiler.compile(
                 extension.sources,
                 output_dir=os.path.join(self.build_temp, name),
@@ -56,6 +68,19 @@ class BuildNative(build_ext):
                 depends=extension.depends,
             )
         self.compiler.link_shared_object(objects, path, extra_postargs=["-fopenmp", *SANITIZERS])
+
+    def takes(self, flags):
+        """True if the compiler knows these flags: AMX since GCC 11, AVX-512's bfloat16 since GCC 10."""
+        if not flags:
+            return True
+        with tempfile.TemporaryDirectory() as folder:
+            empty = Path(folder, "empty.cpp")
+            empty.touch()
+            try:
+                self.compiler.compile([str(empty)], output_dir=folder, extra_preargs=flags)
+            except CompileError:
+                return False
+        return True
 
 
 class OneWheel(bdist_wheel):

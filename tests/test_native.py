@@ -208,6 +208,27 @@ def test_chosen_where_it_is_faster(monkeypatch, available, dtype, backend):
     assert backends.choose("auto", torch.device("cpu"), dtype).__name__.endswith(f".{backend}_backend")
 
 
+@pytest.mark.parametrize("answer, why", [(-1, "the operating system does not let"), (-2, "differed from AVX-512's")])
+def test_amx_that_cannot_be_used(monkeypatch, answer, why):
+    """AVX-512 takes its place, and `cosface info` says why."""
+    supported = {"amx": answer, "avx512bf16": 1, "portable": 1}
+    monkeypatch.setattr(cpu_library, "_supported", lambda instruction_set: supported.get(instruction_set, 0))
+    monkeypatch.setattr(cpu_library, "available", cpu_library.available.__wrapped__)
+    assert cpu_library.available() == ("avx512bf16", "portable")
+    assert why in info.report()
+
+
+@pytest.mark.skipif("amx" not in cpu_library.available(), reason="no AMX here, nor its stand-in")
+@pytest.mark.parametrize("fault, answer", [(0, 1), (1, -1), (2, -2)])
+def test_amx_is_checked(monkeypatch, fault, answer):
+    """The stand-in refuses tiles (1), or makes one product of 512 wrong (2)."""
+    library, _ = cpu_library._load()
+    if not hasattr(library, "stand_in_fault"):
+        pytest.skip("the processor's own AMX has no faults to choose from")
+    monkeypatch.setattr(ctypes.c_int.in_dll(library, "stand_in_fault"), "value", fault)
+    assert cpu_library._supported("amx") == answer
+
+
 def test_missing_library(monkeypatch, tmp_path):
     """No library, or one that does not load: `auto` goes on without it, and asking for it says what is wrong."""
     broken = tmp_path / "broken.so"

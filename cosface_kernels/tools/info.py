@@ -37,6 +37,8 @@ def _devices():
     threads = f"{torch.get_num_threads()} threads on {os.cpu_count()} cores"
     yield _line("cpu", f"{cpu_model()}, {threads}, {_cpu_memory()}, {capability}")
     yield _line("native kernels", cpu_library.unavailable() or f"{cpu_library.available()[0]}, {cpu_library.LIBRARY}")
+    if cpu_library.why_not_amx():
+        yield _line("", cpu_library.why_not_amx())
     if not torch.cuda.is_available():
         yield _line("cuda", "none" if torch.version.cuda else "none (this torch is built without CUDA)")
         return

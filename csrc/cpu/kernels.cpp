@@ -28,13 +28,16 @@
 #include "kernels.h"
 #include "product.h"
 #include "rows.h"
+#include "tiles_check.h"
 
 namespace {
 
-constexpr int64_t SUM_CLASSES = 72;       // exponentials added in float32 before their sum leaves the kernel
-constexpr int64_t CACHED_CLASSES = 48;    // class rows that a thread computes at a time, to read them again from its cache
-constexpr int64_t SUM_ROWS = 48;          // rows of U that a thread computes at a time
-constexpr int32_t NO_TARGET = INT32_MAX;  // so far from every class that `class - target < centers` is false
+// Multiples of TILE, and of GROUP where there are tiles.
+constexpr bool IN_GROUPS = HAS_TILES<bfloat16>;
+constexpr int64_t SUM_CLASSES = IN_GROUPS ? 64 : 72;     // exponentials added in float32 before their sum leaves the kernel
+constexpr int64_t CACHED_CLASSES = IN_GROUPS ? 64 : 48;  // class rows that a thread computes at a time, to read them again from its cache
+constexpr int64_t SUM_ROWS = IN_GROUPS ? 64 : 48;        // rows of U that a thread computes at a time
+constexpr int32_t NO_TARGET = INT32_MAX;                 // so far from every class that `class - target < centers` is false
 
 template <class Number> void row_panels(const RowPanels<Number> &in, int threads) {
     const Number *rows = in.rows;
@@ -144,22 +147,25 @@ template <class Number, class Epilogue>
 inline void exponent_tiles(const Exponents<Number> &given, int threads, Epilogue epilogue) {
     const Exponents<Number> in = given;
     const int64_t panel_words = ceil_div(in.size, PER_WORD<Number>) * PANEL;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) firstprivate(in, epilogue)
-    for (int64_t first = 0; first < in.classes; first += SUM_CLASSES) {
-        for (int64_t p = 0; p < ceil_div(in.num_rows, PANEL); p++) {
-            ExponentTile<Number> tile;
-            tile.first = first;
-            tile.last = smaller(first + SUM_CLASSES, in.classes);
-            tile.row = p * PANEL;
-            tile.log2_scale = in.log2_scale;
-            const Rows<Operand<Number>, SUM_CLASSES> unit(tile.last - first, PER_WORD<Number>,
-                                                          [&](int64_t j) { return in.unit + (first + j) * in.size; });
-            multiply(tile.cosines, unit, in.x_panels + p * panel_words, in.size, [](int64_t, int64_t) {});
-            fill(tile.target, tile.row, in.num_rows, [&](int64_t n) {
-                const int64_t column = in.targets[n] - in.first_class;
-                return column >= 0 && column < in.classes ? (int32_t)column : NO_TARGET;
-            });
-            epilogue(tile);
+#pragma omp parallel num_threads(threads) firstprivate(in, epilogue)
+    {
+        const TileRegisters<Number> registers;
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t first = 0; first < in.classes; first += SUM_CLASSES) {
+            for (int64_t p = 0; p < ceil_div(in.num_rows, PANEL); p++) {
+                ExponentTile<Number> tile;
+                tile.first = first;
+                tile.last = smaller(first + SUM_CLASSES, in.classes);
+                tile.row = p * PANEL;
+                tile.log2_scale = in.log2_scale;
+                const Rows<Operand<Number>, SUM_CLASSES> unit(in.unit + first * in.size, tile.last - first, in.size);
+                multiply(tile.cosines, unit, in.x_panels + p * panel_words, in.size, [](int64_t, int64_t) {});
+                fill(tile.target, tile.row, in.num_rows, [&](int64_t n) {
+                    const int64_t column = in.targets[n] - in.first_class;
+                    return column >= 0 && column < in.classes ? (int32_t)column : NO_TARGET;
+                });
+                epilogue(tile);
+            }
         }
     }
 }
@@ -251,36 +257,49 @@ template <class Number> void maxima(const Maxima<Number> &out, int threads) {
     FORMS[(out.values != nullptr) + 2 * (out.hard != nullptr)](out, threads);
 }
 
+// E's panels as the tiles read them, in place, if there are tiles: a loop of all threads. Whole blocks; the words after them stay.
+template <class Number> inline void turn_panels(uint32_t *panels, int64_t num_rows, int64_t words) {
+    if (!HAS_TILES<Number>) return;
+#pragma omp for collapse(2)
+    for (int64_t p = 0; p < ceil_div(num_rows, PANEL); p++)
+        for (int64_t b = 0; b < words / (BLOCK * PANEL); b++) turn_block(panels + p * words + b * BLOCK * PANEL);
+}
+
+// U of rows first .. last and columns q·PANEL .., a slab's share.
+template <class Number> inline void accumulate_block(const Accumulate<Number> &in, int64_t first, int64_t last, int64_t q) {
+    const int64_t words = ceil_div(in.classes, PER_WORD<Number>) * PANEL, width = ceil_div(in.size, WIDEST_PANEL) * WIDEST_PANEL;
+    for (int64_t n = first; n < last; n++)
+        for (int i = 0; i < PANEL; i += 8) __builtin_prefetch(in.pull + n * width + q * PANEL + i, 1);
+    Accumulator sums[SUM_ROWS / TILE];
+    const Rows<Operand<Number>, SUM_ROWS> e(in.e_panels, words, first, last - first);
+    // An odd class is paired with zeros.
+    const int64_t padded = words / PANEL * PER_WORD<Number>;
+    const uint32_t *panel = in.unit_panels + q * words;
+    multiply(sums, e, panel, padded, [&](int64_t tile, int64_t piece) {
+        // Prefetch the next piece: a slab comes from the third-level cache.
+        const int64_t next = smaller(PIECE_WORDS, words / PANEL - piece - PIECE_WORDS);
+        if (next > 0) prefetch(panel + (piece + PIECE_WORDS) * PANEL, next * PANEL * sizeof(uint32_t), tile, e.tiles);
+    });
+    for (int64_t n = first; n < last; n++) {
+        const float *from = (const float *)sums + (n - first) * PANEL;
+        double *to = in.pull + n * width + q * PANEL;
+        for (int i = 0; i < PANEL; i += LANES / 2) {
+            const Doubles total = load<Doubles>(to + i) + widen(from + i);
+            memcpy(to + i, &total, sizeof total);
+        }
+    }
+}
+
 template <class Number> void accumulate(const Accumulate<Number> &given, int threads) {
     const Accumulate<Number> in = given;
-    const int64_t words = ceil_div(in.classes, PER_WORD<Number>) * PANEL, width = ceil_div(in.size, WIDEST_PANEL) * WIDEST_PANEL;
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads) firstprivate(in)
-    for (int64_t first = 0; first < in.num_rows; first += SUM_ROWS) {
-        for (int64_t q = 0; q < ceil_div(in.size, PANEL); q++) {
-            const int64_t last = smaller(first + SUM_ROWS, in.num_rows);
-            const Rows<Operand<Number>, SUM_ROWS> e(last - first, PANEL * PER_WORD<Number>, [&](int64_t i) {
-                return (const Operand<Number> *)(in.e_panels + (first + i) / PANEL * words + (first + i) % PANEL);
-            });
-            for (int64_t n = first; n < last; n++)
-                for (int i = 0; i < PANEL; i += 8) __builtin_prefetch(in.pull + n * width + q * PANEL + i, 1);
-            Accumulator sums[SUM_ROWS / TILE];
-            // An odd class is paired with zeros.
-            const int64_t padded = words / PANEL * PER_WORD<Number>;
-            const uint32_t *panel = in.unit_panels + q * words;
-            multiply(sums, e, panel, padded, [&](int64_t tile, int64_t piece) {
-                // Prefetch the next piece: a slab comes from the third-level cache.
-                const int64_t next = smaller(PIECE_WORDS, words / PANEL - piece - PIECE_WORDS);
-                if (next > 0) prefetch(panel + (piece + PIECE_WORDS) * PANEL, next * PANEL * sizeof(uint32_t), tile, e.tiles);
-            });
-            for (int64_t n = first; n < last; n++) {
-                const float *from = (const float *)sums + (n - first) * PANEL;
-                double *to = in.pull + n * width + q * PANEL;
-                for (int i = 0; i < PANEL; i += LANES / 2) {
-                    const Doubles total = load<Doubles>(to + i) + widen(from + i);
-                    memcpy(to + i, &total, sizeof total);
-                }
-            }
-        }
+#pragma omp parallel num_threads(threads) firstprivate(in)
+    {
+        const TileRegisters<Number> registers;
+        turn_panels<Number>(in.e_panels, in.num_rows, ceil_div(in.classes, PER_WORD<Number>) * PANEL);
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t first = 0; first < in.num_rows; first += SUM_ROWS)
+            for (int64_t q = 0; q < ceil_div(in.size, PANEL); q++)
+                accumulate_block(in, first, smaller(first + SUM_ROWS, in.num_rows), q);
     }
 }
 
@@ -304,7 +323,7 @@ inline void unit_gradients(const TableGradient<Number> &in, int64_t first, int64
     const int64_t words = ceil_div(in.num_rows, PER_WORD<Number>) * PANEL, width = ceil_div(in.size, PANEL) * PANEL;
     const int64_t row_bytes = in.size * (in.is_bfloat16 ? sizeof(bfloat16) : sizeof(float)), count = last - first;
     const auto *numbers = operands(in.e + first * in.num_rows, count * in.num_rows, widened_e);
-    const Rows<Operand<Number>, CACHED_CLASSES> e(count, PER_WORD<Number>, [&](int64_t j) { return numbers + j * in.num_rows; });
+    const Rows<Operand<Number>, CACHED_CLASSES> e(numbers, count, in.num_rows);
     for (int64_t q = 0; q < width / PANEL; q++) {
         Accumulator sums[CACHED_CLASSES / TILE];
         multiply(sums, e, in.x_panels + q * words, in.num_rows, [&](int64_t tile, int64_t piece) {
@@ -347,25 +366,34 @@ inline void project_block(const TableGradient<Number> &in, int64_t first, int64_
     }
 }
 
+// dw of classes first .. last, stored or applied; room: this thread's scratch.
+template <class Number> inline void gradient_block(const TableGradient<Number> &in, int64_t first, int64_t last, float *room) {
+    const int64_t size = in.size;
+    float *unit_grad = room, *rows = room + scratch_of_gradient(size);
+    unit_gradients(in, first, last, rows + scratch_of_rows(size), unit_grad);
+    const float *weight = table_rows(in.table, in.is_bfloat16, size, first, last, rows);
+    // If the gradient is not stored, or not in float32, its rows overwrite those of dw̃.
+    const bool in_place = in.step || in.grad_is_bfloat16;
+    float *out = in_place ? unit_grad : (float *)in.grad + first * size;
+    const int64_t stride = in_place ? ceil_div(size, PANEL) * PANEL : size;
+    project_block(in, first, last, weight, unit_grad, out, stride);
+    if (in.step) {
+        const int thread = omp_get_thread_num();
+        JOIN(update_rows, INSTRUCTION_SET)(in.step, out, stride, nullptr, in.first_class + first, last - first, thread);
+    } else if (in.grad_is_bfloat16) {
+        for (int64_t i = 0; i < last - first; i++) round_row(out + i * stride, size, (bfloat16 *)in.grad + (first + i) * size);
+    }
+}
+
 template <class Number> void table_gradient(const TableGradient<Number> &given, int threads) {
     const TableGradient<Number> in = given;
-#pragma omp parallel for schedule(dynamic) num_threads(threads) firstprivate(in)
-    for (int64_t first = 0; first < in.classes; first += CACHED_CLASSES) {
-        const int64_t last = smaller(first + CACHED_CLASSES, in.classes), size = in.size;
-        float *unit_grad = in.scratch + omp_get_thread_num() * in.scratch_size, *room = unit_grad + scratch_of_gradient(size);
-        unit_gradients(in, first, last, room + scratch_of_rows(size), unit_grad);
-        const float *weight = table_rows(in.table, in.is_bfloat16, size, first, last, room);
-        // If the gradient is not stored, or not in float32, its rows overwrite those of dw̃.
-        const bool in_place = in.step || in.grad_is_bfloat16;
-        float *out = in_place ? unit_grad : (float *)in.grad + first * size;
-        const int64_t stride = in_place ? ceil_div(size, PANEL) * PANEL : size;
-        project_block(in, first, last, weight, unit_grad, out, stride);
-        if (in.step) {
-            const int thread = omp_get_thread_num();
-            JOIN(update_rows, INSTRUCTION_SET)(in.step, out, stride, nullptr, in.first_class + first, last - first, thread);
-        } else if (in.grad_is_bfloat16) {
-            for (int64_t i = 0; i < last - first; i++) round_row(out + i * stride, size, (bfloat16 *)in.grad + (first + i) * size);
-        }
+#pragma omp parallel num_threads(threads) firstprivate(in)
+    {
+        const TileRegisters<Number> registers;
+        float *room = in.scratch + omp_get_thread_num() * in.scratch_size;
+#pragma omp for schedule(dynamic)
+        for (int64_t first = 0; first < in.classes; first += CACHED_CLASSES)
+            gradient_block(in, first, smaller(first + CACHED_CLASSES, in.classes), room);
     }
 }
 
@@ -384,7 +412,7 @@ EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
 // The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h, batch.h or update.h.
-EXPORT(int, interface)() { return 11; }
+EXPORT(int, interface)() { return 12; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
@@ -394,14 +422,20 @@ EXPORT(int, per_word_float)() { return PER_WORD<float>; }
 EXPORT(int, per_word_bfloat16)() { return PER_WORD<bfloat16>; }
 EXPORT(int64_t, scratch_numbers)(int64_t num_rows, int64_t size) { return scratch_numbers(num_rows, size); }
 
-// True if this processor can run the instructions of this library's part.
+// 1 if this processor can run the instructions of this library's part, 0 if it cannot; below 0 with AMX that cannot be used: -1 where
+// the operating system refuses, -2 where its products differ.
 EXPORT(int, supported)() {
 #if defined(__AVX512F__)
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
 #if defined(__AVX512BF16__)
-    return avx512 && __builtin_cpu_supports("avx512bf16");
+    const bool all = avx512 && __builtin_cpu_supports("avx512bf16");
+#if defined(__AMX_BF16__)
+    return all ? tiles_supported() : 0;
+#else
+    return all;
+#endif
 #elif defined(__AVX512F__)
     return avx512;
 #elif defined(__AVX2__)

@@ -59,8 +59,9 @@ template <class Number> struct Maxima {
 };
 
 template <class Number> struct Accumulate {
-    const uint32_t *e_panels, *unit_panels;  // of columns of a slab
-    double *pull;                            // (N, D rounded up to WIDEST_PANEL)
+    uint32_t *e_panels;           // of columns of a slab; tiles rearrange them in place
+    const uint32_t *unit_panels;  // the same
+    double *pull;                 // (N, D rounded up to WIDEST_PANEL)
     int64_t num_rows, classes, size;
 };
 

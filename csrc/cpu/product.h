@@ -5,6 +5,7 @@
 
 #pragma once
 
+#include "tiles.h"
 #include "vector.h"
 
 namespace {
@@ -20,6 +21,7 @@ constexpr int64_t PIECE_WORDS = LANES == 16 ? INT64_MAX / 2 : SUM_WORDS;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Accumulator {
     Vector at[TILE][VECTORS];
@@ -57,10 +59,23 @@ __attribute__((noinline)) void add_tile(Accumulator &sum, const Number *const *r
 template <class Number, int64_t ROWS> struct Rows {
     const Number *row[ROWS];
     int64_t step, tiles;
+    Blocks blocks;
 
-    // place(i) for i in 0 .. count
-    template <class Place> Rows(int64_t count, int64_t step, Place place) : step(step), tiles(ceil_div(count, TILE)) {
-        for (int64_t i = 0; i < tiles * TILE; i++) row[i] = place(smaller(i, count - 1));
+    // Rows of a matrix, `stride` numbers apart.
+    Rows(const Number *matrix, int64_t count, int64_t stride) : step(PER_WORD<Number>), tiles(ceil_div(count, TILE)) {
+        for (int64_t i = 0; i < tiles * TILE; i++) row[i] = matrix + smaller(i, count - 1) * stride;
+        const int64_t bytes = stride * sizeof(Number);
+        blocks = {matrix, count / GROUP, GROUP * bytes, bytes, TILE_BYTES};
+    }
+
+    // Columns first .. of panels of `words` words; with tiles, of panels after turn_panels.
+    Rows(const uint32_t *panels, int64_t words, int64_t first, int64_t count)
+        : step(PANEL * PER_WORD<Number>), tiles(ceil_div(count, TILE)) {
+        for (int64_t i = 0; i < tiles * TILE; i++) {
+            const int64_t n = first + smaller(i, count - 1);
+            row[i] = (const Number *)(panels + n / PANEL * words + n % PANEL);
+        }
+        blocks = {panels + first / PANEL * words, ceil_div(count, PANEL), words * 4, TILE_BYTES, GROUP * TILE_BYTES};
     }
 };
 
@@ -71,11 +86,13 @@ template <class Number, int64_t ROWS, class Begin>
 inline void multiply(Accumulator *sums, const Rows<Number, ROWS> &left, const uint32_t *panel, int64_t count, Begin begin) {
     const int64_t words = count / PER_WORD<Number>, step = left.step;
     for (int64_t t = 0; t < left.tiles; t++) sums[t] = {};
+    const int64_t in_blocks = multiply_blocks<Number>((float *)sums, left.blocks, panel, words);
     for (int64_t first = 0; first < words; first += PIECE_WORDS) {
         for (int64_t t = 0; t < left.tiles; t++) {
             begin(t, first);
+            const int64_t done = t * TILE < left.blocks.groups * GROUP ? in_blocks : 0;
             const int64_t last = smaller(first + PIECE_WORDS, words);
-            for (int64_t k = first; k < last; k += SUM_WORDS)
+            for (int64_t k = larger(first, done); k < last; k += SUM_WORDS)
                 add_tile(sums[t], left.row + t * TILE, step, panel, k, smaller(k + SUM_WORDS, last));
         }
     }

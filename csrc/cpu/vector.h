@@ -80,9 +80,9 @@ inline Words splat(uint32_t value) { return Words{} + value; }
 
 // x, which a compiler could otherwise keep unrounded in a fused multiply-add.
 inline Vector rounded(Vector x) {
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__FMA__)
     asm("" : "+v"(x));
-#elif defined(__x86_64__)
+#elif defined(__FMA__)
     asm("" : "+x"(x));
 #elif defined(__aarch64__)
     asm("" : "+w"(x));

@@ -14,7 +14,6 @@ from ..slabs import aligned, ceil_div
 from . import Sums, cpu_library, cpu_rows, exponents, several
 
 row_functions = cpu_rows
-SUM_CLASSES = cpu_library.constant("sum_classes")
 
 
 def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
@@ -85,7 +84,7 @@ class _Slab:
         self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
         self.unit = self.empty(plan.slab, self.size, dtype=self.kernels.operand)
         self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
-        self.partial = self.empty(ceil_div(plan.slab, SUM_CLASSES), self.num_rows)
+        self.partial = self.empty(ceil_div(plan.slab, self.kernels.sum_classes), self.num_rows)
         self.hard = hard
         self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
         self._hard_columns = None if hard is None or self.writes_exponents else hard.T.contiguous()
@@ -133,7 +132,7 @@ class _Slab:
 
     def _parts(self, start, stop):
         """The numbers that a kernel has written for each piece of a slab (pieces, N). Its largest products are compared."""
-        pieces = ceil_div(stop - start, SUM_CLASSES)
+        pieces = ceil_div(stop - start, self.kernels.sum_classes)
         if self._values is not None:
             values, places = self._values[:pieces], self._places[:pieces].long() + start
             before = [] if self.largest is None else [each[None] for each in self.largest]

@@ -13,11 +13,11 @@ from ..slabs import ceil_div
 # COSFACE_CPU_LIBRARY names a library built elsewhere or with other flags (make test-sanitize).
 LIBRARY = Path(os.environ.get("COSFACE_CPU_LIBRARY") or Path(__file__).with_name("libcosface_cpu.so"))
 # Instruction sets that the library may have been compiled for, best first.
-INSTRUCTION_SETS = ("avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
+INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "portable")
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 11
+INTERFACE = 12
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -189,6 +189,8 @@ class Kernels:
         self._kernels = _kernels(library, f"kernels_{_NUMBERS[dtype]}", instruction_set, _ARGUMENTS)
         per_word = getattr(library, f"cosface_per_word_{_NUMBERS[dtype]}_{instruction_set}")()
         self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # dtype of the operands for numbers of `dtype`
+        # Classes whose exponentials one partial sum adds.
+        self.sum_classes = getattr(library, f"cosface_sum_classes_{instruction_set}")()
         self._scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
         self._scratch_numbers.argtypes, self._scratch_numbers.restype = [_SIZE, _SIZE], _SIZE
 
@@ -354,10 +356,9 @@ class Kernels:
             log2_scale=log2_scale,
         )
 
-    @staticmethod
-    def _pieces(num_rows, classes, partial, values, places):
+    def _pieces(self, num_rows, classes, partial, values, places):
         """What each piece of a row has: its sum or maximum, its largest product and the place of that."""
-        pieces = ceil_div(classes, constant("sum_classes")), num_rows
+        pieces = ceil_div(classes, self.sum_classes), num_rows
         return {
             "partial": floats("partial results", partial, *pieces),
             "values": floats("largest products", values, *pieces),
@@ -401,7 +402,7 @@ def integers(name, tensor, count):
 
 def padded(columns):
     """A number of columns rounded up to the widest panel of any instruction set."""
-    return ceil_div(columns, constant("widest_panel")) * constant("widest_panel")
+    return ceil_div(columns, _widest_panel()) * _widest_panel()
 
 
 @functools.cache
@@ -419,8 +420,21 @@ def batch_kernels():
 @functools.cache
 def available():
     """Every instruction set that can run here, best first; none without a library."""
+    return tuple(name for name in INSTRUCTION_SETS if _supported(name) > 0)
+
+
+def why_not_amx():
+    """The reason why this processor's AMX is not used, or None: it is used, or there is none."""
+    return {
+        -1: "the operating system does not let this process use AMX: Linux does since 5.16",
+        -2: "AMX is not used: in a check its products differed from AVX-512's; please report it",
+    }.get(_supported("amx"))
+
+
+def _supported(instruction_set):
+    """1 if it can run here, 0 or less if not: see kernels.cpp."""
     library, _ = _load()
-    return tuple(name for name in INSTRUCTION_SETS if getattr(library, f"cosface_supported_{name}", lambda: False)())
+    return getattr(library, f"cosface_supported_{instruction_set}", lambda: 0)()
 
 
 def has_vectors():
@@ -434,12 +448,10 @@ def unavailable():
 
 
 @functools.cache
-def constant(name):
-    """A size for callers' buffers: widest_panel, the columns of any instruction set's panel; sum_classes, the classes whose
-    exponentials one partial sum adds.
-    """
+def _widest_panel():
+    """The columns of the widest panel of any instruction set."""
     library, _ = _load()
-    return getattr(library, f"cosface_{name}_portable")()
+    return library.cosface_widest_panel_portable()
 
 
 @functools.cache
