@@ -24,7 +24,7 @@ def class_indices(labels):
 def merged(labels, weights, ignore_index, features):
     """(labels (N, K) int64 with ignore_index for none, weights (N, K)), each class of a row once, with the sum of its weights.
 
-    Labels (N,) without weights stay as they are.
+    The sums are float64: weights of 16 bits would round them. Labels (N,) without weights stay as they are.
     """
     if weights is None:
         return labels, None
@@ -35,7 +35,7 @@ def merged(labels, weights, ignore_index, features):
     same = labels[:, :, None] == labels[:, None]  # (N, K, K)
     first = same.int().argmax(2) == torch.arange(labels.shape[1], dtype=torch.int64, device=labels.device)
     present = first & (labels != ignore_index)
-    weights = (same.to(weights.dtype) * weights[:, None]).sum(2)
+    weights = (same * weights.double()[:, None]).sum(2)
     return torch.where(present, labels, ignore_index), torch.where(present, weights, 0.0)
 
 
@@ -50,4 +50,4 @@ def losses(lse, logits, labels, weights, ignore_index):
     others = torch.where(own, lowest, terms[:, None]).logsumexp(2)
     exponent = others - logits
     each = torch.logaddexp(exponent, torch.zeros_like(exponent))
-    return torch.where(present, weights * each, 0.0).sum(1)
+    return torch.where(present, weights.to(each.dtype) * each, 0.0).sum(1)

@@ -79,6 +79,18 @@ def test_in_float64(name, memory_budget, device):
     assert results[0][0][1] == 0 and not results[0][1][1].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_a_class_that_is_named_twice_are_added_exactly(dtype):
+    """In 16 bits their sum would be rounded; and the weights' dtype is not the loss's."""
+    features, weight, labels = torch.eye(2, 8), torch.linspace(-1, 1, 80).view(10, 8), torch.tensor([[1, 1, 1], [4, 5, 4]])
+    weights = torch.tensor([[0.3, 0.3, 0.4], [0.1, 0.3, 0.9]], dtype=dtype)
+    options = {"margin": margins.CosFace(), "reduction": "none"}
+    loss = margin_softmax_loss(features, weight, labels, label_weights=weights, **options)
+    exact = margin_softmax_loss(features.double(), weight.double(), labels, label_weights=weights.double(), **options)
+    assert loss.dtype == torch.float32
+    assert_close(loss, exact, tolerance(torch.float32))
+
+
 def test_no_rows_at_all_and_none_that_counts():
     weight = torch.randn(5, 3, requires_grad=True)
     for num_rows in (0, 4):
