@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import engine, losses, optimisers
+from campaign import engine, losses, optimisers, options
 
 from cosface_kernels.optim import rules
 
@@ -44,7 +44,11 @@ def test_rounding_of_a_gradient_that_cancels_is_no_error():
 
 @pytest.mark.parametrize(
     "changes, wrong",
-    [({"table": "float64"}, {"lr": 1.0001}), ({"table": "float32", "momentum": 0.9, "state": "int8"}, {"momentum": 0.95})],
+    [
+        ({"table": "float64"}, {"lr": 1.0001}),
+        ({"table": "float64", "beside": "smoothing", "max_row_norm": 0.5}, {"lr": 1.0001}),
+        ({"table": "float32", "momentum": 0.9, "state": "int8"}, {"momentum": 0.95}),
+    ],
 )
 def test_wrong_steps_are_noticed(changes, wrong, monkeypatch):
     """A rule whose numbers are multiplied by these: a step off by 10^-4, and momentum by more than its codes can explain."""
@@ -60,6 +64,48 @@ def test_wrong_steps_are_noticed(changes, wrong, monkeypatch):
     monkeypatch.setattr(rules.SGD, "apply", apply_changed)
     with pytest.raises(AssertionError, match="times what is allowed"):
         optimisers.check(case)
+
+
+OPTIONS = {
+    "smoothing": {"label_smoothing": 0.1},
+    "learnt scale": {"scale": "learnt"},
+    "hard negatives": {"negatives": "MV", "call": "head"},
+    "class weights": {"class_weight": "some", "reduction": "mean"},
+    "several classes": {"positives": 2},
+    "numbers by class": {"margin": "Combined by class"},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_wrong_options_are_noticed(option, monkeypatch):
+    """The simplest case of each is right, and one whose option is a hundredth more is not."""
+    case = {name: values[0] for name, values in options.SPACE.items()} | {"margin": "CosFace", "classes": 7, "rows": 5}
+    case = options.settle(case | OPTIONS[option])
+    options.check(case)
+    ours = options._ours
+
+    def off(case, given):
+        changed = given._replace(scale=given.scale * 1.01)
+        if given.class_weight is not None:
+            changed = given._replace(class_weight=given.class_weight**1.02)
+        if given.label_weights is not None:
+            changed = given._replace(label_weights=given.label_weights * 1.01)
+        if given.numbers:
+            changed = given._replace(numbers={name: values * 1.01 for name, values in given.numbers.items()})
+        return ours(case, changed)
+
+    monkeypatch.setattr(options, "_ours", off)
+    with pytest.raises(AssertionError, match=r"error .* allowed"):
+        options.check(case)
+
+
+def test_a_refusal_that_is_none_is_noticed(monkeypatch):
+    case = {name: values[0] for name, values in options.SPACE.items()} | {"label_smoothing": 0.1, "class_weight": "some"}
+    case = options.settle(case | {"clash": True})
+    options.check(case)
+    monkeypatch.setattr(options, "_ours", lambda case, given: None)
+    with pytest.raises(AssertionError, match="no error about class_weight and label_smoothing"):
+        options.check(case)
 
 
 class Answers:
@@ -91,10 +137,12 @@ def test_a_failure_is_made_smaller():
 def test_wrong_results_and_crashes_are_noticed():
     """In a process as the campaign's own: a loss and a step of two ranks that are off by 10^-4, and a call that ends it."""
     script = """
+import atexit
 import os
 from tests.campaign import engine, losses, shards
 from cosface_kernels import cosface_loss
 run = engine.Runner()
+atexit.register(run.close)  # an assertion that fails must not wait for that process
 simplest = losses.settle({name: values[0] for name, values in losses.SPACE.items()})
 assert run("losses", simplest) is None, run("losses", simplest)
 losses.cosface_loss = lambda *a, **k: cosface_loss(*a, **k) * 1.0001

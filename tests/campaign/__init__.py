@@ -5,6 +5,7 @@ which makes an impossible choice a possible one; and `check(case)`, which raises
 a process that may crash, and making a failure smaller (engine.py) need to know no more.
 
     losses.py      every margin, backend, dtype, stride, option against float64, by the rule of tests/cases.py
+    options.py     what goes beside a margin, in any combination, against the formulas that formulas.py writes out
     optimisers.py  programs of backward and step against torch.optim
     shards.py      one step of a head in shards, on ranks of its own, against one process
     saves.py       saves and conversions that die in their n-th call of the system

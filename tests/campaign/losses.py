@@ -82,7 +82,7 @@ def check(case):
 
         interpreter.install()
     torch.set_num_threads(case["threads"])
-    with _defaults(case):
+    with defaults(case):
         count = max(3, min(8, 2000 // (case["rows"] * case["classes"])))
         results = [_one(case, 1000 * case["seed"] + number) for number in range(count if case["backend"] != "triton" else 3)]
     scale = _largest_exponent(case, *_tensors(case, 1000 * case["seed"])[:2])
@@ -91,7 +91,7 @@ def check(case):
 
 
 @contextlib.contextmanager
-def _defaults(case):
+def defaults(case):
     """The default dtype, and the size of slabs."""
     before = slabs.SLAB_CLASSES_MIN, slabs.SLAB_CLASSES_MAX
     if case["small_slabs"]:
@@ -116,9 +116,9 @@ def _one(case, seed):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
             return evaluate(function, *tensors)
 
-    laid_out = _laid_out(features, case["strides"]), _laid_out(weight, case["weight_strides"])
+    given = laid_out(features, case["strides"]), laid_out(weight, case["weight_strides"])
     torch.set_default_dtype(DTYPES[case["default"]])
-    got = run(ours, case["autocast"], *laid_out, labels.to(getattr(torch, case["labels"])), upstream)
+    got = run(ours, case["autocast"], *given, labels.to(getattr(torch, case["labels"])), upstream)
     torch.set_default_dtype(torch.float32)
     exact = run(plain, False, features.double(), weight.double(), labels, upstream)
     bound = run(plain, low, features.float(), weight.float(), labels, upstream)
@@ -127,7 +127,9 @@ def _one(case, seed):
     least = 64 * torch.finfo(torch.float64).eps * _largest_exponent(case, features, weight)
     slope = least * 2.0 ** case["upstream"]
     if case["size"] == 1:  # a row has one direction, along which it has no gradient: ours are the rounding of the products alone
-        slope = 16 * _largest_exponent(case, features, weight) * torch.finfo(_products(case)).eps * float(upstream.abs().sum())
+        slope = (
+            16 * _largest_exponent(case, features, weight) * torch.finfo(product_dtype(case)).eps * float(upstream.abs().sum())
+        )
     lengths = (rows.double().nan_to_num().norm(dim=1, keepdim=True).clamp(min=1e-12) for rows in (features, weight))
     floors = least, *(slope / length for length in lengths)
     got = [_no_nearer(*each) for each in zip(got, exact, floors, strict=True)]
@@ -145,7 +147,7 @@ def is_low(case):
     return not is_wide and (case["autocast"] or case["features"] in ("bfloat16", "float16"))
 
 
-def _products(case):
+def product_dtype(case):
     """The dtype in which what is no product of 16 bits is multiplied and added."""
     return torch.float64 if "float64" in (case["features"], case["weight"]) else torch.float32
 
@@ -171,7 +173,7 @@ def _tensors(case, seed):
     return features.to(dtypes[0]), weight.to(dtypes[1]), labels, *(each.to(dtypes[1]) for each in bias)
 
 
-def _laid_out(tensor, strides):
+def laid_out(tensor, strides):
     """The same numbers with another memory layout."""
     rows, size = tensor.shape
     if strides == "transposed":
@@ -274,7 +276,7 @@ def _assert_right(case, scale, name, ours, exact, bound):
         ours, exact, bound = (torch.where(exact.isfinite(), tensor, 0.0) for tensor in (ours, exact, bound))
         bound = torch.where(bound.isfinite(), bound, exact.to(bound.dtype))
     wide = "float64" in (case["features"], case["weight"])
-    products = _products(case)
+    products = product_dtype(case)
     # Of an exponent, and where that is small, of a length, a quotient, a product and a projection.
     rounded = 0.0 if low else (scale + 4) * torch.finfo(products).eps / (1 if wide else 2)
     if case["margin"] == "cosine_lse":  # which returns an exponent, and another is taken from it: both are rounded

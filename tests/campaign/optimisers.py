@@ -7,15 +7,17 @@ import torch
 from margin_rows import ROWS, batch, steepness
 from rounding import SIZE
 
-from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss
+from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss, margins
 from cosface_kernels.ops import formats
 
 RULES = {"SGD": (FusedSGD, torch.optim.SGD), "AdamW": (FusedAdamW, torch.optim.AdamW)}
 FORMATS = ("float32", "float32", "bfloat16", "int8")  # of state
 GRADIENT_ROUNDINGS = 2  # of an exponent: by how much two ways of one gradient may differ
+BESIDE = ("smoothing", "class weights", "statistics", "hard negatives", "several classes", "learnt scale")  # the margin
 STEPS = ("step", "step", "two batches", "forgotten", "not finite", "smaller lr", "saved and loaded", "nothing")
 SPACE = {
     "margin": [*ROWS],
+    "beside": ["", "", "", *BESIDE],
     "rule": [*RULES],
     "rows": [2, 5, 9, 20],
     "classes": [2, 3, 7, 130, 300],
@@ -26,6 +28,7 @@ SPACE = {
     "eps": [1e-8, 1e-4],
     "weight_decay": [0.0, 0.01, 0.5],
     "maximize": [False, True],
+    "max_row_norm": [None, None, 0.5, 10.0],
     "table": ["float64", "float64", "float32", "bfloat16"],
     "state": [*FORMATS],
     "sample_rate": [1.0, 1.0, 0.4],
@@ -37,6 +40,7 @@ SPACE = {
 
 def settle(case):
     case = case | {"nesterov": case["nesterov"] and case["momentum"] > 0}
+    case = case | ({} if goes_with(case) else {"beside": ""})
     if case["table"] == "float64":
         return case | {"backend": "auto" if case["backend"] == "cpu" else case["backend"], "state": "float32"}
     # In float32 rounding says on which side of a jump of ψ an angle is.
@@ -50,7 +54,9 @@ def check(case):
     wide = torch.float64 if case["table"] == "float64" else torch.float32
     kept = {"table_format": "bfloat16"} if case["table"] == "bfloat16" else {"dtype": wide}
     ours, theirs = (_head(case, row, **options) for options in (kept, {"dtype": wide}))
-    optimizer = RULES[case["rule"]][0](ours.parameters(), **_options(case), state_format=case["state"])
+    optimizer = RULES[case["rule"]][0](
+        _trained(ours), **_options(case), max_row_norm=case["max_row_norm"], state_format=case["state"]
+    )
     for number in range(5):
         what, before = case[f"step_{number}"], []
         if what == "nothing":
@@ -60,16 +66,16 @@ def check(case):
                 group["lr"] *= 0.5
         if what == "saved and loaded":
             saved = copy.deepcopy(optimizer.state_dict())
-            optimizer = type(optimizer)(ours.parameters(), lr=1.0, state_format=case["state"])
+            optimizer = type(optimizer)(_trained(ours), lr=1.0, state_format=case["state"])
             optimizer.load_state_dict(saved)
         theirs.load_state_dict(ours.state_dict())
-        before = [_read(parameter, optimizer) for parameter in ours.parameters()]
+        before = [_read(parameter, optimizer) for parameter in _trained(ours)]
         steepest = _backward(case, number, row, ours, theirs)
         if what != "forgotten":
             optimizer.step()
         changes = what not in ("forgotten", "not finite")  # what is not finite, ours leaves out
         optimizer.zero_grad()
-        for parameter, other, old in zip(ours.parameters(), theirs.parameters(), before, strict=True):
+        for parameter, other, old in zip(_trained(ours), _trained(theirs), before, strict=True):
             expected = _stepped(case, optimizer, old, other.grad, steepest) if changes else _Expected(old, None, {})
             _assert_close(_read(parameter, optimizer), parameter, optimizer, expected)
             other.grad = None
@@ -78,10 +84,42 @@ def check(case):
 def _head(case, row, **options):
     sampled = {"sample_rate": case["sample_rate"], "sample_seed": case["seed"]}
     options = {"margin": row.margin, "bias": row.bias, "backend": case["backend"], **row.options, **sampled, **options}
-    head = MarginSoftmaxLoss(SIZE, case["classes"], **options)
+    head = MarginSoftmaxLoss(SIZE, case["classes"], **options, **beside(case))
     with torch.no_grad():
         head.weight.normal_()
     return head
+
+
+def beside(case):
+    """The head's option beside its margin."""
+    return {
+        "smoothing": {"label_smoothing": 0.1},
+        "class weights": {"class_weight": torch.linspace(0, 2, case["classes"])},
+        "hard negatives": {"negatives": margins.MVSoftmax(1.2)},
+        "learnt scale": {"learnable_scale": True},
+    }.get(case["beside"], {})
+
+
+def goes_with(case):
+    """Whether the margin takes what is beside it."""
+    row = ROWS[case["margin"]]
+    if case["beside"] in ("smoothing", "several classes"):
+        return row.centers == 1
+    return case["beside"] != "hard negatives" or not row.raw
+
+
+def _trained(head):
+    """What the fused optimiser trains."""
+    return [parameter for name, parameter in head.named_parameters() if name != "log_scale"]
+
+
+def _called(case, head, features, labels):
+    if case["beside"] == "statistics":
+        return head(features, labels, return_statistics=True)[0]
+    if case["beside"] == "several classes":
+        labels = torch.stack([labels, labels.flip(0), torch.full_like(labels, -1)], 1)
+        return head(features, labels, label_weights=torch.tensor([0.7, 0.3, 0.0]).expand(labels.shape))
+    return head(features, labels)
 
 
 def _options(case):
@@ -99,7 +137,7 @@ def _backward(case, number, row, *heads):
         steepest = max(steepest, steepness(row, features, heads[-1].weight.detach().double()))
         for head in heads:
             own = features.to(heads[-1].weight.dtype) * (torch.nan if case[f"step_{number}"] == "not finite" else 1)
-            head(own, labels).backward()
+            _called(case, head, own, labels).backward()
     return steepest
 
 
@@ -131,7 +169,7 @@ def _stepped(case, optimizer, before, gradient, steepest):
         rows = torch.arange(len(gradient))
     options = _options(case) | {"lr": optimizer.param_groups[0]["lr"]}
     small = torch.nn.Parameter(before["table"][rows])
-    small.grad = gradient.double()
+    small.grad = _clipped(gradient.double(), case["max_row_norm"])
     plain = RULES[case["rule"]][1]([small], **options)
     if len(before) > 1:
         plain.state[small] = {
@@ -145,6 +183,14 @@ def _stepped(case, optimizer, before, gradient, steepest):
     eps = torch.finfo(gradient.dtype).eps
     off = GRADIENT_ROUNDINGS * steepest * eps * (small.grad.abs().max() if small.grad.numel() else 0.0)
     return _Expected(numbers, rows, _errors(case, options, after, off, before["table"][rows], 8 * eps))
+
+
+def _clipped(gradient, longest):
+    """∇_j · min(1, longest / ‖∇_j‖)."""
+    if longest is None:
+        return gradient
+    norm = gradient.flatten(1).norm(dim=1, keepdim=True) if gradient.dim() > 1 else gradient.abs()
+    return torch.where(norm > longest, gradient * (longest / norm), gradient)
 
 
 def _put(old, rows, values, like):

@@ -15,9 +15,12 @@ from sharded_worker import World, heads
 
 from cosface_kernels import FusedAdamW, FusedSGD, margin_softmax_loss
 
+from .optimisers import BESIDE, beside, goes_with
+
 RULES = {"SGD": (FusedSGD, torch.optim.SGD, {}), "AdamW": (FusedAdamW, torch.optim.AdamW, {"eps": 1e-3, "weight_decay": 0.1})}
 SPACE = {
     "margin": [*ROWS],
+    "beside": ["", "", "", *(name for name in BESIDE if name != "learnt scale")],
     "ranks": [1, 2, 3],
     "rows": [2, 5, 9, 20],
     "classes": [2, 1, 3, 7, 130, 300],
@@ -36,7 +39,10 @@ def settle(case):
         case = case | {"rule": "SGD"} | ({} if not ROWS[case["margin"]].state else {"margin": "CosFace"})
     if ROWS[case["margin"]].centers > 1:  # shards of whole classes
         case = case | {"classes": -(-case["classes"] // case["ranks"]) * case["ranks"]}
-    return case | ({"dtype": "float64"} if case["rule"] == "AdamW" else {})
+    case = case | ({} if goes_with(case) else {"beside": ""})
+    if case["rule"] == "AdamW" or case["beside"] == "hard negatives":  # whose thresholds are jumps
+        case = case | {"dtype": "float64"}
+    return case
 
 
 def check(case):
@@ -75,19 +81,27 @@ def _one_step(case, rank):
     if case["ignored"]:
         labels[:: case["ignored"]] = -100
     features = features.to(dtype)
-    sampled = {"sample_rate": case["sample_rate"], "sample_seed": case["seed"]}
+    sampled = {"sample_rate": case["sample_rate"], "sample_seed": case["seed"]} | beside(case)
     head, _ = heads(world, row, tables, dtype=dtype, **sampled)
-    whole = heads(world, row, tables, dtype=dtype, whole_dtype=torch.float64)[1]
+    whole = heads(world, row, tables, dtype=dtype, whole_dtype=torch.float64, **beside(case))[1]
     optimizer, plain = _optimizers(case, head, whole)
     drawn, sample = [], head._sample
     head._sample = lambda *arguments: drawn.append(sample(*arguments)) or drawn[-1]
 
-    local, everything = world.mine(features).requires_grad_(), features.double().requires_grad_()
-    loss = head(local, world.mine(labels))
-    loss.backward()
-    exact = whole(everything, labels) if case["sample_rate"] == 1 else _of_classes(row, whole, everything, labels, world, drawn)
-    exact.backward()
     relative = 10 * tolerance(dtype, steepness(row, features.double(), tables[0].double()))
+    local, everything = world.mine(features).requires_grad_(), features.double().requires_grad_()
+    labels, weights = _several(case, labels) if case["beside"] == "several classes" else (labels, None)
+    call = {"return_statistics": case["beside"] == "statistics"}
+    loss = head(local, world.mine(labels), **call, **({} if weights is None else {"label_weights": world.mine(weights)}))
+    if case["sample_rate"] == 1:
+        exact = whole(everything, labels, label_weights=weights, **call)
+    else:
+        exact = _of_classes(case, whole, everything, labels, weights, world, drawn)
+    if case["beside"] == "statistics":
+        (loss, found), (exact, wanted) = loss, exact
+        _assert_same_statistics(found, [world.mine(each) for each in wanted], relative)
+    loss.backward()
+    exact.backward()
     assert_close(loss.detach(), exact.detach(), relative, "loss", size=1.0)
     assert_close(local.grad, world.mine(everything.grad), relative, "dX", size=everything.grad.norm())
     if optimizer is not None:
@@ -104,9 +118,35 @@ def _optimizers(case, *heads):
     return [make(head.parameters(), lr=0.1, **options) for make, head in zip((fused, plain), heads, strict=True)]
 
 
-def _of_classes(row, whole, features, labels, world, drawn):
+def _several(case, labels):
+    """(labels (N, 2), weights (N, 2))."""
+    labels = torch.stack([labels, torch.where(labels < 0, -100, (labels + 1) % case["classes"])], 1)
+    return labels, torch.rand(labels.shape, generator=torch.Generator().manual_seed(case["seed"]))
+
+
+def _assert_same_statistics(found, wanted, relative):
+    """Classes exactly: two that are equally near are as rare as equal numbers."""
+    for ours, exact in zip(found, wanted, strict=True):
+        assert torch.equal(ours.isnan(), exact.isnan())
+        if ours.dtype.is_floating_point:
+            known = exact.isfinite()
+            assert torch.equal(ours[~known].nan_to_num(), exact[~known].to(ours.dtype).nan_to_num())
+            assert_close(ours[known], exact[known], relative, "statistics", size=len(exact) ** 0.5)
+        else:
+            assert torch.equal(ours, exact)
+
+
+def _of_classes(case, whole, features, labels, weights, world, drawn):
     """The loss of what all ranks drew."""
-    parts, held = [None] * world.size, world.shard(torch.arange(whole.num_classes))
+    row, parts, held = ROWS[case["margin"]], [None] * world.size, world.shard(torch.arange(whole.num_classes))
     dist.all_gather_object(parts, held[drawn[-1][0]] if len(held) else held)
-    bias = {"bias": whole.bias} if row.bias else {}
-    return margin_softmax_loss(features, whole.weight, labels, margin=row.margin, classes=torch.cat(parts), **bias, **row.options)
+    options = {"bias": whole.bias} if row.bias else {}
+    options |= {
+        "margin": row.margin,
+        "classes": torch.cat(parts),
+        "label_weights": weights,
+        "return_statistics": case["beside"] == "statistics",
+        **beside(case),
+        **row.options,
+    }
+    return margin_softmax_loss(features, whole.weight, labels, **options)
