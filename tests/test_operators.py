@@ -44,7 +44,7 @@ OP_CASES = {
     "sampled with a bias": (torch.float64, ALL, True, True),
     "sampled centres": (torch.bfloat16, 0, False, True),
     "smoothing": (torch.bfloat16, 7 * 128 * 4, True, True),
-    "sampled, smoothing": (torch.float64, 0, True, True),
+    "sampled, smoothing, corrected": (torch.float64, 0, True, True),
     "scale in a tensor": (torch.float32, 7 * 128 * 4, True, True),
 }
 # What takes long, for one case of each argument.
@@ -74,15 +74,22 @@ def op_arguments(case, device):
     labels = torch.where(labels < 0, labels, labels // form[2])
     index = sampled_rows(labels, form[2]) if "sampled" in case else None
     scale = torch.tensor(8.0, dtype=torch.float64, device="cpu") if "scale" in case else None
+    correction = torch.linspace(0, 20, len(index), device=device).to(wide_dtype(dtype)) if "corrected" in case else None
     hard = torch.tensor([0.1, 0.2, 1.1, 0.3], device=device).to(wide_dtype(dtype)).expand(7, 4) if "hard" in case else None
     options = Options(8.0, -100, *form, dtype, memory_budget, "auto", None, "smoothing" in case, 1.6)
     needs = Needs(need_x_grad, need_weight_grad, "bias" in case or "centres" in case)
-    return *Problem(features, weight, bias, labels, index, scale, hard), *options, *needs
+    return *Problem(features, weight, bias, labels, index, scale, hard, correction), *options, *needs
 
 
 @pytest.mark.parametrize("case", OP_CHECKED)
 def test_opcheck_forward(case, device):
     library.opcheck(negative_lse, op_arguments(case, device))
+
+
+def test_opcheck_of_targets(device):
+    *arguments, _, _, _ = op_arguments("hard centres", device)
+    with torch.no_grad():
+        library.opcheck(torch.ops.cosface_kernels.target_products.default, (*arguments, 3))
 
 
 @pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
