@@ -745,6 +745,10 @@ def _(world):
     features, weight, labels = draw()
     module = insightface.PartialFC_V2(CosFace(), SIZE, NUM_CLASSES, 0.2).double()
     assert [*module.state_dict()] == ["weight"]
+    if world.size > 1:
+        for reads_the_table in (lambda: module.confusions(1), lambda: module.own_cosines(features, labels)):
+            with raises(NotImplementedError, "needs the whole table in one process"):
+                reads_the_table()
     module.load_state_dict({"weight": theirs(weight, world.rank, world.size)})
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(2):

@@ -14,7 +14,7 @@ ROWS = 1024  # classes looked up at a time
 @torch.no_grad()
 def confusions(head, k):
     """`MarginSoftmaxLoss.confusions`."""
-    if dtensors.is_sharded(head.weight):
+    if dtensors.is_sharded(head.weight) or head.placement.ranks(head.weight).size > 1:
         raise NotImplementedError("confusions needs the whole table in one process: load_checkpoint into an unsharded head")
     validation.check_k(k, head.num_classes - 1, "the number of other classes")
     weight, centers = head.weight, head.centers_per_class

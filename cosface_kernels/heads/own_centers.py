@@ -15,7 +15,7 @@ ROWS = 4096  # looked up at a time
 @torch.no_grad()
 def own_cosines(head, features, labels):
     """`MarginSoftmaxLoss.own_cosines`."""
-    if dtensors.is_sharded(head.weight):
+    if dtensors.is_sharded(head.weight) or head.placement.ranks(head.weight).size > 1:
         raise NotImplementedError("own_cosines needs the whole table in one process: load_checkpoint into an unsharded head")
     weight, centers = head.weight, head.centers_per_class
     validation.check_tensors(features, weight, labels, None, centers)

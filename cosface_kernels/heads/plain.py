@@ -155,7 +155,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         hard_classes = state_dict.get(f"{prefix}hard_classes")
-        if hard_classes is not None and self.hard_classes is None:
+        if hard_classes is not None:  # also of another k
             self.hard_classes = hard_classes
         super()._load_from_state_dict(state_dict, prefix, *rest)
         name = f"{prefix}weight"
