@@ -69,7 +69,8 @@ def small(monkeypatch):
         labels = torch.arange(60) // 6
         return recipes.Data(images[:60], labels, images[60:], labels, images[:9])
 
-    monkeypatch.setitem(recipes.DATA, "faces", data)
+    for name in ("faces", "faces20000"):
+        monkeypatch.setitem(recipes.DATA, name, data)
 
 
 @pytest.mark.slow
@@ -113,7 +114,7 @@ def test_document_is_what_was_measured():
     """Each report in docs/reproduction.md is made of benchmarks/results/reproduction.jsonl."""
     known = reproduce.read(ROOT / "benchmarks" / "results" / "reproduction.jsonl")
     found = re.findall(r"cosface reproduce (\w+) --data (\w+) --seeds (\d) --steps (\d+)", "\n".join(COMMANDS))
-    assert len(found) == len(COMMANDS) - 1 == 3  # and the toy
+    assert len(found) == len(COMMANDS) - 1 == 4  # and the toy
     for experiment, data, seeds, steps in found:
         lines = [line for line in known if line["data"] == data and line["settings"] == recipes.settings(int(steps), data)]
         lines = [line for line in lines if line["loss"] in reproduce.EXPERIMENTS[experiment]]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -20,6 +21,7 @@ pytest.importorskip("tqdm")
 from PIL import Image
 from test_training_records import image, write_rec, write_tar
 
+from cosface_kernels import theory
 from cosface_kernels.tools import cli
 from cosface_kernels.training import backbones, config, data, faces, loop, model
 
@@ -356,11 +358,29 @@ def test_the_commands_of_the_document(tmp_path, monkeypatch, capsys):
     small = ["image_size=16", "batch_size=4", "embedding_size=8", "workers=0", "tensorboard=false", "held_out=2", "epochs=1"]
     for _, name, *arguments in document:
         if name == "train":
-            arguments = [argument.replace("faces:200", "faces:4:3") for argument in arguments]
+            arguments = [each.replace("faces:200", "faces:4:3").replace("iresnet50", "sphere4") for each in arguments]
             arguments += [] if "--resume" in arguments else small
         assert cli.main([name, *arguments]) == 0, (name, arguments, capsys.readouterr().err)
     assert "others: TAR at FAR" in (tmp_path / "runs/first/report.html").read_text()
     assert (tmp_path / "compare.html").exists()
+
+
+def test_figures_of_the_document(capsys):
+    """docs/faces.md has what `cosface plan` prints, and equation 6."""
+    document = (Path(__file__).parents[1] / "docs/faces.md").read_text()
+    plans = re.findall(r"^    cosface (plan .* --memory (\d+) ?GB .*)$", document, re.M)
+    assert len(plans) == 2
+    for command, memory in plans:
+        assert cli.main(shlex.split(command)) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        table, state, needed = re.search(
+            r"sgd with a (\w+) table, (\w+) state and all classes on 1 device: ([\d.]+) GB", printed
+        ).groups()
+        said = re.search(rf"\| {memory} GB \| (\w+) table, (\w+) state \| ([\d.]+) GB", document).groups()
+        # A process that has imported more takes some hundredths more.
+        assert said[:2] == (table, state) and float(said[2]) == pytest.approx(float(needed), abs=0.5)
+    low, high = re.search(r"at least ([\d.]+) for 200 identities and ([\d.]+) for 2,059,906", document).groups()
+    assert (low, high) == tuple(f"{theory.min_scale(classes, 0.9):.1f}" for classes in (200, 2_059_906))
 
 
 @pytest.mark.slow
