@@ -14,6 +14,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD
+from cosface_kernels.heads import float8
 from cosface_kernels.ops import formats
 
 from . import measure
@@ -35,7 +36,8 @@ def losses(optimizer, table_format, state_format, seed):
     backbone = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Linear(256, SIZE), nn.BatchNorm1d(SIZE))
     head = CosFaceLoss(SIZE, len(images), scale=32.0, margin=0.2, table_format=table_format)
     with torch.no_grad():
-        head.weight.copy_(0.01 * torch.randn(head.weight.shape))  # the same start in every format
+        start = 0.01 * torch.randn(head.weight.shape)  # the same in every format
+        float8.put(head.weight, head.weight_scale, slice(None), start)
     kind, options = OPTIMIZERS[optimizer]
     optimizers = torch.optim.Adam(backbone.parameters(), 1e-3), kind(head.parameters(), state_format=state_format, **options)
     found = []

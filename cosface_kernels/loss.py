@@ -35,6 +35,7 @@ class Inputs(NamedTuple):
     label_weights: torch.Tensor | None = None  # (N, K), with labels (N, K) as positives.merged gives them
     class_weight: torch.Tensor | None = None  # (C,) of the whole table
     parameters: tuple | None = None  # the nn.Parameters (weight, bias) that own these rows; None: the two above
+    row_scale: torch.Tensor | None = None  # (C K,) float32 beside a float8 weight, which heads alone have
 
 
 class Statistics(NamedTuple):
@@ -284,6 +285,7 @@ def _statistics(lse, product, largest, counted, scale, shards):
 
 def _check_inputs(inputs, options):
     validation.check_tensors(*inputs[:4], options.centers_per_class, inputs.classes, inputs.label_weights is not None)
+    validation.check_row_scale(inputs.weight, inputs.row_scale)
     options.check_values(inputs.features)
     validation.check_correction(options.sample_correction, inputs.classes, inputs.weight.device)
     _refuse_transforms(*(each for each in (*inputs[:2], inputs.bias, options.scale) if isinstance(each, Tensor)))
@@ -300,6 +302,7 @@ def _problem(inputs, options, foreign_index, hard=None):
             own_scale=scale.detach().to("cpu", torch.float64) if is_tensor else None,
             hard=hard,
             correction=_correction_of_rows(options.sample_correction, centers, wide_dtype(dtype)),
+            row_scale=inputs.row_scale,
         ),
         Options(
             scale=1.0 if is_tensor else float(scale),

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+FLOAT8 = torch.float8_e4m3fn
 INTEGER_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64)
 
 LONGEST_SHOWN = 100  # letters of a value in a message
@@ -17,7 +18,7 @@ LONGEST_SHOWN = 100  # letters of a value in a message
 Reduction = Literal["mean", "sum", "none"]
 Backend = Literal["auto", "torch", "cpu", "triton"]
 MemoryBudget = int | Literal["auto"]
-TableFormat = Literal["float32", "bfloat16"]
+TableFormat = Literal["float32", "bfloat16", "float8"]
 StateFormat = Literal["float32", "bfloat16", "int8"]
 Device = torch.device | str | int | None
 
@@ -192,7 +193,7 @@ def check_features(features, weight):
     """Check features (N, D) and weight (C, D) of any float dtype on one device."""
     for name, shape, tensor in (("features", "(N, D)", features), ("weight", "(C, D)", weight)):
         _check_dense(name, shape, tensor)
-        if tensor.dtype not in FLOAT_DTYPES:
+        if tensor.dtype not in FLOAT_DTYPES and not (tensor is weight and tensor.dtype == FLOAT8):
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
@@ -206,10 +207,20 @@ def check_features(features, weight):
         raise ValueError(f"weight must be on the device of features ({features.device}), got {weight.device}")
 
 
+def check_row_scale(weight, row_scale):
+    """Check that a float8 weight has the scales of its rows."""
+    if weight.dtype == FLOAT8 and row_scale is None:
+        raise TypeError(
+            'weight is float8 without the scales of its rows, which a head made with table_format="float8" has: call that head, '
+            "or pass weight.float() times the scale of each row"
+        )
+
+
 def _check_bias(bias, weight):
     _check_dense("bias", "(C,), or None", bias)
-    if bias.dtype != weight.dtype:
-        raise TypeError(f"bias must have the dtype of weight, {weight.dtype}, got {bias.dtype}")
+    wanted = torch.float32 if weight.dtype == FLOAT8 else weight.dtype
+    if bias.dtype != wanted:
+        raise TypeError(f"bias must have the dtype of weight, {wanted}, got {bias.dtype}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have a number for each row of weight, shape ({len(weight)},), got {tuple(bias.shape)}")
     if bias.device != weight.device:

@@ -288,9 +288,10 @@ class Step:
     def __call__(self, scales=(64.0,)):
         head = MarginSoftmaxLoss(self.size, SLAB + 80, backend="triton", **{"margin": margins.CosFace(0.35), **self.head})
         optimizer = self.kind(head.parameters(), lr=0.1, **self.options)
+        dtype = FLOAT32 if head.table_format == "float8" else head.weight.dtype
         for head.scale in scales:
             with torch.autocast("cpu", BFLOAT16):
-                loss = head(torch.ones(128, self.size, dtype=head.weight.dtype), torch.arange(128))
+                loss = head(torch.ones(128, self.size, dtype=dtype), torch.arange(128))
             loss.backward()
         optimizer.step()
 

@@ -44,6 +44,7 @@ from cosface_kernels import (
 )
 from cosface_kernels.compat import insightface
 from cosface_kernels.distributed import dtensors
+from cosface_kernels.heads import float8
 from cosface_kernels.ops import recording, slabs
 
 CHECKS = {}  # name: (numbers of ranks, function)
@@ -865,6 +866,31 @@ def _(world):
         assert 0.2 * len(local) <= changed.sum() < 0.6 * len(local) and loss.isfinite()
         results.append(local.clone())
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@check("float8 shards", 2, 3)
+def _(world):
+    """Loss, nearest classes and rows after a step are those of one process with the same numbers, also where a shard is empty."""
+    for num_classes in (NUM_CLASSES, 2):
+        features, weight, labels = draw(num_classes, dtype=torch.float32)
+        head = ShardedCosFaceLoss(SIZE, num_classes, table_format="float8", ddp_average=False)
+        whole = CosFaceLoss(SIZE, num_classes, table_format="float8")
+        float8.put(whole.weight, whole.weight_scale, slice(None), weight)
+        float8.put(head.weight.to_local(), head.weight_scale.to_local(), slice(None), world.shard(weight))
+        options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, "state_format": "int8"}
+        optimizers = FusedSGD(head.parameters(), **options), FusedSGD(whole.parameters(), **options)
+        loss, expected = head(world.mine(features), world.mine(labels)), whole(features, labels)
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+        (_, ours), (_, others) = head.topk(world.mine(features), 2), whole.topk(world.mine(features), 2)
+        assert torch.equal(ours, others)
+        loss.backward(), expected.backward()
+        for each in optimizers:
+            each.step()
+        ours = head.weight.to_local().float() * head.weight_scale.to_local()[:, None]
+        exact = world.shard(whole.weight.detach().float() * whole.weight_scale[:, None])
+        differ = ours != exact  # numbers near the border of a rounding, whose gradient was added up in another order
+        assert differ.double().mean() < 0.02 if len(ours) else differ.numel() == 0
+        assert ours.shape == exact.shape and (ours - exact).abs().le(exact.abs() / 8 + 1e-6).all()
 
 
 def partial_fc(world, weight):

@@ -671,9 +671,7 @@ def test_examples_of_the_document(tmp_path, monkeypatch):
     assert len(names["larger"]["head"].weight) == 2000
 
 
-@pytest.mark.parametrize(
-    ("table_format", "state_format"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")]
-)
+@pytest.mark.parametrize(("table_format", "state_format"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float8", "int8")])
 @pytest.mark.parametrize("kind", [FusedSGD, FusedAdamW])
 def test_fused_optimisers_go_on_to_the_bit(kind, table_format, state_format, tmp_path):
     """State of every dtype, the place in the stream of rounding bits, and what was skipped."""
@@ -701,7 +699,7 @@ def test_fused_optimisers_go_on_to_the_bit(kind, table_format, state_format, tmp
         load_checkpoint(tmp_path / "one", resumed, other)
         assert other.skipped_steps == 1
         go(resumed, other, range(3, 6))
-        assert torch.equal(resumed.weight, head.weight)
+        assert all(torch.equal(value.float(), resumed.state_dict()[name].float()) for name, value in head.state_dict().items())
         for name, tensor in optimizer.state[head.weight].items():
             found = other.state[resumed.weight][name]
             assert found.dtype == tensor.dtype and torch.equal(found, tensor), name

@@ -6,6 +6,7 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
+from ..ops.table import Table
 from . import logits
 
 ROWS = 1024  # classes looked up at a time
@@ -19,8 +20,10 @@ def confusions(head, k):
     validation.check_k(k, head.num_classes - 1, "the number of other classes")
     weight, centers = head.weight, head.centers_per_class
     as_cosines = SimpleNamespace(normalize_features=True, normalize_weight=True, centers_per_class=centers, scale=1.0)
-    found = []
-    for rows in weight.split(ROWS * centers):
+    as_cosines._row_scale = head._row_scale
+    found, table = [], Table(weight.detach(), row_scale=head._row_scale())
+    for start in range(0, len(weight), ROWS * centers):
+        rows = table.rows(start, start + ROWS * centers)
         cosines, classes = logits.largest(as_cosines, (weight, None), rows, k + 1)
         first = ROWS * len(found)
         own = torch.arange(first, first + len(rows) // centers, dtype=torch.int64, device=weight.device)

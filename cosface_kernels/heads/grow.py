@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from .. import validation
-from ..ops import recording
-from . import margin_buffers
+from ..ops import formats, recording
+from . import float8, margin_buffers
 
 
 @torch.no_grad()
@@ -21,8 +21,11 @@ def grow(head, count, optimizer=None):
 
     hard_classes = None if head.hard_classes is None else F.pad(head.hard_classes, (0, 0, 0, count), value=-1)
     drawn = head.weight.new_empty(new_rows, head.weight.shape[1])
-    head.draw(drawn)
+    scale = None if head.weight_scale is None else head.weight_scale.new_empty(new_rows)
+    float8.fill(drawn, scale, head.draw)
     changes = [(head.weight, torch.cat([head.weight, drawn]))]
+    if scale is not None:
+        changes.append((head.weight_scale, torch.cat([head.weight_scale, scale])))
     if head.bias is not None:
         changes.append((head.bias, with_new_rows(head.bias)))
     _change(head, changes, optimizer, with_new_rows, lambda numbers: torch.cat([numbers, numbers.mean().expand(count)]))
@@ -52,9 +55,11 @@ def remove(head, ids, optimizer=None):
         hard_classes = place[hard_classes[kept.to(hard_classes.device)].long()]
 
     def of_kept_rows(tensor):
-        return tensor.index_select(0, rows.to(tensor.device))
+        words = tensor.view(torch.int8) if tensor.dtype == formats.FLOAT8 else tensor  # not every device gathers float8
+        return words.index_select(0, rows.to(tensor.device)).view(tensor.dtype)
 
-    changes = [(parameter, of_kept_rows(parameter)) for parameter in (head.weight, head.bias) if parameter is not None]
+    tensors = (head.weight, head.bias, head.weight_scale)
+    changes = [(tensor, of_kept_rows(tensor)) for tensor in tensors if tensor is not None]
     _change(head, changes, optimizer, of_kept_rows, lambda numbers: numbers[kept.to(numbers.device)])
     head.num_classes = int(kept.sum())
     head.hard_classes = hard_classes

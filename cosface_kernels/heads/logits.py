@@ -5,8 +5,9 @@ Autocast is off here: many of a million cosines are equal after rounding to 16 b
 
 import torch
 
+from ..ops import recording
 from ..ops.normalize import unit_rows
-from ..ops.slabs import slab_rows, wide_dtype
+from ..ops.slabs import slab_rows
 from ..ops.table import Table
 
 TRACED_CLASSES = 2**16  # classes of a slab where a graph is traced, for any number of rows
@@ -39,7 +40,7 @@ def largest(head, table, features, k):
 
 def _rows(head, table, features):
     """x̃ (N, D), in float32 or float64."""
-    rows = features.to(wide_dtype(torch.promote_types(features.dtype, table[0].dtype)))
+    rows = features.to(torch.float64 if torch.float64 in (features.dtype, table[0].dtype) else torch.float32)
     return unit_rows(rows)[0] if head.normalize_features else rows
 
 
@@ -47,7 +48,10 @@ def _logits(head, table, rows, start, stop):
     """The logits (N, B) of the table's rows from `start` to `stop`."""
     with torch.autocast(rows.device.type, enabled=False):
         weight, bias = table
-        slab = weight[start:stop].to(rows.dtype)
+        row_scale = head._row_scale()
+        slab = Table(weight, row_scale=row_scale).rows(start, stop).to(rows.dtype)
+        if row_scale is not None:
+            slab = recording.refused(weight, slab)
         products = rows @ (unit_rows(slab)[0] if head.normalize_weight else slab).T
         if bias is not None:
             products = products + bias[start:stop].to(rows.dtype)

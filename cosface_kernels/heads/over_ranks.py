@@ -22,10 +22,10 @@ from .. import margins, validation
 from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
-from ..ops import backends, operators, recording
+from ..ops import backends, formats, operators, recording
 from ..ops.operands import Largest
 from ..sampling import with_hard_classes
-from . import data_parallel, logits
+from . import data_parallel, float8, logits
 from .placement import Whole
 
 # Labels as the operator of one shard gets them: ignored, a class of another shard, and a number outside [0, C).
@@ -174,7 +174,8 @@ class OverRanks(Whole):
         """Draw this rank's rows. The seed is a number from the default generator plus the rank."""
         weight = self.local(head.weight)
         seed = torch.randint(2**62, (), dtype=torch.int64, device="cpu").item() + self.ranks(head.weight).rank
-        weight.normal_(std=0.01, generator=None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed))
+        generator = None if weight.is_meta else torch.Generator(weight.device).manual_seed(seed)
+        float8.fill(weight, head._row_scale(), lambda rows: rows.normal_(std=0.01, generator=generator))
 
     def refuse(self, head, error):
         """Raise it on every rank, in place of the exchange with which their calls begin."""
@@ -196,6 +197,7 @@ class OverRanks(Whole):
         num_classes_here = len(weight) // head.centers_per_class
         if not num_classes_here:
             # A rank without classes gets one of zeros, which Batch.combine leaves out of the sum.
+            inputs = inputs._replace(row_scale=None)
             weight, bias = (_with_zeros(each, head.centers_per_class) for each in (weight, bias))
             if parameters is not None:  # the loss has a gradient here too; nobody asks for this one's
                 weight.requires_grad_(table[0].requires_grad)
@@ -243,7 +245,7 @@ class OverRanks(Whole):
         rows = weight, _ = self.rows(table)
 
         def told():
-            validation.check_features(features, _with_zeros(weight, 1))
+            validation.check_features(features, weight if len(weight) else _with_zeros(weight, 1))
             validation.check_k(k, head.num_classes)
             return Told.of(head, features, k)
 
@@ -318,7 +320,11 @@ def _checksum(tensor):
 
 
 def _with_zeros(rows, count):
-    return None if rows is None else torch.cat([rows, rows.new_zeros(count, *rows.shape[1:])])
+    """rows and `count` more; of a float8 table float32."""
+    if rows is None:
+        return None
+    rows = rows.float() if rows.dtype == formats.FLOAT8 else rows
+    return torch.cat([rows, rows.new_zeros(count, *rows.shape[1:])])
 
 
 def _labels_here(labels, ignore_index, num_classes, first, count):

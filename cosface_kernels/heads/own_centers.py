@@ -4,9 +4,8 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
-from ..ops import operators
+from ..ops import formats, operators
 from ..ops.normalize import unit_rows
-from ..ops.slabs import wide_dtype
 from ..positives import class_indices
 
 ROWS = 4096  # looked up at a time
@@ -20,16 +19,20 @@ def own_cosines(head, features, labels):
     weight, centers = head.weight, head.centers_per_class
     validation.check_tensors(features, weight, labels, None, centers)
     operators.check_labels(class_indices(labels), head.num_classes, int(head.ignore_index))
-    return of_rows(features, weight.unflatten(0, (-1, centers)), class_indices(labels))
+    scale = head._row_scale()
+    scale = None if scale is None else scale.unflatten(0, (-1, centers))
+    return of_rows(features, weight.unflatten(0, (-1, centers)), class_indices(labels), scale)
 
 
-def of_rows(features, table, labels):
-    """cos(x_n, w_{y_n,k}) (N, K), table: (C, K, D), in float32 or float64; NaN for labels outside [0, C)."""
-    wide = wide_dtype(torch.promote_types(features.dtype, table.dtype))
+def of_rows(features, table, labels, scale=None):
+    """cos(x_n, w_{y_n,k}) (N, K), table: (C, K, D), in float32 or float64; NaN for labels outside [0, C). scale: (C, K) beside
+    float8.
+    """
+    wide = torch.float64 if torch.float64 in (features.dtype, table.dtype) else torch.float32
     known = (labels >= 0) & (labels < len(table))
     found = features.new_full((len(features), table.shape[1]), torch.nan, dtype=wide)
     for rows in known.nonzero().squeeze(1).split(ROWS):
-        centers = table[labels[rows]].to(wide)
+        centers = formats.read(table, scale, labels[rows]).to(wide)
         unit, _ = unit_rows(centers.flatten(0, 1))
         found[rows] = (unit_rows(features[rows].to(wide))[0][:, None] * unit.view_as(centers)).sum(2)
     return found

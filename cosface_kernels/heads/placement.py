@@ -11,7 +11,7 @@ from .. import validation
 from ..distributed import dtensors
 from ..loss import WholeTable
 from ..sampling import with_hard_classes
-from . import agreement, data_parallel, logits
+from . import agreement, data_parallel, float8, logits
 
 
 class Whole:
@@ -26,7 +26,7 @@ class Whole:
 
     def draw(self, head):
         """Fill the table with its initial values."""
-        head.draw(head.weight)
+        float8.fill(head.weight, head.weight_scale, head.draw)
 
     def local(self, tensor):
         """This process's rows of a parameter."""

@@ -17,7 +17,7 @@ from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
-from . import confusions, grow, margin_buffers, own_centers
+from . import confusions, float8, grow, margin_buffers, own_centers
 from .placement import Whole
 
 WHOLE = Whole()
@@ -46,7 +46,9 @@ class MarginSoftmaxLoss(nn.Module):
             `margin_softmax_loss`. `head.scale = 30.0` changes s.
         learnable_scale: whether s is learnt: s = e^log_scale, where the parameter log_scale, float32 at least, starts from
             log(scale). It needs an optimiser of torch.optim. `head.scale` is the present s; setting it sets log_scale.
-        table_format: "float32", or "bfloat16": half the memory, rounded stochastically, for FusedSGD and FusedAdamW alone.
+        table_format: "float32"; or "bfloat16" or "float8", half or a quarter of the memory, rounded stochastically, for FusedSGD
+            and FusedAdamW alone. float8 is e4m3: weight times the buffer weight_scale, a power of two for each row, is the
+            table. `float`, `half` and the like make an ordinary table of it; `load_state_dict` takes either for the other.
         sample_rate: the share of the classes that take part in a training step, 0 < sample_rate <= 1: see `sample_classes`. Below
             1 the gradients of the table are sparse, and the head counts its training steps in the buffer sample_step.
         sample_seed: an int from 0 on. The sample of step t is a function of sample_seed, t and the labels.
@@ -132,8 +134,11 @@ class MarginSoftmaxLoss(nn.Module):
         self.num_classes, self.centers_per_class = num_classes, centers_per_class
         self._table_format, self.placement = table_format, placement
         rows = {"centers": centers_per_class, "device": device, "dtype": _table_dtype(table_format, dtype)}
-        self.weight = nn.Parameter(placement.empty(num_classes * centers_per_class, embedding_size, **rows))
-        self.register_parameter("bias", nn.Parameter(placement.empty(num_classes * centers_per_class, **rows)) if bias else None)
+        num_rows, is_float8 = num_classes * centers_per_class, table_format == "float8"
+        self.weight = nn.Parameter(placement.empty(num_rows, embedding_size, **rows))
+        beside = {**rows, "dtype": torch.float32} if is_float8 else rows
+        self.register_parameter("bias", nn.Parameter(placement.empty(num_rows, **beside)) if bias else None)
+        self.register_buffer("weight_scale", placement.empty(num_rows, **beside) if is_float8 else None)
         are_numbers = not isinstance(self.scale, Tensor) and not isinstance(getattr(margin, "m", None), Tensor)
         if isinstance(margin, margins.CosFace) and self.normalize_features and are_numbers:
             theory.warn_if_out_of_bounds(num_classes, embedding_size, self.scale, margin.m, stacklevel=self._callers_level())
@@ -157,6 +162,7 @@ class MarginSoftmaxLoss(nn.Module):
         hard_classes = state_dict.get(f"{prefix}hard_classes")
         if hard_classes is not None:  # also of another k
             self.hard_classes = hard_classes
+        float8.convert(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         name = f"{prefix}weight"
         # strict=False is not told to this method. Without the parameter torch.nn.utils.parametrize makes the weight.
@@ -302,7 +308,11 @@ class MarginSoftmaxLoss(nn.Module):
         table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
         weight, bias, parameters = self._trained(table)
         inputs = Inputs(
-            features, weight, labels, bias, label_weights=label_weights, class_weight=self.class_weight, parameters=parameters
+            *(features, weight, labels, bias),
+            label_weights=label_weights,
+            class_weight=self.class_weight,
+            parameters=parameters,
+            row_scale=self._row_scale(),
         )
         inputs, options, shards = self.placement.batch(self, table, inputs, options)
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
@@ -426,12 +436,16 @@ class MarginSoftmaxLoss(nn.Module):
         return self.sample_rate < 1 and self.training
 
     def _trained(self, table):
-        """(weight, bias, parameters): this process's rows; the table itself if a fused optimiser trains it, else None."""
-        if recording.pending(table[0]) is not None:
+        """(weight, bias, parameters): this process's rows; the table itself if only a fused optimiser can train it, or None."""
+        if recording.pending(table[0]) is not None or table[0].dtype == formats.FLOAT8:
             with torch.no_grad():
                 return *self.placement.rows(table), table
         weight, bias = self.placement.rows(table)
-        return weight if self._format_of(weight) == "float32" else recording.refused(weight), bias, None
+        return weight if self._format_of(weight) == "float32" else recording.refused(weight, weight.detach()), bias, None
+
+    def _row_scale(self):
+        """The scales of this process's rows (R,), beside a float8 weight."""
+        return None if self.weight_scale is None else self.placement.local(self.weight_scale)
 
     def _sample(self, certain, num_classes, seed):
         """(the classes of this step, the sample_correction of the loss)."""
@@ -453,7 +467,10 @@ class MarginSoftmaxLoss(nn.Module):
         before, log_scale = margin_buffers.values(self), self._parameters.get("log_scale")
         class_weight, hard_classes = self.class_weight, self.hard_classes
         log_scale = None if log_scale is None else log_scale.data
+        row_scale = self.weight_scale
         super()._apply(function, recurse)
+        if row_scale is not None:
+            float8.restore(self, row_scale)
         margin_buffers.restore(self, before)
         if log_scale is not None and self.log_scale.dtype.itemsize < 4:
             self.log_scale.data = log_scale.to(self.log_scale.device)

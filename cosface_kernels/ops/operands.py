@@ -17,6 +17,7 @@ class Problem(NamedTuple):
     own_scale: Tensor | None = None  # () float64 on the CPU, in place of Options.scale: torch.compile knows no number of a tensor
     hard: Tensor | None = None  # (N, 4), (τ, p0, p1, p2) of hard_negatives.py for each row
     correction: Tensor | None = None  # (M,), what is added to the binary exponents of the index's rows; None: zeros
+    row_scale: Tensor | None = None  # (C K,) float32 beside a float8 weight
 
 
 class Options(NamedTuple):

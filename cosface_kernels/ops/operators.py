@@ -100,14 +100,16 @@ def with_scale(problem, options):
 
 
 def _table(problem, options):
-    return Table(problem.weight, problem.bias, options.normalize_weight, options.centers, problem.index, problem.correction)
+    rows, correction = (problem.weight, problem.bias), problem.correction
+    return Table(*rows, options.normalize_weight, options.centers, problem.index, correction, problem.row_scale)
 
 
 def _row_functions(backend, table, options, labels):
-    """The backend's own row functions, for cosines over a whole table with one row to a class, one class to a row and no sum of
-    products; else the module batch_rows.
+    """The backend's own row functions, for cosines over a whole table of floats that it reads in place with one row to a class,
+    one class to a row and no sum of products; else the module batch_rows.
     """
     plain = options.cosines and table.centers == 1 and table.index is None and labels.dim() == 1 and not options.sums_products
+    plain = plain and table.row_scale is None
     return backend.row_functions if plain else batch_rows
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..distributed import dtensors
-from . import operators
+from . import formats, operators
 from .operands import Options, TableFactors, Vectors
 from .operators import in_rows, write_table_gradient, zeros_for_none
 from .slabs import KEPT_ANYWAY
@@ -22,6 +22,10 @@ from .table import Table, TableGradient
 PUT_ROWS = 2**16  # rows of a sum that are handed on at once
 CHECKED_ROWS = 64  # rows of a table whose numbers are compared with those that forward saw
 MANY_RECORDS = 256  # records of a table after which a warning asks whether `step` was forgotten
+FUSED_ALONE = (
+    "a table_format of 16 or 8 bits trains with FusedSGD or FusedAdamW alone, made before the forward pass: rounded to nearest, "
+    "most of another optimiser's updates would be lost. dtype=torch.bfloat16 makes a table that takes any"
+)
 _heads = weakref.WeakSet()  # all heads: an optimiser finds by them which of its parameters are tables
 
 
@@ -146,6 +150,27 @@ def head_of(parameter):
     return next((head for head, parameters in own if any(parameter is each for each in parameters)), None)
 
 
+def row_scale(weight):
+    """The scales of this rank's rows of a table, as its heads hold them: (R,) beside float8, else None."""
+    if weight.dtype != formats.FLOAT8:
+        return None
+    found = [head.weight_scale for head in _heads if head._parameters.get("weight") is weight]
+    if not found or any(each is None for each in found):
+        raise ValueError(
+            "a float8 class table needs the scales of its rows, which a head has that was made with "
+            'table_format="float8"; head.to(torch.float8_e4m3fn) makes none'
+        )
+    if any(each is not found[0] for each in found):
+        raise ValueError("heads that share a float8 weight must share its scales too: other.weight_scale = head.weight_scale")
+    scale, rows = dtensors.local(found[0]), dtensors.local(weight)
+    if len(scale) != len(rows):
+        raise ValueError(
+            f"the scales of {len(scale)} rows are beside {len(rows)} rows of a float8 table: fully_shard and the like shard no "
+            'buffers; ShardedCosFaceLoss(..., table_format="float8") does'
+        )
+    return scale
+
+
 def ranks_of(weight):
     """The Ranks that a table's rows lie on."""
     head = head_of(weight)
@@ -177,7 +202,7 @@ def negative_lse(problem, options, parameters, needs):
     parameters: the nn.Parameters (weight, bias) that own the problem's rows. needs: what is wanted in any case.
     """
     needed = torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in parameters)
-    if not needed or pending(parameters[0]) is None:
+    if not needed or (pending(parameters[0]) is None and problem.row_scale is None):
         return operators.negative_lse(problem, options, needs)  # it sees what needs a gradient
     bias = None if problem.bias is None else problem.bias.detach()
     problem = problem._replace(weight=problem.weight.detach(), bias=bias)
@@ -201,7 +226,8 @@ def _recorded(parameters, vectors, saved, problem, options):
     The operator that made them saw a detached table. Zeros that depend on the table are added to them, so that the path to the
     features does not lead through the recording: torch.autograd.grad(loss, features) records nothing.
     """
-    if parameters[1] is not pending(parameters[0]).bias:
+    found = pending(parameters[0])
+    if found is not None and parameters[1] is not found.bias:
         raise ValueError(
             "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
             "heads that share a weight cannot have a bias each"
@@ -259,7 +285,8 @@ class _Record(torch.autograd.Function):
         _check_hooks(ctx.parameters)
         found = pending(ctx.parameters[0])
         if found is None:
-            raise RuntimeError("the fused optimiser that this loss was computed for no longer exists")
+            was = "the fused optimiser that this loss was computed for no longer exists"
+            raise RuntimeError(FUSED_ALONE if ctx.parameters[0].dtype == formats.FLOAT8 else was)
         found.add(record)
         return (None,) * 6
 
@@ -278,6 +305,12 @@ def _is_returned(leaf):
 def _gradients(parameters, record, wanted):
     """The gradients of weight and bias that are wanted, as without a fused optimiser."""
     weight, bias = parameters
+    if weight.dtype == formats.FLOAT8:
+        raise RuntimeError(
+            "torch.autograd.grad of a float8 class table is not made: 8 bits have no room for a gradient, which exists slab by "
+            "slab in the fused optimiser's step alone. Ask for the gradient of the features, or of a copy: "
+            "copy.deepcopy(head).float()"
+        )
     if dtensors.is_sharded(weight):
         raise RuntimeError(
             "torch.autograd.grad of a sharded class table that a fused optimiser trains is not made: its gradient exists slab by "
@@ -304,22 +337,19 @@ def _check_hooks(parameters):
             )
 
 
-def refused(weight):
-    """weight, with a backward that raises: a 16-bit table without a fused optimiser."""
-    return _Refuse.apply(weight)
+def refused(weight, rows):
+    """rows of weight, with a backward that raises: a table of fewer than 32 bits without a fused optimiser."""
+    return _Refuse.apply(weight, rows)
 
 
 class _Refuse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight):
-        return weight.view_as(weight)
+    def forward(ctx, weight, rows):
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx, grad):
-        raise RuntimeError(
-            "a table_format of 16 bits trains with FusedSGD or FusedAdamW alone, made before the forward pass: rounded to "
-            "nearest, most of another optimiser's updates would be lost. dtype=torch.bfloat16 makes a table that takes any"
-        )
+        raise RuntimeError(FUSED_ALONE)
 
 
 def rows_of(records):
@@ -385,7 +415,7 @@ class _Sum:
 def _write(table, records, sink):
     """Write the gradient of records with equal options and rows into a Sink."""
     options, index, correction = records[0][:3]
-    table = Table(table.weight, table.bias, options.normalize_weight, options.centers, index, correction)
+    table = table._replace(normalize=options.normalize_weight, centers=options.centers, index=index, correction=correction)
     columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
     # No copy for a single record: `kept` may be large.
     factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))

@@ -7,17 +7,18 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from . import page_pool
+from . import formats, page_pool
 from .normalize import project, unit_rows
 
 
 class Table(NamedTuple):
-    weight: torch.Tensor  # (R, D) raw rows, any float dtype and strides; `centers` consecutive ones to a class
+    weight: torch.Tensor  # (R, D) raw rows, any float dtype and strides, or float8; `centers` consecutive ones to a class
     bias: torch.Tensor | None = None  # (R,)
     normalize: bool = True  # whether each row is divided by its norm; never with a bias
     centers: int = 1  # a class's logit is the largest of its rows'
     index: torch.Tensor | None = None  # (M,) int64 ascending: the rows of weight that take part, in whole classes; None: all
     correction: torch.Tensor | None = None  # (M,): added to the binary exponents of the rows that take part; None: zeros
+    row_scale: torch.Tensor | None = None  # (R,) float32 beside a float8 weight
 
     @property
     def num_rows(self):
@@ -44,18 +45,22 @@ class Table(NamedTuple):
         return torch.where(positions < 0, -1, rows // self.centers)
 
     def rows(self, start, stop):
-        """The raw rows of a slab: a view, or a copy of that slab if classes are sampled or there is a bias."""
+        """The raw rows of a slab: a view, or a copy of that slab if classes are sampled, there is a bias, or they are float8:
+        then float32.
+        """
         if self.index is not None:
             return self._gather(self.index[start:stop])
-        rows = self.weight[start:stop]
-        return rows if self.bias is None else torch.cat([rows, self.bias[start:stop, None]], 1)
+        slab = slice(start, stop)
+        rows = self.weight[slab] if self.row_scale is None else formats.read(self.weight, self.row_scale, slab)
+        return rows if self.bias is None else torch.cat([rows, self.bias[slab, None]], 1)
 
     def gathered(self, positions, dtype):
         """The raw rows at positions (P,), in dtype."""
         return self._gather(positions if self.index is None else self.index[positions]).to(dtype)
 
     def _gather(self, index):
-        rows = self.weight.index_select(0, index)
+        weight, scale = self.weight, self.row_scale
+        rows = weight.index_select(0, index) if scale is None else formats.read(weight, scale, index)
         return rows if self.bias is None else torch.cat([rows, self.bias.index_select(0, index)[:, None]], 1)
 
     def unit(self, rows):

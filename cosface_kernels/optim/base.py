@@ -264,7 +264,7 @@ class Fused(torch.optim.Optimizer):
         if not records:
             return
         rows = dtensors.local(weight.detach()), None if bias is None else dtensors.local(bias.detach())
-        table = Table(*rows, index=recording.rows_of(records))
+        table = Table(*rows, index=recording.rows_of(records), row_scale=recording.row_scale(weight))
         changed = [parameter for parameter in parameters if parameter is not None]
         torch.autograd.graph.increment_version(changed)  # native code does not do it
         recording.write_gradient(table, records, rules.Update(table, *parts))
@@ -294,7 +294,7 @@ class Fused(torch.optim.Optimizer):
         rows, rule = table_state.rows_of(parameter.detach()), self._rule(group, parameter, skip)
         longest = group["max_row_norm"]
         longest = None if longest is None else max(float(longest), 2.0**-126)  # as a float32 it is not 0
-        return rules.Part(rows, buffers, rule, key, first_row, skip, longest)
+        return rules.Part(rows, buffers, rule, key, first_row, skip, longest, recording.row_scale(parameter))
 
     def _names(self, group):
         """Names of the state that a group's parameters need."""

@@ -14,6 +14,7 @@ import torch
 
 from ..ops import backends, formats
 from ..ops.backends import cpu_library
+from ..ops.slabs import wide_dtype
 
 
 class SGD(NamedTuple):
@@ -95,6 +96,7 @@ class Part(NamedTuple):
     first_row: int  # number of the first of these rows in the whole table, which may lie on several ranks
     skip: torch.Tensor | None  # 0-dim bool: True changes nothing; None: False, known without waiting for the device
     max_row_norm: float | None = None  # a gradient of a row that is longer is made that long
+    row_scale: torch.Tensor | None = None  # (R,) float32 beside float8 rows
 
     def apply(self, index, grad):
         """Update rows. index: a slice or int64 positions; grad: their gradient, in the dtype to compute in."""
@@ -107,10 +109,10 @@ class Part(NamedTuple):
             with torch.cuda.device_of(self.rows):
                 triton_update.update(self, index, grad.float())
             return
-        rows = formats.read(self.rows, None, index)
+        rows = formats.read(self.rows, self.row_scale, index)
         states = [formats.read(*state, index) for state in self.states]
         self.rule.apply(rows, self._clipped(grad.to(rows.dtype)).contiguous(), states, self.skip)
-        self._write(index, 0, self.rows, None, rows)
+        self._write(index, 0, self.rows, self.row_scale, rows)
         for stream, ((buffer, scale), changed) in enumerate(zip(self.states, states, strict=True), 1):
             self._write(index, stream, buffer, scale, changed)
 
@@ -123,10 +125,11 @@ class Part(NamedTuple):
     def native_update(self):
         """This update as the struct that `csrc/cpu/update.h` declares."""
         rule, numbers = self.rule.numbers()
-        return cpu_library.Step.of(rule, (*numbers, self.max_row_norm or 0.0), self.rows, self.states, self.first_row, self.key)
+        numbers = *numbers, self.max_row_norm or 0.0
+        return cpu_library.Step.of(rule, numbers, self.rows, self.row_scale, self.states, self.first_row, self.key)
 
     def is_native(self):
-        return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype in (torch.float32, torch.bfloat16)
+        return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype != torch.float64
 
     def has_kernel(self):
         """True if ops/backends/triton_update.py can make this step."""
@@ -152,7 +155,7 @@ class Update:
     def room(self, start, stop, dtype=None):
         """The buffer for a slab's rows before `put`: the same memory for every slab."""
         weight = self.table.weight
-        dtype = dtype or torch.promote_types(weight.dtype, torch.float32)
+        dtype = dtype or wide_dtype(weight.dtype)
         if self._room is None or len(self._room) < stop - start or self._room.dtype != dtype:
             size = weight.shape[1] + (self.table.bias is not None)
             self._room = torch.empty(stop - start, size, dtype=dtype, device=weight.device)

@@ -9,7 +9,8 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
-from ..ops import formats
+from ..ops import formats, recording
+from ..ops.slabs import wide_dtype
 
 COUNTS = ("step", "skipped", "rounding_step")
 INTERRUPTED = "interrupted"  # key in a table's state while a step is writing it; never in state that is loaded
@@ -19,7 +20,7 @@ def allocate(parameter, state, name, state_format):
     """Add a buffer of zeros, the first value of all state, in its format."""
     dtype = formats.STATE_FORMATS[state_format if parameter.dim() == 2 else "float32"]
     if dtype == torch.float32:
-        dtype = torch.promote_types(parameter.dtype, dtype)
+        dtype = wide_dtype(parameter.dtype)
     if dtype == torch.int8 and name == "exp_avg_sq":
         dtype = torch.uint8
     state[name] = dtensors.zeros(parameter, parameter.shape, dtype)
@@ -35,14 +36,15 @@ def rows_of(tensor):
 
 def check_rows(parameter, group, state):
     """Check that `step` can write a parameter and its state: `head.to(...)` and `weight.data = ...` may have replaced them."""
-    if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"a class table to train must be float32, bfloat16 or float64, got {parameter.dtype}")
+    is_float8 = recording.row_scale(parameter) is not None
+    if not is_float8 and parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"a class table to train must be float32, bfloat16, float64 or float8, got {parameter.dtype}")
     if not dtensors.local(parameter).is_contiguous():
         raise ValueError(f"a class table to train must be contiguous, got strides {parameter.stride()}")
     if parameter.dtype == torch.float64 and group["state_format"] != "float32":
         raise ValueError(f'a float64 table has state of its own dtype, state_format="float32", got {group["state_format"]!r}')
     check_whole(state)
-    wide = torch.promote_types(parameter.dtype, torch.float32)
+    wide = wide_dtype(parameter.dtype)
     for name, value in state.items():
         try:
             check_state(name, value, parameter)

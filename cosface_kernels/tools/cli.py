@@ -24,7 +24,7 @@ DEMO_EXTRAS = "matplotlib", "sklearn", "tqdm"
 DEVICE = {"choices": ("cpu", "cuda"), "help": "default: cuda where there is a GPU"}
 # The names that plan.py knows.
 OPTIMIZERS = "sgd", "adamw", "plain-sgd", "torch-sgd", "torch-adamw"
-TABLES, STATES = ("float32", "bfloat16"), ("float32", "bfloat16", "int8")
+TABLES, STATES = ("float32", "bfloat16", "float8"), ("float32", "bfloat16", "int8")
 
 
 def main(argv=None):

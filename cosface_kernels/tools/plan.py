@@ -107,6 +107,7 @@ def plan(training, device):
     rows = max(round(training.sample_rate * held), min(batch, held))
     dtype, state = getattr(torch, training.precision), formats.STATE_FORMATS[training.state_format]
     weight = torch.empty(held, dim, dtype=formats.TABLE_FORMATS[training.table_format], device="meta")
+    is_float8 = weight.dtype == formats.FLOAT8
     # The attributes of features that slabs.py reads, without a tensor.
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
     table = Table(weight[:rows])
@@ -114,14 +115,14 @@ def plan(training, device):
     fused = training.is_fused
     budget = recording.automatic_budget(weight) if fused else automatic_budget(weight.nbytes, device.memory)
     kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
-    # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms.
-    buffers = 8 * slab * (batch + 2 * dim)
+    # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms; decoded rows, and as 16 bits.
+    buffers = 8 * slab * (batch + 2 * dim) + 6 * slab * dim * is_float8
     lent = training.device_type == "cpu" and page_pool.LARGE <= kept <= device.memory // page_pool.SPARE_SHARE
     left, temporary = kept if lent else 0, optimizer.temporaries * weight.nbytes
     if left + temporary > kept + buffers:  # in torch.optim's step those of backward are free, but for what page_pool.py holds
         kept, buffers = left, temporary
     return {
-        "table": weight.nbytes,
+        "table": weight.nbytes + 4 * held * is_float8,
         "state": held * optimizer.states * (dim * state.itemsize + 4 * (state in formats.LARGEST_CODE)),
         "gradient": 0 if training.is_fused else weight.nbytes,
         "kept": kept,

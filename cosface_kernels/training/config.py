@@ -48,7 +48,7 @@ class Config:
     margin_warmup: float = _setting(0.0, "the first part of the steps, in which m rises from 0", low=0, high=1)
     centers_per_class: int = _setting(1, "K", low=1)
     sample_rate: float = _setting(1.0, "the share of classes that take part in a step", low=1e-9, high=1)
-    table_format: str = _setting("float32", "of the class table", ("float32", "bfloat16"))
+    table_format: str = _setting("float32", "of the class table", ("float32", "bfloat16", "float8"))
 
     optimizer: str = _setting("sgd", "of backbone and table", ("sgd", "adamw"))
     fused: bool = _setting(True, "FusedSGD or FusedAdamW for the table; false: torch.optim's")

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import margins
 from ..distributed.dtensors import first_row
+from ..heads import float8
 from ..heads.sharded import ShardedMarginSoftmaxLoss
 from ..ops.memory import total_memory
 from ..optim import FusedAdamW, FusedSGD
@@ -62,7 +63,7 @@ def _head(config, num_classes, device):
         head = ShardedMarginSoftmaxLoss(config.embedding_size, num_classes, margin=margin, device=device, **options)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"the head cannot be made: {error}") from error
-    rows, first = head.placement.local(head.weight), first_row(head.weight)
+    rows, row_scale, first = head.placement.local(head.weight), head._row_scale(), first_row(head.weight)
     with torch.no_grad():  # by blocks, so that the table does not depend on the number of processes
         for block in range(first // _ROWS, -(-(first + len(rows)) // _ROWS)):
             key = int(faces.mix(config.seed, _TABLE, block) >> 1)
@@ -70,7 +71,7 @@ def _head(config, num_classes, device):
             drawn = block_rows.normal_(std=0.01, generator=torch.Generator().manual_seed(key))
             start = block * _ROWS
             low, high = max(first, start), min(first + len(rows), start + _ROWS)
-            rows[low - first : high - first] = drawn[low - start : high - start].to(rows)
+            float8.put(rows, row_scale, slice(low - first, high - first), drawn[low - start : high - start])
     return head
 
 

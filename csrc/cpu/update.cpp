@@ -16,7 +16,7 @@
 
 namespace {
 
-enum Format { FLOAT32, BFLOAT16, INT8, UINT8_SQUARE };
+enum Format { FLOAT32, BFLOAT16, INT8, UINT8_SQUARE, FLOAT8 };
 enum Rule { SGD, ADAMW };
 
 // A permutation of words in which every bit of the result depends on every bit of the word (C. Wellons' lowbias32).
@@ -62,7 +62,16 @@ inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room)
     }
     const float scale = from.scale[row];
     const int8_t *codes = (const int8_t *)from.data + row * size;
-    if (from.format == INT8) {
+    if (from.format == FLOAT8) {
+#pragma omp simd
+        for (int64_t d = 0; d < size; d++) {
+            const uint32_t code = (uint8_t)codes[d], word = (code & 0x7f) + (120 << 3) << 20;
+            float number;
+            memcpy(&number, &word, sizeof number);
+            if (!(code & 0x78)) number = 2 * number - 0x1p-6f;  // a subnormal: 2^-7 (1 + m / 8) so far, m 2^-9 in truth
+            room[d] = (code & 0x80 ? -number : number) * scale;
+        }
+    } else if (from.format == INT8) {
 #pragma omp simd
         for (int64_t d = 0; d < size; d++) room[d] = codes[d] * scale;
     } else {
@@ -85,18 +94,52 @@ template <int STREAM> inline void to_bfloat16(const float *row, int64_t size, co
     }
 }
 
+// The bits of the largest magnitude. They are ordered as the floats are, NaN last.
+inline int32_t largest_magnitude(const float *row, int64_t size) {
+    int32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t d = 0; d < size; d++) {
+        int32_t magnitude;
+        memcpy(&magnitude, row + d, sizeof magnitude);
+        magnitude &= 0x7fffffff;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+// Returns the scale; NaN, and numbers as they were, for a row that is not finite. formats._float8 has the reasons.
+template <int STREAM> inline float to_float8(const float *row, int64_t size, const uint32_t *random, uint8_t *numbers) {
+    const int32_t largest = largest_magnitude(row, size);
+    if (largest >= 0x7f800000) return NAN;
+    int32_t exponent = ((largest + 0x1fffff) >> 23) - 8;
+    exponent = exponent < 1 ? 1 : exponent > 246 ? 246 : exponent;
+    const int32_t words[] = {exponent << 23, 254 - exponent << 23};
+    float scale, inverse;
+    memcpy(&scale, words, sizeof scale);
+    memcpy(&inverse, words + 1, sizeof inverse);
+#pragma omp simd
+    for (int64_t d = 0; d < size; d++) {
+        uint32_t sign, word;
+        memcpy(&sign, row + d, sizeof sign);
+        float number = fabsf(row[d]) * inverse;
+        number = number > 448 ? 448 : number;
+        const bool small = number < 0x1p-6f;
+        number += small ? 0x1p-6f : 0;
+        memcpy(&word, &number, sizeof word);
+        word = (word + (random_bits<STREAM>(random[d]) << 4) + 8 >> 20) - (small ? 121 << 3 : 120 << 3);
+        numbers[d] = (uint8_t)(word | (sign >> 24 & 0x80));
+    }
+    return scale;
+}
+
 // Returns the scale; NaN, and codes as they were, for a row that is not finite.
 template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t size, const uint32_t *random, uint8_t *codes) {
     constexpr int32_t LARGEST_CODE = SQUARES ? 255 : 127;
-    int32_t largest_bits = 0;
-#pragma omp simd reduction(max : largest_bits)
-    for (int64_t d = 0; d < size; d++) {
-        if (SQUARES) row[d] = sqrtf(row[d]);
-        int32_t magnitude;  // ordered as the floats are, NaN last
-        memcpy(&magnitude, row + d, sizeof magnitude);
-        magnitude &= 0x7fffffff;
-        largest_bits = magnitude > largest_bits ? magnitude : largest_bits;
+    if (SQUARES) {
+#pragma omp simd
+        for (int64_t d = 0; d < size; d++) row[d] = sqrtf(row[d]);
     }
+    const int32_t largest_bits = largest_magnitude(row, size);
     if (largest_bits >= 0x7f800000) return NAN;
     float largest;
     memcpy(&largest, &largest_bits, sizeof largest);
@@ -122,6 +165,7 @@ template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, i
     uint8_t *codes = (uint8_t *)to.data + row_number * size;
     if (to.format == BFLOAT16) to_bfloat16<STREAM>(row, size, random, (uint16_t *)to.data + row_number * size);
     else if (to.format == INT8) to.scale[row_number] = to_codes<false, STREAM>(row, size, random, codes);
+    else if (to.format == FLOAT8) to.scale[row_number] = to_float8<STREAM>(row, size, random, codes);
     else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
 }
 

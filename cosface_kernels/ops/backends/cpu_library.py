@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 12
+INTERFACE = 13
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -46,7 +46,7 @@ class _Buffer(ctypes.Structure):
     """csrc/cpu/update.h's Buffer."""
 
     _fields_ = [("data", _POINTER), ("scale", _POINTER), ("format", ctypes.c_int32)]
-    FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8)
+    FORMATS = (torch.float32, torch.bfloat16, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
     @classmethod
     def of(cls, name, buffer, scale, shape):
@@ -68,13 +68,13 @@ class Step(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, rule, numbers, rows, states, first_row, key):
+    def of(cls, rule, numbers, rows, row_scale, states, first_row, key):
         threads, size = torch.get_num_threads(), rows.shape[1]
         room = torch.empty(threads, 4, size, dtype=torch.float32, device="cpu")
         buffers = [_Buffer.of(f"state {k}", *state, rows.shape) for k, state in enumerate(states)]
         buffers += [_Buffer()] * (cls._STATES - len(states))
         step = cls(
-            *(rule, numbers, _Buffer.of("the table", rows, None, rows.shape), (_Buffer * cls._STATES)(*buffers)),
+            *(rule, numbers, _Buffer.of("the table", rows, row_scale, rows.shape), (_Buffer * cls._STATES)(*buffers)),
             *(size, first_row, key, pointer("scratch", room, torch.float32, threads * 4 * size)),
         )
         step.shape, step.threads, step._room = rows.shape, threads, room  # keep the scratch alive as long as the step
