@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import torch
 
-PATIENCE = 60  # seconds that a wait may take
+PATIENCE = 300  # seconds that a wait may take
 
 
 class Kernel:

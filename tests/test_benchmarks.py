@@ -431,7 +431,7 @@ def test_gpu_tests_need_only_torch_and_pytest():
     hide = "import sys, pytest; sys.modules.update(dict.fromkeys(sys.argv[1].split())); sys.exit(pytest.main(sys.argv[2:]))"
     optional = "matplotlib pytorch_metric_learning sklearn tqdm"
     command = [sys.executable, "-c", hide, optional, "--collect-only", "-rs", "-p", "no:cacheprovider", "tests"]
-    run = subprocess.run(command, cwd=source.ROOT, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, cwd=source.ROOT, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stdout[-2000:]
     skipped = set(re.findall(r"SKIPPED.* tests/(\w+)\.py.*could not import", run.stdout))
     beside = {"test_benchmarks", "test_benchmark_training", "test_cli", "test_formats"}

@@ -48,12 +48,12 @@ class Halted(threading.Thread):
                 calls.append(descriptor)
                 if len(calls) == at:
                     self.reached.set()
-                    assert self.may_go.wait(60)
+                    assert self.may_go.wait(300)
             fsync(descriptor)
 
         monkeypatch.setattr(os, "fsync", halting)
         self.start()
-        assert self.reached.wait(60)
+        assert self.reached.wait(300)
 
     def run(self):
         try:

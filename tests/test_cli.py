@@ -33,6 +33,14 @@ def test_no_command_is_wrong_usage(capsys):
     assert "usage: cosface" in capsys.readouterr().out
 
 
+def test_info_names_versions_and_backends(capsys):
+    assert cli.main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("  cosface_kernels ") and __version__ in line for line in lines)
+    assert any(line.startswith("  torch on cpu ") and line.endswith("usable") for line in lines)
+
+
+@pytest.mark.slow
 def test_info_says_what_is_usable():
     """Without the interpreter, as a user has it, and as `python -m cosface_kernels`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -120,7 +120,7 @@ def test_torchrun(has_group, tmp_path):
     script = tmp_path / "train.py"
     script.write_text("\n".join([BEFORE, *examples, AFTER]))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, tmp_path]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     shapes, losses = zip(*((tmp_path / rank).read_text().rsplit(" ", 1) for rank in "01"), strict=True)
     assert shapes == ("(5000, 32)", "(5000, 32)") and losses[0] == losses[1]

@@ -58,7 +58,7 @@ def losses(run):
 
 
 def wait_for(condition, process):
-    until = time.monotonic() + 120
+    until = time.monotonic() + 600
     while not condition():
         assert process.poll() is None and time.monotonic() < until, process.communicate()[1]
         time.sleep(0.02)
@@ -72,13 +72,13 @@ def test_kill_and_resume(tmp_path):
     killed = started(*options, f"out={run}")
     wait_for(lambda: len(losses(run)) >= 10, killed)
     killed.kill()
-    killed.wait(timeout=60)
+    killed.wait(timeout=600)
     saved = {int(path.name[5:]) for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
     assert max(saved) > 0 and len(losses(run)) - max(saved) <= 4
     stopped = started("--resume", f"out={run}")
     wait_for(lambda: len(losses(run)) > max(saved) + 2, stopped)
     stopped.send_signal(signal.SIGTERM)
-    out, error = stopped.communicate(timeout=120)
+    out, error = stopped.communicate(timeout=600)
     assert stopped.returncode == 128 + signal.SIGTERM, error
     assert f"cosface train --resume out={run} goes on" in out
     here("--resume", f"out={run}")
