@@ -31,9 +31,14 @@ def pointer(name, tensor, dtype, count):
     """
     if tensor is None:
         return None
-    fits = tensor.dtype == dtype and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() >= count
-    # A storage that was resized under its tensor, or never had memory, is shorter than the tensor's shape says.
-    if not fits or tensor.untyped_storage().nbytes() < (tensor.storage_offset() + count) * dtype.itemsize:
+    if not (
+        tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.is_contiguous()
+        and tensor.numel() >= count
+        # A storage that was resized under its tensor, or never had memory, is shorter than the tensor's shape says.
+        and tensor.untyped_storage().nbytes() >= (tensor.storage_offset() + count) * dtype.itemsize
+    ):
         raise RuntimeError(
             f"native code wants {count} or more contiguous numbers of {dtype} on the CPU for {name}, got {tensor.dtype} of shape "
             f"{tuple(tensor.shape)} and strides {tensor.stride()} on {tensor.device}, over "
