@@ -20,6 +20,8 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 INTERFACE = 13
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
+# To wake a thread takes as long as so many products, and to read and write a number as long as some tens.
+PRODUCTS_OF_THREAD, PRODUCTS_OF_NUMBER = 2**21, 32
 _NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
@@ -209,16 +211,17 @@ class Kernels:
 
     def row_panels(self, rows, num_rows, size, panels):
         rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, size, num_rows)
-        self._call("row_panels", rows=rows, panels=panels, num_rows=num_rows, size=size)
+        self._call("row_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
 
     def column_panels(self, rows, num_rows, size, panels):
         rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, num_rows, size)
-        self._call("column_panels", rows=rows, panels=panels, num_rows=num_rows, size=size)
+        self._call("column_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
 
     def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
         """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
         self._call(
             "normalize",
+            PRODUCTS_OF_NUMBER * classes * size,
             threads=len(scratch),
             table=rows_of_table("weight", weight, classes, size),
             scratch=floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)),
@@ -252,6 +255,7 @@ class Kernels:
         """values, places: of the largest product in each piece of a row, where wanted. hard: (4, N), or None."""
         self._call(
             "exponentials",
+            num_rows * classes * size,
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
             shifts=floats("shift", shift, num_rows),
             e=self._numbers("exponentials", e, classes, num_rows),
@@ -280,6 +284,7 @@ class Kernels:
         """values, places, hard: as in `exponentials`."""
         self._call(
             "maxima",
+            num_rows * classes * size,
             of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
             exponents=floats("exponents", exponents, classes, num_rows),
             **self._pieces(num_rows, classes, partial, values, places),
@@ -290,6 +295,7 @@ class Kernels:
     def accumulate(self, e_panels, unit_panels, classes, num_rows, size, pull):
         self._call(
             "accumulate",
+            num_rows * classes * size,
             e_panels=self._panels(e_panels, classes, num_rows),
             unit_panels=self._panels(unit_panels, classes, size),
             pull=("pull", pull, torch.float64, num_rows * padded(size)),
@@ -326,6 +332,7 @@ class Kernels:
             threads = min(threads, step.threads)
         self._call(
             "table_gradient",
+            num_rows * classes * size,
             threads=threads,
             e=self._numbers("exponentials", e, classes, num_rows),
             x_panels=self._panels(x_panels, num_rows, size),
@@ -379,16 +386,18 @@ class Kernels:
     def _panels(self, panels, summed, columns):
         return "panels", panels, torch.int32, self.panel_words(summed, columns)
 
-    def _call(self, name, *, threads=None, **fields):
+    def _call(self, name, products, *, threads=None, **fields):
+        """products: how many multiplications the kernel does, or could do while it moves its numbers."""
         arguments = _arguments(_ARGUMENTS[name], **fields)
-        self._kernels[name].function(ctypes.addressof(arguments), threads or torch.get_num_threads())
+        threads = min(threads or torch.get_num_threads(), max(products // PRODUCTS_OF_THREAD, 1))
+        self._kernels[name].function(ctypes.addressof(arguments), threads)
 
 
 def _arguments(structure, **fields):
     """The structure. A tensor is given as (name, tensor, dtype, numbers), and checked."""
     if fields.keys() != structure.NAMES:  # ctypes takes any names, and leaves the others null
         raise TypeError(f"got {', '.join(fields)} for a structure of {', '.join(structure.NAMES)}")
-    return structure(**{name: pointer(*value) if isinstance(value, tuple) else value for name, value in fields.items()})
+    return structure(**{name: pointer(*value) if type(value) is tuple else value for name, value in fields.items()})
 
 
 def floats(name, tensor, *shape):
