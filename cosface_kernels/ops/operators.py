@@ -390,7 +390,7 @@ def check_labels(labels, num_classes, ignore_index, foreign_index=None):
     if not _checks_values(labels):
         return
     if labels.numel():
-        low, high = labels.aminmax()
+        low, high = map(int, labels.aminmax())
         if low >= 0 and high < num_classes:
             return
     outside = ((labels < 0) | (labels >= num_classes)) & batch_rows.needs_target(labels, ignore_index, foreign_index)

@@ -5,6 +5,8 @@ where E was not kept, then table_gradient (matmul, projection and the targets' s
 Memory beyond the results: one slab each of w̃ and E, each in the two layouts that the products read, and x twice.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -14,6 +16,7 @@ from ..slabs import aligned, ceil_div
 from . import Sums, cpu_library, cpu_rows, exponents, several
 
 row_functions = cpu_rows
+SMALLEST = torch.finfo(torch.float64).tiny
 
 
 def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
@@ -38,10 +41,9 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
         total += slab.exponentials(start, stop, shift, e, e_panels).sum(0, dtype=torch.float64)
         if need_pull:
             slab.kernels.accumulate(e_panels, unit_panels, stop - start, num_rows, size, pull)
-    pull = pull[:, :size]
-    if need_pull:
-        pull = pull / torch.where(total == 0, 1.0, total)[:, None]
-    return Sums.of(shift, total.float(), pull.float(), kept, slab.largest, row_sum)
+    # The pull of a total of 0 is 0.
+    pull = pull[:, :size].div_(total.clamp(min=SMALLEST)[: len(pull), None]).float()
+    return Sums.of(shift, total.float(), pull, kept, slab.largest, row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
@@ -58,7 +60,7 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     for index, start, stop in plan.slabs(table):
         e = _kept(plan, kept, index, start, stop, num_rows)
         if e is None:
-            e = slab.e()
+            e = slab.e
             slab.normalize(start, stop, None)
             slab.exponentials(start, stop, shift, e, None)
         out = None if update else sink.room(start, stop, out_dtype)
@@ -80,19 +82,35 @@ class _Slab:
         self.num_rows, self.size = x.shape
         if targets.dim() == 2:
             self.several, self.targets = targets, torch.full((self.num_rows,), -1, dtype=torch.int64, device="cpu")
-        self.x_panels = self.panels(self.size, self.num_rows)
-        self.kernels.row_panels(x.to(plan.dtype), self.num_rows, self.size, self.x_panels)
-        self.unit = self.empty(plan.slab, self.size, dtype=self.kernels.operand)
+        self.x = x
         self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
-        self.partial = self.empty(ceil_div(plan.slab, self.kernels.sum_classes), self.num_rows)
         self.hard = hard
         self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
         self._hard_columns = None if hard is None or self.writes_exponents else hard.T.contiguous()
         # Hard negatives change a product, before the factor.
         late = hard is not None and self.writes_exponents
         self._factor, self._late_factor = (1.0, plan.log2_scale) if late else (plan.log2_scale, 1.0)
-        self.largest = self._values = self._places = None
-        self._e = self._exponents = None
+        self.largest = self._values = self._places = self._exponents = None
+
+    # Backward needs these where it computes exponentials again.
+    @functools.cached_property
+    def x_panels(self):
+        panels = self.panels(self.size, self.num_rows)
+        self.kernels.row_panels(self.x.to(self.plan.dtype), self.num_rows, self.size, panels)
+        return panels
+
+    @functools.cached_property
+    def unit(self):
+        return self.empty(self.plan.slab, self.size, dtype=self.kernels.operand)
+
+    @functools.cached_property
+    def partial(self):
+        return self.empty(ceil_div(self.plan.slab, self.kernels.sum_classes), self.num_rows)
+
+    @functools.cached_property
+    def e(self):
+        """Memory for the exponentials of a slab that is not kept."""
+        return self.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
 
     def panels(self, summed, columns):
         """Memory for a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
@@ -104,12 +122,6 @@ class _Slab:
     def find_largest(self):
         """From now on `largest` is that of the slabs so far."""
         self._values, self._places = torch.empty_like(self.partial), self.empty(*self.partial.shape, dtype=torch.int32)
-
-    def e(self):
-        """Memory for the exponentials of a slab that is not kept."""
-        if self._e is None:
-            self._e = self.empty(self.plan.slab, self.num_rows, dtype=self.plan.dtype)
-        return self._e
 
     def rows(self, start, stop):
         rows = self.table.rows(start, stop)
