@@ -49,8 +49,15 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     assert_close([kernels.x_gradient(*arguments)], [batch_rows.x_gradient(*arguments)])
 
 
-@pytest.mark.parametrize("num_rows, size", [(1, 1e-30), (1, 1.0), (1, 1e30), pytest.param(613, 1.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "num_rows, size, dtype",
+    [
+        (1, 1e-30, torch.float32),
+        (23, 1.0, torch.bfloat16),
+        (1, 1e30, torch.float32),
+        pytest.param(613, 1.0, torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_slab_factors(device, kernels, num_rows, size, dtype):
     """613: past the rows that `order_targets` compares at once."""
     unit, weight, labels = draw(device, num_rows)
