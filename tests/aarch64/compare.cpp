@@ -133,10 +133,11 @@ template <class Number> struct Problem {
         run(3, &exponentials);
         const Accumulate<Number> accumulate{e_panels.data(), unit_panels.data(), pull.data(), n, c, d};
         run(5, &accumulate);
-        const int64_t *classes = target_classes.data();
-        const float *shares = target_sums.data();
-        const TableGradient<Number> gradient{e.data(), a_panels.data(), table.data(), classes, shares, to,    grad.data(), nullptr, n,
-                                             c,        d,               0,            n,       room,   1.0,   false,       true,    false};
+        TableGradient<Number> gradient{};
+        gradient.e = e.data(), gradient.x_panels = a_panels.data(), gradient.table = table.data(), gradient.grad = grad.data();
+        gradient.target_classes = target_classes.data(), gradient.target_sums = target_sums.data(), gradient.num_targets = n;
+        gradient.scratch = to, gradient.scratch_size = room, gradient.unscale = 1, gradient.normalized = true;
+        gradient.num_rows = n, gradient.classes = c, gradient.size = d;
         run(6, &gradient);
         Results found{Numbers(c * n), Numbers(n), Numbers(n * d), Numbers(grad.begin(), grad.end()), Numbers(c * d)};
         // The same into a step of SGD, whose momentum begins as the table.
