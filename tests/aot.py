@@ -6,7 +6,8 @@ The package itself makes the launches, for the calls below and with CPU tensors,
 with the dtypes, alignment, and numbers that are 1 or divisible by 16 that a GPU's launches are compiled for.
 
 It runs in a process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled:
-    python tests/aot.py [90 100 ...]
+    python tests/aot.py [--few] [90 100 ...]
+--few leaves out what no call launches unasked, and most sizes, of which it takes the first and last.
 """
 
 import contextlib
@@ -39,6 +40,9 @@ from cosface_kernels.optim import base, rules
 
 FLOAT32, BFLOAT16, FLOAT16 = DTYPES = torch.float32, torch.bfloat16, torch.float16
 SLAB = 256  # a tile of every configuration
+PRECISIONS = (BFLOAT16, "ieee"), (FLOAT32, "ieee"), (FLOAT32, "tf32")
+# Hopper's three tiles of 16 bits, and the one of float32.
+FEW_TILES = [(64, 512, PRECISIONS[0]), (131, 64, PRECISIONS[0]), *((131, 512, precision) for precision in PRECISIONS)]
 EXPONENTIALS = {"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVES": True}
 
 
@@ -105,20 +109,25 @@ def _described(value, constant):
     return ("" if abs(value) < 2**31 else "long ") + ("16n" if value % 16 == 0 else "n")
 
 
-def calls(chip):
-    """Functions that take every choice of the launching code at least once; off Hopper, those that the chip has a part in."""
-    yield from _forms(chip)
-    yield from _tiles((37, 64, 128, 131) if chip == 90 else (64, 131))
+def calls(chip, few=False):
+    """Functions that take every choice of the launching code at least once; off Hopper, those that the chip has a part in.
+
+    few: fewer, which still launch every configuration of every kernel that is launched unasked.
+    """
+    yield from _measured(chip)
+    if not few:
+        yield from _forms(chip)
+    product = itertools.product((37, 64, 128, 131) if chip == 90 else (64, 131), (64, 512), PRECISIONS)
+    yield from _tiles(FEW_TILES if few else product)
     if chip == 90:
         yield from _formats()
-        yield from _shapes()
+        yield from _shapes(few)
 
 
-def _tiles(all_rows):
+def _tiles(cases):
     # The table of tiles, and what its kernels are compiled for: whether E is stored, row maxima, whole and cut tiles, N and B
     # divisible by 16 or not, sub-centres.
-    precisions = (BFLOAT16, "ieee"), (FLOAT32, "ieee"), (FLOAT32, "tf32")
-    for num_rows, size, (dtype, precision) in itertools.product(all_rows, (64, 512), precisions):
+    for num_rows, size, (dtype, precision) in cases:
         case = {"num_rows": num_rows, "size": size, "dtypes": (dtype, dtype), "precision": precision}
         num_classes = 2 * SLAB + (89 if num_rows % 16 == 0 else 80)
         for options in ({}, {"scale": 100.0}, {"frozen": True}):
@@ -132,24 +141,25 @@ def _tiles(all_rows):
         yield Call(**case, negatives=margins.CurricularFace())
 
 
-def _shapes():
-    # D: each power of two that a block of rows is rounded up to, its sizes odd and, from 64, divisible by 16.
-    for exponent in range(14):
+def _shapes(few):
+    exponents = (0, 6, 9, 13) if few else range(14)
+    # D: powers of two that a block of rows is rounded up to, its sizes odd and, from 64, divisible by 16.
+    for exponent in exponents:
         yield Call(size=2**exponent if exponent < 3 else 3 * 2 ** (exponent - 2) + 1, autocast=True)
         if exponent >= 6:
             yield Call(size=2**exponent, dtypes=(BFLOAT16, BFLOAT16))
     # Dtypes and layouts of what the caller brings.
     for dtypes in itertools.product(DTYPES, DTYPES):
         yield Call(size=512, dtypes=dtypes)
-    for dtype, layout in itertools.product(DTYPES, (_unaligned, _transposed, _every_other)):
+    for dtype, layout in itertools.product(DTYPES[: 1 if few else 3], (_unaligned, _transposed, _every_other)):
         yield Call(size=70, dtypes=(dtype, dtype), layout=layout)
     for dtype, bias in itertools.product(DTYPES, (False, True)):
         yield Call(size=512, dtypes=(dtype, dtype), margin=margins.Softmax(), bias=bias)
     yield Call(ignore_index=2**40)
     for reduction in ("sum", "none"):
         yield Call(reduction=reduction)
-    # Steps of fused optimisers: each size of a block.
-    for exponent in range(14):
+    # Steps of fused optimisers: the same sizes of a block.
+    for exponent in exponents:
         yield Step(2**exponent if exponent < 3 else 3 * 2 ** (exponent - 2) + 1, "float32", "int8", FusedAdamW)
         if exponent >= 6:
             yield Step(2**exponent, "bfloat16", "int8", FusedAdamW)
@@ -157,7 +167,7 @@ def _shapes():
         yield Step(size, "float32", "float32", FusedAdamW)
         yield Step(size, "float32", "float32", FusedAdamW, max_row_norm=1.0)
     # SEARCH_STEPS, and tables of one class and with a last slab of one.
-    for num_rows in (0, *(2**exponent for exponent in range(17))):
+    for num_rows in (0, *(2**exponent for exponent in ((0, 16) if few else range(17)))):
         yield Call(num_rows=num_rows, num_classes=16)
     yield Call(num_rows=1, num_classes=1)
     yield Call(num_classes=SLAB + 1)
@@ -187,7 +197,7 @@ def _formats():
 
 
 def _forms(chip):
-    """The kernels that triton_forms.json asks for on the chip, and those that it may: where both attend, whole and cut blocks."""
+    """The kernels that triton_forms.json may ask for: where both attend, whole and cut blocks."""
     cases = [(BFLOAT16, "ieee", {}), (FLOAT32, "ieee", {}), (FLOAT32, "tf32", {})]
     if chip >= 90:
         cases.append((BFLOAT16, "ieee", {"DESCRIPTORS": True}))
@@ -211,6 +221,10 @@ def _forms(chip):
         for dtype, num_classes, size in ((BFLOAT16, 2 * SLAB, 512), (FLOAT16, 2 * SLAB + 89, 301)):
             call = Call(num_rows=131, num_classes=num_classes, size=size, dtypes=(dtype, dtype))
             yield asking(call, attend_features={"GLUON": True}, attend_table={"GLUON": True})
+
+
+def _measured(chip):
+    """The kernels that triton_forms.json asks for on the chip."""
     for row in triton_forms.rows():
         if tuple(row["chip"]) == divmod(chip, 10):
             dtype, (num_rows, _) = getattr(torch, row["dtype"]), row["num_rows"]
@@ -313,9 +327,10 @@ def _every_other(tensor):
     return torch.stack([tensor, tensor], -1)[..., 0]
 
 
-def kernels(chip):
-    """Every kernel of the package that the chip may launch: its other functions take no pointers."""
-    modules = [triton_attend, triton_exponentials, triton_kernels, triton_rows, triton_update, *[triton_hopper] * (chip == 90)]
+def kernels(chip, few=False):
+    """Every kernel of the package that the chip may launch, or does unasked: its other functions take no pointers."""
+    modules = [triton_exponentials, triton_kernels, triton_rows, triton_update]
+    modules += [] if few else [triton_attend, *[triton_hopper] * (chip == 90)]
     functions = [function for module in modules for function in vars(module).values()]
     found = [function for function in functions if isinstance(function, JITFunction)]
     return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}
@@ -331,10 +346,11 @@ def configurations(chip):
 
 
 def main():
-    for chip in [int(argument) for argument in sys.argv[1:]] or sorted(compiled_facts.TENSOR_CORE):
-        left = kernels(chip) | configurations(chip)
-        with compiled_facts.remembered(f"sm_{chip}"):
-            for launch in launches(chip, calls(chip)):
+    few = "--few" in sys.argv
+    for chip in [int(argument) for argument in sys.argv[1 + few :]] or sorted(compiled_facts.TENSOR_CORE):
+        left = kernels(chip, few) | configurations(chip)
+        with compiled_facts.remembered(f"sm_{chip}", forget=not few):
+            for launch in launches(chip, calls(chip, few)):
                 left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
                 found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **launch.compiled.facts}
                 print(json.dumps(found | {"fuses": launch.numbers.get("enable_fp_fusion", True)}), flush=True)

@@ -53,10 +53,10 @@ class Known:
 
 
 @contextlib.contextmanager
-def remembered(name):
+def remembered(name, forget=True):
     """Inside, kernels are Known, their facts those of `resources`.
 
-    At the end the file loses what was not asked for.
+    forget: at the end the file loses what was not asked for.
     """
     path, compile = FOLDER / f"{name}.json", triton.compiler.compile
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -72,7 +72,8 @@ def remembered(name):
 
     with mock.patch.object(triton.compiler, "compile", compile_once):
         yield
-    _write(path, {key: known[key] for key in asked})
+    if forget:
+        _write(path, {key: known[key] for key in asked})
 
 
 def _key(source, target, options):

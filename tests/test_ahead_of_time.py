@@ -17,16 +17,26 @@ SPILL_LIMIT = {"project_rows": 8, "update_rows": 8, "sum_targets": 8, "attend": 
 PRODUCTS = {"exponential_sums", "exponentials", "maxima", "exponents"}
 
 
-OTHER_CHIPS = [pytest.param(chip, marks=pytest.mark.other_chips) for chip in SHARED_LIMIT if chip != 90]
+@pytest.mark.slow
+def test_what_is_launched_unasked():
+    check("--few", 90)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", [90, *OTHER_CHIPS])
+@pytest.mark.chips
+@pytest.mark.parametrize("chip", SHARED_LIMIT)
 def test_every_launch_configuration(chip):
+    check(chip)
+
+
+def check(*arguments):
+    chip = arguments[-1]
     script = Path(__file__).parent / "aot.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = str(script.parents[1])  # this source tree, whatever is installed
-    run = subprocess.run([sys.executable, script, str(chip)], env=environment, capture_output=True, text=True, timeout=1800)
+    run = subprocess.run(
+        [sys.executable, script, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=1800
+    )
     assert run.returncode == 0, run.stderr[-2000:]
     kernels = [json.loads(line) for line in run.stdout.splitlines()]
     for kernel in kernels:
