@@ -235,6 +235,9 @@ ROWS = {
 
 
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
+# For what is the same for all numbers of a margin: the first row of each kind, one with a bias, one with several centres.
+KINDS = [*{type(row.margin): name for name, row in reversed(ROWS.items())}.values(), "Softmax bias", "ArcFace x3"]
+every_kind = pytest.mark.parametrize("row", [ROWS[name] for name in KINDS], ids=KINDS)
 # For what takes long: a constant margin, one with statistics, a raw table with a bias.
 REPRESENTATIVES = [ROWS[name] for name in ("CosFace", "AdaFace", "Softmax bias")]
 slow_but_three = slow_when(lambda row: row not in REPRESENTATIVES)

@@ -1,4 +1,4 @@
-"""Does every margin train? The demo's network on its handwritten digits, a few epochs with each row of margin_rows.py."""
+"""Does every margin train? The demo's network on its handwritten digits, a few epochs with each kind of margin_rows.py."""
 
 import pytest
 
@@ -7,7 +7,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
 import torch
-from margin_rows import ROWS, every_row
+from margin_rows import ROWS, every_kind
 from selection import slow_when
 
 from cosface_kernels import MarginSoftmaxLoss
@@ -26,7 +26,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@every_row
+@every_kind
 @slow_when(lambda row: row not in [ROWS["AdaFace"]])
 def test_training_on_digits(row, device):
     """The loss falls to less than half, and images that were held out are told apart: 9 in 10 at least, of 1 in 8 by chance."""

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from margin_rows import ROWS, batch, every_row, steepness, written_out
+from margin_rows import ROWS, batch, every_kind, every_row, steepness, written_out
 from rounding import NUM_CLASSES, SIZE, assert_close, tolerance
 from selection import slow_when
 from torch import library
@@ -73,7 +73,7 @@ def test_training_equals_the_formula(row, device):
         assert_close(ours.detach().nan_to_num(), exact.detach().nan_to_num(), relative, what)
 
 
-@every_row
+@every_kind
 @slow_when(lambda row: row not in (ROWS["AdaFace"], ROWS["Softmax bias"]))  # test_operators.py has CosFace
 def test_compile(row, device):
     """As eager in two training steps and one in eval mode of another size, column-major features with row-major ones.
