@@ -20,9 +20,9 @@ def run(*arguments, folder):
 
 
 @pytest.mark.slow
-def test_a_minute_of_this_commits_cases(tmp_path):
+def test_half_a_minute_of_this_commits_cases(tmp_path):
     """In a process of its own, which may crash."""
-    process, tried = run("--minutes", "1", folder=tmp_path)
+    process, tried = run("--minutes", "0.5", folder=tmp_path)
     assert process.returncode == 0 and not tried["failures"], process.stdout + process.stderr
     assert set(tried["cases"]) == set(engine.ROUND)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from cases import evaluate
 from rounding import NUM_CLASSES, assert_close, assert_equals_reference, draw, tolerance
-from selection import attend_too, interpreted, slow_when
+from selection import attend_too, interpreted, pairs, slow_when
 
 from cosface_kernels import cosface_loss, cosine_lse, reference
 
@@ -56,9 +56,13 @@ def test_ignored_rows_take_no_nan_from_one_class_to_others(device, backend, smal
         assert not dw[:3].any() and not dw[4:].any()
 
 
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf, 1e30])
-@pytest.mark.parametrize("ignore_index", [-100, 1])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+IGNORED = [("none", -100, torch.nan), ("none", 1, torch.nan)]
+
+
+@pytest.mark.parametrize(
+    ("reduction", "ignore_index", "poison"),
+    pairs(["mean", "sum", "none"], [-100, 1], [torch.nan, torch.inf, 1e30], first=IGNORED),
+)
 @slow_when(lambda backend, reduction, poison: interpreted(backend) and (reduction != "none" or poison is not torch.nan))
 @attend_too
 def test_ignored_rows_reach_nothing(reduction, ignore_index, poison, device, backend):

@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import assert_as_accurate
-from margin_rows import ROWS, Row, adaface, batch, every_row, steepness, written_out
+from margin_rows import ROWS, Row, adaface, batch, every_kind, every_row, steepness, written_out
 from rounding import SIZE, assert_close, tolerance
-from selection import attend_too, interpreted, slow_when
+from selection import interpreted, slow_when
 
 from cosface_kernels import margin_softmax_loss, margins, reference
 
@@ -175,7 +175,6 @@ PRECISE = ["CosFace raw", "ArcFace", "ArcFace x3", "SphereFace 4 raw", "AdaFace"
 @pytest.mark.parametrize("name", PRECISE)
 @pytest.mark.parametrize("autocast", [False, True])
 @slow_when(lambda backend, name, autocast: interpreted(backend) and (autocast or name not in ("ArcFace x3", "Softmax bias")))
-@attend_too
 def test_precision(name, autocast, backend, device):
     """The rule of cases.py, against the formula in the same precision."""
     row = ROWS[name]
@@ -195,7 +194,7 @@ def test_precision(name, autocast, backend, device):
         assert_as_accurate(what, *tensors, luck=not autocast, rounded=exponent if what == "loss" else product)
 
 
-@every_row
+@every_kind
 @pytest.mark.slow
 def test_compile(row, device):
     """Column-major features through torch.compile, row-major ones without."""
