@@ -1,10 +1,11 @@
-"""Measures each margin beside CosFace:  python -m benchmarks.margins [--rows N] [--classes N] [--size N] [--json FILE]
+"""Measures each margin beside CosFace: python -m benchmarks.margins [--options] [--rows N] [--classes N] [--json FILE]
 
 A margin is N numbers of work in a step of 6 N C D flops, so it should cost nothing. Each one's forward and backward through
 margin_softmax_loss is timed next to one of cosface_loss, in turns, which of the two goes first alternating, so that drift
 cancels: the figure is the median of the pairs' ratios. The row "CosFace" is the same loss twice, and shows the noise. Below are
 the relatives that cost more by design: logits that are no cosines need a pass that finds each row's largest, 2 N C D flops more;
-sub-centres have three rows to a class, and so a third of the classes here.
+sub-centres have three rows to a class, and so a third of the classes here. With --options what goes beside CosFace's margin is
+measured instead: options.py.
 
 Loss and gradients are checked first, at a small size, against the same formulas in plain PyTorch in float64; features have norms
 as those of a trained backbone. A row:
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from cosface_kernels import cosface_loss, margin_softmax_loss, margins, reference
 
 from . import harness, measure
+from .options import OPTIONS
 from .peers import PRECISIONS, SCALE, in_precision, inputs, step
 from .record import fail, keep, parser, say
 
@@ -136,6 +138,7 @@ CASES = (
 def main(argv=None):
     """Returns the exit status: 0, 1 where it cannot be done, 130 after Ctrl-C."""
     asked = parser(__doc__, rows=512, classes=100_000, size=512, repeats=9)
+    asked.add_argument("--options", action="store_true", help="measure what goes beside a margin, not the margins")
     arguments = asked.parse_args(argv)
     if arguments.classes < CENTERS:
         asked.error(f"argument --classes: sub-centres need at least {CENTERS} rows")
@@ -145,7 +148,7 @@ def main(argv=None):
     if shortage := measure.shortage(12 * arguments.classes * arguments.size, device):
         return fail("margins", f"C = {arguments.classes:,} {shortage}")
     precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
-    rows = [_row(case, precision) for precision in precisions for case in CASES]
+    rows = [_row(case, precision) for precision in precisions for case in (OPTIONS if arguments.options else CASES)]
     report = {
         **{"kind": "margins", "shape": list(shape), "environment": measure.environment(device)},
         **{"rows": rows, "complete": False},
@@ -165,7 +168,7 @@ def _row(case, precision):
 
 def _entries(report):
     """(row, its case) of each."""
-    by_name = {case.name: case for case in CASES}
+    by_name = {case.name: case for case in CASES + OPTIONS}
     return [(row, by_name[row["name"]]) for row in report["rows"]]
 
 
@@ -179,7 +182,7 @@ def problem(num_rows, num_classes, size, device):
 def check(report, device):
     """Write every row's errors, and "wrong" if they are too large."""
     tensors = problem(*CHECK_SHAPE, report["shape"][2], device)
-    checks = {case.name: measure.Check(case.tensors(*tensors), case.plain) for case in CASES}
+    checks = {case.name: measure.Check(case.tensors(*tensors), case.plain) for _, case in _entries(report)}
     for row, case in _entries(report):
         found = checks[case.name]
         row |= found.judged(found.run(in_precision(row["precision"], case.loss)), row["precision"])
