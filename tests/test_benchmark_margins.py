@@ -41,6 +41,18 @@ def test_table_and_json(capsys, tmp_path):
     assert "5% of cosface_loss" in printed and "cosface_loss itself: " in printed
 
 
+def test_options(capsys, monkeypatch):
+    """All are right; and a wrong one is marked."""
+    monkeypatch.setattr(benchmark, "CHECK_SHAPE", (16, 300))
+    assert benchmark.main([*SIZES, "--options", "--dtype=float32", "--repeats=1"]) == 0
+    printed = capsys.readouterr().out
+    assert [name for name, _ in rows_of(printed)] == [option.name for option in benchmark.OPTIONS] and not wrong_ones(printed)
+    right = margins.MVSoftmax.polynomial
+    monkeypatch.setattr(margins.MVSoftmax, "polynomial", lambda self, *given: (*right(self, *given)[:3], 0.01))
+    assert benchmark.main([*SIZES, "--options", "--dtype=float32", "--repeats=1"]) == 0
+    assert wrong_ones(capsys.readouterr().out) == {"MVSoftmax"}
+
+
 def test_cases_are_distinct():
     assert [case.name for case in benchmark.CASES if case.normalised] == NORMALISED
     assert len({case.name for case in benchmark.CASES}) == len(benchmark.CASES)

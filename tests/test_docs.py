@@ -107,9 +107,31 @@ def test_margins_first_example():
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
-def test_cost_is_what_was_measured():
-    report = json.loads((DOCS.parent / "benchmarks" / "results" / "cpu_epyc_zen5_margins.json").read_text())
+@pytest.mark.parametrize("name", ["cpu_epyc_zen5_margins", "cpu_epyc_zen3_options"])
+def test_cost_is_what_was_measured(name):
+    report = json.loads((DOCS.parent / "benchmarks" / "results" / f"{name}.json").read_text())
     assert benchmark.table(report) in text("margins.md")
+
+
+# In the table of what goes with what: which rows of benchmarks.margins --options, in this order.
+MEASURED = {
+    "numbers by class": ["numbers by class"],
+    "several classes": ["2 classes to a row", "8 classes to a row"],
+    "hard negatives": ["InterclassFiltering", "MVSoftmax", "CurricularFace"],
+    "label_smoothing": ["label_smoothing"],
+    "class_weight": ["class_weight"],
+    "a scale that is a tensor": ["a learnt scale"],
+    "return_statistics": ["return_statistics"],
+}
+
+
+def test_costs_of_what_goes_with_what():
+    report = json.loads((DOCS.parent / "benchmarks" / "results" / "cpu_epyc_zen3_options.json").read_text())
+    ratios = {row["name"]: f"{benchmark._quartiles(row)[1]:.2f}" for row in report["rows"]}
+    table = text("margins.md").split("## What goes with what")[1].split("##")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    found = {name: next(re.findall(r"\d\.\d\d", row[2]) for row in cells if name in row[0]) for name in MEASURED}
+    assert found == {name: [ratios[each] for each in measured] for name, measured in MEASURED.items()}
 
 
 def test_margins_table_has_every_margin_with_its_defaults():
