@@ -286,7 +286,7 @@ def changed(place, value):
         ("e.npy", np.zeros((0, 4), np.float32), "holds no embeddings"),
         ("e.npy", np.ones((120, 4), int), "must hold floats of shape (N, D)"),
         ("e.npy", np.ones(120), "must hold floats of shape (N, D)"),
-        ("e.npy", np.array([{}] * 3), "not a file of numpy.save, or a damaged one"),
+        ("e.npy", np.array([{}] * 3), "holds Python objects"),
         ("y.npy", np.arange(5), "has 5 labels for 120 embeddings"),
         ("y.npy", np.full(120, 0.5), "must hold one integer or text"),
         ("y.npy", np.full(120, np.inf), "must hold one integer or text"),

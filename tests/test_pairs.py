@@ -169,7 +169,7 @@ def test_command(tmp_path, network, capsys):
     assert cli.main(command) == 1 and "10 folds need at least 10 pairs, got 9" in capsys.readouterr().err
     (tmp_path / "p.bin").write_bytes(pickle.dumps(([*images[:3], b"no image"] * 10, same), protocol=4))
     assert cli.main(command) == 1
-    assert "p.bin, image 3 of pair 1: cannot be read as an image (UnidentifiedImageError" in capsys.readouterr().err
+    assert "p.bin, image 3 of pair 1: cannot be read as an image (ValueError: its 8 bytes are no image" in capsys.readouterr().err
 
 
 @pytest.fixture
