@@ -37,6 +37,10 @@ class _Cosines:
     normalize_features = normalize_weight = False
     centers_per_class, scale = 1, 1.0
 
+    @staticmethod
+    def _row_scale():
+        """None: the rows are no numbers of 8 bits."""
+
 
 def search(embeddings, labels, distractors=None):
     """The Searches of embeddings (N, D), labels (N,), distractors (M, D) or None.
