@@ -65,11 +65,16 @@ inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room)
     if (from.format == FLOAT8) {
 #pragma omp simd
         for (int64_t d = 0; d < size; d++) {
-            const uint32_t code = (uint8_t)codes[d], word = (code & 0x7f) + (120 << 3) << 20;
+            const uint32_t code = (uint8_t)codes[d], is_subnormal = -(uint32_t)((code & 0x78) == 0);
+            uint32_t word = (code & 0x7f) + (120 << 3) << 20, other;
             float number;
             memcpy(&number, &word, sizeof number);
-            if (!(code & 0x78)) number = 2 * number - 0x1p-6f;  // a subnormal: 2^-7 (1 + m / 8) so far, m 2^-9 in truth
-            room[d] = (code & 0x80 ? -number : number) * scale;
+            number = 2 * number - 0x1p-6f;  // m 2^-9 of a subnormal, whose word is 2^-7 (1 + m / 8)
+            memcpy(&other, &number, sizeof other);
+            // Masks, as the compiler does not vectorise a choice between floats.
+            word = (word & ~is_subnormal) | (other & is_subnormal) | (code & 0x80) << 24;
+            memcpy(&number, &word, sizeof number);
+            room[d] = number * scale;
         }
     } else if (from.format == INT8) {
 #pragma omp simd
@@ -119,14 +124,16 @@ template <int STREAM> inline float to_float8(const float *row, int64_t size, con
     memcpy(&inverse, words + 1, sizeof inverse);
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
-        uint32_t sign, word;
+        uint32_t sign, word, raised;
         memcpy(&sign, row + d, sizeof sign);
         float number = fabsf(row[d]) * inverse;
-        number = number > 448 ? 448 : number;
-        const bool small = number < 0x1p-6f;
-        number += small ? 0x1p-6f : 0;
         memcpy(&word, &number, sizeof word);
-        word = (word + (random_bits<STREAM>(random[d]) << 4) + 8 >> 20) - (small ? 121 << 3 : 120 << 3);
+        number += 0x1p-6f;
+        memcpy(&raised, &number, sizeof raised);
+        const uint32_t is_subnormal = -(uint32_t)(word < 121u << 23);
+        word = word > 0x43e00000u ? 0x43e00000u : word;  // 448
+        word = (word & ~is_subnormal) | (raised & is_subnormal);
+        word = (word + (random_bits<STREAM>(random[d]) << 4) + 8 >> 20) - (120 << 3) - (is_subnormal & 8);
         numbers[d] = (uint8_t)(word | (sign >> 24 & 0x80));
     }
     return scale;
