@@ -307,9 +307,11 @@ def test_bad_files(files, capsys):
     (files / "bad.npy").write_bytes((files / "e.npy").read_bytes()[:300])
     (files / "bad.safetensors").write_bytes(b"\xff" * 40)
     (files / "e.txt").write_text("0 1")
+    (files / "text.npy").write_text("0 1")
     np.save(files / "narrow.npy", np.ones((3, 8)))
     for name, message in (
         ("bad.npy", "damaged"),
+        ("text.npy", "a damaged one (it does not begin as one)"),
         ("bad.safetensors", "damaged"),
         ("e.txt", "must be a .npy or a .safetensors file"),
         ("none.npy", "there is no such file"),
@@ -319,6 +321,8 @@ def test_bad_files(files, capsys):
         assert str(files / name) in error and message in error
     assert run(files, "--distractors", files / "narrow.npy") == 1
     assert "narrow.npy: has D = 8" in capsys.readouterr().err
+    assert run(files, "--json", files) == 1
+    assert f"cannot write {files}: it is a folder" in capsys.readouterr().err
     assert run(files, "--json", files / "nowhere" / "o.json") == 1
     assert f"cannot write {files / 'nowhere' / 'o.json'}: there is no folder" in capsys.readouterr().err
     assert not list(files.glob("*o.json*")) and not list(files.glob(".*"))

@@ -63,9 +63,8 @@ def _read(path, name):
         except (ValueError, EOFError, OSError) as error:
             if "Python objects" in str(error):
                 raise ValueError(f"{path}: holds Python objects; write it again, labels.astype(str) or as numbers") from None
-            if "allow_pickle" in str(error):
-                error = "it does not begin as one"  # NumPy advises to unpickle it
-            raise ValueError(f"{path}: not a file of numpy.save, or a damaged one ({error})") from error
+            why = "it does not begin as one" if "allow_pickle" in str(error) else error  # NumPy advises to unpickle it
+            raise ValueError(f"{path}: not a file of numpy.save, or a damaged one ({why})") from error
     if path.suffix != ".safetensors":
         raise ValueError(f"{path}: must be a .npy or a .safetensors file")
     tensors = _safetensors(path)
