@@ -302,6 +302,8 @@ def test_shard_of_another_checkpoint(intact, tmp_path):
 
 
 def test_no_checkpoint(tmp_path):
+    with pytest.raises(TypeError, match=r"module must be an nn\.Module, got dict"):
+        load_checkpoint(tmp_path, {})
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load_checkpoint(tmp_path / "a", Model(7))
     with pytest.raises(CorruptCheckpointError, match="no finished checkpoint"):
@@ -631,6 +633,9 @@ def test_what_cannot_be_saved(tmp_path):
             save_checkpoint(tmp_path / "a", model, extra=extra)
     with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, .* got '0'"):
         save_checkpoint(tmp_path / "a", model, [model])
+    for no_module in ({"model": model}, optimizer):
+        with pytest.raises(TypeError, match=rf"module must be an nn\.Module, got {type(no_module).__name__}: put several"):
+            save_checkpoint(tmp_path / "a", no_module)
     assert not [*tmp_path.iterdir()]
 
 

@@ -56,11 +56,13 @@ def save_checkpoint(
         FileExistsError: folder exists, or is no checkpoint that can be overwritten, or another save of it has not ended.
         ValueError: an optimiser has a parameter that module lacks; a PartialFC_V2 on several ranks; keep is less than 1, or the
             name ends in no number.
-        TypeError: extra, or an option of an optimiser, is not plain data; keep is no int, overwrite no bool.
+        TypeError: module is no nn.Module; extra, or an option of an optimiser, is not plain data; keep is no int, overwrite no
+            bool.
         OSError: no space left, or another failure of a disk.
         RuntimeError: another failure of a rank.
     """
     folder, ranks = Path(folder), world()
+    _together(lambda: _check_module(module))
     _together(lambda: _check_places(folder, keep, overwrite))
     tensors, small = _together(lambda: _contents(module, optimizer, extra))
     with ExitStack() as stack:
@@ -126,6 +128,7 @@ def load_checkpoint(
         UserWarning: another number of ranks, on rank 0.
     """
     folder, ranks = Path(folder), world()
+    _together(lambda: _check_module(module))
     manifest = _together(lambda: files.read_manifest(folder))
     _together(lambda: files.verify(folder, manifest, ranks.rank, ranks.size))
     metadata, shared, own = _together(lambda: _read(folder, manifest))
@@ -147,6 +150,13 @@ def load_checkpoint(
 
 def _together(step):
     return world().together("the agreement on a checkpoint", step)
+
+
+def _check_module(module):
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"module must be an nn.Module, got {type(module).__name__}: put several in an nn.ModuleDict, and plain data in extra"
+        )
 
 
 def _contents(module, optimizer, extra):
