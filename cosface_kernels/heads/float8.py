@@ -8,7 +8,7 @@ import torch
 from ..distributed import dtensors
 from ..ops import formats
 
-ROWS = 2**16  # rows decoded at a time
+ROWS = 2**12  # rows encoded or decoded at a time, each in some ten temporary numbers of 4 bytes
 
 
 @torch.no_grad()
