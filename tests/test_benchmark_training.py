@@ -41,9 +41,9 @@ def test_bytes_of_a_table(row, gigabytes):
 
 @pytest.mark.slow
 def test_a_process_that_fails_is_a_row():
-    found = training.alone("table_run", identities=4000, size=32, table_format="float8")
+    found = training.alone("table_run", identities=4000, size=32, table_format="float7")
     assert found == {"error": "exit status 1"}
-    row = {"identities": 4000, "size": 32, "table_format": "float8", "state_format": "int8", **found}
+    row = {"identities": 4000, "size": 32, "table_format": "float7", "state_format": "int8", **found}
     assert "| exit status 1 |" in printed(tables=[row])
 
 
