@@ -214,6 +214,15 @@ def check_row_scale(weight, row_scale):
             'weight is float8 without the scales of its rows, which a head made with table_format="float8" has: call that head, '
             "or pass weight.float() times the scale of each row"
         )
+    if row_scale is None:
+        return
+    shape = f"(R,) = ({len(weight)},)"
+    _check_dense("weight_scale", shape, row_scale)
+    if row_scale.dtype != torch.float32 or row_scale.shape != weight.shape[:1] or row_scale.device != weight.device:
+        raise ValueError(
+            f"weight_scale must be float32 of shape {shape} on the device of weight ({weight.device}), got {row_scale.dtype} of "
+            f"shape {tuple(row_scale.shape)} on {row_scale.device}"
+        )
 
 
 def _check_bias(bias, weight):

@@ -153,6 +153,26 @@ def test_scales_of_other_rows_are_refused():
         optimizer.step()
 
 
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda scales: scales.to("meta"), TypeError, "weight_scale must have its numbers in memory"),
+        (lambda scales: scales.to_sparse(), TypeError, r"weight_scale must be a dense tensor of shape \(R,\)"),
+        (lambda scales: scales.double(), ValueError, "weight_scale must be float32 of shape .*, got torch.float64"),
+        (
+            lambda scales: scales[:2],
+            ValueError,
+            r"weight_scale must be float32 of shape \(R,\) = \(5,\).* got torch.float32 of shape \(2,\)",
+        ),
+    ],
+)
+def test_scales_that_are_none(change, error, message):
+    head = CosFaceLoss(3, 5, table_format="float8").eval()
+    head.weight_scale = change(head.weight_scale)
+    with pytest.raises(error, match=message):
+        head(torch.ones(2, 3), torch.tensor([0, 4]))
+
+
 def test_drawn_as_other_tables_are():
     head = new()
     torch.manual_seed(0)
