@@ -382,7 +382,7 @@ def check_kind(margin):
     if isinstance(margin, HardNegatives):
         raise TypeError(f"{type(margin).__name__} goes beside a margin: margin=ArcFace(0.5), negatives={margin}")
     if not isinstance(margin, Margin):
-        m = float(margin) if isinstance(margin, (int, float)) and margin == margin else 0.35
+        m = margin if isinstance(margin, (int, float)) and abs(margin) < 100 else 0.35  # else it is no angle, or NaN
         raise TypeError(f"margin must be one of cosface_kernels.margins, for example CosFace({m:g}), got {shown(margin)}")
 
 

@@ -124,6 +124,7 @@ def test_frozen(row):
 WRONG_CALLS = {
     "no margin": ({"margin": None}, TypeError, r"margin must be one of cosface_kernels\.margins.* got None"),
     "a number": ({"margin": 0.35}, TypeError, r"margin must be one of .* got 0\.35"),
+    "a number past floats": ({"margin": 10**400}, TypeError, r"margin must be one of .* CosFace\(0\.35\), got 10000"),
     "a class": ({"margin": margins.ArcFace}, TypeError, r"margin must be one of .* got <class"),
     "bias of CosFace": ({"bias": torch.zeros(5)}, ValueError, r"bias goes with margins\.Softmax\(\) alone.* CosFace"),
     "bias of LSoftmax": ({"margin": margins.LSoftmax(), "bias": torch.zeros(5)}, ValueError, "bias goes with .* LSoftmax"),
