@@ -1,7 +1,5 @@
 """Each class's nearest other classes: people who look alike, and one person under two names."""
 
-from types import SimpleNamespace
-
 import torch
 
 from .. import validation
@@ -19,12 +17,11 @@ def confusions(head, k):
         raise NotImplementedError("confusions needs the whole table in one process: load_checkpoint into an unsharded head")
     validation.check_k(k, head.num_classes - 1, "the number of other classes")
     weight, centers = head.weight, head.centers_per_class
-    as_cosines = SimpleNamespace(normalize_features=True, normalize_weight=True, centers_per_class=centers, scale=1.0)
-    as_cosines._row_scale = head._row_scale
+    cosines_of = logits.Cosines(centers, head._row_scale())
     found, table = [], Table(weight.detach(), row_scale=head._row_scale())
     for start in range(0, len(weight), ROWS * centers):
         rows = table.rows(start, start + ROWS * centers)
-        cosines, classes = logits.largest(as_cosines, (weight, None), rows, k + 1)
+        cosines, classes = logits.largest(cosines_of, (weight, None), rows, k + 1)
         first = ROWS * len(found)
         own = torch.arange(first, first + len(rows) // centers, dtype=torch.int64, device=weight.device)
         cosines = cosines.masked_fill(classes == own.repeat_interleave(centers)[:, None], -torch.inf)

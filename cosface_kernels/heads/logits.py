@@ -3,14 +3,34 @@
 Autocast is off here: many of a million cosines are equal after rounding to 16 bits. table: (weight, bias), this process's rows.
 """
 
+from typing import NamedTuple
+
 import torch
 
 from ..ops import recording
 from ..ops.normalize import unit_rows
-from ..ops.slabs import slab_rows
+from ..ops.slabs import slab_rows, wide_dtype
 from ..ops.table import Table
 
 TRACED_CLASSES = 2**16  # classes of a slab where a graph is traced, for any number of rows
+
+
+class Cosines(NamedTuple):
+    """What stands in a head's place where logits are to be cosines."""
+
+    centers_per_class: int = 1
+    row_scale: torch.Tensor | None = None  # (R,) beside float8 rows
+    are_unit: bool = False  # True: features and rows have norm 1 already
+    scale: float = 1.0
+
+    @property
+    def normalize_features(self):
+        return not self.are_unit
+
+    normalize_weight = normalize_features
+
+    def _row_scale(self):
+        return self.row_scale
 
 
 def of_all(head, table, features):
@@ -40,7 +60,7 @@ def largest(head, table, features, k):
 
 def _rows(head, table, features):
     """x̃ (N, D), in float32 or float64."""
-    rows = features.to(torch.float64 if torch.float64 in (features.dtype, table[0].dtype) else torch.float32)
+    rows = features.to(wide_dtype(features.dtype, table[0].dtype))
     return unit_rows(rows)[0] if head.normalize_features else rows
 
 

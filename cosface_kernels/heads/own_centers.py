@@ -6,6 +6,7 @@ from .. import validation
 from ..distributed import dtensors
 from ..ops import formats, operators
 from ..ops.normalize import unit_rows
+from ..ops.slabs import wide_dtype
 from ..positives import class_indices
 
 ROWS = 4096  # looked up at a time
@@ -28,7 +29,7 @@ def of_rows(features, table, labels, scale=None):
     """cos(x_n, w_{y_n,k}) (N, K), table: (C, K, D), in float32 or float64; NaN for labels outside [0, C). scale: (C, K) beside
     float8.
     """
-    wide = torch.float64 if torch.float64 in (features.dtype, table.dtype) else torch.float32
+    wide = wide_dtype(features.dtype, table.dtype)
     known = (labels >= 0) & (labels < len(table))
     found = features.new_full((len(features), table.shape[1]), torch.nan, dtype=wide)
     for rows in known.nonzero().squeeze(1).split(ROWS):

@@ -161,5 +161,5 @@ def ceil_div(number, divisor):
     return -(-number // divisor)
 
 
-def wide_dtype(dtype):
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def wide_dtype(*dtypes):
+    return torch.float64 if torch.float64 in dtypes else torch.float32

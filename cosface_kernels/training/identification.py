@@ -31,17 +31,6 @@ class Searches(NamedTuple):
     gallery: int  # others of one search
 
 
-class _Cosines:
-    """The options of a head whose logits are cosines of unit rows."""
-
-    normalize_features = normalize_weight = False
-    centers_per_class, scale = 1, 1.0
-
-    @staticmethod
-    def _row_scale():
-        """None: the rows are no numbers of 8 bits."""
-
-
 def search(embeddings, labels, distractors=None):
     """The Searches of embeddings (N, D), labels (N,), distractors (M, D) or None.
 
@@ -78,7 +67,7 @@ def _slices(count):
 def _search(rows, probes, mates, own, gallery):
     """(mates' scores, ranks, best others) of some probes. own: the row of the gallery that is no other of each, or -1."""
     x = rows[probes]
-    indices = logits.largest(_Cosines, (gallery, None), x, CMC_RANKS + 1)[1]
+    indices = logits.largest(logits.Cosines(are_unit=True), (gallery, None), x, CMC_RANKS + 1)[1]
     # float32 finds the candidates. Their scores are summed as the mates' are, so that equal images have equal scores.
     scores = torch.stack([_cosines(x, gallery[column]) for column in indices.T], 1)
     scores[indices == torch.from_numpy(own)[:, None]] = -torch.inf
