@@ -92,6 +92,7 @@ def test_settings_come_from_files_and_the_command_line(tmp_path):
         ("data=nowhere", "data: nowhere is not there"),
         (f"data={__file__}", "test_training.py is a file of another kind"),
         ("data=faces:10000000000000", "identities need a class table of 320,000.0 GB"),
+        ("data=faces:10000000000000 table_format=float8", "identities need a class table of 80,000.0 GB"),
         ("batch_size=100", "fewer than batch_size=100"),
         ("accumulate=3", "must be a multiple of accumulate=3"),
         ("fused=false table_format=bfloat16", "need fused=true"),

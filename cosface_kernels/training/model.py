@@ -13,6 +13,7 @@ from .. import margins
 from ..distributed.dtensors import first_row
 from ..heads import float8
 from ..heads.sharded import ShardedMarginSoftmaxLoss
+from ..ops.formats import TABLE_FORMATS
 from ..ops.memory import total_memory
 from ..optim import FusedAdamW, FusedSGD
 from . import backbones, faces
@@ -47,7 +48,8 @@ class Model(nn.Module):
 
 def _check_memory(config, num_classes, device, ranks):
     """Raise where the class table alone is larger than the memory: the labels are at fault, as a rule."""
-    size = num_classes * config.centers_per_class * config.embedding_size * (2 if config.table_format == "bfloat16" else 4)
+    size = num_classes * config.centers_per_class * config.embedding_size
+    size *= TABLE_FORMATS[config.table_format].itemsize
     there = total_memory(device) * ranks.size
     if size > there:
         raise ConfigError(
