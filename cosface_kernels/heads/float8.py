@@ -8,7 +8,12 @@ import torch
 from ..distributed import dtensors
 from ..ops import formats
 
-ROWS = 2**12  # rows encoded or decoded at a time, each in some ten temporary numbers of 4 bytes
+NUMBERS = 2**18  # encoded or decoded at a time, in some ten temporary buffers of 1 MB
+
+
+def _slabs(table):
+    rows = max(1, NUMBERS // table.shape[1])
+    return [slice(start, start + rows) for start in range(0, len(table), rows)]
 
 
 @torch.no_grad()
@@ -26,10 +31,10 @@ def fill(weight, row_scale, draw):
     if row_scale is None:
         draw(weight)
         return
-    for start in range(0, len(weight), ROWS):
-        rows = torch.empty_like(weight[start : start + ROWS], dtype=torch.float32)
+    for slab in _slabs(weight):
+        rows = torch.empty_like(weight[slab], dtype=torch.float32)
         draw(rows)
-        put(weight, row_scale, slice(start, start + ROWS), rows)
+        put(weight, row_scale, slab, rows)
 
 
 def restore(head, row_scale):
@@ -60,15 +65,14 @@ def convert(head, state_dict, prefix):
             f"{weight} is {given.dtype} in the state dict, {own.dtype} here, and sharded tables are not converted: make the head "
             "with the table_format that was saved, and convert with float() or in a head of one process"
         )
-    slabs = [slice(start, start + ROWS) for start in range(0, len(given), ROWS)]
     if own.dtype == formats.FLOAT8:
         numbers = torch.empty(given.shape, dtype=formats.FLOAT8, device=given.device)
         scales = torch.empty(len(given), dtype=torch.float32, device=given.device)
-        for slab in slabs:
+        for slab in _slabs(given):
             formats.write(numbers, scales, slab, given[slab].float(), None)
         state_dict[weight], state_dict[scale] = numbers, scales
     else:
         table, scales = torch.empty(given.shape, dtype=torch.float32, device=given.device), state_dict.pop(scale)
-        for slab in slabs:
+        for slab in _slabs(given):
             table[slab] = formats.read(given, scales, slab)
         state_dict[weight] = table
