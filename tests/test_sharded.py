@@ -42,8 +42,8 @@ pytestmark = pytest.mark.xdist_group("ranks")
 @pytest.fixture(scope="module")
 def outcomes(request, tmp_path_factory):
     """outcomes(size) -> ({check: [traceback or None of each rank]}, exit codes, what the ranks printed)."""
-    selected = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    sizes = {parameters["size"] for parameters in selected if {"name", "size"} <= parameters.keys()} or {3}
+    checks = [item for item in request.session.items if item.parent is request.node and item.originalname == "test_ranks"]
+    sizes = {item.callspec.params["size"] for item in checks} or {3}
     folders = {size: tmp_path_factory.mktemp(f"{size}_ranks") for size in sizes}
     running = {size: [start(rank, size, folder) for rank in range(size)] for size, folder in folders.items()}
 
