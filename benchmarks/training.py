@@ -35,7 +35,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ROWS = 128
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 STEPS = 20
-NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2, "float8": 1, "int8": 1}
 TABLES = {
     "cpu": [
         {"identities": 10_000_000, "size": 256, "table_format": "float32", "state_format": "bfloat16"},

@@ -166,6 +166,7 @@ def _shapes(few):
     for size in (7, 6145, 8192):
         yield Step(size, "float32", "float32", FusedAdamW)
         yield Step(size, "float32", "float32", FusedAdamW, max_row_norm=1.0)
+        yield Step(size, "float8", "int8", FusedAdamW)
     # SEARCH_STEPS, and tables of one class and with a last slab of one.
     for num_rows in (0, *(2**exponent for exponent in ((0, 16) if few else range(17)))):
         yield Call(num_rows=num_rows, num_classes=16)
@@ -183,10 +184,11 @@ def _shapes(few):
 
 def _formats():
     """Steps of fused optimisers: each format of table and state, a bias, sampled rows."""
-    with_a_kernel = [table_format for table_format in formats.TABLE_FORMATS if table_format != "float8"]
-    for table_format, state_format, kind in itertools.product(with_a_kernel, formats.STATE_FORMATS, (FusedSGD, FusedAdamW)):
+    for table_format, state_format, kind in itertools.product(
+        formats.TABLE_FORMATS, formats.STATE_FORMATS, (FusedSGD, FusedAdamW)
+    ):
         yield Step(512, table_format, state_format, kind)
-    for table_format in with_a_kernel:
+    for table_format in formats.TABLE_FORMATS:
         # Of two scales gradients are added up, in float32, before the update.
         yield functools.partial(Step(512, table_format), (64.0, 32.0))
         yield Step(512, table_format, momentum=0.0)
@@ -303,7 +305,8 @@ class Step:
         optimizer = self.kind(head.parameters(), lr=0.1, **self.options)
         for head.scale in scales:
             with torch.autocast("cpu", BFLOAT16):
-                loss = head(torch.ones(128, self.size, dtype=head.weight.dtype), torch.arange(128))
+                dtype = FLOAT32 if head.weight_scale is not None else head.weight.dtype
+                loss = head(torch.ones(128, self.size, dtype=dtype), torch.arange(128))
             loss.backward()
         optimizer.step()
 

@@ -42,7 +42,7 @@ def check(*arguments):
     for kernel in kernels:
         # A row of 8192 numbers with two states in 8 bits takes 1024 threads, to whom 64 registers each are left.
         is_full = kernel["name"] == "update_rows" and "BLOCK_D=8192" in kernel["arguments"]
-        assert kernel["stack"] <= (16 if is_full else SPILL_LIMIT.get(kernel["name"], 0)), f"spills: {kernel}"
+        assert kernel["stack"] <= (24 if is_full else SPILL_LIMIT.get(kernel["name"], 0)), f"spills: {kernel}"
         assert kernel["shared"] <= SHARED_LIMIT[chip], kernel
         # IEEE float32 products have no tensor core instruction. Those of attend's small float32 tiles have an older chip's.
         ieee = re.search(r"\bx(_ptr)?=float32", kernel["arguments"]) and "PRECISION=ieee" in kernel["arguments"]

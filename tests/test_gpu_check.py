@@ -370,6 +370,7 @@ class TestWork:
         cases = [
             {"rows": 9, "classes": 130, "size": 24, "precision": "bfloat16"},
             {"rows": 8, "classes": 128, "size": 16, "update": "int8"},
+            {"rows": 8, "classes": 128, "size": 16, "update": "float8"},
         ]
         rows = list(smoke.smoke(cases, CPU))
         assert not any(row.get("error") or row["wrong"] for row in rows)

@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from cases import make
-from selection import HAS_GPU, interpreted, slow_when
+from selection import HAS_GPU, interpreted, pairs, slow_when
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss
 from cosface_kernels.margins import CosFace, Softmax
 from cosface_kernels.ops import formats
+from cosface_kernels.ops.formats import FLOAT8
 from cosface_kernels.ops.table import Table
 from cosface_kernels.optim import rules
 
@@ -18,7 +19,7 @@ triton_update = pytest.importorskip("cosface_kernels.ops.backends.triton_update"
 DEVICE = "cuda" if HAS_GPU else "cpu"
 ROWS = 40
 FLOAT32, BFLOAT16, INT8, UINT8 = torch.float32, torch.bfloat16, torch.int8, torch.uint8
-TABLES, STATES = (FLOAT32, BFLOAT16), (FLOAT32, BFLOAT16, INT8)
+TABLES, STATES = (FLOAT32, BFLOAT16, FLOAT8), (FLOAT32, BFLOAT16, INT8)
 # Past a word of 32 bits: its upper half counts too.
 FIRST_ROW, KEY = 2**33 + 12345, formats.rounding_key(3, 4)
 
@@ -39,7 +40,7 @@ def of_many_magnitudes(size, seed, rows=ROWS, exponents=(-6, 2)):
 def stored(dtype, values, squared=False):
     """(buffer, scale) that hold about these values, or their squares."""
     buffer = torch.zeros(values.shape, dtype=dtype, device=DEVICE)
-    scale = torch.zeros(len(values), device=DEVICE) if dtype in formats.LARGEST_CODE else None
+    scale = torch.zeros(len(values), device=DEVICE) if formats.has_scales(dtype) else None
     values = values.square() if squared else values
     bits = formats.random_bits(9, torch.arange(len(values), device=DEVICE), values.shape[1], 0)
     if formats.is_rounded(dtype):
@@ -52,16 +53,24 @@ def stored(dtype, values, squared=False):
 def part_of(rule, table, states, size, skip=None):
     """With numbers in its state, as after some steps."""
     buffers = [stored(dtype, of_many_magnitudes(size, 2 + place), squared=place == 1) for place, dtype in enumerate(states)]
-    return rules.Part(stored(table, of_many_magnitudes(size, 1, exponents=(0, 0)))[0], buffers, rule, KEY, FIRST_ROW, skip)
+    rows, row_scale = stored(table, of_many_magnitudes(size, 1, exponents=(0, 0)))
+    return rules.Part(rows, buffers, rule, KEY, FIRST_ROW, skip, row_scale=row_scale)
 
 
 def copied(part):
-    states = [tuple(None if tensor is None else tensor.clone() for tensor in state) for state in part.states]
-    return part._replace(rows=part.rows.clone(), states=states)
+    (rows, row_scale), *states = [
+        tuple(None if tensor is None else tensor.clone() for tensor in buffer) for buffer in buffers_of(part)
+    ]
+    return part._replace(rows=rows, row_scale=row_scale, states=states)
 
 
 def buffers_of(part):
-    return [(part.rows, None), *part.states]
+    return [(part.rows, part.row_scale), *part.states]
+
+
+def same(one, other):
+    """Equal bits."""
+    return torch.equal(*(each.view(torch.int8) if each.dtype == FLOAT8 else each for each in (one, other)))
 
 
 def in_pytorch(part, index, grad, monkeypatch):
@@ -103,9 +112,11 @@ def test_rows_are_shortened(name, monkeypatch):
         assert torch.allclose((ours.rows - part.rows).norm(dim=1, dtype=torch.float64), norms * rule.lr, rtol=1e-4, atol=1e-7)
 
 
-CASES = list(itertools.product(RULES, TABLES, STATES, [("slice", 37), ("sampled", 64)]))
+CASES = list(itertools.product(RULES, TABLES[:2], STATES, [("slice", 37), ("sampled", 64)]))
+CASES += pairs(list(RULES), [FLOAT8], STATES, [("slice", 37), ("sampled", 64)])
 # Single numbers, as a bias is; a row for which a program has more warps.
 CASES += [(rule, BFLOAT16, INT8, at) for rule in ("sgd", "adamw") for at in (("sampled", 1), ("slice", 1100))]
+CASES += [("sgd", FLOAT8, INT8, ("slice", 1100))]
 
 
 @pytest.mark.parametrize("rule, table, state, at", CASES)
@@ -119,26 +130,23 @@ def test_the_same_step(rule, table, state, at, monkeypatch):
     ours, theirs = copied(part), copied(part)
     triton_update.update(ours, index, grad)
     in_pytorch(theirs, index, grad, monkeypatch)
-    others = torch.ones(ROWS, dtype=torch.bool, device=DEVICE).index_fill(0, chosen, False)
+    others = [row for row in range(ROWS) if row not in chosen.tolist()]
     for buffers in zip(*map(buffers_of, (ours, theirs, part)), strict=True):
-        assert torch.equal(buffers[0][0][others], buffers[2][0][others])
+        assert all(same(buffers[0][0][row], buffers[2][0][row]) for row in others)
         one, other, before = (formats.read(*pair, chosen) for pair in buffers)
         assert not torch.equal(one, before)
         # Some ten operations, of numbers that may cancel.
         largest = torch.maximum(other.abs(), before.abs()).amax(1, keepdim=True)
         differ = (one - other).abs() > 16 * 2**-24 * largest
-        unit = {FLOAT32: 0.0, BFLOAT16: 2**-7, INT8: 1 / 127, UINT8: 3 / 255}[buffers[0][0].dtype]
+        unit = {FLOAT32: 0.0, BFLOAT16: 2**-7, FLOAT8: 2**-3, INT8: 1 / 127, UINT8: 3 / 255}[buffers[0][0].dtype]
         assert differ.double().mean() <= (0.01 if unit else 0)
         assert ((one - other).abs() <= (unit + 16 * 2**-24) * largest).all()
 
 
 @pytest.mark.parametrize("size", [1, 37, 64])
-@pytest.mark.parametrize("dtype", [BFLOAT16, INT8, UINT8])
-@pytest.mark.parametrize("stream", [0, 1, 2])
+@pytest.mark.parametrize("dtype, stream", [(BFLOAT16, 0), (FLOAT8, 0), (BFLOAT16, 1), (INT8, 1), (BFLOAT16, 2), (UINT8, 2)])
 def test_the_same_bits_are_stored(dtype, stream, size):
     """With numbers that no rule has rounded: β = 0 makes m the gradient, v its square, and a table of 0 the gradient too."""
-    if (dtype == UINT8 and stream != 2) or (dtype == INT8 and stream == 0):
-        pytest.skip("no such buffer")
     grad = of_many_magnitudes(size, 5, exponents=(-15, 15))
     grad[3] = 0
     # A row that is not finite decodes to NaN; its codes have no meaning.
@@ -151,18 +159,31 @@ def test_the_same_bits_are_stored(dtype, stream, size):
         part = rules.Part(zeros.clone(), [stored(dtype, zeros)], sgd(0.0, lr=0.0, decay=0.0), KEY, FIRST_ROW, None)
         values = grad
     else:
-        part = rules.Part(stored(dtype, zeros)[0], [], sgd(0.0, lr=1.0, decay=0.0, maximize=True), KEY, FIRST_ROW, None)
+        rows, scale = stored(dtype, zeros)
+        part = rules.Part(rows, [], sgd(0.0, lr=1.0, decay=0.0, maximize=True), KEY, FIRST_ROW, None, row_scale=scale)
         values = grad
     triton_update.update(part, slice(0, ROWS), grad)
     bits = formats.random_bits(KEY, torch.arange(ROWS, device=DEVICE) + FIRST_ROW, size, stream)
     wanted, scale = stored(dtype, zeros)
     formats.write(wanted, scale, slice(0, ROWS), values, bits)
     found, found_scale = buffers_of(part)[stream]
-    if scale is None:
+    if dtype == BFLOAT16:
         assert torch.equal(found.view(torch.int16), wanted.view(torch.int16))
     else:
-        finite = torch.arange(ROWS, device=DEVICE) // 2 != 2
-        assert torch.equal(found[finite], wanted[finite]) and torch.allclose(found_scale, scale, rtol=0, atol=0, equal_nan=True)
+        finite = [row for row in range(ROWS) if row not in (4, 5)]
+        assert same(found.view(torch.int8)[finite], wanted.view(torch.int8)[finite])
+        assert torch.allclose(found_scale, scale, rtol=0, atol=0, equal_nan=True)
+
+
+def test_every_number_of_float8_is_read_and_stays():
+    """Of codes that are none of NaN; where m is the decay alone it is what was read."""
+    numbers = [code for code in range(256) if code & 0x7F != 0x7F]
+    rows = torch.tensor(numbers, dtype=torch.uint8, device=DEVICE).view(FLOAT8).repeat(ROWS, 1)
+    scale, first = torch.linspace(-126, 119, ROWS, device=DEVICE).round().exp2(), torch.zeros(rows.shape, device=DEVICE)
+    part = rules.Part(rows.clone(), [(first, None)], sgd(lr=0.0, decay=1.0), KEY, FIRST_ROW, None, row_scale=scale.clone())
+    triton_update.update(part, slice(0, ROWS), torch.zeros_like(first))
+    assert torch.equal(first, rows.float() * scale[:, None])
+    assert same(part.rows, rows) and torch.equal(part.row_scale, scale)
 
 
 @pytest.mark.parametrize("table, state", itertools.product(TABLES, STATES))
@@ -177,7 +198,7 @@ def test_a_skipped_step_changes_nothing(rule, table, state):
         triton_update.update(part, slice(0, ROWS), grad)
         for one, other in zip(buffers_of(part), buffers_of(before), strict=True):
             for now, was in zip(one, other, strict=True):
-                assert now is None or torch.equal(now, was) == skips
+                assert now is None or same(now, was) == skips
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99999), (0.5, 0.0)])
@@ -221,16 +242,17 @@ def trained(form, size=20, steps=2, num_classes=150, kind=FusedAdamW, table_form
         features, _, labels = make("uniform", 9, num_classes, size, seed=seed)
         head(features.to(DEVICE), labels.to(DEVICE)).backward()
         optimizer.step()
-    return [*head.parameters(), *(value for state in optimizer.state.values() for value in state.values())]
+    return [*head.parameters(), *head.buffers(), *(value for state in optimizer.state.values() for value in state.values())]
 
 
 @pytest.mark.parametrize("form, kind", [("cosines", FusedSGD), *((form, FusedAdamW) for form in FORMS)])
 @slow_when(lambda form, kind: interpreted("triton") and (form, kind) not in (("cosines", FusedSGD), ("bias", FusedAdamW)))
 def test_rows_are_projected_and_updated_at_once(form, kind, small_slabs, monkeypatch):
     """With the bits of a gradient that is made first."""
+    table_format = "float8" if form in ("cosines", "sampled") else "bfloat16"
     with monkeypatch.context() as patch:
         patch.setattr(rules.Update, "put", None)
-        found = trained(form, kind=kind)
+        found = trained(form, kind=kind, table_format=table_format)
     put = []
 
     def apply(part, index, grad):
@@ -239,9 +261,9 @@ def test_rows_are_projected_and_updated_at_once(form, kind, small_slabs, monkeyp
 
     monkeypatch.setattr(rules.Update, "device_update", lambda update: None)
     monkeypatch.setattr(rules.Part, "apply", apply)
-    wanted = trained(form, kind=kind)
+    wanted = trained(form, kind=kind, table_format=table_format)
     assert put and any(grad.any() for grad in put)
-    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
+    assert all(same(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_a_float64_table_is_updated_by_pytorch():
@@ -276,8 +298,11 @@ BYTES = [
     (sgd(), FLOAT32, (FLOAT32,), 20),
     (sgd(), BFLOAT16, (BFLOAT16,), 12),
     (sgd(), BFLOAT16, (INT8,), 10),
+    (sgd(0.0), FLOAT8, (), 6),
+    (sgd(), FLOAT8, (INT8,), 8),
     (adamw(), FLOAT32, (FLOAT32, FLOAT32), 28),
     (adamw(), BFLOAT16, (INT8, UINT8), 12),
+    (adamw(), FLOAT8, (INT8, UINT8), 10),
 ]
 
 
@@ -291,7 +316,7 @@ def test_each_number_is_read_once_and_written_once(rule, table, states, wanted, 
     triton_update.update(
         part, slice(0, ROWS), of_many_magnitudes(size, 1), normalize=True, unscale=torch.tensor(2.0), targets=targets
     )
-    scales = 2 * 4 * sum(dtype in formats.LARGEST_CODE for dtype in states)
+    scales = 2 * 4 * sum(formats.has_scales(dtype) for dtype in (table, *states))
     search = 8 * (num_targets.bit_length() + 1)
     beside = ROWS * (scales + search + 9) + targets[1].nbytes
     assert wanted * ROWS * size <= moved["bytes"] <= wanted * ROWS * size + beside

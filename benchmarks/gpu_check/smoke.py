@@ -3,6 +3,7 @@
 python -m benchmarks.gpu_check.smoke      the calls of the stage alone, as the stages memcheck and initcheck run them
 """
 
+import copy
 import functools
 import hashlib
 import json
@@ -16,14 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss, margin_softmax_loss, margins, reference
+from cosface_kernels.heads import float8
 
 from .. import harness, measure
 from ..peers import MARGIN, SCALE, autocast, in_precision, inputs, step
 from ..source import first_line
 from . import gpu, stages
 
-# A table after one step: rounded once more where it has 16 bits.
-STEP_ERROR = {"float32": 1e-5, "bfloat16": 2.0**-8, "int8": 2.0**-8}
+# Formats of table and state, and a table's error after one step: rounded once more where it has fewer bits.
+STEPS = {
+    "float32": ("float32", "float32", 1e-5),
+    "bfloat16": ("bfloat16", "bfloat16", 2.0**-8),
+    "int8": ("bfloat16", "int8", 2.0**-8),
+    "float8": ("float8", "int8", 2.0**-4),
+}
 
 
 def answers(cases):
@@ -125,23 +132,26 @@ def _check_graph(case, device):
 
 def _check_update(case, device):
     """Check one step of FusedSGD against the same step in plain PyTorch on the CPU."""
-    formats = {"float32": ("float32", "float32"), "bfloat16": ("bfloat16", "bfloat16"), "int8": ("bfloat16", "int8")}
-    table, state = formats[case["update"]]
+    table, state, allowed = STEPS[case["update"]]
     tables = []
     for where, backend in ((device, "triton"), (torch.device("cpu"), "torch")):
         features, weight, labels = (tensor.detach() for tensor in inputs(case["rows"], case["classes"], case["size"]))
         head = CosFaceLoss(case["size"], case["classes"], device=where, backend=backend, table_format=table)
-        with torch.no_grad():
-            head.weight.copy_(weight)
+        float8.put(head.weight, head.weight_scale, slice(None), weight)
+        before = _table(head)
         optimizer = FusedSGD(head.parameters(), lr=1.0, momentum=0.9, state_format=state)
         with torch.autocast(where.type, torch.bfloat16, enabled=case.get("precision") == "bfloat16"):
             loss = head(features.to(where).requires_grad_(), labels.to(where))
         loss.backward()
         optimizer.step()
-        tables.append(head.weight.detach().cpu().double())
-    moved = harness.relative_error(tables[1], weight.double())
+        tables.append(_table(head))
+    moved = harness.relative_error(tables[1], before)
     error = harness.relative_error(*tables)
-    return {"errors": [error], "moved": moved, "wrong": not error <= STEP_ERROR[case["update"]] < moved}
+    return {"errors": [error], "moved": moved, "wrong": not error <= allowed < moved}
+
+
+def _table(head):
+    return copy.deepcopy(head).double().weight.detach().cpu()
 
 
 def main():

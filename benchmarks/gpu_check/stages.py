@@ -24,6 +24,7 @@ SMOKE = [
     {"rows": 128, "classes": 1024, "size": 64, "update": "float32"},
     {"rows": 128, "classes": 1024, "size": 64, "update": "bfloat16", "precision": "bfloat16"},
     {"rows": 128, "classes": 1024, "size": 64, "update": "int8", "precision": "bfloat16"},
+    {"rows": 128, "classes": 1024, "size": 64, "update": "float8", "precision": "bfloat16"},
     {"rows": 128, "classes": 1024, "size": 512, "precision": "bfloat16", "graph": True},
 ]
 OPTIONS = [{"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVES": True}]  # of the first two tiles
@@ -109,7 +110,7 @@ def _float32():
 def _training():
     yield {"kind": "features", "rows": 1024, "classes": 100_000_000, "size": 512, "slab": 0}
     yield {"kind": "training", "identities": 1_000_000, "size": 512, "rows": 1024, "steps": 100, "table_format": "float32"}
-    for table, state in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8")):
+    for table, state in (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", "int8"), ("float8", "int8")):
         yield {
             **{"kind": "training", "identities": 1_000_000, "size": 512, "rows": 1024, "steps": 2},
             **{"table_format": table, "state_format": state},

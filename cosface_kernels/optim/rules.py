@@ -133,7 +133,7 @@ class Part(NamedTuple):
 
     def has_kernel(self):
         """True if ops/backends/triton_update.py can make this step."""
-        return self.rows.dtype in (torch.float32, torch.bfloat16)
+        return self.rows.dtype in (torch.float32, torch.bfloat16, formats.FLOAT8)
 
     def _write(self, index, stream, buffer, scale, rows):
         bits = None

@@ -11,6 +11,7 @@ same in PyTorch, with the same random bits.
 
 import math
 
+import torch
 import triton
 import triton.language as tl
 
@@ -40,9 +41,10 @@ def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=Non
     target_rows, target_sums = targets
     is_slice, num_targets = isinstance(index, slice), 0 if target_rows is None else target_rows.shape[0]
     constants, config = rule.constants(), blocks(size)
+    rows = part.rows if part.row_scale is None else part.rows.view(torch.int8)  # a chip below 8.9 takes no pointer to e4m3
     if num_rows:
         update_rows[(ceil_div(num_rows, config["BLOCK_R"]),)](
-            *(grad[:, column:], part.rows, *first, *second, None if is_slice else index, unscale, target_rows),
+            *(grad[:, column:], rows, part.row_scale, *first, *second, None if is_slice else index, unscale, target_rows),
             *(None if target_sums is None else target_sums[:, column:], part.skip, rule.step),
             *(num_rows, size, num_targets, index.start if is_slice else start, part.first_row, grad.stride(0)),
             *(0 if target_sums is None else target_sums.stride(0), _signed(part.key), _signed(part.key >> 32)),
@@ -64,7 +66,8 @@ def _signed(word):
 @triton.jit(do_not_specialize=("key_low", "key_high"))
 def update_rows(
     grad_ptr,  # (R, stride_grad) float32: Eᵀ diag(row_scale) x, or without unscale the gradient itself
-    table_ptr,  # (C, D) float32 or bfloat16
+    table_ptr,  # (C, D) float32, bfloat16, or int8 that are the bits of e4m3
+    table_scale_ptr,  # (C,) float32 beside e4m3, else None
     first_ptr,  # (C, D) m, float32, bfloat16 or int8; None where the rule has none
     first_scale_ptr,  # (C,) float32 for 8 bits
     second_ptr,  # (C, D) v, float32, bfloat16 or uint8
@@ -112,7 +115,7 @@ def update_rows(
         row = tl.load(index_ptr + slot, mask=live, other=0)
     place = row[:, None] * D  # its columns are 32-bit numbers, which take fewer registers
 
-    table = load(table_ptr + place + column[None, :], None, row, live, inside)
+    table = load(table_ptr + place + column[None, :], table_scale_ptr, row, live, inside, 0)
     grad = tl.load(grad_ptr + slot[:, None] * stride_grad + column[None, :], mask=inside, other=0.0)
     if NORMALIZE:
         unit, inverse = unit_and_inverse(table)
@@ -127,8 +130,8 @@ def update_rows(
     words = random_words((row + first_of_shard)[:, None], column[None, :], key_low, key_high)
     if step_ptr is not None:
         step = tl.load(step_ptr)
-        first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside)
-        second = load(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside)
+        first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, 1)
+        second = load(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside, 2)
         # As torch.lerp: exact where a β is 0.
         first = tl.where(first_rate < 0.5, first + first_rate * (grad - first), grad - first_decay * (grad - first))
         second = second_decay * second + second_rate * grad * grad
@@ -141,12 +144,12 @@ def update_rows(
     else:
         grad += weight_decay * table
         if first_ptr is not None:
-            first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside)
+            first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, 1)
             first = first_decay * first + grad
             store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, 1)
             grad = tl.where(nesterov != 0, grad + first_decay * first, first)
         table -= lr * grad
-    store(table_ptr + place + column[None, :], None, row, live, inside, table, words, 0)
+    store(table_ptr + place + column[None, :], table_scale_ptr, row, live, inside, table, words, 0)
 
 
 @triton.jit
@@ -169,26 +172,32 @@ def one_minus_power(log_base, exponent):
     return tl.where(power < 1.0, (1.0 - power) * lost, -log)
 
 
+# STREAM: 0 of the table, whose 8 bits are float8, 1 and 2 of the states, whose 8 bits are codes.
 @triton.jit
-def load(pointer, scale, row, live, inside):
+def load(pointer, scale, row, live, inside, STREAM: tl.constexpr):
     """See formats.read."""
-    rows = tl.load(pointer, mask=inside, other=0).to(tl.float32)
+    rows = tl.load(pointer, mask=inside, other=0)
     if scale is not None:
-        rows *= tl.load(scale + row, mask=live, other=0.0)[:, None]
+        scales = tl.load(scale + row, mask=live, other=0.0)[:, None]
+        rows = from_float8(rows, scales) if STREAM == 0 else rows.to(tl.float32) * scales
         if pointer.dtype.element_ty == tl.uint8:
             rows *= rows
-    return rows
+    return rows.to(tl.float32)
 
 
 @triton.jit
 def store(pointer, scale, row, live, inside, rows, words, STREAM: tl.constexpr):
     """See formats.write."""
+    bits = random_bits(words, STREAM)
     if scale is not None:
-        codes, scales = to_codes(rows, random_bits(words, STREAM), pointer.dtype.element_ty == tl.uint8)
+        if STREAM == 0:
+            rows, scales = to_float8(rows, bits)
+        else:
+            rows, scales = to_codes(rows, bits, pointer.dtype.element_ty == tl.uint8)
         tl.store(scale + row, scales, mask=live)
-        tl.store(pointer, codes.to(pointer.dtype.element_ty), mask=inside)
+        tl.store(pointer, rows.to(pointer.dtype.element_ty), mask=inside)
     elif pointer.dtype.element_ty == tl.bfloat16:
-        tl.store(pointer, to_bfloat16(rows, random_bits(words, STREAM)), mask=inside)
+        tl.store(pointer, to_bfloat16(rows, bits), mask=inside)
     else:
         tl.store(pointer, rows, mask=inside)
 
@@ -198,6 +207,30 @@ def to_bfloat16(rows, bits):
     """See formats.round_bfloat16."""
     word = tl.where(rows != rows, 0x7FC00000, rows.to(tl.uint32, bitcast=True) + bits)
     return (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def from_float8(codes, scale):
+    """See formats._read_float8."""
+    halves = ((codes.to(tl.int16) << 7) & -0x4001).to(tl.float16, bitcast=True)
+    return halves.to(tl.float32) * (scale * 2.0**8)
+
+
+@triton.jit
+def to_float8(rows, bits):
+    """(e4m3 as int32, scale (R,)) of formats._float8."""
+    words = rows.to(tl.int32, bitcast=True)
+    largest = tl.max(words & 0x7FFFFFFF, 1)
+    finite = largest < 0x7F800000
+    exponent = tl.minimum(tl.maximum(((largest + 0x1FFFFF) >> 23) - 8, 1), 246)
+    scale = (exponent << 23).to(tl.float32, bitcast=True)
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    sizes = tl.minimum(tl.abs(rows) * inverse[:, None], 448.0)
+    small = sizes < 2.0**-6
+    kept = tl.where(small, sizes + 2.0**-6, sizes).to(tl.int32, bitcast=True)
+    kept = (kept + (bits.to(tl.int32) << 4) + 8) >> 20
+    codes = (kept - tl.where(small, 121 << 3, 120 << 3)) | ((words >> 24) & 0x80)
+    return tl.where(finite[:, None], codes, 0), tl.where(finite, scale, float("nan"))
 
 
 @triton.jit
