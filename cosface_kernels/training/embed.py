@@ -5,7 +5,9 @@ flip "concat"   (f(x), f(mirrored x)), 2 D numbers, as the paper
 flip "sum"      f(x) + f(mirrored x), as InsightFace
 """
 
+import logging
 import warnings
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -121,10 +123,23 @@ def onnx(checkpoint, out):
     backbone, config = load_backbone(checkpoint)
     size = config.image_size
     names = {"input_names": ["data"], "output_names": ["embedding"], "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         module, example = Exported(backbone).eval(), (torch.zeros(2, 3, size, size, dtype=torch.float32, device="cpu"),)
         program = torch.onnx.export(module, example, dynamo=True, opset_version=OPSET, verbose=False, **names)
     with written(out) as file:
         file.write(program.model_proto.SerializeToString())
     return f"wrote {out}: data (N, 3, {size}, {size}), RGB pixels 0 to 255, to embedding (N, D), unit rows"
+
+
+@contextmanager
+def _quiet():
+    """No warnings of the exporter's, which names operators of torchvision that it does without."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(level)
