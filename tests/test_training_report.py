@@ -21,8 +21,8 @@ def make_run(folder, *, lr=0.02, loss=5.0):
     lines = [{"step": step, "lr": lr, "loss": loss + 50 / step, "target_cosine": step / 200} for step in range(1, 101)]
     lines[-1] |= {"images_per_second": 321.0, "memory": 2**30, "target_histogram": [0, 3, 1, 0]}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    record = {"tar": {"1e-3": 0.875, "1e-4": None}, "roc": {"far": [0, 1e-3, 1], "tar": [0.5, 0.875, 1]}}
-    (folder / "pairs.json").write_text(json.dumps({"verification": record}))
+    record = {"accuracy": 0.625, "tar": {"1e-3": 0.875, "1e-4": None}, "roc": {"far": [0, 1e-3, 1], "tar": [0.5, 0.875, 1]}}
+    (folder / "pairs.json").write_text(json.dumps({"verification": record, "identification": {"rank1": 0.375}}))
     points = {"points": [[0.5, -0.5, 0.1], [0, 0, 1.0]], "labels": [0, 1], "share": 0.9}
     (folder / "sphere.json").write_text(json.dumps(points))
     return folder
@@ -66,7 +66,8 @@ def test_compare_names_what_differs(tmp_path, capsys):
     assert cli.main(["compare", *runs, "--out", str(tmp_path / "c.html")]) == 0
     page, printed = Page(tmp_path / "c.html"), capsys.readouterr().out
     assert "Settings that differ" in page.text and "0.5" in page.text and "momentum" not in page.text
-    assert re.search(r"pairs: TAR at FAR 1e-3 +87.50% +87.50%", printed)
+    for what, rate in (("accuracy in ten folds", 62.5), ("TAR at FAR 1e-3", 87.5), ("rank 1", 37.5)):
+        assert re.search(rf"pairs: {what} +{rate:.2f}% +{rate:.2f}%", printed)
     assert cli.main(["compare", str(tmp_path)]) == 1 and "is no run" in capsys.readouterr().err
     (tmp_path / "a/report.html").unlink(missing_ok=True)
     assert cli.main(["compare", runs[0]]) == 0 and (tmp_path / "a/report.html").exists()
@@ -75,6 +76,8 @@ def test_compare_names_what_differs(tmp_path, capsys):
 def test_lines_go_through_their_points():
     """A line from the lower left corner of the axes to the upper right, and back."""
     drawn = svg.lines({"up": [(0, 0), (10, 5)], "down": [(0, 5), (10, 0)]}, "x", "y")
+    legend, drawn = drawn.split("<svg")
+    assert re.sub("<[^>]*>", " ", legend).split() == ["up", "down"]  # above the curves
     up, down = re.findall(r'class="line s\d" points="([^"]*)"', drawn)
     left, right = svg.LEFT, svg.WIDTH - svg.RIGHT
     low, high = svg.HEIGHT - svg.BOTTOM, svg.TOP

@@ -24,9 +24,12 @@ p { color: var(--soft); margin: .2rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 500; color: var(--soft); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(380px, 100%), 1fr)); gap: 1.2rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(380px, 100%), 1fr)); gap: 1.2rem; }
 figure { margin: 0; }
 figcaption { font-weight: 500; margin-bottom: .2rem; }
+.legend { font-size: 13px; margin: 0; }
+.legend span { margin-right: 1.2rem; }
+.legend i { display: inline-block; width: .65rem; height: .65rem; margin-right: .35rem; background: var(--c); }
 svg { width: 100%; height: auto; }
 .sphere { max-width: 320px; }
 svg text { fill: var(--soft); font-size: 11px; }
@@ -100,9 +103,10 @@ class Found:
             if key in self.environment:
                 found[key.replace("_", " ")] = str(self.environment[key])
         for name, each in self.evaluations.items():
-            for far, tar in each["verification"]["tar"].items():
-                if tar is not None:
-                    found[f"{name}: TAR at FAR {far}"] = f"{tar:.2%}"
+            rates = {"accuracy in ten folds": each["verification"].get("accuracy")}
+            rates |= {f"TAR at FAR {far}": tar for far, tar in each["verification"]["tar"].items()}
+            rates["rank 1"] = each.get("identification", {}).get("rank1")
+            found |= {f"{name}: {what}": f"{rate:.2%}" for what, rate in rates.items() if rate is not None}
         return found
 
 

@@ -17,12 +17,13 @@ def lines(series, x_title, y_title, log_x=False, from_zero=False):
     for number, found in enumerate(series.values()):
         path = " ".join(f"{x.at(a, LEFT, WIDTH - RIGHT):.1f},{y.at(b, HEIGHT - BOTTOM, TOP):.1f}" for a, b in thinned(found))
         body.append(f'<polyline class="line s{number % 8}" points="{path}"/>')
-    legend = []
-    for number, name in enumerate(series if len(series) > 1 else ()):
-        place = TOP + 14 + 15 * number
-        legend.append(f'<rect class="fill s{number % 8}" x="{WIDTH - 150}" y="{place - 8}" width="10" height="10"/>')
-        legend.append(f'<text x="{WIDTH - 135}" y="{place + 1}">{escape(name)}</text>')
-    return _chart(x, y, x_title, y_title, body + legend)
+    return _legend(series) + _chart(x, y, x_title, y_title, body)
+
+
+def _legend(names):
+    """A line of text above the chart, where no curve runs through it; a name alone says nothing."""
+    entries = (f'<span><i class="s{number % 8}"></i>{escape(name)}</span>' for number, name in enumerate(names))
+    return f'<p class="legend">{"".join(entries)}</p>' if len(names) > 1 else ""
 
 
 def density(columns, x_title, y_title, low=-1.0, high=1.0):
@@ -123,4 +124,4 @@ def _short(tick):
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(tick) >= size:
             return f"{tick / (1000 if unit == 'k' else size):g}{unit}"
-    return f"{tick:g}"
+    return f"{tick:g}".replace("e-0", "e-")
