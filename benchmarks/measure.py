@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from cosface_kernels.ops.memory import available_bytes
-from cosface_kernels.tools.info import cpu_model
+from cosface_kernels.training.environment import cpu_model
 
 from .harness import relative_error, synchronize
 from .peers import in_precision, inputs, peers, plain, step

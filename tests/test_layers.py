@@ -47,6 +47,11 @@ def test_no_part_imports_what_the_document_does_not_name():
     assert found and not wrong
 
 
+def test_every_part_imports_parts_above_it():
+    above = [set(list(ALLOWED)[:place]) for place in range(len(ALLOWED))]
+    assert len(ALLOWED) > 10 and all(others <= before for others, before in zip(ALLOWED.values(), above, strict=True))
+
+
 def test_no_circle():
     graph = {module_of(path): {name for name in imports(path) if name != module_of(path)} for path in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) >= len(FILES)

@@ -136,13 +136,26 @@ def _embed(arguments):
 
 
 def _reproduce(arguments):
+    name, data, out = arguments.experiment, arguments.data, arguments.out
+
     def reproduced():
         from ..training import reproduce
 
-        names = "experiment", "data", "seeds", "steps", "out"
-        return reproduce.write(**{name: getattr(arguments, name) for name in names})
+        if name == "toy":
+            return reproduce.write("toy", reproduce.toy(_toy_results(out)), out)
+        results = reproduce.run(name, data, arguments.seeds, arguments.steps, out)
+        return reproduce.write(f"{name}-{data}", reproduce.report(name, results), out)
 
     return _print(reproduced, "reproduce")
+
+
+def _toy_results(out):
+    import torch
+
+    from .demo import toy
+
+    out.mkdir(parents=True, exist_ok=True)
+    return toy.run(out, torch.device("cpu"))
 
 
 def _homeless(*paths):

@@ -3,13 +3,13 @@
 import importlib.metadata
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 from ..ops import backends
 from ..ops.backends import cpu_library
 from ..ops.memory import total_memory
+from ..training.environment import cpu_model
 from ..version import __version__
 
 
@@ -60,14 +60,6 @@ def why_unusable(name, device, dtype=torch.float32):
         return backends.unusable(name, device, dtype)
     except Exception as error:  # a broken installation may raise anything, and the report shows it
         return f"cannot be imported: {type(error).__name__}: {error}"
-
-
-def cpu_model():
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine() or "unknown"
 
 
 def _cpu_memory():

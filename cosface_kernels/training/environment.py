@@ -3,10 +3,10 @@
 import platform
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-from ..tools.info import cpu_model
 from ..version import __version__
 
 
@@ -28,3 +28,12 @@ def describe(run):
         "backbone_parameters": sum(each.numel() for each in run.model.backbone.parameters()),
         "table": list(run.model.head.weight.shape),
     }
+
+
+def cpu_model():
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine() or "unknown"

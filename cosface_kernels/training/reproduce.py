@@ -190,14 +190,8 @@ def _claims(experiment, results):
         yield f"| {claim} | {' | '.join(cells)} |"
 
 
-def toy(out):
-    """The demo's experiment: figure 4, toy_features.png in `out`. Markdown, line by line."""
-    import torch
-
-    from ..tools.demo import toy as demo
-
-    Path(out).mkdir(parents=True, exist_ok=True)
-    results = demo.run(Path(out), torch.device("cpu"))
+def toy(results):
+    """Figure 4, by the demo's experiment: its results as Markdown, line by line."""
     gaps = [result.smallest_gap for result in results[1:]]
     yield "# The paper's figure 4: eight identities in a plane"
     yield ""
@@ -211,15 +205,9 @@ def toy(out):
     yield f"The paper's claim that a larger margin widens the gap {word}: {', '.join(f'{gap:.1f}°' for gap in gaps)}."
 
 
-def write(experiment, data, seeds, steps, out, done=print):
-    """Run an experiment and write its report; the report's text.
-
-    Raises:
-        ValueError: results.jsonl is damaged.
-        OSError: `out` cannot be written.
-    """
-    lines = toy(out) if experiment == "toy" else report(experiment, run(experiment, data, seeds, steps, out, done))
+def write(name, lines, out):
+    """Write a report's lines to NAME.md in `out`; its text."""
     text = "\n".join(lines) + "\n"
-    with written(Path(out) / ("toy.md" if experiment == "toy" else f"{experiment}-{data}.md")) as file:
+    with written(Path(out) / f"{name}.md") as file:
         file.write(text.encode())
     return text
