@@ -12,6 +12,7 @@ from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels import CosFaceLoss, cosface_loss, margin_softmax_loss, sample_classes
 from cosface_kernels.margins import Softmax
@@ -213,3 +214,25 @@ def test_compile_to_code(device, transposed):
     results = evaluate(compiled, *tensors)
     for ours, wanted in zip(results, evaluate(cosface_loss, *tensors), strict=True):
         assert_close(ours, wanted.double(), tolerance(torch.float32))
+
+
+def test_view_that_negates(device):
+    """Its numbers in memory are not those that PyTorch's operators see."""
+    features, weight, labels = draw(device, torch.float32)
+    negated = torch._neg_view(features)
+    assert negated.is_neg() and negated.is_contiguous()
+    assert torch.equal(cosface_loss(negated, weight, labels), cosface_loss(-features, weight, labels))
+
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        self.operators = {*getattr(self, "operators", ()), operator}
+        return operator(*arguments, **(keywords or {}))
+
+
+def test_modes_see_the_operators(device):
+    """Profilers, counters of flops and activation checkpointing that selects by operator are modes."""
+    features, weight, labels = draw(device)
+    with Seen() as seen:
+        cosface_loss(features.requires_grad_(), weight, labels).backward()
+    assert {negative_lse, negative_lse_backward, margin_losses} <= seen.operators

@@ -10,6 +10,7 @@ of the lengths are projected together with others: for w̃_{y_n} with the rows o
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
 
+import functools
 import math
 import os
 
@@ -58,7 +59,7 @@ def negative_lse(problem, options, needs):
     """(Vectors, Saved, Largest) of a Problem; Vectors are differentiable. needs: also gradients wanted though no tensor here
     requires any.
     """
-    return split(_NEGATIVE_LSE(*problem, *options, *needs), _FORWARD_GIVES)
+    return split(_call(_NEGATIVE_LSE, *problem, *options, *needs), _FORWARD_GIVES)
 
 
 def _negative_lse(problem, options, needs):
@@ -225,13 +226,43 @@ def zeros_for_none(gradients, shapes, like):
 def _differentiable(operator, function):
     """Make the operator an autograd Function where a gradient may be wanted, as custom_op does."""
 
-    def call(*inputs):
+    def with_autograd(*inputs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
             return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+        return _call_below_autograd(operator, *inputs)
 
-    LIBRARY.impl(operator, call, "Autograd")
+    LIBRARY.impl(operator, with_autograd, "Autograd")
+    operator.with_autograd = with_autograd
+
+
+def _call(operator, *inputs):
+    """operator(*inputs), past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see the call."""
+    return (operator.with_autograd if _only_autograd_sees(inputs) else operator)(*inputs)
+
+
+def _call_below_autograd(operator, *inputs):
+    """The same without autograd."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return (operator.implementation if _only_autograd_sees(inputs) else operator)(*inputs)
+
+
+# The dispatch keys that a thread adds to those of the tensors, where no mode, transform or trace is active.
+_THREAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
+
+
+@functools.cache
+def _plain_keys(device_type):
+    return torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device_type))
+
+
+def _only_autograd_sees(inputs):
+    """False if an operator's call is to be traced, or its tensors are of a subclass, transformed or views that negate numbers."""
+    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set() != _THREAD_KEYS:
+        return False
+    for each in inputs:
+        if isinstance(each, Tensor) and torch._C._dispatch_keys(each) != _plain_keys(each.device.type):
+            return False
+    return True
 
 
 class _NegativeLse(torch.autograd.Function):
@@ -241,8 +272,7 @@ class _NegativeLse(torch.autograd.Function):
         # needs_input_grad is right here, and not in the caller, under vmap and torch.export.
         for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
         needs = Needs(needs.need_x_grad or for_x, needs.need_table_grad or for_weight or for_bias, needs.need_largest)
-        with torch._C._AutoDispatchBelowAutograd():
-            flat = _NEGATIVE_LSE(*problem, *options, *needs)
+        flat = _call_below_autograd(_NEGATIVE_LSE, *problem, *options, *needs)
         vectors, saved, largest = split(flat, _FORWARD_GIVES)
         ctx.mark_non_differentiable(*saved, *largest)
         # Else autograd would hand backward a zero tensor as large as `kept`.
@@ -259,7 +289,7 @@ class _NegativeLse(torch.autograd.Function):
         vector_grads = zeros_for_none(vector_grads, ctx.shapes, saved.total)
         wanted = Gradients(*ctx.needs_input_grad[: len(Gradients._fields)])
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
-        grads = Gradients(*_NEGATIVE_LSE_BACKWARD(*vector_grads, *problem, *saved, *ctx.options, *needs))
+        grads = Gradients(*_call(_NEGATIVE_LSE_BACKWARD, *vector_grads, *problem, *saved, *ctx.options, *needs))
         if problem.index is not None:
             grads = grads._replace(
                 weight=in_rows(problem.index, grads.weight, problem.weight),
@@ -287,7 +317,15 @@ def _no_second_derivative(ctx, *grads):
     )
 
 
-library.register_autograd("cosface_kernels::negative_lse_backward", _no_second_derivative, lib=LIBRARY)
+class _NegativeLseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        return _call_below_autograd(_NEGATIVE_LSE_BACKWARD, *inputs)
+
+    backward = staticmethod(_no_second_derivative)
+
+
+_differentiable(_NEGATIVE_LSE_BACKWARD, _NegativeLseBackward)
 
 
 def _margin_losses(
@@ -301,7 +339,8 @@ def _margin_losses(
         return backends.choose(backend, lse.device, lse.dtype).row_functions.losses(lse, logit, counted, scale, reduction)
 
 
-margin_losses = _register("margin_losses", library.infer_schema(_margin_losses, mutates_args=()), _margin_losses)
+_MARGIN_LOSSES = _register("margin_losses", library.infer_schema(_margin_losses, mutates_args=()), _margin_losses)
+margin_losses = functools.partial(_call, _MARGIN_LOSSES)
 
 
 @library.register_fake("cosface_kernels::margin_losses", lib=LIBRARY)
@@ -312,8 +351,7 @@ def _(lse, logit, counted, scale, reduction, backend):
 class _MarginLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            losses, slope = margin_losses(*inputs)
+        losses, slope = _call_below_autograd(_MARGIN_LOSSES, *inputs)
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
         lse, logit, counted, ctx.scale, *_ = inputs
@@ -343,7 +381,7 @@ class FirstDerivative(torch.autograd.Function):
     backward = staticmethod(_no_second_derivative)
 
 
-_differentiable(margin_losses, _MarginLosses)
+_differentiable(_MARGIN_LOSSES, _MarginLosses)
 
 
 @library.custom_op("cosface_kernels::sample_classes", mutates_args=())
