@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -310,15 +311,25 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys, module, a
 
 
 class Dying(data.Faces):
+    """A worker that is killed over image 3."""
+
     def batch(self, indices):
-        os.kill(os.getpid(), signal.SIGKILL)
+        if torch.utils.data.get_worker_info() and 3 in indices:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().batch(indices)
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_said(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_worker_that_dies_is_said(tmp_path, monkeypatch, capsys, busy):
     monkeypatch.setattr(data, "Faces", Dying)
-    assert cli.main(["train", *SMALL, f"out={tmp_path / 'run'}", "workers=1"]) == 1
-    assert "a worker that reads images died" in capsys.readouterr().err
+    step = loop.Run._step
+    # PyTorch hears of the death by a signal, and raises wherever the main process is.
+    monkeypatch.setattr(loop.Run, "_step", lambda *arguments: (step(*arguments), busy and time.sleep(30)))
+    command = ["train", *SMALL, f"out={tmp_path / 'run'}"]
+    assert cli.main([*command, "workers=1", "epochs=9"]) == 1
+    error = capsys.readouterr().err
+    assert "a worker that reads images died" in error and f"--resume out={tmp_path / 'run'} workers=0`" in error
 
 
 @pytest.mark.slow
@@ -332,7 +343,8 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     assert cli.main(["train", *options]) == 1
-    assert "step-4 was not saved, earlier ones are as they were" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "step-4 was not saved, earlier ones are as they were" in error and "run is full" in error
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     monkeypatch.setattr(os, "fsync", write)
     assert cli.main(["train", "--resume", f"out={tmp_path / 'run'}"]) == 0 and len(losses(tmp_path / "run")) == 6

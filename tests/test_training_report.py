@@ -20,7 +20,7 @@ def make_run(folder, *, lr=0.02, loss=5.0):
     (folder / "environment.json").write_text(json.dumps({"steps": 100, "images": 2000}))
     lines = [{"step": step, "lr": lr, "loss": loss + 50 / step, "target_cosine": step / 200} for step in range(1, 101)]
     lines[-1] |= {"images_per_second": 321.0, "memory": 2**30, "target_histogram": [0, 3, 1, 0]}
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lr')
     record = {"accuracy": 0.625, "tar": {"1e-3": 0.875, "1e-4": None}, "roc": {"far": [0, 1e-3, 1], "tar": [0.5, 0.875, 1]}}
     (folder / "pairs.json").write_text(json.dumps({"verification": record, "identification": {"rank1": 0.375}}))
     points = {"points": [[0.5, -0.5, 0.1], [0, 0, 1.0]], "labels": [0, 1], "share": 0.9}

@@ -2,12 +2,13 @@
 
 import json
 import math
-import os
 import resource
 import time
 
 import torch
 from tqdm import tqdm
+
+from .arrays import written
 
 BINS = 40  # of the histograms, over cosines from -1 to 1
 
@@ -124,9 +125,8 @@ def _truncate(path, step):
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        with written(path) as file:
+            file.write("".join(kept).encode())
 
 
 def _tensorboard(out):

@@ -1,6 +1,7 @@
 """The training loop: steps, signals, checkpoints. A killed run goes on from its last checkpoint with the same numbers."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..distributed.ranks import world
 from . import config as settings
 from . import data, environment, held_out, model, report
+from .arrays import written
 from .config import ConfigError
 from .log import Log
 
@@ -31,7 +33,23 @@ def train(config, resume=False):
     with _processes(config):
         run = Run(config, resume)
         with _Signals() as signals:
-            return run.train(signals)
+            try:
+                return run.train(signals)
+            except (OSError, RuntimeError) as error:
+                raise _with_remedy(error, config.out) from error
+
+
+def _with_remedy(error, out):
+    """The error of a worker that died, or of a full disk, saying what to do; any other as it is. Both come anywhere in a step."""
+    goes_on = f"`cosface train --resume out={out}"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(f"the disk of {out} is full: {error.strerror}; make room, then {goes_on}` goes on")
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return RuntimeError(
+            f"a worker that reads images died: {str(error).splitlines()[0].strip()} Often memory, or /dev/shm, is too small; "
+            f"{goes_on} workers=0` goes on, and reads in the main process"
+        )
+    return error
 
 
 @contextlib.contextmanager
@@ -119,10 +137,12 @@ class Run:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
         self.out.mkdir(parents=True, exist_ok=True)
-        partial = self.out / "config.yaml.partial"
-        partial.write_text(settings.text(self.config))
-        os.replace(partial, self.out / "config.yaml")
-        (self.out / "environment.json").write_text(json.dumps(environment.describe(self), indent=2) + "\n")
+        for name, text in (
+            ("config.yaml", settings.text(self.config)),
+            ("environment.json", json.dumps(environment.describe(self), indent=2) + "\n"),
+        ):
+            with written(self.out / name) as file:
+                file.write(text.encode())
 
     def train(self, signals):
         self.model.backbone.train(), self.model.head.train()
@@ -192,13 +212,6 @@ class Run:
                 images, labels, damaged = next(loader)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if "DataLoader worker" not in str(error):
-                    raise
-                raise RuntimeError(
-                    f"a worker that reads images died: {str(error).splitlines()[0]}; often memory, or /dev/shm, is too small: "
-                    "workers=0 reads in the main process"
-                ) from error
             self.log.damaged(damaged, self.config.max_damaged)
             if not len(images):
                 raise RuntimeError(f"no image of a batch can be read, such as {': '.join(next(iter(damaged.values())))}")

@@ -1,7 +1,6 @@
 """report.html of a run, and of several side by side: one file, without scripts, readable in light and dark."""
 
 import json
-import os
 from html import escape
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 
 from . import config as settings
 from . import data, svg
+from .arrays import written
 
 LIGHT = "--page: #fcfcfb; --text: #1c1d1f; --soft: #5f6368; --rule: #dcdcd8; "
 DARK = "--page: #16181b; --text: #e6e6e3; --soft: #a2a6ac; --rule: #383b40; "
@@ -62,7 +62,8 @@ class Found:
         self.settings = settings.read(self.folder / "config.yaml")
         self.environment = _json(self.folder / "environment.json") or {}
         path = self.folder / "metrics.jsonl"
-        self.metrics = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        self.metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
         self.points = _json(self.folder / "sphere.json")
         found = {path.stem: _json(path) for path in sorted(self.folder.glob("*.json"))}
         self.evaluations = {name: each for name, each in found.items() if isinstance(each, dict) and each.get("verification")}
@@ -213,9 +214,8 @@ def _page(path, title, parts):
 
 
 def _write(path, text):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with written(path) as file:
+        file.write(text.encode())
 
 
 def _json(path):
