@@ -17,6 +17,20 @@ from ..ops.backends import cpu_library
 from ..ops.slabs import wide_dtype
 
 
+class Numbers(NamedTuple):
+    """The numbers of a rule, named as in csrc/cpu/update.h's Step and in triton_update.py."""
+
+    lr: float
+    weight_decay: float
+    sign: float
+    nesterov: float = 0.0
+    eps: float = 0.0
+    first_decay: float = 0.0  # μ, or β1
+    second_decay: float = 0.0
+    first_rate: float = 0.0  # 1 - β
+    second_rate: float = 0.0
+
+
 class SGD(NamedTuple):
     """g = ±grad + λ w,  m = μ m + g,  w -= η m, or with nesterov η (g + μ m); without momentum η g."""
 
@@ -39,16 +53,16 @@ class SGD(NamedTuple):
             found_inf=None if skip is None else skip.float(),
         )
 
+    kind = 0  # of csrc/cpu/update.h's Step
     step = None  # see AdamW
 
-    def constants(self):
-        """The numbers of csrc/cpu/update.h's Step, up to the corrections."""
-        sign = -1.0 if self.maximize else 1.0
-        return self.lr, self.weight_decay, sign, float(self.nesterov), 0.0, self.momentum, 0.0, 0.0, 0.0
-
     def numbers(self):
-        """(which rule, csrc/cpu/update.h's Step)."""
-        return 0, (*self.constants(), 0.0, 0.0)
+        sign = -1.0 if self.maximize else 1.0
+        return Numbers(self.lr, self.weight_decay, sign, nesterov=float(self.nesterov), first_decay=self.momentum)
+
+    def corrections(self):
+        """(1 - β1^t, √(1 - β2^t)), where the rule has them."""
+        return 0.0, 0.0
 
 
 class AdamW(NamedTuple):
@@ -75,15 +89,16 @@ class AdamW(NamedTuple):
             found_inf=None if skip is None else skip.float(),
         )
 
-    def constants(self):
-        """See SGD."""
-        (first, second), sign = self.betas, -1.0 if self.maximize else 1.0
-        return self.lr, self.weight_decay, sign, 0.0, self.eps, first, second, 1 - first, 1 - second
+    kind = 1
 
     def numbers(self):
+        (first, second), sign = self.betas, -1.0 if self.maximize else 1.0
+        return Numbers(self.lr, self.weight_decay, sign, 0.0, self.eps, first, second, 1 - first, 1 - second)
+
+    def corrections(self):
         """See SGD."""
         (first, second), step = self.betas, float(self.step)
-        return 1, (*self.constants(), 1 - first**step, math.sqrt(1 - second**step))
+        return 1 - first**step, math.sqrt(1 - second**step)
 
 
 class Part(NamedTuple):
@@ -124,9 +139,10 @@ class Part(NamedTuple):
 
     def native_update(self):
         """This update as the struct that `csrc/cpu/update.h` declares."""
-        rule, numbers = self.rule.numbers()
-        numbers = *numbers, self.max_row_norm or 0.0
-        return cpu_library.Step.of(rule, numbers, self.rows, self.row_scale, self.states, self.first_row, self.key)
+        first, second = self.rule.corrections()
+        numbers = self.rule.numbers()._asdict() | {"first_correction": first, "second_correction": second}
+        numbers["max_row_norm"] = self.max_row_norm or 0.0
+        return cpu_library.Step.of(self.rule.kind, numbers, self.rows, self.row_scale, self.states, self.first_row, self.key)
 
     def is_native(self):
         return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype != torch.float64

@@ -69,10 +69,17 @@ class Step(ctypes.Structure):
     """csrc/cpu/update.h's Step: one optimiser step, that of an optim.rules.Part."""
 
     _STATES = 2
+    _NUMBERS = (
+        *("lr", "weight_decay", "sign", "nesterov", "eps", "first_decay", "second_decay", "first_rate", "second_rate"),
+        *("first_correction", "second_correction", "max_row_norm"),
+    )
     _fields_ = [
-        *(("rule", ctypes.c_int32), ("numbers", ctypes.c_float * 12), ("table", _Buffer), ("states", _Buffer * _STATES)),
+        ("rule", ctypes.c_int32),
+        *((name, ctypes.c_float) for name in _NUMBERS),
+        *(("table", _Buffer), ("states", _Buffer * _STATES)),
         *(("size", _SIZE), ("first_of_shard", _SIZE), ("key", ctypes.c_uint64), ("scratch", _POINTER)),
     ]
+    NAMES = dict(_fields_).keys()
 
     @classmethod
     def of(cls, rule, numbers, rows, row_scale, states, first_row, key):
@@ -80,9 +87,16 @@ class Step(ctypes.Structure):
         room = torch.empty(threads, 4, size, dtype=torch.float32, device="cpu")
         buffers = [_Buffer.of(f"state {k}", *state, rows.shape) for k, state in enumerate(states)]
         buffers += [_Buffer()] * (cls._STATES - len(states))
-        step = cls(
-            *(rule, numbers, _Buffer.of("the table", rows, row_scale, rows.shape), (_Buffer * cls._STATES)(*buffers)),
-            *(size, first_row, key, pointer("scratch", room, torch.float32, threads * 4 * size)),
+        step = _arguments(
+            cls,
+            rule=rule,
+            **numbers,
+            table=_Buffer.of("the table", rows, row_scale, rows.shape),
+            states=(_Buffer * cls._STATES)(*buffers),
+            size=size,
+            first_of_shard=first_row,
+            key=key,
+            scratch=("scratch", room, torch.float32, threads * 4 * size),
         )
         step.shape, step.threads, step._room = rows.shape, threads, room  # keep the scratch alive as long as the step
         return step

@@ -40,7 +40,7 @@ def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=Non
     first, second, *_ = *part.states, (None, None), (None, None)
     target_rows, target_sums = targets
     is_slice, num_targets = isinstance(index, slice), 0 if target_rows is None else target_rows.shape[0]
-    constants, config = rule.constants(), blocks(size)
+    numbers, config = rule.numbers(), blocks(size)
     rows = part.rows if part.row_scale is None else part.rows.view(torch.int8)  # a chip below 8.9 takes no pointer to e4m3
     if num_rows:
         update_rows[(ceil_div(num_rows, config["BLOCK_R"]),)](
@@ -48,8 +48,8 @@ def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=Non
             *(None if target_sums is None else target_sums[:, column:], part.skip, rule.step),
             *(num_rows, size, num_targets, index.start if is_slice else start, part.first_row, grad.stride(0)),
             *(0 if target_sums is None else target_sums.stride(0), _signed(part.key), _signed(part.key >> 32)),
-            *constants,
-            *(math.log(decay) if decay else -math.inf for decay in constants[5:7]),
+            *numbers,
+            *(math.log(decay) if decay else -math.inf for decay in (numbers.first_decay, numbers.second_decay)),
             part.max_row_norm,
             NORMALIZE=normalize,
             SEARCH_STEPS=num_targets.bit_length(),
