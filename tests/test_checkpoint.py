@@ -639,6 +639,16 @@ def test_what_cannot_be_saved(tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+def test_sparse_state_is_not_saved(tmp_path):
+    head = CosFaceLoss(4, 30, sample_rate=0.4)
+    optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    head(torch.ones(2, 4), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    with pytest.raises(TypeError, match=r"momentum_buffer is a sparse tensor, as .*: take FusedSGD, or momentum=0"):
+        save_checkpoint(tmp_path / "a", head, optimizer)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_latest(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     for name in ("step-9", "step-10", "best"):

@@ -51,6 +51,21 @@ def rows_of(head, optimizer):
     return [*parameters, *(value for p in parameters for value in optimizer.state[p].values() if value.dim())]
 
 
+def test_sparse_momentum(device):
+    """That of torch.optim.SGD for sampled classes: rows that were never sampled have none, and new ones neither."""
+    head = CosFaceLoss(SIZE, 30, sample_rate=0.4, device=device)
+    optimizer = OPTIMIZERS["sgd"](head.parameters())
+    step(head, optimizer, torch.arange(3, device=device))
+    state = optimizer.state[head.weight]
+    before = state["momentum_buffer"].to_dense()
+    assert state["momentum_buffer"].is_sparse and before.any()
+    head.grow(2, optimizer)
+    head.remove([0, 7, 30], optimizer)
+    wanted = torch.cat([before[1:7], before[8:], before.new_zeros(1, SIZE)])
+    assert torch.equal(state["momentum_buffer"].to_dense(), wanted)
+    step(head, optimizer, torch.arange(29, device=device))
+
+
 def test_grow(stepped, device):
     head, optimizer = stepped
     objects = [*head.parameters()]

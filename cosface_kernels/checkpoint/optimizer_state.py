@@ -36,6 +36,11 @@ def flatten(prefix, optimizer, module):
         name = names[parameter]
         own = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
         for key, value in own.items():
+            if value.layout != torch.strided:
+                raise TypeError(
+                    f"{_key(prefix, name, key)} is a sparse tensor, as the momentum of torch.optim.SGD is for a head with "
+                    "sample_rate < 1, and is not saved: take FusedSGD, or momentum=0"
+                )
             _check_not_local(_key(prefix, name, key), value, name, parameter)
         tensors |= {_key(prefix, name, key): value for key, value in own.items()}
         states[name] = {

@@ -17,6 +17,10 @@ def grow(head, count, optimizer=None):
     rows, new_rows = len(head.weight), count * head.centers_per_class
 
     def with_new_rows(tensor):
+        if tensor.is_sparse:  # torch.optim.SGD's momentum of sampled classes
+            tensor = tensor.coalesce()
+            size = len(tensor) + new_rows, *tensor.shape[1:]
+            return torch.sparse_coo_tensor(tensor.indices(), tensor.values(), size, is_coalesced=True, check_invariants=False)
         return torch.cat([tensor, tensor.new_zeros(new_rows, *tensor.shape[1:])])
 
     hard_classes = None if head.hard_classes is None else F.pad(head.hard_classes, (0, 0, 0, count), value=-1)
@@ -56,7 +60,8 @@ def remove(head, ids, optimizer=None):
 
     def of_kept_rows(tensor):
         words = tensor.view(torch.int8) if tensor.dtype == formats.FLOAT8 else tensor  # not every device gathers float8
-        return words.index_select(0, rows.to(tensor.device)).view(tensor.dtype)
+        found = words.index_select(0, rows.to(tensor.device))
+        return found.view(tensor.dtype) if words is not tensor else found
 
     tensors = (head.weight, head.bias, head.weight_scale)
     changes = [(tensor, of_kept_rows(tensor)) for tensor in tensors if tensor is not None]
