@@ -232,46 +232,6 @@ def test_command(files, capsys):
     assert record["verification"]["pairs"]["impostor"] == 6960 + 120 * 120 and record["distractors"]["images"] == 120
 
 
-def test_templates(files, capsys):
-    """Template 5 is of media 1 (two images) and 2 (one): its mean weighs the two as one. Each other image is a template."""
-    rows = np.load(files / "e.npy")[:12]
-    np.save(files / "e.npy", rows)
-    owner, medium = [5, 5, 5, *range(10, 19)], [1, 1, 2, *[1] * 9]
-    lists = [files / "tid_mid.txt", files / "pairs.txt"]
-    lists[0].write_text("".join(f"{n}.jpg {t} {m}\n" for n, (t, m) in enumerate(zip(owner, medium, strict=True))))
-    lists[1].write_text("".join(f"{5} {template} {int(template < 12)}\n" for template in range(10, 19)))
-    command = [
-        "eval",
-        "--embeddings",
-        files / "e.npy",
-        "--templates",
-        lists[0],
-        "--template-pairs",
-        lists[1],
-        "--json",
-        files / "o.json",
-    ]
-    assert cli.main([*map(str, command)]) == 0
-    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
-    template = (unit[0] + unit[1]) / 2 + unit[2]
-    scores = unit[3:] @ template / np.linalg.norm(template)
-    record = json.loads((files / "o.json").read_text())
-    assert record["verification"]["pairs"] == {"genuine": 2, "impostor": 7} and record["embeddings"]["templates"] == 10
-    assert record["verification"]["auc"] == (scores[:2, None] > scores[2:]).mean()
-    np.testing.assert_allclose(record["verification"]["roc"]["threshold"][-1], scores.min(), atol=1e-6)
-    for place, text, message in (
-        (0, "0.jpg 5 1\n", "tid_mid.txt: has 1 lines for 12 embeddings"),
-        (0, "0.jpg 5\n" * 12, "tid_mid.txt: line 1 must be 'image template medium'"),
-        (1, "5 10 1\n5 99 0\n", "pairs.txt: line 2 names template 99, which"),
-        (1, "5 10 2\n", "pairs.txt: not lines of 'template template 0-or-1'"),
-        (1, "5 x 1\n", "pairs.txt: not lines of 'template template 0-or-1'"),
-    ):
-        before = lists[place].read_text()
-        lists[place].write_text(text)
-        assert cli.main([*map(str, command)]) == 1 and message in capsys.readouterr().err
-        lists[place].write_text(before)
-
-
 def changed(place, value):
     rows = embeddings()[0]
     rows[place] = value

@@ -265,7 +265,8 @@ def images_in_float64(images):
 def test_commands_of_the_document(folder, monkeypatch):
     """All of docs/evaluation.md, with a network that was trained for a step."""
     pytest.importorskip("onnxscript", reason="extras [onnx]")
-    commands = re.findall(r"^    (cosface .*)$", (ROOT / "docs/evaluation.md").read_text(), re.M)
+    document = (ROOT / "docs/evaluation.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^    (cosface .*)$", document, re.M)
     monkeypatch.chdir(folder)
     options = [f"image_size={SIZE}", "batch_size=8", "embedding_size=8", "workers=0"]
     assert cli.main(["train", "data=crops", "out=runs/first", "epochs=1", *options]) == 0
@@ -278,7 +279,10 @@ def test_commands_of_the_document(folder, monkeypatch):
     np.save("ijbc.npy", random.normal(size=(6, 8)))
     Path("ijbc_face_tid_mid.txt").write_text("".join(f"{row}.jpg {row} 1\n" for row in range(6)))
     Path("ijbc_template_pair_label.txt").write_text("0 1 1\n2 3 0\n4 5 0\n")
-    assert len(commands) == 8
+    for name, templates in (("gallery_G1", (0, 1)), ("gallery_G2", (2, 3)), ("probe_mixed", (4, 5))):
+        lines = "".join(f"{template},{template % 2 + 2 * (template == 2)}\n" for template in templates)
+        Path(f"ijbc_1N_{name}.csv").write_text("TEMPLATE_ID,SUBJECT_ID\n" + lines)
+    assert len(commands) == 9
     for command in commands:
         assert cli.main(shlex.split(command)[1:]) == 0, command
     assert json.loads((folder / "result.json").read_text()).keys() >= {"verification", "identification"}

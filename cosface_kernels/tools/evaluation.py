@@ -12,7 +12,8 @@ def _add_eval(commands):
         "eval",
         help="verification and identification: TAR at FAR, folds, ranks, with intervals",
         usage="cosface eval --embeddings FILE --labels FILE [--distractors FILE] [--json FILE] [--html FILE]\n"
-        "       cosface eval --embeddings FILE --templates FILE --template-pairs FILE [--json FILE] [--html FILE]\n"
+        "       cosface eval --embeddings FILE --templates FILE [--template-pairs FILE] [--gallery FILE ... --probes FILE]\n"
+        "                    [--json FILE] [--html FILE]\n"
         "       cosface eval --pairs FILE --checkpoint DIR [--flip RULE] [--images DIR] [--json FILE] [--html FILE]",
         description="Compare all pairs of embeddings, and search each image among the others, in memory that does not grow with "
         "the number of pairs; or compare the pairs of a list, in ten folds. docs/evaluation.md has the definitions.",
@@ -23,6 +24,8 @@ def _add_eval(commands):
     option("--distractors", type=Path, metavar="FILE", help=f"(M, D), images of nobody in --labels, {arrays}")
     option("--templates", type=Path, metavar="FILE", help="IJB's list: image, template and medium of each embedding")
     option("--template-pairs", type=Path, metavar="FILE", help="IJB's list of pairs: template, template, 0 or 1")
+    option("--gallery", type=Path, nargs="+", metavar="FILE", help="IJB's galleries of a search, .csv of templates and subjects")
+    option("--probes", type=Path, metavar="FILE", help="IJB's probes, which are searched in each gallery")
     option("--pairs", type=Path, metavar="FILE", help="InsightFace's .bin file, or a .txt list of pairs")
     option("--images", type=Path, metavar="DIR", help="where the images of a .txt list are (default: beside it)")
     _add_network(option)
@@ -73,12 +76,16 @@ def _add_reproduce(commands):
 
 def _eval(arguments):
     embeddings, labels, pairs = arguments.embeddings, arguments.labels, arguments.pairs
-    templates = arguments.templates
+    templates, galleries = arguments.templates, arguments.gallery or []
     for is_wrong, message in (
         (bool(embeddings) == bool(pairs), "give --embeddings, or --pairs"),
         (bool(embeddings) != bool(labels or templates), "--embeddings goes with --labels, or with --templates"),
         (labels and templates, "--embeddings goes with --labels, or with --templates"),
-        (bool(templates) != bool(arguments.template_pairs), "--templates and --template-pairs go together"),
+        (bool(galleries) != bool(arguments.probes), "--gallery and --probes go together"),
+        (
+            bool(templates) != bool(arguments.template_pairs or galleries),
+            "--templates goes with --template-pairs, or with --gallery and --probes",
+        ),
         (bool(pairs) != bool(arguments.checkpoint), "--pairs and --checkpoint go together"),
         (arguments.distractors and not labels, "--distractors goes with --labels"),
         ((arguments.flip or arguments.images) and embeddings, "--flip and --images go with --pairs"),
@@ -86,7 +93,8 @@ def _eval(arguments):
         if is_wrong:
             arguments.wrong_usage(message)
 
-    for path in filter(None, (embeddings, labels, arguments.distractors, templates, arguments.template_pairs, pairs)):
+    given = embeddings, labels, arguments.distractors, templates, arguments.template_pairs, *galleries, arguments.probes, pairs
+    for path in filter(None, given):
         if not path.is_file():
             return fail(f"{path}: there is no such file")
     if homeless := _homeless(arguments.json, arguments.html):
@@ -98,14 +106,16 @@ def _eval(arguments):
         if pairs:
             record = evaluate.of_pairs(pairs, arguments.checkpoint, arguments.flip or "concat", arguments.images)
         elif templates:
-            record = evaluate.of_templates(embeddings, templates, arguments.template_pairs)
+            record = evaluate.of_templates(embeddings, templates, arguments.template_pairs, galleries, arguments.probes)
         else:
             record = evaluate.of_embeddings(embeddings, labels, arguments.distractors)
         if arguments.json:
             arrays.write_json(arguments.json, record)
         if arguments.html:
             evaluate.page(record, arguments.html)
-        return "\n".join(f"{what:<24}{text}" for what, text in evaluate.numbers(record).items())
+        numbers = evaluate.numbers(record)
+        width = max(24, 2 + max(map(len, numbers)))
+        return "\n".join(f"{what:<{width}}{text}" for what, text in numbers.items())
 
     return _print(evaluated)
 

@@ -1,5 +1,7 @@
 """`cosface eval`: numbers of verification and identification, of embeddings or of pairs of images."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
 
@@ -9,7 +11,7 @@ from . import identification, verification
 from . import pairs as lists
 from .all_pairs import AllPairs
 from .arrays import read_embeddings, read_labels
-from .templates import TemplatePairs
+from .templates import TemplatePairs, Templates
 
 FARS = {f"1e-{exponent}": exponent for exponent in verification.FAR_EXPONENTS}
 FPIRS = {f"1e-{exponent}": exponent for exponent in (1, 2, 3)}
@@ -72,18 +74,34 @@ def of_pairs(path, checkpoint, flip, images=None):
     }
 
 
-def of_templates(embeddings, templates, pairs):
-    """The record of pairs of templates (templates.py) of embeddings.
+def of_templates(embeddings, templates, pairs=None, galleries=(), probes=None):
+    """The record of templates (templates.py) of embeddings: of pairs, and of a search of `probes` in each of the galleries.
 
     Raises:
         ValueError: a file cannot be used; the message names it.
     """
     rows = read_embeddings(embeddings)
-    listed = TemplatePairs(rows, templates, pairs)
-    return {
+    listed = Templates(rows, templates)
+    record = {
         "version": __version__,
         "embeddings": {"file": str(embeddings), "images": len(rows), "size": rows.shape[1], "templates": len(listed.unit)},
-        "verification": verification_of(verification.steps_of(listed)),
+    }
+    if pairs:
+        record["verification"] = verification_of(verification.steps_of(TemplatePairs(listed, pairs)))
+    if galleries:
+        record["identification"] = _of_galleries({str(path): listed.search(path, probes) for path in galleries})
+    return record
+
+
+def _of_galleries(searches):
+    """The mean over galleries, as IJB reports it, and the record of each."""
+    found = {path: identification_of(each) for path, each in searches.items()}
+    rates = [each["tpir"] for each in found.values()]
+    return {
+        "rank1": float(np.mean([each["rank1"] for each in found.values()])),
+        "cmc": np.mean([each["cmc"] for each in found.values()], 0).tolist(),
+        "tpir": {name: None if None in (each := [rate[name] for rate in rates]) else float(np.mean(each)) for name in FPIRS},
+        "galleries": found,
     }
 
 
@@ -155,7 +173,11 @@ def identification_of(searches):
 
 def numbers(record):
     """{what: text} of the record."""
-    verified, searched = record["verification"], record.get("identification")
+    found = _verified(record["verification"]) if "verification" in record else {}
+    return found | (_searched(record["identification"]) if "identification" in record else {})
+
+
+def _verified(verified):
     pairs, intervals = verified["pairs"], verified["tar_interval"]
     found = {"pairs": f"{pairs['genuine']:,} genuine, {pairs['impostor']:,} impostor"}
     if "accuracy" in verified:
@@ -168,13 +190,28 @@ def numbers(record):
             continue
         where = f"from score {verified['threshold'][name]:.4f} on"
         found[f"TAR at FAR {name}"] = f"{tar:.2%} ({_between(intervals[kind][name])}, {how}), {where}"
-    found |= {"equal error rate": f"{verified['eer']:.4%}", "area under the ROC": f"{verified['auc']:.6f}"}
-    if searched:
-        found["searches"] = f"{searched['searches']:,} of {searched['probes']:,} probes among {searched['gallery']:,} images"
-        found["rank 1"] = f"{searched['rank1']:.2%} ({_between(searched['rank1_interval'])}, Wilson)"
-        found["rank 10"] = f"{searched['cmc'][9]:.2%}"
-        for name, tpir in searched["tpir"].items():
-            found[f"TPIR at FPIR {name}"] = searched["unresolved"][name] if tpir is None else f"{tpir:.2%}"
+    return found | {"equal error rate": f"{verified['eer']:.4%}", "area under the ROC": f"{verified['auc']:.6f}"}
+
+
+def _searched(searched):
+    if "galleries" not in searched:
+        probes = f"{searched['searches']:,} of {searched['probes']:,} probes among {searched['gallery']:,} images"
+        return {"searches": probes} | _ranks(searched)
+    found = {}
+    for path, each in searched["galleries"].items():
+        probes = f"{each['searches']:,} probes, and {each['probes']:,} of others, among {each['gallery']:,} templates"
+        found |= {f"{Path(path).stem}: {what}": text for what, text in {"searches": probes, **_ranks(each)}.items()}
+    return found | {f"mean: {what}": text for what, text in _ranks(searched).items()}
+
+
+def _ranks(searched):
+    interval = f" ({_between(searched['rank1_interval'])}, Wilson)" if "rank1_interval" in searched else ""
+    found = {"rank 1": f"{searched['rank1']:.2%}{interval}", "rank 10": f"{searched['cmc'][9]:.2%}"}
+    for name, tpir in searched["tpir"].items():
+        if tpir is not None:
+            found[f"TPIR at FPIR {name}"] = f"{tpir:.2%}"
+        elif "unresolved" in searched:
+            found[f"TPIR at FPIR {name}"] = searched["unresolved"][name]
     return found
 
 
@@ -187,9 +224,11 @@ def page(record, path):
     """Write the record's numbers and curves as one HTML file."""
     from . import report, svg
 
-    roc = record["verification"]["roc"]
-    points = {"": list(zip(roc["far"], roc["tar"], strict=True))}
-    charts = [("ROC", svg.lines(points, "false accept rate", "true accept rate", log_x=True))]
+    charts = []
+    if "verification" in record:
+        roc = record["verification"]["roc"]
+        points = {"": list(zip(roc["far"], roc["tar"], strict=True))}
+        charts.append(("ROC", svg.lines(points, "false accept rate", "true accept rate", log_x=True)))
     if "identification" in record:
         curve = {"": list(enumerate(record["identification"]["cmc"], 1))}
         charts.append(("CMC", svg.lines(curve, "rank", "share of searches")))

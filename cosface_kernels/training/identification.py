@@ -2,7 +2,8 @@
 
 A search has a probe, its mate (another image of its identity) and others. With distractors these are the others, and each image
 is searched with each other image of its identity as the mate. Without, the first image of each identity is enrolled, each other
-image is a probe, and the others of its search are the enrolled images of other identities.
+image is a probe, and the others of its search are the enrolled images of other identities. In a gallery with a row for each
+subject, a probe whose subject is enrolled has a mate; FPIR is that of the probes whose subject is not (the open set of IJB).
 
     rank = 1 + others that score >= the mate               CMC(r) = searches of rank <= r / searches
     FPIR(t) = probes with another that scores >= t / probes     TPIR(t) = searches of rank 1 whose mate scores >= t / searches
@@ -27,7 +28,7 @@ class Searches(NamedTuple):
 
     mates: np.ndarray  # (S,), the mate's score
     ranks: np.ndarray  # (S,), CMC_RANKS + 1 for any beyond
-    best: np.ndarray  # (P,), the highest score of a probe's others
+    best: np.ndarray  # (P,), the highest score of a probe's others; in a gallery, of the probes that have no mate
     gallery: int  # others of one search
 
 
@@ -60,6 +61,23 @@ def search(embeddings, labels, distractors=None):
     return Searches(*map(np.concatenate, zip(*found, strict=True)), len(gallery) - (distractors is None))
 
 
+def search_gallery(gallery, enrolled, probes, subjects):
+    """The Searches of probes (P, D) in a gallery (G, D), unit rows, of the subjects (P,) and enrolled (G,), which all differ.
+
+    Raises:
+        ValueError: no probe's subject is enrolled.
+    """
+    place = {subject: row for row, subject in enumerate(enrolled.tolist())}
+    own = np.array([place.get(subject, -1) for subject in subjects.tolist()], dtype=np.int64)
+    known, unknown = np.flatnonzero(own >= 0), np.flatnonzero(own < 0)
+    if not len(known):
+        raise ValueError("no probe's subject is in the gallery, so nobody can be found: is it the gallery of these probes?")
+    rows, mates = torch.cat([probes, gallery]), len(probes) + own[:, None]
+    found = [_search(rows, some, mates[some], own[some], gallery)[:2] for some in (known[at] for at in _slices(len(known)))]
+    best = [_others(probes[some], own[some], gallery)[:, 0].numpy() for some in (unknown[at] for at in _slices(len(unknown)))]
+    return Searches(*map(np.concatenate, zip(*found, strict=True)), np.concatenate([np.empty(0), *best]), len(gallery) - 1)
+
+
 def _slices(count):
     return [slice(start, start + PROBES) for start in range(0, count, PROBES)]
 
@@ -67,11 +85,7 @@ def _slices(count):
 def _search(rows, probes, mates, own, gallery):
     """(mates' scores, ranks, best others) of some probes. own: the row of the gallery that is no other of each, or -1."""
     x = rows[probes]
-    indices = logits.largest(logits.Cosines(are_unit=True), (gallery, None), x, CMC_RANKS + 1)[1]
-    # float32 finds the candidates. Their scores are summed as the mates' are, so that equal images have equal scores.
-    scores = torch.stack([_cosines(x, gallery[column]) for column in indices.T], 1)
-    scores[indices == torch.from_numpy(own)[:, None]] = -torch.inf
-    scores = scores.sort(1, descending=True).values[:, :CMC_RANKS]
+    scores = _others(x, own, gallery)
     counts = [len(some) for some in mates]
     probe = torch.arange(len(x), dtype=torch.int64, device="cpu").repeat_interleave(
         torch.tensor(counts, dtype=torch.int64, device="cpu")
@@ -79,6 +93,15 @@ def _search(rows, probes, mates, own, gallery):
     with_mate = _cosines(x[probe], rows[np.concatenate(mates)])
     ranks = 1 + (scores[probe] >= with_mate[:, None]).sum(1)
     return with_mate.numpy(), ranks.numpy(), scores[:, 0].numpy()
+
+
+def _others(x, own, gallery):
+    """float64 (P, CMC_RANKS): the highest scores of the others of probes, descending, -inf beyond their number."""
+    indices = logits.largest(logits.Cosines(are_unit=True), (gallery, None), x, CMC_RANKS + 1)[1]
+    # float32 finds the candidates. Their scores are summed as the mates' are, so that equal images have equal scores.
+    scores = torch.stack([_cosines(x, gallery[column]) for column in indices.T], 1)
+    scores[indices == torch.from_numpy(own)[:, None]] = -torch.inf
+    return scores.sort(1, descending=True).values[:, :CMC_RANKS]
 
 
 def _cosines(x, y):

@@ -66,14 +66,15 @@ class Found:
         self.metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
         self.points = _json(self.folder / "sphere.json")
         found = {path.stem: _json(path) for path in sorted(self.folder.glob("*.json"))}
-        self.evaluations = {name: each for name, each in found.items() if isinstance(each, dict) and each.get("verification")}
+        kinds = "verification", "identification"
+        self.evaluations = {name: each for name, each in found.items() if isinstance(each, dict) and any(map(each.get, kinds))}
 
     def series(self, key):
         return [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
 
     def roc(self):
         """{name of an evaluation: [(FAR, TAR)]}"""
-        found = {name: each["verification"].get("roc") for name, each in self.evaluations.items()}
+        found = {name: each.get("verification", {}).get("roc") for name, each in self.evaluations.items()}
         return {name: [*zip(each["far"], each["tar"], strict=True)] for name, each in found.items() if each}
 
     def numbers(self):
@@ -104,9 +105,11 @@ class Found:
             if key in self.environment:
                 found[key.replace("_", " ")] = str(self.environment[key])
         for name, each in self.evaluations.items():
-            rates = {"accuracy in ten folds": each["verification"].get("accuracy")}
-            rates |= {f"TAR at FAR {far}": tar for far, tar in each["verification"]["tar"].items()}
-            rates["rank 1"] = each.get("identification", {}).get("rank1")
+            verified, searched = each.get("verification", {}), each.get("identification", {})
+            rates = {"accuracy in ten folds": verified.get("accuracy")}
+            rates |= {f"TAR at FAR {far}": tar for far, tar in verified.get("tar", {}).items()}
+            rates["rank 1"] = searched.get("rank1")
+            rates |= {f"TPIR at FPIR {fpir}": tpir for fpir, tpir in searched.get("tpir", {}).items()}
             found |= {f"{name}: {what}": f"{rate:.2%}" for what, rate in rates.items() if rate is not None}
         return found
 
