@@ -68,7 +68,7 @@ class CurricularFace(HardNegatives):
         counted = counted & cosine.isfinite()
         count = counted.sum()
         mean = cosine.where(counted, 0.0).sum() / count.clamp(min=1)
-        state["t"].add_((float(self.momentum) * (mean - state["t"])).where(count > 0, 0.0))
+        state["t"] += (float(self.momentum) * (mean - state["t"])).where(count > 0, 0.0)  # not add_(): see AdaFace
 
 
 @dataclass(frozen=True)

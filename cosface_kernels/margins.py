@@ -290,7 +290,8 @@ class AdaFace(Margin):
         norm = self._clipped(norm)
         enough = (counted & norm.isfinite()).sum() > 1
         for name, value in zip(self.state, self._statistics(norm, counted), strict=True):
-            state[name].add_(torch.where(enough, float(self.t_alpha) * (value - state[name]), 0.0))
+            # Not add_(), whose result nobody would use: torch.compile leaves that out for a float64 number on a CPU.
+            state[name] += torch.where(enough, float(self.t_alpha) * (value - state[name]), 0.0)
 
     @staticmethod
     def _clipped(norm):
