@@ -75,8 +75,10 @@ def check_fused():
 
 
 def with_dense_gradient(rows):
-    """rows of a table, whose sparse gradient becomes dense inside DistributedDataParallel, which averages no other."""
-    return rows if rows is None or around() is None else _Dense.apply(rows)
+    """rows of a table, whose sparse gradient becomes dense where it meets code that takes no other: DistributedDataParallel's
+    average, or the backward of what the table is computed by, as under torch.nn.utils.parametrize.
+    """
+    return rows if rows is None or (rows.is_leaf and around() is None) else _Dense.apply(rows)
 
 
 class _Dense(torch.autograd.Function):
