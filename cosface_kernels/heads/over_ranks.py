@@ -291,6 +291,14 @@ class OverMesh(OverRanks):
     def first_class(self, head, weight):
         return dtensors.first_row(weight) // head.centers_per_class
 
+    def check_parametrised(self, head):
+        made_by = {type(each).__name__ for each in head.parametrizations["weight"]} if self.mesh is not None else set()
+        if made_by & {"_WeightNorm", "_SpectralNorm"}:
+            raise NotImplementedError(
+                "weight_norm and spectral_norm go with a table in one process: in shards a DTensor has no norm with a gradient. "
+                "The loss divides each row by its length anyway; leave them out, or take CosFaceLoss or MarginSoftmaxLoss"
+            )
+
     def local(self, tensor):
         """This rank's rows of a parameter, as an ordinary tensor with a gradient. Nothing else converts a DTensor for a loss."""
         return dtensors.local(tensor)

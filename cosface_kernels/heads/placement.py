@@ -41,6 +41,9 @@ class Whole:
             )
         return tuple(each if each is None else self.local(each) for each in table)
 
+    def check_parametrised(self, head):
+        """Raise if this table cannot be made as torch.nn.utils.parametrize is to make it."""
+
     def ranks(self, weight):
         """The Ranks that hold the rows."""
         return dtensors.ranks(weight)

@@ -429,6 +429,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _table(self):
         """(weight, bias), to read once a call: torch.nn.utils.parametrize makes a table anew whenever it is read."""
+        if "weight" not in self._parameters:
+            self.placement.check_parametrised(self)
         return self.weight, self.bias
 
     def _samples(self):
