@@ -221,6 +221,8 @@ def _loss_of_positives(inputs, options, shards, state, training):
     lengths = [] if feature_length is None else [feature_length.repeat_interleave(width)]
     lengths += [] if found.target_length is None else [found.target_length.flatten()]
     classes, num_classes = shards.classes(inputs, options)
+    per_row = margins.row_tensors(whole, len(labels))
+    whole = margins.replaced(whole, {name: each.repeat_interleave(width, 0) for name, each in per_row.items()})
     margin = _margin_of_rows(whole, classes.flatten(), num_classes)
     logits = _target_logit(margin, found.product.flatten(), math.prod(lengths) if lengths else None, (*terms,))
     losses = positives.losses(lse, options.scale * logits.view(labels.shape), labels, weights, int(options.ignore_index))
@@ -432,11 +434,27 @@ def _terms(margin, norm, counted, state):
 
 def _target_logit(margin, product, length, terms):
     """l ψ(product / l) (N,)."""
-    logit = margin.target_logit(product, length, *terms)
+    logit = _called(margin, product, length, terms)
     _check_rows("psi", margin, logit, product.shape)
     logit = logit.to(product.dtype)
     _refuse_transforms(logit)
     return logit
+
+
+def _called(margin, product, length, terms):
+    """margin.target_logit; what PyTorch says of a margin whose tensors have other lengths than the batch, with their names."""
+    if torch.compiler.is_compiling():
+        return margin.target_logit(product, length, *terms)
+    try:
+        return margin.target_logit(product, length, *terms)
+    except RuntimeError as error:
+        others = margins.other_lengths(margin, len(product))
+        if not others:
+            raise
+        raise ValueError(
+            f"psi of {type(margin).__name__} failed ({error}); a batch of N = {len(product)} rows needs N numbers where each row "
+            f"has its own: {', '.join(f'{name} has shape {tuple(shape)}' for name, shape in others.items())}"
+        ) from error
 
 
 def _check_rows(name, margin, value, *shapes):

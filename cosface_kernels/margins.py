@@ -101,6 +101,12 @@ def row_tensors(margin, num_rows):
     return {name: each for name, each in named.items() if isinstance(each, Tensor) and each.shape[:1] == (num_rows,)}
 
 
+def other_lengths(margin, num_rows):
+    """{name: shape} of the fields of a margin that are tensors, neither of `by_class` nor with a number for each of the rows."""
+    values = {field.name: getattr(margin, field.name) for field in fields(margin) if field.name not in margin.by_class}
+    return {name: each.shape for name, each in values.items() if isinstance(each, Tensor) and each.shape not in ((), (num_rows,))}
+
+
 def replaced(margin, values):
     """A copy of a margin with other values in some of its fields, which are not checked again."""
     if not values:

@@ -7,6 +7,7 @@ import math
 from dataclasses import FrozenInstanceError, fields, replace
 from functools import partial
 
+import feature_table
 import numpy as np
 import pytest
 import torch
@@ -227,6 +228,13 @@ def test_wrong_margin_set_on_a_head(case):
     head = CosFaceLoss(3, 5) if first is None else MarginSoftmaxLoss(3, 5, margin=first)
     head.margin = margin
     with pytest.raises(error, match=message):
+        head(torch.ones(4, 3), torch.arange(4))
+
+
+def test_an_own_margin_with_numbers_for_another_batch():
+    head = MarginSoftmaxLoss(3, 5, margin=feature_table.PerRow(torch.zeros(6)))
+    head(torch.ones(6, 3), torch.arange(6) % 5)
+    with pytest.raises(ValueError, match=r"^psi of PerRow failed .* N = 4 rows needs N numbers .*: m has shape \(6,\)$"):
         head(torch.ones(4, 3), torch.arange(4))
 
 
