@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import feature_table
 import torch
 import torch.distributed as dist
 import unwritten
@@ -1029,6 +1030,15 @@ def _(world):
     with raises(ValueError, "the number of label_weights to a row must be the same"):
         columns = 3 if world.rank else 2
         head(local, world.mine(labels)[:, :columns], label_weights=world.mine(weights)[:, :columns])
+
+
+@check("the features of the table", 2)
+def _(world):
+    """Of docs/features.md: they go with shards, or are refused, as it says."""
+    world.counts = [4, 2]
+    said = {name: columns["shards"] for name, columns in feature_table.cells("feature").items()}
+    found = {name: feature_table.outcome([name], "shards", world) for name in feature_table.FEATURES}
+    assert {name: each.split(":")[0] for name, each in found.items()} == said, found
 
 
 @check("options that differ between ranks", 2, 3)

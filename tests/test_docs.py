@@ -8,6 +8,7 @@ import re
 import statistics
 from pathlib import Path
 
+import feature_table
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,25 +114,33 @@ def test_cost_is_what_was_measured(name):
     assert benchmark.table(report) in text("margins.md")
 
 
-# In the table of what goes with what: which rows of benchmarks.margins --options, in this order.
+# In the table of features: which rows of benchmarks.margins, without and with --options, in this order; none: not measured.
 MEASURED = {
-    "numbers by class": ["numbers by class"],
-    "several classes": ["2 classes to a row", "8 classes to a row"],
-    "hard negatives": ["InterclassFiltering", "MVSoftmax", "CurricularFace"],
-    "label_smoothing": ["label_smoothing"],
-    "class_weight": ["class_weight"],
-    "a scale that is a tensor": ["a learnt scale"],
-    "return_statistics": ["return_statistics"],
+    "cpu_epyc_zen5_margins": {
+        "margins of ‖x‖": ["AdaFace"],
+        "sub-centres": ["CosFace, 3 sub-centres"],
+        "features as they are": ["CosFace, normalize_features=False"],
+        "a bias": ["Softmax with bias"],
+    },
+    "cpu_epyc_zen3_options": {
+        "several classes to a row": ["2 classes to a row", "8 classes to a row"],
+        **{
+            name: [name]
+            for name in ("numbers by class", "a learnt scale", "label_smoothing", "class_weight", "return_statistics")
+        },
+        **{name: [name] for name in ("CurricularFace", "MVSoftmax", "InterclassFiltering")},
+    },
 }
 
 
-def test_costs_of_what_goes_with_what():
-    report = json.loads((DOCS.parent / "benchmarks" / "results" / "cpu_epyc_zen3_options.json").read_text())
-    ratios = {row["name"]: f"{benchmark._quartiles(row)[1]:.2f}" for row in report["rows"]}
-    table = text("margins.md").split("## What goes with what")[1].split("##")[0]
-    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
-    found = {name: next(re.findall(r"\d\.\d\d", row[2]) for row in cells if name in row[0]) for name in MEASURED}
-    assert found == {name: [ratios[each] for each in measured] for name, measured in MEASURED.items()}
+def test_costs_of_features():
+    wanted = {}
+    for report, features in MEASURED.items():
+        rows = json.loads((DOCS.parent / "benchmarks" / "results" / f"{report}.json").read_text())["rows"]
+        ratios = {row["name"]: f"{benchmark._quartiles(row)[1]:.2f}" for row in rows if row["precision"] == "float32"}
+        wanted |= {name: [ratios[each] for each in measured] for name, measured in features.items()}
+    times = {name: columns["times cosface_loss"] for name, columns in feature_table.cells("feature").items()}
+    assert {name: re.findall(r"\d\.\d\d", time) for name, time in times.items()} == {name: wanted.get(name, []) for name in times}
 
 
 def test_margins_table_has_every_margin_with_its_defaults():
