@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import engine, losses, optimisers, options
+from campaign import engine, identities, losses, optimisers, options, surface
 
+from cosface_kernels.heads import grow
 from cosface_kernels.optim import rules
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +54,7 @@ def test_rounding_of_a_gradient_that_cancels_is_no_error():
         ({"table": "float64"}, {"lr": 1.0001}),
         ({"table": "float64", "beside": "smoothing", "max_row_norm": 0.5}, {"lr": 1.0001}),
         ({"table": "float32", "momentum": 0.9, "state": "int8"}, {"momentum": 0.95}),
+        ({"table": "float8", "lr": 0.5}, {"lr": 2.0}),
     ],
 )
 def test_wrong_steps_are_noticed(changes, wrong, monkeypatch):
@@ -78,6 +80,8 @@ OPTIONS = {
     "class weights": {"class_weight": "some", "reduction": "mean"},
     "several classes": {"positives": 2},
     "numbers by class": {"margin": "Combined by class"},
+    "sampled": {"classes": 130, "sampled": "corrected", "hard_classes": 3},
+    "float8": {"call": "head", "weight": "float8"},
 }
 
 
@@ -90,18 +94,31 @@ def test_wrong_options_are_noticed(option, monkeypatch):
     ours = options._ours
 
     def off(case, given):
-        changed = given._replace(scale=given.scale * 1.01)
+        changes = {}
         if given.class_weight is not None:
-            changed = given._replace(class_weight=given.class_weight**1.02)
+            changes["class_weight"] = given.class_weight**1.02
         if given.label_weights is not None:
-            changed = given._replace(label_weights=given.label_weights * 1.01)
+            changes["label_weights"] = given.label_weights * 1.01
         if given.numbers:
-            changed = given._replace(numbers={name: values * 1.01 for name, values in given.numbers.items()})
+            changes["numbers"] = {name: values * 1.01 for name, values in given.numbers.items()}
+        if given.sample is not None:
+            changes["sample"] = given.sample._replace(by_class=given.sample.by_class * 1.01)
+        changed = given._replace(**changes or {"scale": given.scale * 1.01})
         return ours(case, changed)
 
     monkeypatch.setattr(options, "_ours", off)
     with pytest.raises(AssertionError, match=r"error .* allowed"):
         options.check(case)
+
+
+def test_wrong_rows_after_growing_are_noticed(monkeypatch):
+    case = {name: values[0] for name, values in identities.SPACE.items()}
+    case = identities.settle(case | {"optimizer": "FusedSGD", "step_0": "step", "step_1": "grow", "step_2": "looked up"})
+    identities.check(case)
+    follow = grow.follow
+    monkeypatch.setattr(grow, "follow", lambda *given: [(s, key, 2 * changed) for s, key, changed in follow(*given)])
+    with pytest.raises(AssertionError, match="state of weight: momentum_buffer changed"):
+        identities.check(case)
 
 
 def test_a_refusal_that_is_none_is_noticed(monkeypatch):
@@ -111,6 +128,25 @@ def test_a_refusal_that_is_none_is_noticed(monkeypatch):
     monkeypatch.setattr(options, "_ours", lambda case, given: None)
     with pytest.raises(AssertionError, match="no error about class_weight and label_smoothing"):
         options.check(case)
+
+
+def test_every_public_argument_is_drawn_or_left_out_with_a_reason():
+    """A new one must say which choice of which kind draws it, and one that is gone may not stay."""
+    assert surface.ARGUMENTS.keys() == surface.names()
+    for name, choices in surface.ARGUMENTS.items():
+        assert choices.keys() == surface.parameters(name), name
+        for argument, choice in choices.items():
+            if choice.startswith("left out: "):
+                assert len(choice.split()) > 3, f"{name}, {argument}: why?"
+                continue
+            kind, _, drawn = choice.partition(".")
+            assert kind in engine.ROUND, f"{name}, {argument}"
+            assert not drawn or len({*map(str, engine.module_of(kind).SPACE[drawn])}) > 1, f"{name}, {argument}: {choice}"
+
+
+def test_every_margin_is_drawn():
+    drawn = {type(row.margin) for row in options.MARGINS.values()} | {type(hard.negatives) for hard in options.HARD.values()}
+    assert surface.public_margins() <= drawn
 
 
 class Answers:

@@ -7,10 +7,13 @@ a process that may crash, and making a failure smaller (engine.py) need to know 
     losses.py      every margin, backend, dtype, stride, option against float64, by the rule of tests/cases.py
     options.py     what goes beside a margin, in any combination, against the formulas that formulas.py writes out
     optimisers.py  programs of backward and step against torch.optim
+    identities.py  programs of a head's other calls: grow, remove, save, load, look up
     shards.py      one step of a head in shards, on ranks of its own, against one process
     saves.py       saves and conversions that die in their n-th call of the system
     files.py       checkpoints and tables with changed bytes, with and without sums that fit
     hostile.py     calls with what is no such argument
+
+surface.py has every public argument, and which kind draws it. tables.py: of which numbers and classes a table is made.
 """
 
 import sys

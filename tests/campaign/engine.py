@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from importlib import import_module
 
 # How many cases of each kind in a round: by how many there are to think of, and how long one takes.
-ROUND = {"losses": 8, "options": 6, "optimisers": 2, "shards": 2, "saves": 2, "files": 3, "hostile": 6}
+ROUND = {"losses": 8, "options": 6, "optimisers": 2, "identities": 3, "shards": 2, "saves": 2, "files": 3, "hostile": 6}
 SECONDS = 600  # after which a case, on a machine that others use too, counts as hung
 TRIALS = 30  # of making a failure smaller
 

@@ -8,10 +8,13 @@ from margin_rows import ROWS, Row, adaface_statistics, continued_once
 
 from cosface_kernels import margins
 
+from .tables import Sample
+
 
 class Hard(NamedTuple):
     negatives: margins.HardNegatives
-    polynomial: object  # (the target's cosine after the margin, t) -> (τ, p0, p1, p2), from the papers
+    # (the target's cosine after the margin, t, the cosines with other classes, descending) -> (τ, p0, p1, p2), from the papers
+    polynomial: object
     momentum: float = 0.0  # of t
 
 
@@ -29,13 +32,20 @@ class LeftOut(margins.HardNegatives):
         return 0.3, -math.inf, 0.0, 0.0
 
 
+def between(others, k):
+    """(N,) a threshold that the k largest of each row pass, all where there are no more."""
+    return torch.nn.functional.pad(others, (0, k + 1), value=-math.inf)[:, k - 1 : k + 1].mean(1)
+
+
 HARD = {
-    "filtering": Hard(margins.InterclassFiltering(0.4), lambda own, t: (0.4, 0.0, 0.0, 0.0)),
-    "MV": Hard(margins.MVSoftmax(1.2), lambda own, t: (own, 0.2, 1.2, 0.0)),
-    "MV, not adaptive": Hard(margins.MVSoftmax(1.2, adaptive=False), lambda own, t: (own, 0.2, 1.0, 0.0)),
-    "CurricularFace": Hard(margins.CurricularFace(0.5), lambda own, t: (own, 0.0, t, 1.0), 0.5),
-    "own": Hard(Linear(), lambda own, t: (0.2, 0.1, 0.8, 0.6)),
-    "left out": Hard(LeftOut(), lambda own, t: (0.3, -math.inf, 0.0, 0.0)),
+    "filtering": Hard(margins.InterclassFiltering(0.4), lambda own, *_: (0.4, 0.0, 0.0, 0.0)),
+    "MV": Hard(margins.MVSoftmax(1.2), lambda own, *_: (own, 0.2, 1.2, 0.0)),
+    "MV, not adaptive": Hard(margins.MVSoftmax(1.2, adaptive=False), lambda own, *_: (own, 0.2, 1.0, 0.0)),
+    "CurricularFace": Hard(margins.CurricularFace(0.5), lambda own, t, _: (own, 0.0, t, 1.0), 0.5),
+    "InterTopK 1": Hard(margins.InterTopK(1, 0.1), lambda own, t, others: (between(others, 1), 0.1, 1.0, 0.0)),
+    "InterTopK 5": Hard(margins.InterTopK(), lambda own, t, others: (between(others, 5), 0.06, 1.0, 0.0)),
+    "own": Hard(Linear(), lambda own, *_: (0.2, 0.1, 0.8, 0.6)),
+    "left out": Hard(LeftOut(), lambda own, *_: (0.3, -math.inf, 0.0, 0.0)),
 }
 
 # Numbers by class: the margin made of them, their ranges, and its row, whose ψ finds each row's in the state.
@@ -60,8 +70,12 @@ class Batch(NamedTuple):
     label_weights: torch.Tensor | None  # (N, K)
     class_weight: torch.Tensor | None  # (C,)
     numbers: dict  # of the margin, by class
-    classes: torch.Tensor | None  # that take part
     scale: float
+    sample: Sample | None = None  # of the classes
+
+    def kept(self, case):
+        """(M,) the classes that take part."""
+        return torch.arange(case["classes"]) if self.sample is None else self.sample.classes
 
     def leaves(self, dtype):
         """The tensors that a gradient is for, in a dtype, None for as they are: {name: tensor}."""
@@ -88,7 +102,7 @@ def oracle_of(case, given, leaves, scale):
     weights = given.label_weights if case["positives"] else torch.ones_like(labels)
     counted = (labels >= 0).any(1)
     features = torch.where(counted[:, None], features, 1.0)
-    kept = torch.arange(case["classes"]) if given.classes is None else given.classes
+    kept = given.kept(case)
     rows = (kept[:, None] * row.centers + torch.arange(row.centers)).flatten()
     table, norm = table[rows], features.norm(dim=1)
     table = table if "weight" in row.raw else table / table.norm(dim=1, keepdim=True)
@@ -111,14 +125,15 @@ def oracle_of(case, given, leaves, scale):
     state = {name: leaves.get(name, values.to(norm))[kept[place]] for name, values in given.numbers.items()}
     if "batch_mean" in row.state and counted.any():
         state |= dict(zip(("batch_mean", "batch_std"), adaface_statistics(norm[counted]), strict=True))
-    if case["call"] == "head":
-        state |= row.advance(dict(row.state), norm[counted].detach()) if counted.any() else dict(row.state)
+    if is_head(case):
+        moves = case["training"] and counted.any()
+        state |= row.advance(dict(row.state), norm[counted].detach()) if moves else dict(row.state)
     psi = length * row.psi(cosine.clamp(-1, 1).acos(), norm[line], state).to(products.dtype) + own_bias
 
     scale = torch.as_tensor(scale, dtype=products.dtype).expand(len(products))[:, None]
-    changed, threshold = _changed(case, products, line, cosine, psi)
+    changed, threshold = _changed(case, products, own, line, cosine, psi)
     logits = scale * changed.index_put((line, place), psi.to(products.dtype))
-    shift = math.log((case["classes"] - 1) / (len(kept) - 1)) if case["sampled"] == "corrected" and len(kept) > 1 else 0.0
+    shift = 0.0 if given.sample is None else given.sample.by_class.to(logits)
     shifted = torch.where(own, logits, logits + shift).clamp(min=-1e6)
     lse = torch.where(own, -torch.inf, shifted).detach().logsumexp(1)
     others = shifted[line].scatter(1, place[:, None], -1e6).logsumexp(1)
@@ -131,13 +146,14 @@ def oracle_of(case, given, leaves, scale):
     return Oracle(losses, products.detach(), shifted.detach(), lse, own, targets, threshold, counted)
 
 
-def _changed(case, products, line, cosine, target):
+def _changed(case, products, own, line, cosine, target):
     """(the cosines with other classes (N, M) with those that are hard changed, the threshold (N, 1))."""
     if not case["negatives"]:
         return products, None
     hard = HARD[case["negatives"]]
-    t = hard.momentum * cosine.detach().mean() if case["call"] == "head" and len(cosine) else 0.0
-    numbers = hard.polynomial(target.detach(), t)
+    t = hard.momentum * cosine.detach().mean() if is_head(case) and case["training"] and len(cosine) else 0.0
+    others = products.detach().masked_fill(own, -torch.inf)[line].sort(dim=1, descending=True).values
+    numbers = hard.polynomial(target.detach(), t, others)
     threshold, p0, p1, p2 = (
         torch.zeros(len(products), dtype=products.dtype).index_put(
             (line,), torch.as_tensor(n, dtype=products.dtype).expand(len(line))
@@ -156,16 +172,26 @@ def _factors(case, given, counted):
 
 
 def expected(case, given, dtype, low=False):
-    leaves, is_head = given.leaves(dtype), case["call"] == "head"
-    scale = torch.tensor(math.log(given.scale) if is_head else given.scale, dtype=dtype, requires_grad=True)
+    leaves = given.leaves(dtype)
+    scale = torch.tensor(math.log(given.scale) if is_head(case) else given.scale, dtype=dtype, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low):
-        oracle = oracle_of(case, given, leaves, scale.exp() if is_head else scale)
+        oracle = oracle_of(case, given, leaves, scale.exp() if is_head(case) else scale)
         losses = oracle.losses * _factors(case, given, oracle.counted).to(oracle.losses)
         losses = losses if case["reduction"] == "none" else losses.sum()
-    leaves = {name: leaf for name, leaf in leaves.items() if not is_head or name not in given.numbers}
+    leaves = trained(case, given, leaves)
     if case["scale"] == "learnt":
         leaves["ds"] = scale
     return with_gradients(losses, leaves), oracle
+
+
+def is_head(case):
+    return case["call"] in ("head", "CosFaceLoss")
+
+
+def trained(case, given, leaves):
+    """Those that autograd has a gradient for: a head's numbers by class are buffers, and a float8 table has a fused optimiser."""
+    left_out = {*(given.numbers if is_head(case) else ()), *(("dW", "db") if case["weight"] == "float8" else ())}
+    return {name: leaf for name, leaf in leaves.items() if name not in left_out}
 
 
 def sizes_of(case, given, oracle):
@@ -180,12 +206,11 @@ def sizes_of(case, given, oracle):
     upstream = upstream_of(factors.shape if case["reduction"] == "none" else ()).abs()
     slopes = slopes * (factors * upstream)[:, None]
     logits = torch.where(oracle.own | (oracle.logits > -1e5), oracle.logits, 0.0).abs()
-    sizes = {"ds": (slopes * logits).sum()[None] / (1 if case["call"] == "head" else given.scale)}
+    sizes = {"ds": (slopes * logits).sum()[None] / (1 if is_head(case) else given.scale)}
     if not is_mixed:
         return sizes
     x, w = given.features.double().norm(dim=1), given.weight.double().norm(dim=1)
-    kept = torch.arange(len(w)) if given.classes is None else given.classes
-    whole = torch.zeros(len(x), len(w), dtype=torch.float64).index_copy(1, kept, given.scale * slopes)
+    whole = torch.zeros(len(x), len(w), dtype=torch.float64).index_copy(1, given.kept(case), given.scale * slopes)
     sizes["dX"] = (whole @ (w if "weight" in row.raw else torch.ones_like(w)) / (1 if row.raw else x))[:, None]
     sizes["dW"] = ((x if row.raw else torch.ones_like(x)) @ whole / (1 if "weight" in row.raw else w))[:, None]
     sizes["db"] = whole.sum(0)

@@ -12,6 +12,9 @@ from rounding import SIZE, tolerance
 
 from cosface_kernels import CosFaceLoss, cosface_loss, cosine_lse, margin_softmax_loss, reference
 from cosface_kernels.ops import slabs
+from cosface_kernels.ops.formats import FLOAT8
+
+from . import tables
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float64", "float16")}
 INTEGERS = ("int64", "int32", "int16", "uint8", "int8", "uint16", "uint64")
@@ -24,7 +27,7 @@ SPACE = {
     "classes": [2, 1, 3, 7, 64, 130, 300, 1000],
     "size": [2, 1, 3, 8, 17, 31, 64, 100],
     "features": [*DTYPES],
-    "weight": [*DTYPES],
+    "weight": [*DTYPES, "float8"],
     "autocast": [False, False, True],
     "default": ["float32", "float32", "float32", "float64", "bfloat16", "float16"],
     "strides": ["contiguous", "transposed", "sliced", "offset"],
@@ -38,6 +41,7 @@ SPACE = {
     "reduction": ["none", "mean", "sum"],
     "memory_budget": ["auto", 0, 1000, 10**9],
     "sampled": [False, False, True],
+    "largest": [False, True],  # whether cosine_lse returns it
     "small_slabs": [False, True],
     "threads": [1, 1, 2],
     "seed": [*range(1000)],
@@ -46,6 +50,8 @@ SPACE = {
 
 def settle(case):
     case = dict(case)
+    if case["weight"] == "float8":  # a head's
+        case["margin"] = "CosFaceLoss"
     if case["margin"] not in CALLS:  # what is divided by a norm needs one, and ψ of an angle is steep at its ends
         case |= {"inputs": "uniform", "scale": None, "m": 0.35, "size": SIZE, "sampled": False}
         case["classes"] = max(case["classes"], 2)
@@ -63,7 +69,7 @@ def settle(case):
         case["autocast"] = False
         case["backend"] = "torch" if case["backend"] == "torch" else "auto"  # the others have no float64
     if ROWS.get(case["margin"], ROWS["CosFace"]).centers > 1:  # which of two centres is nearest is a matter of 16 bits' rounding
-        wide = {name: "float32" for name in ("features", "weight") if DTYPES[case[name]].itemsize == 2}
+        wide = {name: "float32" for name in ("features", "weight") if case[name] in ("bfloat16", "float16")}
         case |= {"autocast": False, **wide}
     if case["backend"] == "triton":  # interpreted
         case |= {"rows": min(case["rows"], 8), "classes": min(case["classes"], 64), "size": min(case["size"], 17)}
@@ -86,7 +92,8 @@ def check(case):
         count = max(3, min(8, 2000 // (case["rows"] * case["classes"])))
         results = [_one(case, 1000 * case["seed"] + number) for number in range(count if case["backend"] != "triton" else 3)]
     scale = _largest_exponent(case, *_tensors(case, 1000 * case["seed"])[:2])
-    for name, triples in zip(("loss", "dX", "dW"), zip(*results, strict=True), strict=True):
+    names = ("loss", "dX") if case["weight"] == "float8" else ("loss", "dX", "dW")
+    for name, triples in zip(names, zip(*results, strict=True), strict=True):
         _assert_right(case, scale, name, *(torch.cat(tensors) for tensors in zip(*triples, strict=True)))
 
 
@@ -104,7 +111,7 @@ def defaults(case):
 
 
 def _one(case, seed):
-    """((ours, exact, bound) of the loss, of dX, of dW)."""
+    """((ours, exact, bound) of the loss, of dX, and where autograd has it of dW)."""
     features, weight, labels, *bias = _tensors(case, seed)
     row = ROWS.get(case["margin"])
     low = is_low(case)
@@ -118,7 +125,8 @@ def _one(case, seed):
 
     given = laid_out(features, case["strides"]), laid_out(weight, case["weight_strides"])
     torch.set_default_dtype(DTYPES[case["default"]])
-    got = run(ours, case["autocast"], *given, labels.to(getattr(torch, case["labels"])), upstream)
+    run_ours = run if case["weight"] != "float8" else _of_features_alone
+    got = run_ours(ours, case["autocast"], *given, labels.to(getattr(torch, case["labels"])), upstream)
     torch.set_default_dtype(torch.float32)
     exact = run(plain, False, features.double(), weight.double(), labels, upstream)
     bound = run(plain, low, features.float(), weight.float(), labels, upstream)
@@ -132,8 +140,16 @@ def _one(case, seed):
         )
     lengths = (rows.double().nan_to_num().norm(dim=1, keepdim=True).clamp(min=1e-12) for rows in (features, weight))
     floors = least, *(slope / length for length in lengths)
-    got = [_no_nearer(*each) for each in zip(got, exact, floors, strict=True)]
-    return [*zip(got, exact, bound, strict=True)]
+    got = [_no_nearer(*each) for each in zip(got, exact, floors, strict=False)]
+    return [*zip(got, exact, bound, strict=False)]
+
+
+def _of_features_alone(function, enabled, features, weight, labels, upstream):
+    """(losses, dX)."""
+    features = features.detach().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+        losses = function(features, weight, labels)
+    return losses.detach(), *torch.autograd.grad(losses, features, upstream.to(losses.dtype))
 
 
 def _no_nearer(ours, exact, floor):
@@ -154,7 +170,7 @@ def product_dtype(case):
 
 def _tensors(case, seed):
     """(features, weight, labels[, bias]) of the dtypes to test."""
-    dtypes = DTYPES[case["features"]], DTYPES[case["weight"]]
+    dtypes = DTYPES[case["features"]], DTYPES.get(case["weight"], FLOAT8)
     if case["margin"] in CALLS:
         kind = case["inputs"] if case["inputs"] in ("peaked", "hard", "adversarial") else "uniform"
         features, weight, labels = make(kind, case["rows"], case["classes"], case["size"], seed=seed)
@@ -170,7 +186,7 @@ def _tensors(case, seed):
         features, labels = features[far], labels[far]
     if case["ignored"]:
         labels[:: case["ignored"] + 1] = -100 if case["labels"].startswith("int") else case["classes"]
-    return features.to(dtypes[0]), weight.to(dtypes[1]), labels, *(each.to(dtypes[1]) for each in bias)
+    return features.to(dtypes[0]), tables.stored(weight, dtypes[1]), labels, *(each.to(dtypes[1]) for each in bias)
 
 
 def laid_out(tensor, strides):
@@ -199,8 +215,8 @@ def _functions(case, row, bias, labels):
             plain = _of_classes(plain, classes, ignored)
         ours = {
             "cosface_loss": partial(cosface_loss, **shared, **own, classes=classes),
-            "cosine_lse": partial(_of_two_vectors, **shared, **own),
-            "CosFaceLoss": partial(_of_a_head, **shared, **own),
+            "cosine_lse": partial(_of_two_vectors, case, **shared, **own),
+            "CosFaceLoss": partial(_of_a_head, case["weight"], **shared, **own),
         }[case["margin"]]
     else:
         given = {"bias": bias[0]} if bias else {}
@@ -216,15 +232,34 @@ def _functions(case, row, bias, labels):
     return _of_rows(ours), _of_rows(plain)
 
 
-def _of_two_vectors(features, weight, labels, *, margin, reduction, **options):
+def _of_two_vectors(case, features, weight, labels, *, margin, reduction, **options):
     """Its softplus, exactly: PyTorch's own has no e^-20."""
-    lse, cosine = cosine_lse(features, weight, labels, **options)
+    lse, cosine, *largest = cosine_lse(features, weight, labels, return_largest=case["largest"], **options)
     counted = labels != options["ignore_index"]
+    if largest and case["inputs"] not in ("nan", "inf"):
+        _assert_largest(case, features[counted], weight, labels[counted].long(), *(each[counted] for each in largest))
     losses = torch.where(counted, torch.logaddexp(lse - options["scale"] * (cosine - margin), lse.new_zeros(())), 0.0)
     return losses if reduction == "none" else losses.sum() / (max(1, int(counted.sum())) if reduction == "mean" else 1)
 
 
-def _of_a_head(features, weight, labels, **options):
+def _assert_largest(case, features, weight, labels, cosine, nearest):
+    """Each row's largest cosine with another class, off by no more than the rounding of unit rows, and that class."""
+    features, weight = features.detach().double(), weight.detach().double()
+    unit = (torch.where(rows.norm(dim=1, keepdim=True) < 1e-12, 0.0, F.normalize(rows)) for rows in (features, weight))
+    exact = torch.einsum("nd,cd->nc", *unit)
+    exact = exact.scatter(1, labels[:, None], -torch.inf)
+    wide = torch.finfo(product_dtype(case)).eps
+    within = 2 * ((torch.finfo(torch.bfloat16).eps if is_low(case) else wide) + case["size"] * wide)
+    assert ((cosine.double() - exact.amax(1)).abs() <= within).all(), "negative_cosine"
+    assert (exact.gather(1, nearest[:, None])[:, 0] >= exact.amax(1) - 2 * within).all(), "negative_class"
+
+
+def _of_a_head(stored, features, weight, labels, **options):
+    if stored == "float8":
+        head = CosFaceLoss(weight.shape[1], len(weight), table_format=stored, **options)
+        kept = tables.fill(head.weight, head.weight_scale, weight)
+        assert torch.equal(kept.nan_to_num(), weight.nan_to_num()), "rows are encoded otherwise"
+        return head(features, labels)
     head = CosFaceLoss(weight.shape[1], len(weight), **options)
     return torch.func.functional_call(head, {"weight": weight}, (features, labels))
 

@@ -8,12 +8,17 @@ from margin_rows import ROWS, batch, steepness
 from rounding import SIZE
 
 from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss, margins
+from cosface_kernels.heads import float8
 from cosface_kernels.ops import formats
+
+from . import tables
 
 RULES = {"SGD": (FusedSGD, torch.optim.SGD), "AdamW": (FusedAdamW, torch.optim.AdamW)}
 FORMATS = ("float32", "float32", "bfloat16", "int8")  # of state
 GRADIENT_ROUNDINGS = 2  # of an exponent: by how much two ways of one gradient may differ
-BESIDE = ("smoothing", "class weights", "statistics", "hard negatives", "several classes", "learnt scale")  # the margin
+BESIDE = (  # the margin
+    *("smoothing", "class weights", "statistics", "hard negatives", "nearest negatives", "several classes", "learnt scale"),
+)
 STEPS = ("step", "step", "two batches", "forgotten", "not finite", "smaller lr", "saved and loaded", "nothing")
 SPACE = {
     "margin": [*ROWS],
@@ -29,9 +34,12 @@ SPACE = {
     "weight_decay": [0.0, 0.01, 0.5],
     "maximize": [False, True],
     "max_row_norm": [None, None, 0.5, 10.0],
-    "table": ["float64", "float64", "float32", "bfloat16"],
+    "table": ["float64", "float64", "float32", "bfloat16", "float8"],
     "state": [*FORMATS],
     "sample_rate": [1.0, 1.0, 0.4],
+    "sample_correction": [False, True],
+    "hard_classes": [0, 0, 1, 3],
+    "tensors": [False, False, True],  # whether lr and betas are
     "backend": ["torch", "cpu", "auto"],
     **{f"step_{number}": ["nothing", *STEPS] for number in range(5)},
     "seed": [*range(1000)],
@@ -52,11 +60,11 @@ def check(case):
     torch.manual_seed(case["seed"])
     row = ROWS[case["margin"]]
     wide = torch.float64 if case["table"] == "float64" else torch.float32
-    kept = {"table_format": "bfloat16"} if case["table"] == "bfloat16" else {"dtype": wide}
+    kept = {"dtype": wide} if case["table"] == str(wide).removeprefix("torch.") else {"table_format": case["table"]}
     ours, theirs = (_head(case, row, **options) for options in (kept, {"dtype": wide}))
-    optimizer = RULES[case["rule"]][0](
-        _trained(ours), **_options(case), max_row_norm=case["max_row_norm"], state_format=case["state"]
-    )
+    numbers = {name: _as_tensors(value) if case["tensors"] else value for name, value in _options(case).items()}
+    own = {"max_row_norm": case["max_row_norm"], "state_format": case["state"], "seed": case["seed"]}
+    optimizer = RULES[case["rule"]][0](_trained(ours), **numbers, **own)
     for number in range(5):
         what, before = case[f"step_{number}"], []
         if what == "nothing":
@@ -69,7 +77,7 @@ def check(case):
             optimizer = type(optimizer)(_trained(ours), lr=1.0, state_format=case["state"])
             optimizer.load_state_dict(saved)
         theirs.load_state_dict(ours.state_dict())
-        before = [_read(parameter, optimizer) for parameter in _trained(ours)]
+        before = [_read(ours, parameter, optimizer) for parameter in _trained(ours)]
         steepest = _backward(case, number, row, ours, theirs)
         if what != "forgotten":
             optimizer.step()
@@ -77,16 +85,17 @@ def check(case):
         optimizer.zero_grad()
         for parameter, other, old in zip(_trained(ours), _trained(theirs), before, strict=True):
             expected = _stepped(case, optimizer, old, other.grad, steepest) if changes else _Expected(old, None, {})
-            _assert_close(_read(parameter, optimizer), parameter, optimizer, expected)
+            _assert_close(ours, _read(ours, parameter, optimizer), parameter, optimizer, expected)
             other.grad = None
 
 
 def _head(case, row, **options):
-    sampled = {"sample_rate": case["sample_rate"], "sample_seed": case["seed"]}
+    sampled = {name: case[name] for name in ("sample_rate", "sample_correction")} | {"sample_seed": case["seed"]}
+    sampled |= {"hard_classes": tables.hard_classes(case)}
     options = {"margin": row.margin, "bias": row.bias, "backend": case["backend"], **row.options, **sampled, **options}
     head = MarginSoftmaxLoss(SIZE, case["classes"], **options, **beside(case))
     with torch.no_grad():
-        head.weight.normal_()
+        float8.put(head.weight, head.weight_scale, slice(None), torch.randn(head.weight.shape))
     return head
 
 
@@ -96,6 +105,7 @@ def beside(case):
         "smoothing": {"label_smoothing": 0.1},
         "class weights": {"class_weight": torch.linspace(0, 2, case["classes"])},
         "hard negatives": {"negatives": margins.MVSoftmax(1.2)},
+        "nearest negatives": {"negatives": margins.InterTopK(2)},
         "learnt scale": {"learnable_scale": True},
     }.get(case["beside"], {})
 
@@ -105,7 +115,7 @@ def goes_with(case):
     row = ROWS[case["margin"]]
     if case["beside"] in ("smoothing", "several classes"):
         return row.centers == 1
-    return case["beside"] != "hard negatives" or not row.raw
+    return case["beside"] not in ("hard negatives", "nearest negatives") or not row.raw
 
 
 def _trained(head):
@@ -129,6 +139,13 @@ def _options(case):
     return common | {"betas": case["betas"], "eps": case["eps"]}
 
 
+def _as_tensors(value):
+    """Numbers as float64 tensors, which have the same value."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_tensors, value))
+    return torch.tensor(value, dtype=torch.float64) if isinstance(value, float) else value
+
+
 def _backward(case, number, row, *heads):
     """Run backward of the same batches for each head; return the steepest logit, for `rounding.tolerance`."""
     steepest = 0.0
@@ -141,10 +158,12 @@ def _backward(case, number, row, *heads):
     return steepest
 
 
-def _read(parameter, optimizer):
+def _read(head, parameter, optimizer):
     """{name: numbers in float64} of a parameter, "table", and of its state."""
     state = optimizer.state.get(parameter, {})
     found = {"table": parameter.detach().double().clone()}
+    if parameter.dtype == formats.FLOAT8:
+        found["table"] *= head.weight_scale.double()[:, None]
     for name, value in state.items():
         if name == "step":
             found[name] = value.clone()
@@ -218,7 +237,7 @@ def _errors(case, options, after, off, table, rounding):
     }
 
 
-def _assert_close(ours, parameter, optimizer, expected):
+def _assert_close(head, ours, parameter, optimizer, expected):
     """Rows that were stepped are as near as rounding and their format allow; all others have their bits."""
     state = optimizer.state.get(parameter, {})
     for name, wanted in expected.numbers.items():
@@ -237,6 +256,8 @@ def _assert_close(ours, parameter, optimizer, expected):
             if name == "exp_avg_sq":
                 one, other = one.sqrt(), other.sqrt()
             allowed = expected.errors[name] + _grid(stored.dtype, one, other)
+            if stored.dtype == formats.FLOAT8:
+                allowed += tables.LEAST * head.weight_scale.double()[changed, None]
             error = (one - other).abs()
             assert (error <= allowed).all(), (
                 f"{name}: off by {(error / allowed).max():.3g} times what is allowed, by {error.max():.3e} at most, "

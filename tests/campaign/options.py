@@ -1,7 +1,8 @@
 """What goes beside a margin, in any combination, against the formulas of docs/margins.md in float64 with N x C logits.
 
 Label smoothing, weights of classes, a scale that is a tensor or learnt, hard negatives, several classes to a row, numbers by
-class, statistics, sampled classes: the loss, every gradient, and the statistics; an error by name for what does not go together.
+class, statistics, sampled classes, hard classes, float8 tables: the loss, every gradient, and the statistics; an error by name
+for what does not go together.
 """
 
 import math
@@ -12,19 +13,24 @@ import torch.nn.functional as F
 from margin_rows import batch, steepness
 from rounding import SIZE, tolerance
 
-from cosface_kernels import MarginSoftmaxLoss, margin_softmax_loss
+from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss
+from cosface_kernels.ops.formats import FLOAT8
 
-from .formulas import BY_CLASS, HARD, MARGINS, Batch, expected, oracle_of, sizes_of, with_gradients
+from . import tables
+from .formulas import BY_CLASS, HARD, MARGINS, Batch, expected, is_head, oracle_of, sizes_of, trained, with_gradients
 from .losses import DTYPES, defaults, is_low, laid_out, product_dtype
+
+RATE = 0.4  # of sampled classes
 
 SPACE = {
     "margin": [*MARGINS, "CosFace", "CosFace", "ArcFace", "CosFace by class", "ArcFace x3"],
-    "call": ["function", "head"],
+    "call": ["function", "head", "head", "cosface_loss", "CosFaceLoss"],
+    "training": [True, True, False],
     "backend": ["torch", "cpu", "auto", "cpu", "auto", "triton"],
     "rows": [1, 2, 3, 5, 8, 17, 33],
     "classes": [2, 3, 7, 64, 130, 300],
     "features": [*DTYPES],
-    "weight": [*DTYPES],
+    "weight": [*DTYPES, "float8"],
     "autocast": [False, False, True],
     "default": ["float32", "float32", "float64", "bfloat16"],
     "strides": ["contiguous", "transposed", "sliced", "offset"],
@@ -35,7 +41,8 @@ SPACE = {
     "negatives": ["", "", "", *HARD],
     "positives": [0, 0, 0, 0, 1, 2, 8, 32],  # 0: labels (N,)
     "statistics": [False, True],
-    "sampled": ["", "", "sampled", "corrected"],
+    "sampled": ["", "", "sampled", "corrected", "numbers"],
+    "hard_classes": [0, 0, 1, 3],
     "reduction": ["none", "mean", "sum"],
     "memory_budget": ["auto", 0, 1000, 10**9],
     "small_slabs": [False, True],
@@ -48,18 +55,24 @@ SPACE = {
 def settle(case):
     case = dict(case) if case["clash"] else _without_clashes(case)
     row = MARGINS[case["margin"]]
+    if case["call"] in ("cosface_loss", "CosFaceLoss") and case["margin"] not in ("CosFace", "CosFace by class"):
+        case["call"] = "head" if is_head(case) else "function"
+    if case["call"] == "cosface_loss" and case["positives"]:
+        case["call"] = "function"  # which alone takes several
+    if case["weight"] == "float8" and not is_head(case):
+        case["weight"] = "float32"  # float8 tables are heads'
     if "float64" in (case["features"], case["weight"]):
         case["autocast"] = False
         case["backend"] = "torch" if case["backend"] == "torch" else "auto"  # the others have no float64
     if row.centers > 1:  # which of two centres is nearest is a matter of 16 bits' rounding
-        wide = {name: "float32" for name in ("features", "weight") if DTYPES[case[name]].itemsize == 2}
+        wide = {name: "float32" for name in ("features", "weight") if case[name] in ("bfloat16", "float16")}
         case |= {"autocast": False, **wide}
     if case["backend"] == "triton":  # interpreted
         case |= {"rows": min(case["rows"], 8), "classes": min(case["classes"], 64)}
     if case["negatives"] and is_low(case):  # or every row has a class so near its threshold that rounding decides
         case["classes"] = min(case["classes"], 7)
-    if case["call"] == "head":
-        case["sampled"] = ""  # a head draws its own
+    if is_head(case):
+        case["sampled"] = {"numbers": "corrected"}.get(case["sampled"], case["sampled"]) if case["training"] else ""
     return case
 
 
@@ -113,6 +126,7 @@ def check(case):
     steepest = steepness(row, batches[0].features.double(), batches[0].weight.double()) * batches[0].scale / row.scale
     if case["negatives"]:
         steepest *= max(1.0, HARD[case["negatives"]].negatives.bound) ** 2
+    steepest += max(float(each.sample.by_class.max()) if each.sample else 0.0 for each in batches)
     for name in results[0]:
         _assert_right(
             case, steepest, name, *(torch.cat(tensors) for tensors in zip(*(each[name] for each in results), strict=True))
@@ -133,7 +147,7 @@ def _batch(case, seed):
     row, generator = MARGINS[case["margin"]], torch.Generator().manual_seed(seed)
     num_rows, num_classes = case["rows"], case["classes"]
     features, weight, labels, *bias = batch(row, num_rows=num_rows, num_classes=num_classes, seed=seed)
-    features, weight = (t.to(DTYPES[case[name]]) for t, name in ((features, "features"), (weight, "weight")))
+    features, weight = features.to(DTYPES[case["features"]]), tables.stored(weight, DTYPES.get(case["weight"], FLOAT8))
     bias = bias[0].to(weight.dtype) if bias else None
     spread = torch.linspace(0, 1, num_classes, dtype=torch.float64)[torch.randperm(num_classes, generator=generator)]
     _, ranges, _ = BY_CLASS.get(case["margin"].removesuffix(" by class"), (None, {}, None))
@@ -149,16 +163,17 @@ def _batch(case, seed):
         label_weights = torch.rand(labels.shape, generator=generator)
     if case["ignored"]:
         labels[:: case["ignored"] + 1] = -100
-    classes = None
-    if case["sampled"]:
-        classes = torch.unique(torch.cat([labels[labels >= 0], torch.arange(0, num_classes, 2)]))
     scale = {"default": row.scale, "16": 16.0}.get(case["scale"], 24.0 if row.scale == 64 else 1.0)
-    if case["scale"] == "learnt" and case["call"] == "head":  # its log_scale has float32
+    if case["scale"] == "learnt" and is_head(case):  # its log_scale has float32
         scale = float(torch.tensor(scale, dtype=torch.float32).log().exp())
-    made = Batch(features, weight, bias, labels, label_weights, class_weight, numbers, classes, scale)
+    made = _sampled(case, Batch(features, weight, bias, labels, label_weights, class_weight, numbers, scale))
     while refusal(case) is None and (unsure := _unsure(case, made)).any():  # AdaFace's ψ depends on the rows that stay
-        made = made._replace(labels=torch.where(unsure, -100, made.labels))
+        made = _sampled(case, made._replace(labels=torch.where(unsure, -100, made.labels)))
     return made
+
+
+def _sampled(case, given):
+    return given._replace(sample=tables.sample(case, given.labels, RATE)) if case["sampled"] else given
 
 
 def _unsure(case, given):
@@ -181,12 +196,12 @@ def _ours(case, given):
     row, leaves = MARGINS[case["margin"]], given.leaves(None)
     margin = row.margin
     if given.numbers:
-        numbers = {name: leaves[name] for name in given.numbers} if case["call"] == "function" else given.numbers
+        numbers = given.numbers if is_head(case) else {name: leaves[name] for name in given.numbers}
         margin = BY_CLASS[case["margin"].removesuffix(" by class")][0](**numbers)
     scale, is_learnt = given.scale, case["scale"] == "learnt"
-    if case["scale"] == "tensor" or (is_learnt and case["call"] == "function"):
+    if case["scale"] == "tensor" or (is_learnt and not is_head(case)):
         scale = torch.tensor(given.scale, dtype=product_dtype(case), requires_grad=is_learnt)
-    options = {name: case[name] for name in ("backend", "memory_budget", "reduction", "label_smoothing")} | row.options
+    options = {name: case[name] for name in ("backend", "memory_budget", "reduction", "label_smoothing")}
     options |= {"margin": margin, "scale": scale, "class_weight": given.class_weight}
     options |= {"negatives": HARD[case["negatives"]].negatives if case["negatives"] else None}
     call = {"return_statistics": True} if case["statistics"] else {}
@@ -194,21 +209,47 @@ def _ours(case, given):
     features = laid_out(leaves["dX"], case["strides"])
     torch.set_default_dtype(DTYPES[case["default"]])
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=case["autocast"]):
-        if case["call"] == "function":
-            extra = {"bias": leaves.get("db"), "classes": given.classes, "sample_correction": case["sampled"] == "corrected"}
-            found = margin_softmax_loss(features, leaves["dW"], given.labels, **options, **extra, **call)
-        else:
-            made = {"bias": row.bias, "dtype": given.weight.dtype, "learnable_scale": is_learnt}
-            head = MarginSoftmaxLoss(SIZE, case["classes"], **made, **options)
-            own = {"weight": leaves["dW"]} | ({"bias": leaves["db"]} if row.bias else {})
-            found = torch.func.functional_call(head, own, (features, given.labels), call)
+        run = _of_a_head if is_head(case) else _of_a_function
+        found, log_scale = run(case, given, leaves, features, options, call)
     torch.set_default_dtype(torch.float32)
     losses, statistics = found if case["statistics"] else (found, None)
-    if case["call"] == "head":
-        leaves = {name: leaf for name, leaf in leaves.items() if name not in given.numbers}
+    leaves = trained(case, given, leaves)
     if is_learnt:
-        leaves["ds"] = scale if case["call"] == "function" else head.log_scale
+        leaves["ds"] = log_scale if is_head(case) else scale
     return with_gradients(losses, leaves), statistics
+
+
+def _of_a_function(case, given, leaves, features, options, call):
+    """(what it returns, None)."""
+    if given.sample is not None:
+        call |= {"classes": given.sample.classes, "sample_correction": tables.correction_of(case, given.sample)}
+    arguments = features, leaves["dW"], given.labels
+    if case["call"] == "cosface_loss":
+        return cosface_loss(*arguments, **options | call | {"margin": options["margin"].m}), None
+    extra = {"bias": leaves.get("db")} | MARGINS[case["margin"]].options
+    return margin_softmax_loss(*arguments, **options, **extra, **call), None
+
+
+def _of_a_head(case, given, leaves, features, options, call):
+    """(what it returns, its log_scale)."""
+    row, is_float8 = MARGINS[case["margin"]], case["weight"] == "float8"
+    made = {"learnable_scale": case["scale"] == "learnt", "hard_classes": tables.hard_classes(case)} | options
+    made |= {"table_format": "float8"} if is_float8 else {"dtype": given.weight.dtype}
+    if case["sampled"] or not case["training"]:
+        made |= {"sample_rate": RATE, "sample_seed": case["seed"], "sample_correction": case["sampled"] == "corrected"}
+    if case["call"] == "CosFaceLoss":
+        head = CosFaceLoss(SIZE, case["classes"], **made | {"margin": options["margin"].m})
+    else:
+        head = MarginSoftmaxLoss(SIZE, case["classes"], bias=row.bias, **made, **row.options)
+    head.train(case["training"])
+    own = {"bias": leaves["db"]} if row.bias else {}
+    if is_float8:
+        assert torch.equal(tables.fill(head.weight, head.weight_scale, given.weight), given.weight), "rows are encoded otherwise"
+    else:
+        own |= {"weight": leaves["dW"]}
+    return torch.func.functional_call(head, own, (features, given.labels), call), head.log_scale if made[
+        "learnable_scale"
+    ] else None
 
 
 def _one(case, given):
@@ -234,7 +275,7 @@ def _assert_statistics(case, given, found, oracle):
     assert (found.negative_class[~counted] == -1).all() and not found.correct[~counted].any()
     if not counted.any():
         return
-    kept = torch.arange(case["classes"]) if given.classes is None else given.classes
+    kept = given.kept(case)
     own = oracle.products[oracle.own]
     products = oracle.products.masked_fill(oracle.own, -torch.inf)[counted]
     found = type(found)(*(each[counted] for each in found))
@@ -278,7 +319,7 @@ def _assert_right(case, steepest, name, ours, exact, bound, size):
 
 def _sum_dtype(case):
     """The dtype of what is no product: float32 where a head keeps statistics, which are."""
-    is_kept = case["call"] == "head" and (MARGINS[case["margin"]].state or case["negatives"] == "CurricularFace")
+    is_kept = is_head(case) and (MARGINS[case["margin"]].state or case["negatives"] == "CurricularFace")
     return torch.float32 if is_kept else product_dtype(case)
 
 
