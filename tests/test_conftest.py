@@ -43,12 +43,3 @@ def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
         assert run.returncode == 3 and "test_culprit lost the GPU: an illegal memory access" in run.stdout + run.stderr, (
             run.stdout
         )
-
-
-@pytest.mark.parametrize(
-    ("triton", "numpy", "works"),
-    [("3.6.0", "2.5.2", False), ("3.6.0", "2.3.5", True), ("3.7.1", "2.5.2", True), ("3.10.0", "2.4.0", True)],
-)
-def test_an_interpreter_that_numpy_breaks_is_skipped(triton, numpy, works):
-    interpreter = pytest.importorskip("interpreter")
-    assert (interpreter.unusable(triton, numpy) is None) == works
