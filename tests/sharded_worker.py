@@ -45,7 +45,7 @@ from cosface_kernels import (
 )
 from cosface_kernels.compat import insightface
 from cosface_kernels.distributed import dtensors
-from cosface_kernels.heads import float8
+from cosface_kernels.heads import confusions, float8
 from cosface_kernels.ops import recording, slabs
 
 CHECKS = {}  # name: (numbers of ranks, function)
@@ -464,6 +464,33 @@ def _(world):
             head.logits(world.mine(features))
 
 
+@check("classes and rows looked up in the table", 2, 3)
+def _(world):
+    """As in one process, also where a shard is empty: confusions on every rank of all classes, own_cosines of a rank's rows."""
+    confusions.ROWS = 5  # looked up at a time
+    for num_classes, centers, table_format in ((4, 1, "float32"), (12, 3, "float32"), (13, 1, "float8")):
+        features, weight, labels = draw(num_classes * centers, dtype=torch.float32)
+        labels = (labels % num_classes).index_fill(0, torch.tensor([4]), -100)
+        options = {"margin": margins.CosFace(), "centers_per_class": centers, "table_format": table_format}
+        head, whole = ShardedMarginSoftmaxLoss(SIZE, num_classes, **options), MarginSoftmaxLoss(SIZE, num_classes, **options)
+        with torch.no_grad():
+            float8.put(whole.weight, whole.weight_scale, slice(None), weight)
+            float8.put(head.weight.to_local(), head._row_scale(), slice(None), world.shard(weight))
+        for ours, exact in zip(head.confusions(3), whole.confusions(3), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=0, atol=1e-6)
+        ours, exact = head.own_cosines(world.mine(features), world.mine(labels)), whole.own_cosines(features, labels)
+        torch.testing.assert_close(ours, world.mine(exact), rtol=0, atol=1e-6, equal_nan=True)
+    module = insightface.PartialFC_V2(CosFace(), SIZE, 13)
+    module.load_state_dict({"weight": theirs(weight, world.rank, world.size)})
+    exact = CosFaceLoss(SIZE, 13)
+    exact.weight.data.copy_(weight)
+    assert torch.equal(module.confusions(2)[1], exact.confusions(2)[1])
+    with raises(ValueError, "k must be the same on all ranks, got 1, 2"):
+        head.confusions(1 + world.rank)
+    with raises(IndexError, r"rank 0: IndexError: labels\[0\] is 13"):
+        head.own_cosines(world.mine(features), world.mine(torch.full_like(labels, 13 if world.rank == 0 else 1)))
+
+
 # What one rank does wrong: (features, labels) -> them; the error of all.
 MISTAKES = {
     "labels of floats": (lambda x, y: (x, y.float()), TypeError, "labels must have an integer dtype"),
@@ -747,10 +774,6 @@ def _(world):
     features, weight, labels = draw()
     module = insightface.PartialFC_V2(CosFace(), SIZE, NUM_CLASSES, 0.2).double()
     assert [*module.state_dict()] == ["weight"]
-    if world.size > 1:
-        for reads_the_table in (lambda: module.confusions(1), lambda: module.own_cosines(features, labels)):
-            with raises(NotImplementedError, "needs the whole table in one process"):
-                reads_the_table()
     module.load_state_dict({"weight": theirs(weight, world.rank, world.size)})
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
     for _ in range(2):

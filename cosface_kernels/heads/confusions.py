@@ -3,7 +3,6 @@
 import torch
 
 from .. import validation
-from ..distributed import dtensors
 from ..ops.table import Table
 from . import logits
 
@@ -12,21 +11,24 @@ ROWS = 1024  # classes looked up at a time
 
 @torch.no_grad()
 def confusions(head, k):
-    """`MarginSoftmaxLoss.confusions`."""
-    if dtensors.is_sharded(head.weight) or head.placement.ranks(head.weight).size > 1:
-        raise NotImplementedError("confusions needs the whole table in one process: load_checkpoint into an unsharded head")
-    validation.check_k(k, head.num_classes - 1, "the number of other classes")
-    weight, centers = head.weight, head.centers_per_class
-    cosines_of = logits.Cosines(centers, head._row_scale())
-    found, table = [], Table(weight.detach(), row_scale=head._row_scale())
-    for start in range(0, len(weight), ROWS * centers):
-        rows = table.rows(start, start + ROWS * centers)
-        cosines, classes = logits.largest(cosines_of, (weight, None), rows, k + 1)
-        first = ROWS * len(found)
-        own = torch.arange(first, first + len(rows) // centers, dtype=torch.int64, device=weight.device)
+    """`MarginSoftmaxLoss.confusions`. Over ranks each looks its own classes up in the whole table, and gets all answers."""
+
+    def check():
+        validation.check_k(k, head.num_classes - 1, "the number of other classes")
+
+    placement, centers = head.placement, head.centers_per_class
+    weight, size = placement.rows((head.weight, None))[0].detach(), ROWS * centers
+    first, cosines_of = placement.first_class(head, head.weight), logits.Cosines(centers, head._row_scale())
+    found, table = [], Table(weight, row_scale=head._row_scale())
+    for number in range(placement.rounds(head, check, k, -(-len(weight) // size))):
+        rows = table.rows(number * size, (number + 1) * size)
+        cosines, classes = placement.nearest(head, cosines_of, (weight, None), rows, k + 1)
+        start = first + number * ROWS
+        own = torch.arange(start, start + len(rows) // centers, dtype=torch.int64, device=weight.device)
         cosines = cosines.masked_fill(classes == own.repeat_interleave(centers)[:, None], -torch.inf)
-        found.append(_merged(cosines.unflatten(0, (-1, centers)).flatten(1), classes.unflatten(0, (-1, centers)).flatten(1), k))
-    return tuple(map(torch.cat, zip(*found, strict=True)))
+        by_class = (each.reshape(len(own), centers * (k + 1)) for each in (cosines, classes))
+        found.append(_merged(*by_class, k))
+    return tuple(placement.everyones(head, torch.cat(each)) for each in zip(*found, strict=True))
 
 
 def _merged(cosines, classes, k):

@@ -250,17 +250,69 @@ class OverRanks(Whole):
             return Told.of(head, features, k)
 
         counts, _ = Told.agreed(ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device))
-        gathered = ranks.gather(features, counts)
-        values, indices = logits.largest(head, rows, gathered, k)
+        return self._nearest(head, head, rows, ranks.gather(features, counts), counts, k)
+
+    def _nearest(self, head, kind, rows, gathered, counts, k):
+        """This rank's rows of the largest logits, of the whole table, of all ranks' features."""
+        ranks = self.ranks(head.weight)
+        values, indices = logits.largest(kind, rows, gathered, k)
         missing = k - values.shape[1]
         found = [
             ranks.gather(torch.nn.functional.pad(each, (0, missing), value=fill), [len(gathered)] * ranks.size)
-            for each, fill in ((values, -math.inf), (indices + self.first_class(head, table[0]), 0))
+            for each, fill in ((values, -math.inf), (indices + self.first_class(head, head.weight), 0))
         ]
         own = slice(*ranks.place(counts))
         values, indices = (each.unflatten(0, (ranks.size, -1))[:, own].transpose(0, 1).flatten(1) for each in found)
         values, order = values.topk(k)
         return values, indices.gather(1, order)
+
+    def rounds(self, head, check, k, count):
+        ranks = self.ranks(head.weight)
+        if ranks is ONE_PROCESS:
+            return super().rounds(head, check, k, count)
+
+        def told():
+            check()
+            return k, count
+
+        everyone, counts = zip(*ranks.exchange("the exchange of k", told, 2, self.local(head.weight).device), strict=True)
+        if len({*everyone}) > 1:
+            raise ValueError(f"k must be the same on all ranks, got {', '.join(map(str, everyone))}")
+        return max(counts)
+
+    def nearest(self, head, kind, table, rows, k):
+        if self.ranks(head.weight) is ONE_PROCESS:
+            return super().nearest(head, kind, table, rows, k)
+        counts = self._counts(head, rows)
+        return self._nearest(head, kind, table, self.ranks(head.weight).gather(rows, counts), counts, k)
+
+    def everyones(self, head, rows):
+        if self.ranks(head.weight) is ONE_PROCESS:
+            return rows
+        return self.ranks(head.weight).gather(rows, self._counts(head, rows))
+
+    def _counts(self, head, rows):
+        """The number of rows that each rank has."""
+        told = self.ranks(head.weight).exchange("the exchange of batch sizes", lambda: [len(rows)], 1, rows.device)
+        return [count for (count,) in told]
+
+    def looked_up(self, head, check, features, labels, found):
+        ranks = self.ranks(head.weight)
+        if ranks is ONE_PROCESS:
+            return super().looked_up(head, check, features, labels, found)
+        weight = self.local(head.weight)
+
+        def told():
+            check(weight if len(weight) else _with_zeros(weight, head.centers_per_class))
+            return Told.of(head, features)
+
+        counts, _ = Told.agreed(ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device))
+        labels = ranks.gather(class_indices(labels), counts)
+        first, count = self.first_class(head, head.weight), len(weight) // head.centers_per_class
+        places = _labels_here(labels, head.ignore_index, head.num_classes, first, count)
+        here = found(ranks.gather(features.detach(), counts), places)
+        total = ranks.add(torch.where((places < 0)[:, None], 0.0, here))
+        return total.masked_fill((labels == head.ignore_index)[:, None], torch.nan)[slice(*ranks.place(counts))]
 
     def extra_repr(self, head):
         ranks = self.ranks(head.weight)

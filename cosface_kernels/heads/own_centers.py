@@ -3,7 +3,6 @@
 import torch
 
 from .. import validation
-from ..distributed import dtensors
 from ..ops import formats, operators
 from ..ops.normalize import unit_rows
 from ..ops.slabs import wide_dtype
@@ -14,15 +13,19 @@ ROWS = 4096  # looked up at a time
 
 @torch.no_grad()
 def own_cosines(head, features, labels):
-    """`MarginSoftmaxLoss.own_cosines`."""
-    if dtensors.is_sharded(head.weight) or head.placement.ranks(head.weight).size > 1:
-        raise NotImplementedError("own_cosines needs the whole table in one process: load_checkpoint into an unsharded head")
-    weight, centers = head.weight, head.centers_per_class
-    validation.check_tensors(features, weight, labels, None, centers)
-    operators.check_labels(class_indices(labels), head.num_classes, int(head.ignore_index))
-    scale = head._row_scale()
-    scale = None if scale is None else scale.unflatten(0, (-1, centers))
-    return of_rows(features, weight.unflatten(0, (-1, centers)), class_indices(labels), scale)
+    """`MarginSoftmaxLoss.own_cosines`. Over ranks each row is looked up by the rank that holds its class."""
+    centers = head.centers_per_class
+
+    def check(weight):
+        validation.check_tensors(features, weight, labels, None, centers)
+        operators.check_labels(class_indices(labels), head.num_classes, int(head.ignore_index))
+
+    def found(features, places):
+        scale, (weight, _) = head._row_scale(), head.placement.rows((head.weight, None))
+        by_class = (len(weight) // centers, centers)
+        return of_rows(features, weight.unflatten(0, by_class), places, None if scale is None else scale.unflatten(0, by_class))
+
+    return head.placement.looked_up(head, check, features, labels, found)
 
 
 def of_rows(features, table, labels, scale=None):

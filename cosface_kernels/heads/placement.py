@@ -9,7 +9,7 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
-from ..loss import WholeTable
+from ..loss import WholeTable, class_indices
 from ..sampling import with_hard_classes
 from . import agreement, data_parallel, float8, logits
 
@@ -75,6 +75,28 @@ class Whole:
         validation.check_features(features, table[0])
         validation.check_k(k, head.num_classes)
         return logits.largest(head, self.rows(table), features, k)
+
+    def rounds(self, head, check, k, count):
+        """The number of rounds of `nearest` with one k, in which each process looks `count` parts of its rows up."""
+        check()
+        return count
+
+    def nearest(self, head, kind, table, rows, k):
+        """logits.largest of rows of a table among all of it."""
+        return logits.largest(kind, table, rows, k)
+
+    def everyones(self, head, rows):
+        """The rows of all processes, one for each class they hold."""
+        return rows
+
+    def looked_up(self, head, check, features, labels, found):
+        """found(features, places) (N, K), places: of the rows' classes among those that a process holds, below 0 for others."""
+        check(head.weight)
+        return found(features, class_indices(labels))
+
+    def first_class(self, head, weight):
+        """The number of the first class that this process holds."""
+        return 0
 
     def check_resizable(self, head, instead):
         """Raise if rows of this table cannot be added or removed."""

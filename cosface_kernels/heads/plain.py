@@ -342,21 +342,20 @@ class MarginSoftmaxLoss(nn.Module):
 
     def confusions(self, k: int) -> tuple[Tensor, Tensor]:
         """(cosines, classes), each (C, k): the k other classes whose rows are nearest to each class's, descending, of sub-centres
-        by the nearest two. Slab by slab, never C x C; 2 C² D operations.
+        by the nearest two. Slab by slab, never C x C; 2 C² D operations. Over several ranks all call it, and get all classes'.
 
         Raises:
             TypeError, ValueError: k is no int, negative, or larger than C - 1.
-            NotImplementedError: the table is sharded.
         """
         return confusions.confusions(self, k)
 
     def own_cosines(self, features: Tensor, labels: Tensor) -> Tensor:
         """cos(x_n, w_{y_n,k}), (N, K) float32 (float64): the cosines of features (N, D) with the K centres of their own classes,
-        by labels (N,), without gradient; NaN for ignored rows. For the whole of a data set take it batch by batch.
+        by labels (N,), without gradient; NaN for ignored rows. For the whole of a data set take it batch by batch. Over several
+        ranks all call it, each with rows of its own.
 
         Raises:
             TypeError, ValueError, IndexError: as the loss.
-            NotImplementedError: the table is sharded.
         """
         return own_centers.own_cosines(self, features, labels)
 
