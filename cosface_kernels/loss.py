@@ -123,7 +123,7 @@ class Negatives(NamedTuple):
 
 
 class WholeTable:
-    """The table of a process that holds all rows and classes. heads.over_ranks.Batch has the same methods for a sharded one."""
+    """The table of a process that holds all rows and classes. heads.gathered.Batch has the same methods for a sharded one."""
 
     foreign_index = None
 

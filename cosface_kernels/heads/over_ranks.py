@@ -10,153 +10,23 @@ r: a rank. y_n: the class of row n. A_n: log-sum-exp over the negatives, A_n^r o
 """
 
 import math
-import zlib
-from dataclasses import fields
-from typing import NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import margins, validation
 from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
 from ..ops import backends, formats, operators, recording
-from ..ops.operands import Largest
 from ..sampling import with_hard_classes
 from . import data_parallel, float8, logits
+from .gathered import FOREIGN, Batch
 from .placement import Whole
+from .told import Told
 
-# Labels as the operator of one shard gets them: ignored, a class of another shard, and a number outside [0, C).
-IGNORED, FOREIGN, INVALID = -100, -1, -2
-
-# With logits up to this e^A, of any number of classes, is a float64, and not 0: their sum needs no maximum before it.
-LARGEST_EXPONENT = 600.0
-
-_checksums = WeakTensorKeyDictionary()  # of a margin's tensors: (version, checksum)
-
-
-class Told(NamedTuple):
-    """The numbers that a rank sends the others about its batch and its head."""
-
-    num_rows: int
-    dtype: int
-    grad_mode: bool
-    options: int
-    needs_gradient: bool
-    k: int
-    statistics: bool
-    label_columns: int  # K of labels (N, K), 0 of labels (N,)
-
-    @classmethod
-    def of(cls, head, features, k=0, statistics=False, label_columns=0):
-        names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing")
-        names = *names, "negatives"
-        sampling = ("sample_rate", "sample_correction", "training")
-        values = [getattr(head, name) for name in (*names, *sampling)]
-        values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
-        values.append(head.hard_classes is None)
-        options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
-        dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
-        needs_gradient = grad_mode and features.requires_grad
-        return cls(len(features), dtype, grad_mode, options, needs_gradient, k, statistics, label_columns)
-
-    @classmethod
-    def agreed(cls, everyone):
-        """(rows of each rank, True if any needs the gradient of its features). Raises unless all ranks have the same options."""
-        told = cls(*zip(*everyone, strict=True))
-        options = "num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)"
-        grad_modes = "gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same"
-        for what, values in (
-            ("features must have the same dtype", [validation.FLOAT_DTYPES[dtype] for dtype in told.dtype]),
-            (options, told.options),
-            (grad_modes, [*map(bool, told.grad_mode)]),
-            ("k must be the same", told.k),
-            ("return_statistics must be the same", [*map(bool, told.statistics)]),
-            ("the number of label_weights to a row must be the same", told.label_columns),
-        ):
-            if len({*values}) > 1:
-                raise ValueError(f"{what} on all ranks, got {', '.join(map(str, values))}")
-        return [*told.num_rows], any(told.needs_gradient)
-
-
-class Batch:
-    """The rows of all ranks in one step, with the methods that loss.loss_of_table calls for a sharded table."""
-
-    foreign_index = FOREIGN
-
-    def __init__(self, ranks, counts, first_class, holds_classes, labels, num_classes):
-        self.ranks, self.counts, self.first_class, self.holds_classes = ranks, counts, first_class, holds_classes
-        self.labels, self.num_classes = labels, num_classes
-
-    def combine(self, bound, found):
-        """Negatives of the whole table from those of this shard. bound: of |logits|."""
-        dtype, lse = found.lse.dtype, found.lse.double()
-        if not self.holds_classes:
-            lse = lse.masked_fill(lse.new_ones((), dtype=torch.bool), -torch.inf)
-        shift = torch.zeros_like(lse)
-        if bound > LARGEST_EXPONENT:
-            shift = self.ranks.maximum(lse.detach())
-            shift = torch.where(shift.isinf(), 0.0, shift)
-        total = (lse - shift).exp()
-        columns = {name: getattr(found, name) for name in ("product", "product_sum", "target_length")} | {"lse": total}
-        columns["slope"] = None if found.slope is None else total.detach() * found.slope
-        columns = {name: column.double() for name, column in columns.items() if column is not None}
-        columns = self._added(columns)
-        total = columns["lse"]
-        # No negative at all: log 0, without its infinite derivative.
-        none = total == 0
-        total = torch.where(none, 1.0, total)
-        columns["lse"] = torch.where(none, -torch.inf, total.log() + shift)
-        if "slope" in columns:
-            columns["slope"] = columns["slope"].detach() / total.detach()
-        return found._replace(**{name: column.to(dtype) for name, column in columns.items()})
-
-    def _added(self, columns):
-        """The sums over the ranks of {name: (N,) or (N, K)}."""
-        parts = [column if column.dim() == 2 else column[:, None] for column in columns.values()]
-        sums = self.ranks.add(torch.cat(parts, 1)).split([part.shape[1] for part in parts], 1)
-        return {name: each.reshape(column.shape) for (name, column), each in zip(columns.items(), sums, strict=True)}
-
-    def classes(self, inputs, options):
-        """(the class of each row (N,), the number of classes) in the whole table."""
-        return self.labels, self.num_classes
-
-    def largest(self, found):
-        """Largest of the whole table, by class numbers of that."""
-        value = found.value if self.holds_classes else torch.full_like(found.value, -torch.inf)
-        largest = self.ranks.maximum(value)
-        here = (value == largest) & (value > -torch.inf)
-        none = torch.iinfo(torch.int64).max
-        place = -self.ranks.maximum(-torch.where(here, found.place + self.first_class, none))
-        return Largest(largest, torch.where(place == none, -1, place))
-
-    def nearest(self, products):
-        """The largest products (N, k), descending, of the whole table from those of this shard."""
-        products = products if self.holds_classes else torch.full_like(products, -torch.inf)
-        found = self.ranks.gather(products, [len(products)] * self.ranks.size)
-        return found.unflatten(0, (self.ranks.size, -1)).transpose(0, 1).flatten(1).topk(products.shape[1]).values
-
-    def total(self, vector):
-        """The sum over the ranks of a vector (N,) without gradient."""
-        return self.ranks.add(vector)
-
-    def of_all_shards(self, num_classes, num_sampled, device):
-        """(C, M) of the whole table, from the number of classes in this shard and of those that take part."""
-        numbers = [num_classes, num_sampled] if self.holds_classes else [0, 0]
-        return self.ranks.add(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
-
-    def own(self, vector):
-        """A vector (N,) that depends on the features alone, or None. Only the rank that brought a row gets its gradient."""
-        if vector is None:
-            return None
-        first, stop = self.ranks.place(self.counts)
-        others = vector.detach()
-        return torch.cat([others[:first], vector[first:stop], others[stop:]])
-
-    def own_rows(self, losses):
-        return self.ranks.own(losses, self.counts)
+# Labels as the operator of one shard gets them, beside FOREIGN: ignored, and a number outside [0, C).
+IGNORED, INVALID = -100, -2
 
 
 class OverRanks(Whole):
@@ -354,29 +224,6 @@ class OverMesh(OverRanks):
     def local(self, tensor):
         """This rank's rows of a parameter, as an ordinary tensor with a gradient. Nothing else converts a DTensor for a loss."""
         return dtensors.local(tensor)
-
-
-def _margin_told(margin, num_rows):
-    """What must be the same of a margin on all ranks: its kind and its numbers, but those for this rank's own rows."""
-    per_row = margins.row_tensors(margin, num_rows)
-    for name in (field.name for field in fields(margin)):
-        value = getattr(margin, name)
-        shared = isinstance(value, torch.Tensor) and name not in per_row
-        yield name, "of rows" if name in per_row else _checksum(value) if shared else value
-    yield type(margin).__qualname__
-
-
-def _checksum(tensor):
-    """A checksum of a tensor's numbers, made once: on a GPU it waits for the device."""
-    version, checksum = _checksums.get(tensor, (None, None))
-    if version != tensor._version:
-        numbers = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-        memory = bytearray(len(numbers))
-        if memory:
-            torch.frombuffer(memory, dtype=torch.uint8).copy_(numbers)
-        checksum = zlib.crc32(memory)
-        _checksums[tensor] = tensor._version, checksum
-    return checksum
 
 
 def _with_zeros(rows, count):

@@ -1,0 +1,79 @@
+"""What each rank tells the others of a call before it: sizes, dtypes, and a checksum of the options that must be the same."""
+
+import zlib
+from dataclasses import fields
+from typing import NamedTuple
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .. import margins, validation
+
+_checksums = WeakTensorKeyDictionary()  # of a margin's tensors: (version, checksum)
+
+
+class Told(NamedTuple):
+    """The numbers that a rank sends the others about its batch and its head."""
+
+    num_rows: int
+    dtype: int
+    grad_mode: bool
+    options: int
+    needs_gradient: bool
+    k: int
+    statistics: bool
+    label_columns: int  # K of labels (N, K), 0 of labels (N,)
+
+    @classmethod
+    def of(cls, head, features, k=0, statistics=False, label_columns=0):
+        names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing")
+        names = *names, "negatives"
+        sampling = ("sample_rate", "sample_correction", "training")
+        values = [getattr(head, name) for name in (*names, *sampling)]
+        values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
+        values.append(head.hard_classes is None)
+        options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
+        dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
+        needs_gradient = grad_mode and features.requires_grad
+        return cls(len(features), dtype, grad_mode, options, needs_gradient, k, statistics, label_columns)
+
+    @classmethod
+    def agreed(cls, everyone):
+        """(rows of each rank, True if any needs the gradient of its features). Raises unless all ranks have the same options."""
+        told = cls(*zip(*everyone, strict=True))
+        options = "num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)"
+        grad_modes = "gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same"
+        for what, values in (
+            ("features must have the same dtype", [validation.FLOAT_DTYPES[dtype] for dtype in told.dtype]),
+            (options, told.options),
+            (grad_modes, [*map(bool, told.grad_mode)]),
+            ("k must be the same", told.k),
+            ("return_statistics must be the same", [*map(bool, told.statistics)]),
+            ("the number of label_weights to a row must be the same", told.label_columns),
+        ):
+            if len({*values}) > 1:
+                raise ValueError(f"{what} on all ranks, got {', '.join(map(str, values))}")
+        return [*told.num_rows], any(told.needs_gradient)
+
+
+def _margin_told(margin, num_rows):
+    """What must be the same of a margin on all ranks: its kind and its numbers, but those for this rank's own rows."""
+    per_row = margins.row_tensors(margin, num_rows)
+    for name in (field.name for field in fields(margin)):
+        value = getattr(margin, name)
+        shared = isinstance(value, torch.Tensor) and name not in per_row
+        yield name, "of rows" if name in per_row else _checksum(value) if shared else value
+    yield type(margin).__qualname__
+
+
+def _checksum(tensor):
+    """A checksum of a tensor's numbers, made once: on a GPU it waits for the device."""
+    version, checksum = _checksums.get(tensor, (None, None))
+    if version != tensor._version:
+        numbers = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        memory = bytearray(len(numbers))
+        if memory:
+            torch.frombuffer(memory, dtype=torch.uint8).copy_(numbers)
+        checksum = zlib.crc32(memory)
+        _checksums[tensor] = tensor._version, checksum
+    return checksum
