@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cosface_kernels import cosface_loss
-from cosface_kernels.ops.backends import cpu_library
+from cosface_kernels.ops.backends import cpu_kernels, cpu_library
 
 from .measure import synchronize
 from .peers import inputs, peers, step
@@ -41,13 +41,13 @@ def test_step(benchmark, peer, shape, part):
 @pytest.mark.parametrize("part", ["normalize", "exponentials", "accumulate", "table_gradient"])
 def test_kernel(benchmark, part, dtype, monkeypatch):
     """Calls a kernel again with the arguments of a step."""
-    calls, kernel = [], getattr(cpu_library.kernels(dtype), part)
+    calls, kernel = [], getattr(cpu_kernels.kernels(dtype), part)
 
     def record(*arguments):
         calls.append(arguments)
         kernel(*arguments)
 
-    monkeypatch.setattr(cpu_library.kernels(dtype), part, record)
+    monkeypatch.setattr(cpu_kernels.kernels(dtype), part, record)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         step(functools.partial(cosface_loss, backend="cpu"), *inputs(*SLAB))
     (arguments,) = calls

@@ -14,7 +14,7 @@ from cases import check_accuracy, draws, evaluate, make
 
 from cosface_kernels import cosface_loss
 from cosface_kernels.ops import backends
-from cosface_kernels.ops.backends import cpu_library
+from cosface_kernels.ops.backends import cpu_kernels, cpu_library
 from cosface_kernels.optim import rules
 from cosface_kernels.tools import info
 
@@ -24,8 +24,8 @@ if not cpu_library.available():
 
 @pytest.fixture(params=cpu_library.available())
 def instruction_set(request, monkeypatch):
-    monkeypatch.setattr(cpu_library, "kernels", lambda dtype: cpu_library.Kernels(dtype, request.param))
-    monkeypatch.setattr(cpu_library, "batch_kernels", lambda: cpu_library.BatchKernels(request.param))
+    monkeypatch.setattr(cpu_kernels, "kernels", lambda dtype: cpu_kernels.Kernels(dtype, request.param))
+    monkeypatch.setattr(cpu_kernels, "batch_kernels", lambda: cpu_library.KernelTable("batch_kernels", request.param))
     return request.param
 
 
@@ -91,7 +91,7 @@ def emptied(tensor):
     ids=["16 bits", "64 bits", "too short", "strided", "meta", "without storage"],
 )
 def test_a_tensor_that_is_not_what_a_kernel_takes_is_refused(unfit):
-    kernels, rule = cpu_library.Kernels(torch.float32, "portable"), rules.SGD(0.1, 0.9, 0.01, False, False)
+    kernels, rule = cpu_kernels.Kernels(torch.float32, "portable"), rules.SGD(0.1, 0.9, 0.01, False, False)
     room = torch.full((8, 37), 7.0)
     scratch = torch.empty(torch.get_num_threads(), kernels.scratch_numbers(8, 37))
     with pytest.raises(RuntimeError, match="native code wants 296 or more contiguous numbers of torch"):
@@ -120,13 +120,13 @@ def test_an_update_of_rows_that_the_table_has_not_is_refused(index, columns):
 def test_a_field_that_is_left_out_or_unknown_is_refused():
     for fields in ({"rows": None, "panels": None, "num_rows": 3}, {"rows": None, "panels": None, "num_rows": 3, "sizes": 2}):
         with pytest.raises(TypeError, match="for a structure of rows, panels, num_rows, size"):
-            cpu_library._arguments(cpu_library._ARGUMENTS["row_panels"], **fields)
+            cpu_library.filled(cpu_library._SLAB["row_panels"], **fields)
 
 
 def test_a_library_with_other_structures_is_refused(monkeypatch):
     library, _ = cpu_library._load()
     assert cpu_library._fits(library)
-    monkeypatch.setitem(cpu_library._ARGUMENTS, "accumulate", cpu_library._structure(pointers="e_panels unit_panels pull"))
+    monkeypatch.setitem(cpu_library._SLAB, "accumulate", cpu_library._structure(pointers="e_panels unit_panels pull"))
     assert not cpu_library._fits(library)
 
 
@@ -156,7 +156,7 @@ def test_accuracy(instruction_set, shape, autocast, scale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_same_bits_for_any_number_of_threads(instruction_set, dtype, monkeypatch):
     """So many rows that batch.cpp wakes threads too."""
-    monkeypatch.setattr(cpu_library, "PRODUCTS_OF_THREAD", 1)
+    monkeypatch.setattr(cpu_kernels, "PRODUCTS_OF_THREAD", 1)
     features, weight, labels = make("hard", 939, 1009, 70)
     threads = torch.get_num_threads()
     try:

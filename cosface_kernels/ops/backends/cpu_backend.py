@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from .. import page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, cpu_library, cpu_rows, exponents, several
+from . import Sums, cpu_kernels, cpu_library, cpu_rows, exponents, several
 
 row_functions = cpu_rows
 SMALLEST = torch.finfo(torch.float64).tiny
@@ -77,7 +77,7 @@ class _Slab:
     """x in the layout that the kernels read, and the buffers that every slab reuses."""
 
     def __init__(self, x, table, targets, plan, hard):
-        self.kernels = cpu_library.kernels(plan.dtype)
+        self.kernels = cpu_kernels.kernels(plan.dtype)
         self.table, self.targets, self.plan, self.several = table, targets, plan, None
         self.num_rows, self.size = x.shape
         if targets.dim() == 2:

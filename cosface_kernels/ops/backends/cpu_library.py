@@ -1,4 +1,4 @@
-"""The native CPU kernels of csrc/cpu: a shared library that setup.py builds, loaded with ctypes when first asked for."""
+"""The shared library of csrc/cpu, which setup.py builds: what it takes, and what of it runs here. Loaded when first asked for."""
 
 import ctypes
 import functools
@@ -20,9 +20,7 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 INTERFACE = 13
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
-# To wake a thread takes as long as so many products, and to read and write a number as long as some tens.
-PRODUCTS_OF_THREAD, PRODUCTS_OF_NUMBER = 2**21, 32
-_NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
+NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
 def pointer(name, tensor, dtype, count):
@@ -87,7 +85,7 @@ class Step(ctypes.Structure):
         room = torch.empty(threads, 4, size, dtype=torch.float32, device="cpu")
         buffers = [_Buffer.of(f"state {k}", *state, rows.shape) for k, state in enumerate(states)]
         buffers += [_Buffer()] * (cls._STATES - len(states))
-        step = _arguments(
+        step = filled(
             cls,
             rule=rule,
             **numbers,
@@ -100,6 +98,10 @@ class Step(ctypes.Structure):
         )
         step.shape, step.threads, step._room = rows.shape, threads, room  # keep the scratch alive as long as the step
         return step
+
+    @property
+    def address(self):
+        return ctypes.addressof(self)
 
     def check(self, first, rows, size):
         """Raise if rows first .. of a gradient with `size` columns are not rows of the table."""
@@ -117,7 +119,7 @@ def update(step, grad, index):
     first, last = (index.start, index.start + len(grad) - 1) if is_slice else map(int, index.aminmax()) if len(index) else (0, -1)
     step.check(first, last - first + 1, grad.shape[1])
     getattr(library, f"cosface_update_{available()[0]}")(
-        *(ctypes.byref(step), _POINTER(pointer("the gradient", grad, torch.float32, grad.numel())), _SIZE(grad.shape[1])),
+        *(_POINTER(step.address), _POINTER(pointer("the gradient", grad, torch.float32, grad.numel())), _SIZE(grad.shape[1])),
         _POINTER(None if is_slice else pointer("the index", index, torch.int64, len(grad))),
         *(_SIZE(first if is_slice else 0), _SIZE(len(grad)), step.threads),
     )
@@ -130,16 +132,16 @@ def _structure(*fields, pointers="", sizes="", double="", floats="", bools=""):
     return type("Arguments", (ctypes.Structure,), {"_fields_": fields, "NAMES": dict(fields).keys()})
 
 
-_EXPONENTS = _structure(pointers="x_panels unit targets", sizes="num_rows classes size first_class", floats="log2_scale")
+EXPONENTS = _structure(pointers="x_panels unit targets", sizes="num_rows classes size first_class", floats="log2_scale")
 # The arguments of each kernel, in the order of kernels.cpp's KERNELS.
-_ARGUMENTS = {
+_SLAB = {
     "row_panels": _structure(pointers="rows panels", sizes="num_rows size"),
     "column_panels": _structure(pointers="rows panels", sizes="num_rows size"),
     "normalize": _structure(
         pointers="table scratch unit panels", sizes="classes size scratch_size", bools="is_bfloat16 normalized"
     ),
-    "exponentials": _structure(("of", _EXPONENTS), pointers="shifts e e_panels partial values places hard"),
-    "maxima": _structure(("of", _EXPONENTS), pointers="exponents partial values places hard", sizes="centers"),
+    "exponentials": _structure(("of", EXPONENTS), pointers="shifts e e_panels partial values places hard"),
+    "maxima": _structure(("of", EXPONENTS), pointers="exponents partial values places hard", sizes="centers"),
     "accumulate": _structure(pointers="e_panels unit_panels pull", sizes="num_rows classes size"),
     "table_gradient": _structure(
         pointers="e x_panels table target_classes target_sums common scratch grad step",
@@ -149,7 +151,7 @@ _ARGUMENTS = {
     ),
 }
 # The same of batch.cpp.
-_BATCH_ARGUMENTS = {
+_BATCH = {
     "enter": _structure(
         pointers="x table labels targets unit target_unit inverse_norms products",
         sizes="num_rows size classes ignore_index foreign_index",
@@ -172,6 +174,7 @@ _BATCH_ARGUMENTS = {
         bools="is_bfloat16",
     ),
 }
+_ARGUMENTS = {"batch_kernels": _BATCH, **{f"kernels_{numbers}": _SLAB for numbers in NUMBERS.values()}}
 
 
 class _Kernel(ctypes.Structure):
@@ -180,234 +183,25 @@ class _Kernel(ctypes.Structure):
     _fields_ = [("function", ctypes.CFUNCTYPE(None, _POINTER, ctypes.c_int)), ("bytes", _SIZE)]
 
 
-def _kernels(library, table, instruction_set, arguments):
-    """{name: _Kernel} of a table of kernels whose arguments are these."""
-    table = getattr(library, f"cosface_{table}_{instruction_set}")
-    table.restype = ctypes.POINTER(_Kernel * len(arguments))
-    return dict(zip(arguments, table().contents, strict=True))
+class KernelTable:
+    """A table of csrc/cpu's kernels for one instruction set; name: one of _ARGUMENTS."""
+
+    def __init__(self, name, instruction_set, library=None):
+        table = getattr(library or _load()[0], f"cosface_{name}_{instruction_set}")
+        table.restype = ctypes.POINTER(_Kernel * len(_ARGUMENTS[name]))
+        self._arguments, self._kernels = _ARGUMENTS[name], dict(zip(_ARGUMENTS[name], table().contents, strict=True))
+
+    def call(self, kernel, threads=None, **fields):
+        """fields: of its structure, see `filled`; threads: PyTorch's, unless given."""
+        arguments = filled(self._arguments[kernel], **fields)
+        self._kernels[kernel].function(ctypes.addressof(arguments), threads or torch.get_num_threads())
+
+    def fits(self):
+        """True if each kernel's arguments have the size of the structure here."""
+        return all(kernel.bytes == ctypes.sizeof(self._arguments[name]) for name, kernel in self._kernels.items())
 
 
-class BatchKernels:
-    """The kernels of csrc/cpu/batch.cpp for one instruction set."""
-
-    def __init__(self, instruction_set):
-        library, _ = _load()
-        self._kernels = _kernels(library, "batch_kernels", instruction_set, _BATCH_ARGUMENTS)
-
-    def call(self, name, **fields):
-        arguments = _arguments(_BATCH_ARGUMENTS[name], **fields)
-        self._kernels[name].function(ctypes.addressof(arguments), torch.get_num_threads())
-
-
-class Kernels:
-    """The kernels of csrc/cpu for one number type and instruction set. Tensors are (rows, columns) or panels of them, checked
-    against the sizes; None is null; the number of threads is PyTorch's.
-    """
-
-    def __init__(self, dtype, instruction_set):
-        library, _ = _load()
-        self.dtype = dtype
-        self._kernels = _kernels(library, f"kernels_{_NUMBERS[dtype]}", instruction_set, _ARGUMENTS)
-        per_word = getattr(library, f"cosface_per_word_{_NUMBERS[dtype]}_{instruction_set}")()
-        self.operand = {1: torch.float32, 2: torch.bfloat16}[per_word]  # dtype of the operands for numbers of `dtype`
-        # Classes whose exponentials one partial sum adds.
-        self.sum_classes = getattr(library, f"cosface_sum_classes_{instruction_set}")()
-        self._scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
-        self._scratch_numbers.argtypes, self._scratch_numbers.restype = [_SIZE, _SIZE], _SIZE
-
-    def panel_words(self, summed, columns):
-        """The number of int32 of a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
-        return ceil_div(summed, 4 // self.operand.itemsize) * padded(columns)
-
-    def scratch_numbers(self, num_rows, size):
-        """The number of floats of scratch that `normalize` and `table_gradient` need for each thread."""
-        return self._scratch_numbers(num_rows, size)
-
-    def row_panels(self, rows, num_rows, size, panels):
-        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, size, num_rows)
-        self._call("row_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
-
-    def column_panels(self, rows, num_rows, size, panels):
-        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, num_rows, size)
-        self._call("column_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
-
-    def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
-        """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
-        self._call(
-            "normalize",
-            PRODUCTS_OF_NUMBER * classes * size,
-            threads=len(scratch),
-            table=rows_of_table("weight", weight, classes, size),
-            scratch=floats("scratch", scratch, len(scratch), self._scratch_numbers(0, size)),
-            unit=self._operands("unit rows", unit, classes, size),
-            panels=self._panels(panels, classes, size),
-            classes=classes,
-            size=size,
-            scratch_size=scratch.shape[1],
-            is_bfloat16=weight.dtype == torch.bfloat16,
-            normalized=normalized,
-        )
-
-    def exponentials(
-        self,
-        x_panels,
-        num_rows,
-        unit,
-        classes,
-        size,
-        targets,
-        first,
-        shift,
-        log2_scale,
-        e,
-        e_panels,
-        partial,
-        values=None,
-        places=None,
-        hard=None,
-    ):
-        """values, places: of the largest product in each piece of a row, where wanted. hard: (4, N), or None."""
-        self._call(
-            "exponentials",
-            num_rows * classes * size,
-            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
-            shifts=floats("shift", shift, num_rows),
-            e=self._numbers("exponentials", e, classes, num_rows),
-            e_panels=self._panels(e_panels, classes, num_rows),
-            **self._pieces(num_rows, classes, partial, values, places),
-            hard=floats("hard negatives", hard, 4, num_rows),
-        )
-
-    def maxima(
-        self,
-        x_panels,
-        num_rows,
-        unit,
-        classes,
-        size,
-        targets,
-        centers,
-        first,
-        log2_scale,
-        exponents,
-        partial,
-        values=None,
-        places=None,
-        hard=None,
-    ):
-        """values, places, hard: as in `exponentials`."""
-        self._call(
-            "maxima",
-            num_rows * classes * size,
-            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
-            exponents=floats("exponents", exponents, classes, num_rows),
-            **self._pieces(num_rows, classes, partial, values, places),
-            hard=floats("hard negatives", hard, 4, num_rows),
-            centers=centers,
-        )
-
-    def accumulate(self, e_panels, unit_panels, classes, num_rows, size, pull):
-        self._call(
-            "accumulate",
-            num_rows * classes * size,
-            e_panels=self._panels(e_panels, classes, num_rows),
-            unit_panels=self._panels(unit_panels, classes, size),
-            pull=("pull", pull, torch.float64, num_rows * padded(size)),
-            num_rows=num_rows,
-            classes=classes,
-            size=size,
-        )
-
-    def table_gradient(
-        self,
-        e,
-        num_rows,
-        x_panels,
-        weight,
-        classes,
-        size,
-        normalized,
-        unscale,
-        first,
-        num_targets,
-        rows,
-        sums,
-        common,
-        scratch,
-        grad,
-        step,
-    ):
-        """weight, grad: float32 or bfloat16; common (padded(size),) or None; scratch (threads, scratch_numbers). With a step,
-        which applies the gradient, grad is None.
-        """
-        threads = len(scratch)
-        if step is not None:
-            step.check(first, classes, size)
-            threads = min(threads, step.threads)
-        self._call(
-            "table_gradient",
-            num_rows * classes * size,
-            threads=threads,
-            e=self._numbers("exponentials", e, classes, num_rows),
-            x_panels=self._panels(x_panels, num_rows, size),
-            table=rows_of_table("weight", weight, classes, size),
-            target_classes=integers("target rows", rows, num_targets),
-            target_sums=floats("target sums", sums, num_targets, size),
-            common=None if common is None else floats("the common row", common, padded(size)),
-            scratch=floats("scratch", scratch, threads, self._scratch_numbers(num_rows, size)),
-            grad=None if step else rows_of_table("the gradient", grad, classes, size),
-            step=ctypes.addressof(step) if step else None,
-            num_rows=num_rows,
-            classes=classes,
-            size=size,
-            first_class=first,
-            num_targets=num_targets,
-            scratch_size=scratch.shape[1],
-            unscale=unscale,
-            is_bfloat16=weight.dtype == torch.bfloat16,
-            normalized=normalized,
-            grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
-        )
-
-    def _exponents(self, x_panels, num_rows, unit, classes, size, targets, first, log2_scale):
-        return _arguments(
-            _EXPONENTS,
-            x_panels=self._panels(x_panels, size, num_rows),
-            unit=self._operands("unit rows", unit, classes, size),
-            targets=integers("targets", targets, num_rows),
-            num_rows=num_rows,
-            classes=classes,
-            size=size,
-            first_class=first,
-            log2_scale=log2_scale,
-        )
-
-    def _pieces(self, num_rows, classes, partial, values, places):
-        """What each piece of a row has: its sum or maximum, its largest product and the place of that."""
-        pieces = ceil_div(classes, self.sum_classes), num_rows
-        return {
-            "partial": floats("partial results", partial, *pieces),
-            "values": floats("largest products", values, *pieces),
-            "places": ("their places", places, torch.int32, math.prod(pieces)),
-        }
-
-    def _numbers(self, name, tensor, *shape):
-        return name, tensor, self.dtype, math.prod(shape)
-
-    def _operands(self, name, tensor, *shape):
-        return name, tensor, self.operand, math.prod(shape)
-
-    def _panels(self, panels, summed, columns):
-        return "panels", panels, torch.int32, self.panel_words(summed, columns)
-
-    def _call(self, name, products, *, threads=None, **fields):
-        """products: how many multiplications the kernel does, or could do while it moves its numbers."""
-        arguments = _arguments(_ARGUMENTS[name], **fields)
-        threads = min(threads or torch.get_num_threads(), max(products // PRODUCTS_OF_THREAD, 1))
-        self._kernels[name].function(ctypes.addressof(arguments), threads)
-
-
-def _arguments(structure, **fields):
+def filled(structure, **fields):
     """The structure. A tensor is given as (name, tensor, dtype, numbers), and checked."""
     if fields.keys() != structure.NAMES:  # ctypes takes any names, and leaves the others null
         raise TypeError(f"got {', '.join(fields)} for a structure of {', '.join(structure.NAMES)}")
@@ -428,21 +222,21 @@ def integers(name, tensor, count):
     return name, tensor, torch.int64, count
 
 
+def sizes(dtype, instruction_set):
+    """(dtype of operands for numbers of `dtype`, classes whose exponentials one partial sum adds, a function of N and D: the
+    floats of scratch that `normalize` and `table_gradient` need for each thread).
+    """
+    library, _ = _load()
+    per_word = getattr(library, f"cosface_per_word_{NUMBERS[dtype]}_{instruction_set}")()
+    scratch_numbers = getattr(library, f"cosface_scratch_numbers_{instruction_set}")
+    scratch_numbers.argtypes, scratch_numbers.restype = [_SIZE, _SIZE], _SIZE
+    sum_classes = getattr(library, f"cosface_sum_classes_{instruction_set}")()
+    return {1: torch.float32, 2: torch.bfloat16}[per_word], sum_classes, scratch_numbers
+
+
 def padded(columns):
     """A number of columns rounded up to the widest panel of any instruction set."""
     return ceil_div(columns, _widest_panel()) * _widest_panel()
-
-
-@functools.cache
-def kernels(dtype):
-    """The kernels for the best instruction set that both the library and this processor have."""
-    return Kernels(dtype, available()[0])
-
-
-@functools.cache
-def batch_kernels():
-    """The same of the work on a batch."""
-    return BatchKernels(available()[0])
 
 
 @functools.cache
@@ -498,10 +292,4 @@ def _load():
 
 
 def _fits(library):
-    """True if each kernel's arguments have the size of the structure here."""
-    tables = [("batch_kernels", _BATCH_ARGUMENTS), *((f"kernels_{numbers}", _ARGUMENTS) for numbers in _NUMBERS.values())]
-    return all(
-        kernel.bytes == ctypes.sizeof(arguments[name])
-        for table, arguments in tables
-        for name, kernel in _kernels(library, table, "portable", arguments).items()
-    )
+    return all(KernelTable(name, "portable", library).fits() for name in _ARGUMENTS)

@@ -8,7 +8,7 @@ import torch
 
 from .. import batch_rows
 from ..batch_rows import Entered, SlabFactors
-from . import cpu_library
+from . import cpu_kernels
 from .cpu_library import TABLE_DTYPES, floats, integers, rows_of_table
 
 
@@ -21,7 +21,7 @@ def enter(x, table, labels, options, wide):
     x = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous()
     targets = torch.empty(num_rows, dtype=torch.int64, device="cpu")
     unit, target_unit, inverse_norm, product = _room((num_rows, size), (num_rows, 1, size), (num_rows,), (num_rows, 1))
-    cpu_library.batch_kernels().call(
+    cpu_kernels.batch_kernels().call(
         "enter",
         x=rows_of_table("features", x, num_rows, size),
         table=rows_of_table("weight", weight, classes, size),
@@ -46,7 +46,7 @@ def losses(lse, logit, counted, scale, reduction):
     """See batch_rows.losses."""
     num_rows, is_reduced = len(lse), reduction != "none"
     losses, slopes = _room(() if is_reduced else (num_rows,), (num_rows,))
-    cpu_library.batch_kernels().call(
+    cpu_kernels.batch_kernels().call(
         "losses",
         lse=floats("log-sum-exps", lse.contiguous(), num_rows),
         logits=floats("logits", logit.contiguous(), num_rows),
@@ -65,7 +65,7 @@ def x_gradient(grads, saved, scale, shape, dtype):
     """See batch_rows.x_gradient."""
     num_rows, size = shape
     grad = torch.empty(shape, dtype=dtype if dtype in TABLE_DTYPES else torch.float32, device="cpu")
-    cpu_library.batch_kernels().call(
+    cpu_kernels.batch_kernels().call(
         "x_gradient",
         lse_grads=floats("gradients of log-sum-exps", grads.lse.contiguous(), num_rows),
         product_grads=floats("gradients of products", grads.product.contiguous(), num_rows),
@@ -93,7 +93,7 @@ def slab_factors(factors, table, options):
         torch.empty(count, dtype=torch.int64, device="cpu") for count in (num_rows, num_rows, 4 * num_rows)
     )
     row_scale, target_sums, unscale, scratch = _room((num_rows,), (num_rows, size), (), (threads, size))
-    cpu_library.batch_kernels().call(
+    cpu_kernels.batch_kernels().call(
         "slab_factors",
         labels=integers("labels", factors.labels.contiguous(), num_rows),
         lse_grads=floats("gradients of log-sum-exps", factors.lse_grad.contiguous(), num_rows),

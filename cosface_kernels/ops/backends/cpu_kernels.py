@@ -1,0 +1,222 @@
+"""The native CPU kernels as functions of tensors, whose sizes are checked."""
+
+import functools
+import math
+
+import torch
+
+from ..slabs import ceil_div
+from . import cpu_library
+from .cpu_library import floats, integers, padded, rows_of_table
+
+# To wake a thread takes as long as so many products, and to read and write a number as long as some tens.
+PRODUCTS_OF_THREAD, PRODUCTS_OF_NUMBER = 2**21, 32
+
+
+class Kernels:
+    """The kernels of csrc/cpu for one number type and instruction set. Tensors are (rows, columns) or panels of them, checked
+    against the sizes; None is null; the number of threads is PyTorch's.
+    """
+
+    def __init__(self, dtype, instruction_set):
+        self.dtype = dtype
+        self.operand, self.sum_classes, self.scratch_numbers = cpu_library.sizes(dtype, instruction_set)
+        self._table = cpu_library.KernelTable(f"kernels_{cpu_library.NUMBERS[dtype]}", instruction_set)
+
+    def panel_words(self, summed, columns):
+        """The number of int32 of a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
+        return ceil_div(summed, 4 // self.operand.itemsize) * padded(columns)
+
+    def row_panels(self, rows, num_rows, size, panels):
+        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, size, num_rows)
+        self._call("row_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
+
+    def column_panels(self, rows, num_rows, size, panels):
+        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, num_rows, size)
+        self._call("column_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
+
+    def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
+        """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
+        self._call(
+            "normalize",
+            PRODUCTS_OF_NUMBER * classes * size,
+            threads=len(scratch),
+            table=rows_of_table("weight", weight, classes, size),
+            scratch=floats("scratch", scratch, len(scratch), self.scratch_numbers(0, size)),
+            unit=self._operands("unit rows", unit, classes, size),
+            panels=self._panels(panels, classes, size),
+            classes=classes,
+            size=size,
+            scratch_size=scratch.shape[1],
+            is_bfloat16=weight.dtype == torch.bfloat16,
+            normalized=normalized,
+        )
+
+    def exponentials(
+        self,
+        x_panels,
+        num_rows,
+        unit,
+        classes,
+        size,
+        targets,
+        first,
+        shift,
+        log2_scale,
+        e,
+        e_panels,
+        partial,
+        values=None,
+        places=None,
+        hard=None,
+    ):
+        """values, places: of the largest product in each piece of a row, where wanted. hard: (4, N), or None."""
+        self._call(
+            "exponentials",
+            num_rows * classes * size,
+            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
+            shifts=floats("shift", shift, num_rows),
+            e=self._numbers("exponentials", e, classes, num_rows),
+            e_panels=self._panels(e_panels, classes, num_rows),
+            **self._pieces(num_rows, classes, partial, values, places),
+            hard=floats("hard negatives", hard, 4, num_rows),
+        )
+
+    def maxima(
+        self,
+        x_panels,
+        num_rows,
+        unit,
+        classes,
+        size,
+        targets,
+        centers,
+        first,
+        log2_scale,
+        exponents,
+        partial,
+        values=None,
+        places=None,
+        hard=None,
+    ):
+        """values, places, hard: as in `exponentials`."""
+        self._call(
+            "maxima",
+            num_rows * classes * size,
+            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
+            exponents=floats("exponents", exponents, classes, num_rows),
+            **self._pieces(num_rows, classes, partial, values, places),
+            hard=floats("hard negatives", hard, 4, num_rows),
+            centers=centers,
+        )
+
+    def accumulate(self, e_panels, unit_panels, classes, num_rows, size, pull):
+        self._call(
+            "accumulate",
+            num_rows * classes * size,
+            e_panels=self._panels(e_panels, classes, num_rows),
+            unit_panels=self._panels(unit_panels, classes, size),
+            pull=("pull", pull, torch.float64, num_rows * padded(size)),
+            num_rows=num_rows,
+            classes=classes,
+            size=size,
+        )
+
+    def table_gradient(
+        self,
+        e,
+        num_rows,
+        x_panels,
+        weight,
+        classes,
+        size,
+        normalized,
+        unscale,
+        first,
+        num_targets,
+        rows,
+        sums,
+        common,
+        scratch,
+        grad,
+        step,
+    ):
+        """weight, grad: float32 or bfloat16; common (padded(size),) or None; scratch (threads, scratch_numbers). With a step,
+        which applies the gradient, grad is None.
+        """
+        threads = len(scratch)
+        if step is not None:
+            step.check(first, classes, size)
+            threads = min(threads, step.threads)
+        self._call(
+            "table_gradient",
+            num_rows * classes * size,
+            threads=threads,
+            e=self._numbers("exponentials", e, classes, num_rows),
+            x_panels=self._panels(x_panels, num_rows, size),
+            table=rows_of_table("weight", weight, classes, size),
+            target_classes=integers("target rows", rows, num_targets),
+            target_sums=floats("target sums", sums, num_targets, size),
+            common=None if common is None else floats("the common row", common, padded(size)),
+            scratch=floats("scratch", scratch, threads, self.scratch_numbers(num_rows, size)),
+            grad=None if step else rows_of_table("the gradient", grad, classes, size),
+            step=step.address if step else None,
+            num_rows=num_rows,
+            classes=classes,
+            size=size,
+            first_class=first,
+            num_targets=num_targets,
+            scratch_size=scratch.shape[1],
+            unscale=unscale,
+            is_bfloat16=weight.dtype == torch.bfloat16,
+            normalized=normalized,
+            grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
+        )
+
+    def _exponents(self, x_panels, num_rows, unit, classes, size, targets, first, log2_scale):
+        return cpu_library.filled(
+            cpu_library.EXPONENTS,
+            x_panels=self._panels(x_panels, size, num_rows),
+            unit=self._operands("unit rows", unit, classes, size),
+            targets=integers("targets", targets, num_rows),
+            num_rows=num_rows,
+            classes=classes,
+            size=size,
+            first_class=first,
+            log2_scale=log2_scale,
+        )
+
+    def _pieces(self, num_rows, classes, partial, values, places):
+        """What each piece of a row has: its sum or maximum, its largest product and the place of that."""
+        pieces = ceil_div(classes, self.sum_classes), num_rows
+        return {
+            "partial": floats("partial results", partial, *pieces),
+            "values": floats("largest products", values, *pieces),
+            "places": ("their places", places, torch.int32, math.prod(pieces)),
+        }
+
+    def _numbers(self, name, tensor, *shape):
+        return name, tensor, self.dtype, math.prod(shape)
+
+    def _operands(self, name, tensor, *shape):
+        return name, tensor, self.operand, math.prod(shape)
+
+    def _panels(self, panels, summed, columns):
+        return "panels", panels, torch.int32, self.panel_words(summed, columns)
+
+    def _call(self, name, products, *, threads=None, **fields):
+        """products: how many multiplications the kernel does, or could do while it moves its numbers."""
+        threads = min(threads or torch.get_num_threads(), max(products // PRODUCTS_OF_THREAD, 1))
+        self._table.call(name, threads, **fields)
+
+
+@functools.cache
+def kernels(dtype):
+    """The kernels for the best instruction set that both the library and this processor have."""
+    return Kernels(dtype, cpu_library.available()[0])
+
+
+@functools.cache
+def batch_kernels():
+    """The same of the work on a batch: csrc/cpu/batch.cpp."""
+    return cpu_library.KernelTable("batch_kernels", cpu_library.available()[0])
