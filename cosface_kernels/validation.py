@@ -148,13 +148,34 @@ def check_labels(labels):
         raise ValueError(f"labels must have shape (N,), got {tuple(labels.shape)}")
 
 
+# What other libraries' heads call what is here a head's.
+ELSEWHERE = {
+    "s": "scale",
+    "m": "margin",
+    "W": "weight",
+    "kernel": "weight",
+    "K": "centers_per_class",
+    "sub_centers": "centers_per_class",
+    "in_features": "embedding_size",
+    "out_features": "num_classes",
+    "predict": "topk(features, k)",
+    "get_logits": "logits(features)",
+}
+
+
 def check_names(kind, options, known):
     """Check the names of a class's keyword arguments that it passes on."""
     for name in options:
         if name not in known:
-            alike = difflib.get_close_matches(name, known, 1)
+            alike = [ELSEWHERE[name]] if name in ELSEWHERE else difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {alike[0]}?" if alike else ""
             raise TypeError(f"{kind} has no option {name}{hint}")
+
+
+def check_attribute(kind, name):
+    """Raise for an attribute of other libraries' heads, which could be set without any effect."""
+    if name in ELSEWHERE:
+        raise AttributeError(f"{kind} has no attribute {name}; did you mean {ELSEWHERE[name]}?")
 
 
 def check_call(features, labels, others, named):
@@ -180,13 +201,19 @@ def _instead(labels, others, named):
         return "its two arguments are named features and labels"
     if isinstance(first, tuple) or named.keys() & {"indices_tuple", "ref_emb", "ref_labels"}:
         return "a miner's pairs go to the heads of cosface_kernels.compat.pytorch_metric_learning"
-    if isinstance(first, torch.Tensor) and first.dtype in INTEGER_DTYPES and isinstance(labels, torch.Tensor):
+    if _are_integers(first) and _are_integers(labels):
+        return "two classes of a row, as mixup has, are labels (N, 2) with label_weights (N, 2)"
+    if _are_integers(first) and isinstance(labels, torch.Tensor):
         return "norms are not passed: margins.AdaFace takes them from features that were not normalised"
     if isinstance(first, torch.Tensor) or named.keys() & {"weight", "weights", "sample_weight"}:
         return 'for weights of rows make the head with reduction="none", and take (weights * losses).sum() / weights.sum()'
     if isinstance(first, torch.optim.Optimizer) or named.keys() & {"optimizer", "opt"}:
         return "an optimizer is not passed: it is given head.parameters(), and takes its step after backward"
     return "options are the constructor's, and many are attributes of the head"
+
+
+def _are_integers(value):
+    return isinstance(value, torch.Tensor) and value.dtype in INTEGER_DTYPES
 
 
 def check_features(features, weight):

@@ -179,7 +179,11 @@ def test_wrong_head(case):
 
 WRONG_NAMES = {
     "CosFaceLoss": (lambda: CosFaceLoss(3, 5, sample_rat=0.1), "CosFaceLoss has no option sample_rat; did you mean sample_rate"),
-    "a margin's": (lambda: CosFaceLoss(3, 5, m=0.4), "CosFaceLoss has no option m"),
+    "a margin's": (lambda: CosFaceLoss(3, 5, m=0.4), "CosFaceLoss has no option m; did you mean margin"),
+    "elsewhere": (
+        lambda: CosFaceLoss(3, 5, sub_centers=3),
+        "CosFaceLoss has no option sub_centers; did you mean centers_per_class",
+    ),
     "sharded": (lambda: ShardedCosFaceLoss(3, 5, margn=0.4), "ShardedCosFaceLoss has no option margn; did you mean margin"),
     "no margin": (lambda: ShardedMarginSoftmaxLoss(3, 5), "ShardedMarginSoftmaxLoss.* missing .*'margin'"),
     "sharded, with a margin": (
@@ -194,6 +198,21 @@ def test_a_wrong_option_is_that_of_the_class_that_was_called(case):
     make, message = WRONG_NAMES[case]
     with pytest.raises(TypeError, match=f"^{message}"):
         make()
+
+
+ATTRIBUTES = {
+    "set": (lambda head: setattr(head, "s", 30.0), "s; did you mean scale"),
+    "set to a margin": (lambda head: setattr(head, "m", 0.1), "m; did you mean margin"),
+    "read": (lambda head: head.kernel, "kernel; did you mean weight"),
+    "called": (lambda head: head.predict(None), r"predict; did you mean topk\(features, k\)"),
+}
+
+
+@pytest.mark.parametrize("case", ATTRIBUTES)
+def test_an_attribute_of_another_librarys_head(case):
+    use, message = ATTRIBUTES[case]
+    with pytest.raises(AttributeError, match=f"^CosFaceLoss has no attribute {message}"):
+        use(CosFaceLoss(3, 5))
 
 
 SHOWN = {

@@ -163,6 +163,10 @@ WRONG_CALLS = {
     "label": (lambda head, x, y: head(x, label=y), "got label= too; its two arguments are named features and labels"),
     "input and target": (lambda head, x, y: head(input=x, target=y), "got input=, target= too; its two arguments are named"),
     "AdaFace's norms": (lambda head, x, y: head(x, x.norm(dim=1, keepdim=True), y), "got Tensor too; norms are not passed"),
+    "mixup": (
+        lambda head, x, y: head(x, y, y.flip(0), 0.7),
+        r"got Tensor, float too; two classes of a row.* label_weights \(N, 2\)",
+    ),
     "weights": (lambda head, x, y: head(x, y, torch.ones(4)), 'got Tensor too; for weights of rows .*reduction="none"'),
     "an option": (lambda head, x, y: head(x, y, scale=32.0), "got scale= too; options are the constructor's"),
 }

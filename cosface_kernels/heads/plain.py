@@ -185,9 +185,15 @@ class MarginSoftmaxLoss(nn.Module):
         """nn.Module looks for parameters here, and so is the scale made of one."""
         if name == "scale" and self._learns_scale():
             return self.log_scale.exp()
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            validation.check_attribute(type(self).__name__, name)
+            raise
 
     def __setattr__(self, name, value):
+        if name in ("s", "m"):
+            validation.check_attribute(type(self).__name__, name)
         if name == "hard_classes" and value is not None:
             validation.check_hard_classes(value, self.num_classes)
             value = value.to(value.device if self.weight.is_meta else self.weight.device, torch.int32, copy=True)
