@@ -519,6 +519,15 @@ def test_any_flipped_bit(here):
     assert refused > whole.nbytes // 13
 
 
+@pytest.mark.parametrize("arguments", [["--key", "weight"], ["--to", "insightface"], ["--to", "pml"]], ids=" ".join)
+def test_float8_is_read_as_what_it_stands_for(arguments, here):
+    head = CosFaceLoss(SIZE, 7, table_format="float8")
+    torch.save(head.state_dict(), "narrow.pt")
+    assert run("narrow.pt", "wide.pt", *arguments) == 0
+    (wide,) = torch.load("wide.pt", weights_only=True).values()
+    assert torch.equal(wide.T if "pml" in arguments else wide, head.float().weight)
+
+
 def test_file_without_checksums(here, capsys):
     compute = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from ..ops import formats
 from ..validation import FLOAT_DTYPES
 
 SAFETENSORS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -155,6 +156,9 @@ def read_table(path, *, system=None, key=None, transpose=False):
         raise ValueError(
             f"{path}: has a bias beside its weight, which no other system's file holds; --key weight takes the table alone"
         )
+    scale = dict(tensors).get(f"{name}_scale")
+    if table.dtype == formats.FLOAT8 and scale is not None and scale.shape == table.shape[:1]:
+        table = formats.read(table, scale, slice(None))
     is_dense = table.layout == torch.strided and table.is_cpu and table.numel()
     if table.dim() != 2 or table.dtype not in FLOAT_DTYPES or not is_dense:
         raise ValueError(
