@@ -330,9 +330,13 @@ def _differences(state, saved, grow, strict):
     """The differences between module and checkpoint, a sentence for each."""
     saved, problems = _of_module(saved), []
     if strict:
+        other_format = {f"{name}_scale" for name in state.keys() & saved.keys() if _dtypes_differ(state[name], saved[name])}
+        hints = dict.fromkeys(other_format, "")  # of a float8 table on one side, without which it is none
         hint = "; strict=False leaves it out"
-        problems += [f"{name} is in the checkpoint and not in module{hint}" for name in saved.keys() - state.keys()]
-        problems += [f"{name} is in module and not in the checkpoint{hint}" for name in state.keys() - saved.keys()]
+        for name in saved.keys() - state.keys():
+            problems.append(f"{name} is in the checkpoint and not in module{hints.get(name, hint)}")
+        for name in state.keys() - saved.keys():
+            problems.append(f"{name} is in module and not in the checkpoint{hints.get(name, hint)}")
     for name in state.keys() & saved.keys():
         here, there = state[name], saved[name]
         fits = here.shape == there.size
@@ -342,11 +346,16 @@ def _differences(state, saved, grow, strict):
             if hint and len(here) > there.size[0]:
                 hint += f", or pass grow=({name!r},)"
             problems.append(f"{name} has shape {tuple(there.size)} in the checkpoint, {tuple(here.shape)} here{hint}")
-        if here.dtype != there.properties.dtype:
-            problems.append(f"{name} is {there.properties.dtype} in the checkpoint, {here.dtype} here")
+        if _dtypes_differ(here, there):
+            hint = "load it into a module of that dtype, and that module's state_dict() into this one"
+            problems.append(f"{name} is {there.properties.dtype} in the checkpoint, {here.dtype} here: {hint}")
         if here.is_meta:
             problems.append(f"{name} has no memory here, on the meta device: call to_empty first")
     return sorted(problems)
+
+
+def _dtypes_differ(here, there):
+    return here.dtype != there.properties.dtype
 
 
 def _read_tensors(folder, metadata, tensors):
