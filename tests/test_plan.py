@@ -128,6 +128,18 @@ def test_sampled_rows_bound_what_is_kept():
     assert sampled["kept"] < whole["kept"] and sampled["table"] == whole["table"] and sampled["state"] == whole["state"]
 
 
+def test_hard_classes_are_on_each_device():
+    """Four bytes a name, of all classes; and none where every class takes part."""
+    options = {"devices": 4, "sample_rate": 0.1}
+    without, named = (parts(100 * GB, 1_000_000, 64, 16, hard_classes=number, **options) for number in (0, 5))
+    head = cosface_kernels.CosFaceLoss(8, 1000, sample_rate=0.1, hard_classes=torch.zeros(1000, 5, dtype=torch.int64))
+    assert named["rest"] - without["rest"] == 1000 * head.hard_classes.nbytes
+    whole, also_whole = (parts(100 * GB, 1_000_000, 64, 16, hard_classes=number) for number in (0, 5))
+    assert whole == also_whole
+    few, many = (parts(100 * GB, 1000, 64, 50, sample_rate=0.1, hard_classes=number)["kept"] for number in (0, 9))
+    assert many > 4 * few > 0  # 500 of the 1000 classes in the sample, not 100; both rounded up to whole blocks
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("10e6", 10**7), ("10M", 10**7), ("10_000_000", 10**7), ("10,000,000", 10**7), ("1.5m", 1_500_000), ("7", 7), ("1B", 10**9)],
@@ -261,6 +273,7 @@ def test_recommended_code_runs(capsys):
     sampled = Training(10**7, 256, 64, "adamw", "float32", "int8", sample_rate=0.1, devices=4)
     assert sampled.code()[0] == "head = ShardedCosFaceLoss(256, 10_000_000, sample_rate=0.1)"
     assert 'FusedAdamW(head.parameters(), lr=1e-3, state_format="int8")' in sampled.code()[1]
+    assert sampled._replace(hard_classes=4).code()[1] == "head.hard_classes = head.confusions(4)[1]"
 
 
 def test_hundred_million_without_momentum(capsys):

@@ -161,6 +161,8 @@ def _add_plan(commands):
     for flag, choices in (("--optimizer", OPTIMIZERS), ("--table-format", TABLES), ("--state-format", STATES)):
         option(flag, nargs="+", choices=choices, metavar="NAME", help=f"of {', '.join(choices)}")
     option("--sample-rate", nargs="+", type=rate, metavar="RATE", help="classes in a step (varied: 1, 0.1)")
+    hard = "of each class, in its sample (default: none), where classes are sampled"
+    option("--hard-classes", type=count, default=0, metavar="N", help=hard)
     devices = "that share the table (varied: this machine's, or with --memory 1, 2, 4, 8)"
     option("--devices", nargs="+", type=count, metavar="N", help=devices)
     option("--memory", type=size, metavar="SIZE", help="of each device: 141GB, 24GiB (default: this machine's)")

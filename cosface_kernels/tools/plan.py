@@ -64,6 +64,7 @@ class Training(NamedTuple):
     devices: int = 1
     precision: str = "bfloat16"
     device_type: str = "cpu"
+    hard_classes: int = 0  # named for each class, where classes are sampled
 
     @property
     def is_fused(self):
@@ -82,14 +83,16 @@ class Training(NamedTuple):
         return f"{self.optimizer} with a {self.table_format} table{state} and {sampled}"
 
     def code(self):
-        """The three statements that make the head, its optimiser, and a step."""
+        """The statements that make the head, its optimiser, and a step."""
         arguments = f"{self.dim}, {self.identities:_}"
         if self.table_format != "float32":
             arguments += f', table_format="{self.table_format}"'
         if self.sample_rate < 1:
             arguments += f", sample_rate={self.sample_rate:g}"
+        hard = [f"head.hard_classes = head.confusions({self.hard_classes})[1]"] * (self.sample_rate < 1 and self.hard_classes > 0)
         return [
             f"head = {'Sharded' * (self.devices > 1)}CosFaceLoss({arguments})",
+            *hard,
             f"optimizer = {OPTIMIZERS[self.optimizer].code.format(self.state_format)}",
             "head(features, labels).backward(); optimizer.step(); optimizer.zero_grad()",
         ]
@@ -104,7 +107,8 @@ def plan(training, device):
     """Bytes by name, all alive at a step's peak on each of the devices that share the table."""
     batch, dim, optimizer = training.batch, training.dim, OPTIMIZERS[training.optimizer]
     held = -(-training.identities // training.devices)
-    rows = max(round(training.sample_rate * held), min(batch, held))
+    hard = training.hard_classes if training.sample_rate < 1 else 0
+    rows = max(round(training.sample_rate * held), min(batch * (1 + hard), held))
     dtype, state = getattr(torch, training.precision), formats.STATE_FORMATS[training.state_format]
     weight = torch.empty(held, dim, dtype=formats.TABLE_FORMATS[training.table_format], device="meta")
     is_float8 = weight.dtype == formats.FLOAT8
@@ -126,7 +130,7 @@ def plan(training, device):
         "state": held * optimizer.states * (dim * state.itemsize + 4 * (state in formats.LARGEST_CODE)),
         "gradient": 0 if training.is_fused else weight.nbytes,
         "kept": kept,
-        "rest": buffers + 4 * BATCH_MATRICES * batch * dim + device.process,
+        "rest": buffers + 4 * BATCH_MATRICES * batch * dim + 4 * training.identities * hard + device.process,
     }
 
 
@@ -199,6 +203,7 @@ def report(arguments):
         batch=arguments.batch,
         precision=arguments.precision,
         device_type=device_type,
+        hard_classes=arguments.hard_classes,
     )
     if not found:
         raise ValueError("torch.optim's optimizers go with float32 for table and state and a sample rate of 1")
