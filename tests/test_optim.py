@@ -1043,6 +1043,19 @@ def test_learning_rate_as_a_tensor(device):
     assert torch.equal(ours.weight, theirs.weight)
 
 
+def test_distributed_state_dict_would_lose_a_recorded_backward():
+    head = CosFaceLoss(8, 20)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    head(torch.randn(6, 8), torch.arange(6)).backward()
+    with pytest.raises(RuntimeError, match=r"would lose the backward that is recorded.*: set it again"):
+        get_state_dict(head, optimizer)
+    before = head.weight.detach().clone()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    assert head.weight.grad is None and not torch.equal(head.weight, before)
+    get_state_dict(head, optimizer)
+
+
 @pytest.mark.parametrize("steps", [0, 1])
 @pytest.mark.parametrize("state_format", ["float32", "int8"])
 @pytest.mark.parametrize("kind, options", [(FusedSGD, {}), (FusedSGD, {"momentum": 0.9, "weight_decay": 0.01}), (FusedAdamW, {})])

@@ -93,14 +93,24 @@ class Fused(torch.optim.Optimizer):
 
     def _is_empty_step(self):
         """True for the step by which torch.distributed.checkpoint.state_dict has an optimiser allocate its state: the first one,
-        at a learning rate of 0, with a gradient of zeros for every parameter and none recorded.
+        at a learning rate of 0, with a gradient of zeros for every parameter. Raises if a backward is recorded, which the
+        zero_grad after that step would lose.
         """
-        return (
+        parameters = [each for pair in self._tables for each in pair if each is not None and each.requires_grad]
+        is_empty = (
             not self.state
             and all(number("lr", group["lr"]) == 0 for group in self.param_groups)
-            and not any(recording.pending(weight).records for weight, _ in self._tables if self._records(weight))
-            and all(_is_zero(each.grad) for pair in self._tables for each in pair if each is not None and each.requires_grad)
+            and all(_is_zero(each.grad) for each in parameters)
         )
+        if is_empty and any(recording.pending(weight).records for weight, _ in self._tables if self._records(weight)):
+            for each in parameters:
+                each.grad = None
+            raise RuntimeError(
+                "torch.distributed.checkpoint.state_dict makes the state of an optimiser that has none by a step with a learning "
+                "rate of 0, and would lose the backward that is recorded: call it before backward, or after step. It leaves lr = "
+                "0: set it again before you go on"
+            )
+        return is_empty
 
     def _allocate(self):
         """Allocate the state of all tables, as it is before any step."""
