@@ -230,8 +230,16 @@ class Seen(TorchDispatchMode):
         return operator(*arguments, **(keywords or {}))
 
 
+def test_a_profile_names_the_operators(device):
+    features, weight, labels = draw(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        cosface_loss(features.requires_grad_(), weight, labels).backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {f"cosface_kernels::{name}" for name in ("negative_lse", "negative_lse_backward", "margin_losses")} <= names
+
+
 def test_modes_see_the_operators(device):
-    """Profilers, counters of flops and activation checkpointing that selects by operator are modes."""
+    """Counters of flops and activation checkpointing that selects by operator are modes."""
     features, weight, labels = draw(device)
     with Seen() as seen:
         cosface_loss(features.requires_grad_(), weight, labels).backward()

@@ -256,8 +256,10 @@ def _plain_keys(device_type):
 
 
 def _only_autograd_sees(inputs):
-    """False if an operator's call is to be traced, or its tensors are of a subclass, transformed or views that negate numbers."""
+    """False if an operator's call is traced or profiled, or its tensors are of a subclass, transformed or negative views."""
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set() != _THREAD_KEYS:
+        return False
+    if torch.autograd._profiler_enabled():  # else a profile would not name the operators
         return False
     for each in inputs:
         if isinstance(each, Tensor) and torch._C._dispatch_keys(each) != _plain_keys(each.device.type):
