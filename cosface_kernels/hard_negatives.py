@@ -37,7 +37,7 @@ class HardNegatives:
         raise NotImplementedError(f"{type(self).__name__} defines no polynomial(self, cosine, target, state)")
 
     def update(self, cosine: Tensor, counted: Tensor, state: dict[str, Tensor]) -> None:
-        """Update the running statistics in place. Called before `polynomial` in each training step.
+        """Update the running statistics in place, as `Margin.update` does. Called before `polynomial` in each training step.
 
         counted: bool (N,), False for ignored rows.
         """
@@ -68,7 +68,7 @@ class CurricularFace(HardNegatives):
         counted = counted & cosine.isfinite()
         count = counted.sum()
         mean = cosine.where(counted, 0.0).sum() / count.clamp(min=1)
-        state["t"] += (float(self.momentum) * (mean - state["t"])).where(count > 0, 0.0)  # not add_(): see AdaFace
+        state["t"] += (float(self.momentum) * (mean - state["t"])).where(count > 0, 0.0)
 
 
 @dataclass(frozen=True)

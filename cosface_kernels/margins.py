@@ -83,7 +83,10 @@ class Margin:
         return ()
 
     def update(self, norm: Tensor | None, counted: Tensor, state: dict[str, Tensor]) -> None:
-        """Update the running statistics in place. Called before `terms` in each training step."""
+        """Update the running statistics in place, by `state[name] += change`. Called before `terms` in each training step.
+
+        torch.compile leaves out an `add_` of a float64 number on a CPU, whose result nobody takes.
+        """
 
     def penalty(self, norm: Tensor | None) -> Tensor | None:
         """A term (N,) that is added to the loss of each row, or None."""
@@ -296,7 +299,6 @@ class AdaFace(Margin):
         norm = self._clipped(norm)
         enough = (counted & norm.isfinite()).sum() > 1
         for name, value in zip(self.state, self._statistics(norm, counted), strict=True):
-            # Not add_(), whose result nobody would use: torch.compile leaves that out for a float64 number on a CPU.
             state[name] += torch.where(enough, float(self.t_alpha) * (value - state[name]), 0.0)
 
     @staticmethod
