@@ -43,15 +43,16 @@ def test_kernel(benchmark, part, dtype, monkeypatch):
     """Calls a kernel again with the arguments of a step."""
     calls, kernel = [], getattr(cpu_kernels.kernels(dtype), part)
 
-    def record(*arguments):
-        calls.append(arguments)
-        kernel(*arguments)
+    def record(*arguments, **named):
+        calls.append((arguments, named))
+        kernel(*arguments, **named)
 
     monkeypatch.setattr(cpu_kernels.kernels(dtype), part, record)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         step(functools.partial(cosface_loss, backend="cpu"), *inputs(*SLAB))
-    (arguments,) = calls
+    ((arguments, named),) = calls
     benchmark.group = f"{part}, {SLAB}"
-    benchmark(kernel, *arguments)
-    floats = [argument for argument in arguments if isinstance(argument, torch.Tensor) and argument.is_floating_point()]
+    benchmark(kernel, *arguments, **named)
+    tensors = [each for given in (*arguments, *named.values()) for each in (given if isinstance(given, tuple) else [given])]
+    floats = [argument for argument in tensors if isinstance(argument, torch.Tensor) and argument.is_floating_point()]
     assert all(tensor.isfinite().all() for tensor in floats)

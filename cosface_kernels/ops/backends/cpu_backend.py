@@ -14,6 +14,7 @@ from .. import page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
 from . import Sums, cpu_kernels, cpu_library, cpu_rows, exponents, several
+from .cpu_kernels import Pieces, Product
 
 row_functions = cpu_rows
 SMALLEST = torch.finfo(torch.float64).tiny
@@ -65,9 +66,16 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
             slab.exponentials(start, stop, shift, e, None)
         out = None if update else sink.room(start, stop, out_dtype)
         slab.kernels.table_gradient(
-            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size, table.normalize),
-            *(float(factors.unscale), start, len(factors.target_rows), factors.target_rows, factors.target_sums),
-            *(common, slab.scratch, out, update),
+            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size),
+            normalized=table.normalize,
+            unscale=float(factors.unscale),
+            first_class=start,
+            target_rows=factors.target_rows,
+            target_sums=factors.target_sums,
+            common=common,
+            scratch=slab.scratch,
+            grad=out,
+            step=update,
         )
         if not update:
             sink.put(start, stop, out)
@@ -136,11 +144,16 @@ class _Slab:
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
         if self.writes_exponents:
             return self._from_exponents(start, stop, shift, e, panels)
-        self.kernels.exponentials(
-            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, start, shift),
-            *(self.plan.log2_scale, e, panels, self.partial, self._values, self._places, self._hard_columns),
-        )
+        product = self._product(start, stop, self.plan.log2_scale)
+        self.kernels.exponentials(product, shift, e, panels, self._pieces(), self._hard_columns)
         return self._parts(start, stop)
+
+    def _product(self, start, stop, log2_scale):
+        sides = self.x_panels, self.num_rows, self.unit, stop - start
+        return Product(*sides, self.size, self.targets, first_class=start, log2_scale=log2_scale)
+
+    def _pieces(self):
+        return Pieces(self.partial, self._values, self._places)
 
     def _parts(self, start, stop):
         """The numbers that a kernel has written for each piece of a slab (pieces, N). Its largest products are compared."""
@@ -181,11 +194,8 @@ class _Slab:
 
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
-        self.kernels.maxima(
-            *(self.x_panels, self.num_rows, self.unit, stop - start, self.size, self.targets, self.table.centers, start),
-            *(self._factor, exponents, self.partial),
-            *(self._values, self._places, self._hard_columns),
-        )
+        product = self._product(start, stop, self._factor)
+        self.kernels.maxima(product, self.table.centers, exponents, self._pieces(), self._hard_columns)
         return self._parts(start, stop)
 
 

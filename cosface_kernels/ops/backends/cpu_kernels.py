@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +12,31 @@ from .cpu_library import floats, integers, padded, rows_of_table
 
 # To wake a thread takes as long as so many products, and to read and write a number as long as some tens.
 PRODUCTS_OF_THREAD, PRODUCTS_OF_NUMBER = 2**21, 32
+
+
+class Product(NamedTuple):
+    """x̃ ŵᵀ of a slab and its factor: what the exponents are made of."""
+
+    x_panels: torch.Tensor  # (N, D), in panels
+    num_rows: int
+    unit: torch.Tensor  # (B, D)
+    classes: int  # B
+    size: int  # D
+    targets: torch.Tensor  # (N,), classes of the whole table
+    first_class: int
+    log2_scale: float
+
+    @property
+    def multiplications(self):
+        return self.num_rows * self.classes * self.size
+
+
+class Pieces(NamedTuple):
+    """The results for each piece of a row (pieces, N)."""
+
+    partial: torch.Tensor  # its sum or maximum
+    values: torch.Tensor | None  # its largest product, where wanted
+    places: torch.Tensor | None  # and the place of that
 
 
 class Kernels:
@@ -52,61 +78,28 @@ class Kernels:
             normalized=normalized,
         )
 
-    def exponentials(
-        self,
-        x_panels,
-        num_rows,
-        unit,
-        classes,
-        size,
-        targets,
-        first,
-        shift,
-        log2_scale,
-        e,
-        e_panels,
-        partial,
-        values=None,
-        places=None,
-        hard=None,
-    ):
-        """values, places: of the largest product in each piece of a row, where wanted. hard: (4, N), or None."""
+    def exponentials(self, product, shift, e, e_panels, pieces, hard=None):
+        """e (B, N), e_panels: where the exponentials go; hard: (4, N), or None."""
         self._call(
             "exponentials",
-            num_rows * classes * size,
-            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
-            shifts=floats("shift", shift, num_rows),
-            e=self._numbers("exponentials", e, classes, num_rows),
-            e_panels=self._panels(e_panels, classes, num_rows),
-            **self._pieces(num_rows, classes, partial, values, places),
-            hard=floats("hard negatives", hard, 4, num_rows),
+            product.multiplications,
+            of=self._exponents(product),
+            shifts=floats("shift", shift, product.num_rows),
+            e=self._numbers("exponentials", e, product.classes, product.num_rows),
+            e_panels=self._panels(e_panels, product.classes, product.num_rows),
+            **self._pieces(product, pieces),
+            hard=floats("hard negatives", hard, 4, product.num_rows),
         )
 
-    def maxima(
-        self,
-        x_panels,
-        num_rows,
-        unit,
-        classes,
-        size,
-        targets,
-        centers,
-        first,
-        log2_scale,
-        exponents,
-        partial,
-        values=None,
-        places=None,
-        hard=None,
-    ):
-        """values, places, hard: as in `exponentials`."""
+    def maxima(self, product, centers, exponents, pieces, hard=None):
+        """exponents (B, N): where they go, or None; hard: as in `exponentials`."""
         self._call(
             "maxima",
-            num_rows * classes * size,
-            of=self._exponents(x_panels, num_rows, unit, classes, size, targets, first, log2_scale),
-            exponents=floats("exponents", exponents, classes, num_rows),
-            **self._pieces(num_rows, classes, partial, values, places),
-            hard=floats("hard negatives", hard, 4, num_rows),
+            product.multiplications,
+            of=self._exponents(product),
+            exponents=floats("exponents", exponents, product.classes, product.num_rows),
+            **self._pieces(product, pieces),
+            hard=floats("hard negatives", hard, 4, product.num_rows),
             centers=centers,
         )
 
@@ -130,12 +123,12 @@ class Kernels:
         weight,
         classes,
         size,
+        *,
         normalized,
         unscale,
-        first,
-        num_targets,
-        rows,
-        sums,
+        first_class,
+        target_rows,
+        target_sums,
         common,
         scratch,
         grad,
@@ -146,7 +139,7 @@ class Kernels:
         """
         threads = len(scratch)
         if step is not None:
-            step.check(first, classes, size)
+            step.check(first_class, classes, size)
             threads = min(threads, step.threads)
         self._call(
             "table_gradient",
@@ -155,8 +148,8 @@ class Kernels:
             e=self._numbers("exponentials", e, classes, num_rows),
             x_panels=self._panels(x_panels, num_rows, size),
             table=rows_of_table("weight", weight, classes, size),
-            target_classes=integers("target rows", rows, num_targets),
-            target_sums=floats("target sums", sums, num_targets, size),
+            target_classes=integers("target rows", target_rows, len(target_rows)),
+            target_sums=floats("target sums", target_sums, len(target_rows), size),
             common=None if common is None else floats("the common row", common, padded(size)),
             scratch=floats("scratch", scratch, threads, self.scratch_numbers(num_rows, size)),
             grad=None if step else rows_of_table("the gradient", grad, classes, size),
@@ -164,8 +157,8 @@ class Kernels:
             num_rows=num_rows,
             classes=classes,
             size=size,
-            first_class=first,
-            num_targets=num_targets,
+            first_class=first_class,
+            num_targets=len(target_rows),
             scratch_size=scratch.shape[1],
             unscale=unscale,
             is_bfloat16=weight.dtype == torch.bfloat16,
@@ -173,26 +166,26 @@ class Kernels:
             grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
         )
 
-    def _exponents(self, x_panels, num_rows, unit, classes, size, targets, first, log2_scale):
+    def _exponents(self, product):
+        num_rows, classes, size = product.num_rows, product.classes, product.size
         return cpu_library.filled(
             cpu_library.EXPONENTS,
-            x_panels=self._panels(x_panels, size, num_rows),
-            unit=self._operands("unit rows", unit, classes, size),
-            targets=integers("targets", targets, num_rows),
+            x_panels=self._panels(product.x_panels, size, num_rows),
+            unit=self._operands("unit rows", product.unit, classes, size),
+            targets=integers("targets", product.targets, num_rows),
             num_rows=num_rows,
             classes=classes,
             size=size,
-            first_class=first,
-            log2_scale=log2_scale,
+            first_class=product.first_class,
+            log2_scale=product.log2_scale,
         )
 
-    def _pieces(self, num_rows, classes, partial, values, places):
-        """What each piece of a row has: its sum or maximum, its largest product and the place of that."""
-        pieces = ceil_div(classes, self.sum_classes), num_rows
+    def _pieces(self, product, pieces):
+        shape = ceil_div(product.classes, self.sum_classes), product.num_rows
         return {
-            "partial": floats("partial results", partial, *pieces),
-            "values": floats("largest products", values, *pieces),
-            "places": ("their places", places, torch.int32, math.prod(pieces)),
+            "partial": floats("partial results", pieces.partial, *shape),
+            "values": floats("largest products", pieces.values, *shape),
+            "places": ("their places", pieces.places, torch.int32, math.prod(shape)),
         }
 
     def _numbers(self, name, tensor, *shape):
