@@ -66,7 +66,7 @@ class CosFaceToday(torch.nn.Module, Named, name="CosFace"):
 class CosFace2020(CosFaceToday, name="CosFace"):
     def forward(self, cosines, labels):
         rows, classes = targets_of(cosines, labels)
-        hot = torch.zeros(len(rows), cosines.shape[1])  # float32, whatever the cosines are
+        hot = torch.zeros(len(rows), cosines.shape[1], device=cosines.device)  # float32, whatever the cosines are
         hot.scatter_(1, classes[:, None], self.m)
         cosines[rows] -= hot
         return cosines * self.s
@@ -101,7 +101,7 @@ class ArcFace2020(torch.nn.Module, Named, name="ArcFace"):
 
     def forward(self, cosines, labels):
         rows, classes = targets_of(cosines, labels)
-        hot = torch.zeros(len(rows), cosines.shape[1])
+        hot = torch.zeros(len(rows), cosines.shape[1], device=cosines.device)
         hot.scatter_(1, classes[:, None], self.m)
         cosines.acos_()
         cosines[rows] += hot
