@@ -263,7 +263,7 @@ class PerRow(margins.Margin):
     m: torch.Tensor
 
     def psi(self, cosine):
-        return cosine - self.m
+        return cosine - self.m.to(cosine.device)
 
 
 MOVING = {
