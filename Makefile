@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-stand-in test-fake-gpu test-gpu-versions lint docs bench gpu-cache clean
+.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-stand-in test-fake-gpu test-fake-gpu-suite test-gpu-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-stand-in | test-fake-gpu | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-stand-in | test-fake-gpu | test-fake-gpu-suite | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -59,6 +59,11 @@ GPU := build/gpu
 ON_FAKE := LD_LIBRARY_PATH=$(CURDIR)/$(GPU)/fake TRITON_LIBCUDA_PATH=$(CURDIR)/$(GPU)/fake TRITON_CACHE_DIR=$(CURDIR)/$(GPU)/cache
 test-fake-gpu: $(GPU)/.ready
 	$(ON_FAKE) FAKE_DEVICES=2 $(GPU)/bin/python -m pytest tests/fake_gpu/checks.py
+
+# Every test that a GPU would run, there: numbers mean nothing, so what fails met an error of Python or C++.
+test-fake-gpu-suite: $(GPU)/.ready
+	$(ON_FAKE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU)/bin/python -m pytest -m gpu -n 2 \
+		-p tests.fake_gpu.errors --assert=plain -rx tests
 
 # The same versions without a GPU: the interpreter, the operators' own checks, and compiled ahead of time.
 test-gpu-versions: test-fake-gpu
