@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,14 @@ import torch
 
 pytest.importorskip("pytorch_metric_learning")
 pytest.importorskip("sklearn")
+pytest.importorskip("PIL")
+pytest.importorskip("yaml")
+
+from test_pairs import png, write_bin
+from test_training_records import write_rec
 
 from cosface_kernels.tools import cli
-from cosface_kernels.training import recipes, reproduce
+from cosface_kernels.training import evaluate, photographs, recipes, reproduce
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "reproduction.md"
@@ -55,9 +61,9 @@ def test_claims_are_the_papers():
 
 def test_a_batch_has_several_images_of_each_identity():
     members = [np.arange(10 * who, 10 * who + 10 + who) for who in range(40)]
-    labels = recipes._batch(np.random.default_rng(0), members) // 10
+    labels = recipes.batch(np.random.default_rng(0), members) // 10
     assert sorted(np.bincount(labels).tolist())[-1] <= 8 and len(labels) == 128
-    assert len(recipes._batch(np.random.default_rng(0), members[:7])) == 7 * 18
+    assert len(recipes.batch(np.random.default_rng(0), members[:7])) == 7 * 18
 
 
 @pytest.fixture
@@ -114,7 +120,7 @@ def test_document_is_what_was_measured():
     """Each report in docs/reproduction.md is made of benchmarks/results/reproduction.jsonl."""
     known = reproduce.read(ROOT / "benchmarks" / "results" / "reproduction.jsonl")
     found = re.findall(r"cosface reproduce (\w+) --data (\w+) --seeds (\d) --steps (\d+)", "\n".join(COMMANDS))
-    assert len(found) == len(COMMANDS) - 1 == 4  # and the toy
+    assert len(found) == len(COMMANDS) - 2 == 4  # and the toy, and photographs
     for experiment, data, seeds, steps in found:
         lines = [line for line in known if line["data"] == data and line["settings"] == recipes.settings(int(steps), data)]
         lines = [line for line in lines if line["loss"] in reproduce.EXPERIMENTS[experiment]]
@@ -122,11 +128,118 @@ def test_document_is_what_was_measured():
         assert "\n".join(reproduce.report(experiment, lines)).lstrip("# ") in DOCUMENT.read_text()
 
 
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Three rendered people in InsightFace's files, and two lists of pairs of others."""
+    folder = tmp_path_factory.mktemp("photos")
+    people = [(who, number) for who in range(3) for number in range(4)]
+    write_rec(folder, payloads=[png(*each) for each in people], labels=[who for who, _ in people], ends=(13, 16))
+    write_bin(folder / "lfw.bin", count=10), write_bin(folder / "cfp_fp.bin", count=12)
+    return folder
+
+
+def on_photographs(photos, out, *more, lists=("lfw.bin",), experiment="normalization"):
+    paths = "--data", photos / "train.rec", "--out", out, "--pairs", *(photos / name for name in lists)
+    return cli.main(["reproduce", experiment, "--seeds", "1", *map(str, paths), *more])
+
+
+@pytest.fixture
+def paper(monkeypatch):
+    settings = photographs.PAPER._replace(
+        backbone="sphere4", image_size=16, embedding_size=8, identities=4, images=2, checkpoint_every=2
+    )
+    monkeypatch.setattr(photographs, "PAPER", settings)
+    monkeypatch.setattr(photographs.os, "cpu_count", lambda: 0)
+
+
+def results_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
-def test_commands_of_the_document(small, tmp_path, monkeypatch):
-    """In short, on images of noise."""
+def test_photographs(paper, photos, tmp_path, monkeypatch):
+    """Stopped in mid-training it ends on the numbers of a run that was not; another list trains nothing."""
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert on_photographs(photos, whole, "--steps", "4") == 0
+    once = results_of(whole)
+    save = photographs.save_checkpoint
+
+    def full(folder, *arguments, **options):
+        if folder.name == "step-4":
+            raise OSError("full")
+        save(folder, *arguments, **options)
+
+    monkeypatch.setattr(photographs, "save_checkpoint", full)
+    assert on_photographs(photos, part, "--steps", "4") == 1 and not (part / "results.jsonl").exists()
+    monkeypatch.setattr(photographs, "save_checkpoint", save)
+    assert on_photographs(photos, part, "--steps", "4") == 0
+    assert [line["pairs"] for line in results_of(part)] == [line["pairs"] for line in once]
+    monkeypatch.setattr(photographs, "save_checkpoint", None)
+    assert on_photographs(photos, whole, "--steps", "4", lists=("lfw.bin", "cfp_fp.bin")) == 0
+    both = results_of(whole)[2:]
+    assert [line["pairs"]["lfw"] for line in both] == [line["pairs"]["lfw"] for line in once]
+    report = (whole / "normalization-train.md").read_text()
+    assert report.count("| normalised features are better |") == 2 and "sphere4, 4 steps of 8 images of 16 pixels" in report
+    accuracy = both[1]["pairs"]["cfp_fp"]["accuracy"]
+    assert f"| {reproduce.OURS} | {100 * accuracy:.2f} ± 0.00 |" in report.split("## cfp_fp")[1] and "99.33 | 96.1" in report
+
+
+def test_scores_of_photographs_are_those_of_eval(paper, photos, monkeypatch):
+    """The network is judged as eval --pairs judges that of a run."""
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 16 * 16, 8)).eval()
+    found = photographs.score(network, photographs.read([photos / "lfw.bin"])["lfw"])
+    run = network, SimpleNamespace(image_size=16)
+    monkeypatch.setattr("cosface_kernels.training.backbones.load_backbone", lambda _: run)
+    expected = evaluate.of_pairs(photos / "lfw.bin", "run", "concat")["verification"]
+    assert (found["accuracy"], found["eer"]) == (expected["accuracy"], expected["eer"]) and found["rank1"] is None
+
+
+def test_batches_are_functions_of_the_step(paper):
+    """Two images of each of three people, also from the middle on; an image without a label is in none."""
+    source = SimpleNamespace(labels=np.array([0, 1, -1, 1, 0, 2, 2, 2]), num_classes=3)
+    whole = [chosen.tolist() for _, chosen in photographs.Order(source, 7, 0, 5)]
+    assert [chosen.tolist() for _, chosen in photographs.Order(source, 7, 3, 5)] == whole[3:] and whole[0] != whole[1]
+    assert all(np.bincount(source.labels[chosen]).tolist() == [2, 2, 2] for chosen in whole)
+
+
+def test_the_papers_settings():
+    assert photographs.settings(30_000) == {
+        **{"backbone": "sphere64", "image_size": 112, "embedding_size": 512, "scale": 64.0, "identities": 128, "images": 4},
+        **{"lr": 0.1, "milestones": [16 / 30, 24 / 30, 28 / 30], "momentum": 0.9, "weight_decay": 5e-4, "steps": 30_000},
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("losses --data crops", "any other goes with --pairs, got 'crops'"),
+        ("losses --pairs lfw.bin", "--pairs goes with --data DATA"),
+        ("toy --data crops --pairs lfw.bin", "toy takes no --pairs"),
+        ("losses --images crops", "--images goes with --pairs"),
+    ],
+)
+def test_wrong_usage(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["reproduce", *arguments.split()])
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_lists_are_looked_at_before_training(paper, photos, tmp_path, capsys):
+    assert on_photographs(photos, tmp_path, lists=("lfw.bin", "lfw.bin")) == 1
+    assert "two lists of pairs have one name" in capsys.readouterr().err
+    assert on_photographs(photos, tmp_path, lists=("none.bin",)) == 1
+    assert "none.bin: there is no such file" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.slow
+def test_commands_of_the_document(small, paper, photos, tmp_path, monkeypatch):
+    """In short, on images of noise, and on few rendered ones where it has photographs."""
     monkeypatch.setattr("cosface_kernels.tools.demo.toy.EPOCHS", 1)
+    monkeypatch.chdir(photos)
     for command in COMMANDS:
         shorter = ["--steps", "1", "--seeds", "1", "--out", str(tmp_path)]
         assert cli.main([*shlex.split(command)[1:], *shorter]) == 0
     assert (tmp_path / "toy.md").read_text().count("LMCL, m") == 3 and (tmp_path / "toy_features.png").exists()
+    found = [line for line in results_of(tmp_path) if line["data"] == "train.rec"]
+    assert [line["loss"] for line in found] == [*recipes.LOSSES] and found[0]["pairs"].keys() == {"lfw", "cfp_fp"}

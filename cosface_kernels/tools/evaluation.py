@@ -4,6 +4,8 @@ from pathlib import Path
 
 from .command import add, fail, without_extras
 
+RENDERED = "faces", "faces20000", "digits"
+
 
 def _add_eval(commands):
     option = add(
@@ -66,10 +68,17 @@ def _add_reproduce(commands):
         "margin. A run that was stopped goes on where it was.",
     )
     option("experiment", choices=("toy", "margins", "losses", "normalization", "nsl"))
-    data = "1,000 or 20,000 rendered identities, or handwritten digits (default: faces)"
-    option("--data", choices=("faces", "faces20000", "digits"), default="faces", help=data)
+    names = ", ".join(RENDERED)
+    data = (
+        f"{names} (1,000 or 20,000 rendered identities, handwritten digits; default: faces), or with --pairs what `train` takes"
+    )
+    option("--data", default="faces", metavar="DATA", help=data)
+    pairs = "judge networks trained with the paper's settings on these lists, as eval --pairs takes them"
+    option("--pairs", type=Path, nargs="+", default=[], metavar="FILE", help=pairs)
+    option("--images", type=Path, metavar="DIR", help="where the images of a .txt list are (default: beside it)")
     option("--seeds", type=int, default=3, choices=range(1, 101), metavar="N", help="trainings of each loss (default: 3)")
-    option("--steps", type=int, default=500, choices=range(1, 10**6), metavar="N", help="of each training (default: 500)")
+    steps = "of each training (default: 500, with --pairs the paper's 30,000)"
+    option("--steps", type=int, choices=range(1, 10**6), metavar="N", help=steps)
     where = "where results.jsonl and the report go (default: ./reproduction)"
     option("--out", type=Path, default=Path("reproduction"), metavar="DIR", help=where)
 
@@ -146,14 +155,30 @@ def _embed(arguments):
 
 
 def _reproduce(arguments):
-    name, data, out = arguments.experiment, arguments.data, arguments.out
+    name, data, pairs, out = arguments.experiment, arguments.data, arguments.pairs, arguments.out
+    for is_wrong, message in (
+        (
+            not pairs and data not in RENDERED,
+            f"--data is one of {', '.join(RENDERED)}; any other goes with --pairs, got {data!r}",
+        ),
+        (pairs and data in RENDERED, "--pairs goes with --data DATA, as `cosface train data=DATA` takes it"),
+        (pairs and name == "toy", "toy takes no --pairs"),
+        (arguments.images and not pairs, "--images goes with --pairs"),
+    ):
+        if is_wrong:
+            arguments.wrong_usage(message)
 
     def reproduced():
-        from ..training import reproduce
+        from ..training import photographs, recipes, reproduce
 
         if name == "toy":
             return reproduce.write("toy", reproduce.toy(_toy_results(out)), out)
-        results = reproduce.run(name, data, arguments.seeds, arguments.steps, out)
+        if pairs:
+            steps = arguments.steps or photographs.STEPS
+            results = reproduce.run_on_photographs(name, data, pairs, arguments.images, arguments.seeds, steps, out)
+            lines = reproduce.report_of_photographs(name, results, pairs)
+            return reproduce.write(f"{name}-{Path(data).stem}", lines, out)
+        results = reproduce.run(name, data, arguments.seeds, arguments.steps or recipes.STEPS, out)
         return reproduce.write(f"{name}-{data}", reproduce.report(name, results), out)
 
     return _print(reproduced, "reproduce")
@@ -184,7 +209,7 @@ def _print(text, extras="train"):
         print(text())
     except ModuleNotFoundError as error:
         return without_extras(error, extras)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
         return fail(error)
     return 0
 

@@ -1,7 +1,7 @@
 """What a step is trained on: which images, in which order, and how they are changed, all functions of (seed, step).
 
-A source has `num_classes`, `len()`, and `batch(indices)` -> (images uint8 (N, 3, S, S), labels int64 (N,), damaged): damaged
-images are left out of the batch and named, {index: (name, reason)}.
+A source has `num_classes`, `len()`, `labels` (N,), and `batch(indices)` -> (images uint8 (N, 3, S, S), labels int64, damaged):
+damaged images are left out of the batch and named, {index: (name, reason)}.
 """
 
 import signal
@@ -53,6 +53,10 @@ class Faces:
                 f"data=faces:{sizes} must be faces:IDENTITIES or faces:IDENTITIES:IMAGES, as in faces:100:50"
             ) from None
         self.image_size, self.seed = image_size, seed
+
+    @property
+    def labels(self):
+        return np.arange(len(self)) // self.images
 
     def __len__(self):
         return self.num_classes * self.images

@@ -27,7 +27,16 @@ EMBEDDING, SCALE, MARGIN = 64, 16.0, 0.35
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.1, 0.9, 5e-4
 # A batch is some identities with some images each, for all losses: those of pairs need it.
 IDENTITIES, IMAGES = 32, 4
-SIZE = 24
+SIZE, STEPS = 24, 500
+
+
+class Sizes(NamedTuple):
+    """What a loss depends on, beside the number of classes."""
+
+    embedding: int = EMBEDDING
+    scale: float = SCALE  # of losses of cosines
+
+
 TRAINED = {"faces": 1000, "faces20000": 20_000}  # identities
 PAIRS = 3000  # of each kind, for the accuracy in ten folds
 
@@ -82,7 +91,7 @@ DATA = {"faces": faces, "faces20000": faces20000, "digits": digits}
 class Alone(nn.Module):
     """A loss of embeddings, with an optional head and an optional center for each identity, summed."""
 
-    def __init__(self, classes, *, head=None, triplet=False, contrastive=0.0, center=0.0):
+    def __init__(self, classes, sizes, *, head=None, triplet=False, contrastive=0.0, center=0.0):
         super().__init__()
         from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
         from pytorch_metric_learning.miners import TripletMarginMiner
@@ -90,7 +99,7 @@ class Alone(nn.Module):
         self.head, self.weights = head, (contrastive, center)
         self.contrastive, self.triplet = ContrastiveLoss(), TripletMarginLoss(margin=0.2) if triplet else None
         self.miner = TripletMarginMiner(margin=0.2)
-        self.centers = nn.Parameter(torch.zeros(classes, EMBEDDING, dtype=torch.float32, device="cpu")) if center else None
+        self.centers = nn.Parameter(torch.zeros(classes, sizes.embedding, dtype=torch.float32, device="cpu")) if center else None
 
     def forward(self, features, labels):
         contrastive, center = self.weights
@@ -104,21 +113,22 @@ class Alone(nn.Module):
         return loss
 
 
-def _margin_loss(margin, classes, **options):
-    return MarginSoftmaxLoss(EMBEDDING, classes, margin=margin(), **options)
+def _margin_loss(margin, classes, sizes, *, of_cosines=False, **options):
+    options |= {"scale": sizes.scale} if of_cosines else {}
+    return MarginSoftmaxLoss(sizes.embedding, classes, margin=margin(), **options)
 
 
-def lmcl(margin, classes):
+def lmcl(margin, classes, sizes):
     """CosFace with a margin of its own."""
-    return CosFaceLoss(EMBEDDING, classes, scale=SCALE, margin=margin)
+    return CosFaceLoss(sizes.embedding, classes, scale=sizes.scale, margin=margin)
 
 
-def _with_softmax(classes, **more):
-    return Alone(classes, head=_margin_loss(Softmax, classes, bias=True), **more)
+def _with_softmax(classes, sizes, **more):
+    return Alone(classes, sizes, head=_margin_loss(Softmax, classes, sizes, bias=True), **more)
 
 
 _sphere = partial(SphereFace, 4, annealing=True)
-# The nine of the paper's tables 1 and 2; each makes a module forward(features, labels) of the number of classes.
+# The nine of the paper's tables 1 and 2; each makes a module forward(features, labels) of the number of classes and Sizes.
 LOSSES = {
     "Softmax": partial(_margin_loss, Softmax, bias=True),
     "Softmax + Contrastive": partial(_with_softmax, contrastive=1.0),
@@ -126,7 +136,7 @@ LOSSES = {
     "L-Softmax": partial(_margin_loss, partial(LSoftmax, 4, annealing=True)),
     "Softmax + Center": partial(_with_softmax, center=0.01),
     "A-Softmax": partial(_margin_loss, _sphere, normalize_features=False),
-    "A-Softmax-NormFea": partial(_margin_loss, _sphere, scale=SCALE),
+    "A-Softmax-NormFea": partial(_margin_loss, _sphere, of_cosines=True),
     "LMCL without feature normalisation": partial(_margin_loss, partial(CosFace, MARGIN), normalize_features=False),
     f"LMCL, m = {MARGIN}": partial(lmcl, MARGIN),
 }
@@ -150,20 +160,19 @@ def network(size=SIZE):
 
 
 def train(make_loss, data, seed, steps):
-    """The Scores of a new network trained with make_loss(classes)."""
+    """The Scores of a new network trained with make_loss(classes, Sizes())."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # work this small gains nothing from a second
     try:
         torch.manual_seed(seed)
         net = network()
-        loss = make_loss(int(data.labels.max()) + 1)
+        loss = make_loss(int(data.labels.max()) + 1, Sizes())
         optimizer = torch.optim.SGD([*net.parameters(), *loss.parameters()], LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, cycle_momentum=False)
         random = np.random.default_rng(seed)
-        order = np.argsort(data.labels.numpy(), kind="stable")
-        members = np.split(order, np.bincount(data.labels.numpy()).cumsum()[:-1])
+        members = members_of(data.labels.numpy())
         for _ in range(steps):
-            chosen = _batch(random, members)
+            chosen = batch(random, members)
             images = prepare(data.images[chosen])
             optimizer.zero_grad()
             loss(net(images), data.labels[chosen]).backward()
@@ -174,10 +183,15 @@ def train(make_loss, data, seed, steps):
         torch.set_num_threads(threads)
 
 
-def _batch(random, members):
-    """Indices of IMAGES images of each of some identities, each once where there are enough."""
-    count = min(IDENTITIES, len(members))
-    each = IDENTITIES * IMAGES // count
+def members_of(labels):
+    """[the indices of each identity's images]"""
+    return np.split(np.argsort(labels, kind="stable"), np.bincount(labels).cumsum()[:-1])
+
+
+def batch(random, members, identities=IDENTITIES, images=IMAGES):
+    """Indices of `images` images of each of some identities, each once where there are enough."""
+    count = min(identities, len(members))
+    each = identities * images // count
     who = random.choice(len(members), count, replace=False)
     return np.concatenate([random.choice(members[one], each, replace=len(members[one]) < each) for one in who])
 

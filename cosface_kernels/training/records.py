@@ -117,6 +117,11 @@ class Records(Files):
         except (ValueError, IndexError, struct.error) as error:
             return name, error, 0
 
+    @property
+    def labels(self):
+        """int64 (N,): the identity of each image, -1 where a record is damaged."""
+        return np.array([self._label(place) for place in range(len(self))], dtype=np.int64)
+
     def _label(self, place):
         """The label of a record, or -1 where it has none."""
         try:
@@ -196,7 +201,8 @@ class Shards(Files):
                 f"data: {paths[0].parent} has tar files without images: KEY.jpg beside KEY.cls or KEY.json is wanted"
             )
         self.places = np.array([each[:4] for each in samples], dtype=np.int64)
-        self.names, self.num_classes = [each[4] for each in samples], int(self.places[:, 3].max()) + 1
+        self.labels = self.places[:, 3]
+        self.names, self.num_classes = [each[4] for each in samples], int(self.labels.max()) + 1
 
     def __len__(self):
         return len(self.places)

@@ -4,14 +4,16 @@ Each training is one line of results.jsonl, so a run that was stopped goes on wh
 claims of the paper that its results are asked about.
 """
 
+import hashlib
 import json
 import os
+import shlex
 import time
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-from . import recipes
+from . import photographs, recipes
 from .arrays import written
 
 MARGINS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.45)
@@ -44,6 +46,27 @@ def run(experiment, data, seeds, steps, out, done=print):
                 _append(path, known[_key(line)])
                 done(f"{data}, seed {seed}: {name}")
             results.append(known[_key(line)])
+    return results
+
+
+def run_on_photographs(experiment, data, paths, images, seeds, steps, out, done=print):
+    """[the same, with "pairs": {name of a list: scores} in place of the scores]; networks stay in `out`, for other lists."""
+    out, listed = Path(out), photographs.read(paths, images)
+    out.mkdir(parents=True, exist_ok=True)
+    path, settings = out / "results.jsonl", photographs.settings(steps)
+    known = {_key(line): line for line in read(path)}  # of several lines of one training the last has all lists
+    results = []
+    for seed in range(seeds):
+        for name, make_loss in EXPERIMENTS[experiment].items():
+            line = {"data": data, "loss": name, "seed": seed, "settings": settings}
+            scores = known.get(_key(line), {}).get("pairs", {})
+            if missing := listed.keys() - scores.keys():
+                place = out / "networks" / hashlib.sha256(_key(line).encode()).hexdigest()[:16]
+                network = photographs.train(make_loss, data, seed, steps, place)
+                scores = scores | {each: photographs.score(network, listed[each]) for each in sorted(missing)}
+                _append(path, line | {"pairs": scores})
+                done(f"{data}, seed {seed}: {name}")
+            results.append(line | {"pairs": {each: scores[each] for each in listed}})
     return results
 
 
@@ -138,6 +161,27 @@ def report(experiment, results):
     yield from _scores(experiment, results)
     yield ""
     yield from _claims(experiment, results)
+
+
+def report_of_photographs(experiment, results, paths):
+    """The same, with a section for each list of pairs."""
+    data, seeds, setting = results[0]["data"], len({line["seed"] for line in results}), results[0]["settings"]
+    yield f"# {TITLES[experiment]}"
+    yield ""
+    yield (
+        f"    cosface reproduce {experiment} --data {shlex.quote(data)} --pairs {shlex.join(map(str, paths))} --seeds {seeds} "
+        f"--steps {setting['steps']} --out DIR"
+    )
+    yield ""
+    yield (
+        f"Trained on `{data}`, by the paper's settings: {setting['backbone']}, {setting['steps']:,} steps of "
+        f"{setting['identities'] * setting['images']} images of {setting['image_size']} pixels, D = {setting['embedding_size']}, "
+        f"s = {setting['scale']:g}, SGD with lr {setting['lr']:g}, divided by 10 three times. Mean ± standard deviation of "
+        f"{seeds} seeds, in %."
+    )
+    for name in results[0]["pairs"]:
+        flat = [line | line["pairs"][name] for line in results]
+        yield from ("", f"## {name}", "", *_scores(experiment, flat), "", *_claims(experiment, flat))
 
 
 def _minutes(results):
