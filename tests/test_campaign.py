@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from campaign import engine, identities, losses, optimisers, options, surface
+from campaign import engine, identities, losses, optimisers, options, shards, surface
 
 from cosface_kernels.heads import grow
 from cosface_kernels.optim import rules
@@ -46,6 +46,27 @@ def simplest(**changes):
 def test_rounding_of_a_gradient_that_cancels_is_no_error():
     """Rows of one number have none, and the exact one, the rounding of float64, is no measure of float32's."""
     losses.check(simplest(backend="cpu", classes=1000, size=1, weight="bfloat16", ignored=1, scale=100.0, seed=62))
+
+
+def test_what_cancels_to_nothing_is_no_error():
+    """Label smoothing where one class alone is in the sample."""
+    case = {name: values[0] for name, values in options.SPACE.items()} | {"margin": "CosFace raw", "label_smoothing": 1.0}
+    options.check(
+        options.settle(case | {"backend": "torch", "autocast": True, "sampled": "sampled", "reduction": "none", "seed": 1})
+    )
+    assert (
+        shards.settle({name: values[0] for name, values in shards.SPACE.items()} | {"beside": "smoothing", "sample_rate": 0.4})[
+            "classes"
+        ]
+        * 0.4
+        > 2
+    )
+
+
+def test_sparse_momentum_is_known():
+    case = {name: values[0] for name, values in identities.SPACE.items()} | {"optimizer": "SGD", "sample_rate": 0.4, "classes": 7}
+    steps = {f"step_{number}": what for number, what in enumerate(("step", "checkpoint", "grow", "remove", "step"))}
+    identities.check(identities.settle(case | steps))
 
 
 @pytest.mark.parametrize(

@@ -310,9 +310,11 @@ def _assert_right(case, steepest, name, ours, exact, bound, size):
         bound = exact + (bound.double() - exact) * 2.0**-28
         if row.margin is not None and row.margin.needs_norm and name == "dX":
             rounded += torch.finfo(ours.dtype).eps
+    # A sum of rows, each rounded by itself: nothing averages over D.
+    of_terms = max(rounded, torch.finfo(torch.bfloat16).eps / 2) if is_low(case) and name in ("dX", "dW") else rounded
     for what, norm, luck in (("", torch.Tensor.norm, 3), (" in the worst row", _largest_row, 4)):
         error, allowed = norm(ours.double() - exact), luck * norm(bound.double() - exact)
-        allowed += (torch.finfo(ours.dtype).eps / 2 + rounded) * norm(exact) + rounded * norm(size.double())
+        allowed += (torch.finfo(ours.dtype).eps / 2 + rounded) * norm(exact) + of_terms * norm(size.double())
         allowed += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps * math.sqrt(exact.numel())
         assert error <= allowed, f"{name}{what}: error {error:.3e}, allowed {allowed:.3e}, size {norm(exact):.3e}"
 

@@ -47,8 +47,8 @@ def settle(case):
     if ROWS[case["margin"]].centers > 1:  # shards of whole classes
         case = case | {"classes": -(-case["classes"] // case["ranks"]) * case["ranks"]}
     case = case | ({} if goes_with(case) else {"beside": ""})
-    if case["beside"] == "smoothing" and case["classes"] == 1:  # whose gradient is exactly 0, and the rounding of it no error
-        case = case | {"classes": 2}
+    if case["beside"] == "smoothing":  # of one class the gradient is exactly 0, and the rounding of it no error
+        case = case | {"classes": max(case["classes"], 7 if case["sample_rate"] < 1 else 2)}
     if case["rule"] == "AdamW" or case["beside"] in ("hard negatives", "nearest negatives"):  # whose thresholds are jumps
         case = case | {"dtype": "float64"}
     return case
