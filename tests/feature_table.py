@@ -230,7 +230,7 @@ def _options(feature):
 
 
 def outcome(names, axis, world=None):
-    """Of one feature, or of several together, on an axis; world: sharded_worker's, for shards."""
+    """Of one feature, or of several together, on an axis; world: sharded_world's, for shards."""
     try:
         ours = _Run([FEATURES[name] for name in names], axis, world)
         ours.make()

@@ -1,6 +1,6 @@
 """Does each feature go with each axis, and with each other feature, as the tables of docs/features.md say?
 
-What "yes" and "no" mean: feature_table.py. The axis of shards is a check of sharded_worker.py, which has ranks.
+What "yes" and "no" mean: feature_table.py. The axis of shards is a check of sharded_losses.py, where ranks are.
 """
 
 import itertools

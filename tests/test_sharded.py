@@ -1,6 +1,6 @@
 """Do two and three ranks compute what one process does with the whole batch, and do all of them end when one fails?
 
-What each rank checks is in sharded_worker.py. All checks for one number of ranks share its processes, which take seconds to
+What each rank checks is in sharded_*.py. All checks for one number of ranks share its processes, which take seconds to
 start; each is a test here.
 """
 
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import sharded_worker
+import sharded_world
 import torch
 from cases import evaluate
 from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
@@ -180,9 +181,9 @@ def test_names_that_ddp_leaves_out_of_a_compiled_module():
 def test_partial_fc_in_one_process(small_slabs):
     features, weight, labels = draw("cpu")
     labels[2] = -1
-    module = insightface.PartialFC_V2(sharded_worker.CosFace(), SIZE, NUM_CLASSES).double()
+    module = insightface.PartialFC_V2(sharded_world.CosFace(), SIZE, NUM_CLASSES).double()
     module.load_state_dict({"weight": weight})
-    head = insightface.head(sharded_worker.CosFace(), SIZE, NUM_CLASSES).double()
+    head = insightface.head(sharded_world.CosFace(), SIZE, NUM_CLASSES).double()
     head.load_state_dict(module.state_dict())
     assert torch.equal(module(features, labels), head(features, labels))
 
@@ -190,7 +191,7 @@ def test_partial_fc_in_one_process(small_slabs):
 def test_every_rank_must_have_a_process_group(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="init_process_group"):
-        insightface.PartialFC_V2(sharded_worker.CosFace(), SIZE, 5)
+        insightface.PartialFC_V2(sharded_world.CosFace(), SIZE, 5)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from margin_rows import ROWS, batch, steepness
 from rounding import SIZE, assert_close, tolerance
-from sharded_worker import World
+from sharded_world import World
 
 from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss, ShardedMarginSoftmaxLoss, margin_softmax_loss
 from cosface_kernels.distributed.dtensors import local as own_rows

@@ -38,8 +38,8 @@ _SHARDED = {name: choice for name, choice in _HEAD.items() if name != "placement
     **{name: "shards.beside" for name in ("label_smoothing", "class_weight", "negatives")},
     **{"num_classes": "shards.classes", "sample_seed": "shards.seed", "table_format": "shards.dtype", "dtype": "shards.dtype"},
     **{name: "shards.margin" for name in ("margin", "bias", "normalize_features", "centers_per_class")},
-    "learnable_scale": "left out: tests/sharded_worker.py steps one",
-    "ignore_index": "left out: -100 alone here; tests/sharded_worker.py has those that are a class's place",
+    "learnable_scale": "left out: tests/sharded_losses.py steps one",
+    "ignore_index": "left out: -100 alone here; tests/sharded_losses.py has those that are a class's place",
     "mesh": "left out: all ranks here; tests/test_sharded.py has others",
 }
 _SHARDED |= {
