@@ -132,7 +132,8 @@ class Stage(NamedTuple):
     vital: bool = False  # without it nothing else is tried
 
 
-PROBE = Stage("does it answer", 10, "smoke", "answers")
+# Long enough for a busy machine to import PyTorch, which can take ten seconds: who is late here loses all that follows.
+PROBE = Stage("does it answer", 20, "smoke", "answers")
 PLAN = [
     Stage("probe", 25, "smoke", "probe", vital=True),
     Stage("smoke", 45, "smoke", "smoke", lambda: SMOKE),
