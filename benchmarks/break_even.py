@@ -23,6 +23,7 @@ PEERS = {"plain": plain, "ours": cosface_loss}
 def main():
     arguments = parser(__doc__, rows=128, size=128).parse_args()
     device = torch.device("cpu")
+    torch.set_num_threads(max(THREADS))  # in the record, whatever OMP_NUM_THREADS says
     shape = arguments.rows, arguments.size
     found = {"kind": "break_even", "environment": measure.environment(device), "shape": shape, "rows": [], "complete": False}
 
