@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 import feature_table
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ import cosface_kernels
 from benchmarks import margins as benchmark
 from benchmarks import tables
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margins, reference, theory
+from cosface_kernels.tools import cli
 
 DOCS = Path(__file__).parents[1] / "docs"
 # All python blocks of a document run one after another, with the names of those before.
@@ -320,6 +322,9 @@ def test_whole_training(tmp_path, monkeypatch):
     backbones = [names[name].state_dict().values() for name in ("deployed", "backbone")]
     assert names["since"] or all(map(torch.equal, *backbones))
     assert names["embeddings"].shape == (500, 16) and torch.allclose(names["embeddings"].norm(dim=1), torch.ones(500))
+    np.save("embeddings.npy", names["embeddings"].numpy()), np.save("labels.npy", names["validation"][1].numpy())
+    (command,) = re.findall(r"^    cosface (.*)$", text("whole_training.md"), re.M)
+    assert cli.main(command.split()) == 0
     stop = "    loss, accuracy = train(step)\n"
     with pytest.raises(KeyboardInterrupt):
         whole_training(
