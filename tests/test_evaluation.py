@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import torch
@@ -196,6 +197,30 @@ def test_folds():
     assert verification.best_threshold(np.array([0.1, 0.5]), np.array([False, False])) > 0.5
     with pytest.raises(ValueError, match="10 folds need at least 10 pairs, got 9"):
         verification.folds(scores[:9], same[:9])
+
+
+MEMORY = """
+import resource
+import numpy as np
+from cosface_kernels.training.all_pairs import AllPairs
+from cosface_kernels.training import identification, verification
+
+def peak(distractors):
+    rows, labels, others = random.random((500, 8)) - 0.5, np.arange(500) // 4, random.random((distractors, 8)) - 0.5
+    verification.steps_of(AllPairs(rows, labels, others)), identification.search(rows, labels, others)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+random, verification.SORTED_AT_MOST = np.random.default_rng(0), 0
+print(peak(5_000), peak(100_000))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_pairs():
+    """Of 95,000 more distractors there are four arrays, of float64 and float32, and not a quarter of their scores."""
+    few, many = map(int, fresh.run(MEMORY))
+    arrays, scores = 95_000 * 8 * (8 + 8 + 4 + 4), 95_000 * 500 * 4
+    assert many - few < arrays + scores / 4
 
 
 @pytest.fixture
