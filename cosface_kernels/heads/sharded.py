@@ -1,4 +1,4 @@
-"""The heads of plain.py with a class table sharded over the ranks of torch.distributed, by the placement over_ranks.OverMesh."""
+"""The heads with a class table sharded over the ranks of torch.distributed, by the placement over_ranks.OverMesh."""
 
 import os
 
@@ -11,8 +11,10 @@ from typing_extensions import Unpack
 from .. import validation
 from ..margins import Margin
 from ..validation import Device
+from .cosface import CosFaceLoss
+from .options import OPTIONS, HeadOptions
 from .over_ranks import OverMesh
-from .plain import OPTIONS, CosFaceLoss, HeadOptions, MarginSoftmaxLoss
+from .plain import MarginSoftmaxLoss
 
 
 class CosFaceOptions(HeadOptions, total=False):

@@ -1,0 +1,48 @@
+"""CosFaceLoss: the head with the one margin CosFace, whose margin is a number."""
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .. import margins, validation
+from ..validation import Device
+from .options import OPTIONS, HeadOptions
+from .plain import MarginSoftmaxLoss
+
+
+class CosFaceLoss(MarginSoftmaxLoss):
+    """`cosface_loss` with a learned class table: `MarginSoftmaxLoss` with the one margin CosFace, ψ_n = cos_ny - m.
+
+        head = CosFaceLoss(512, 1_000_000)
+        loss = head(features, labels)  # (N, 512), (N,) -> scalar
+
+    Args:
+        embedding_size, num_classes, **options: as for `MarginSoftmaxLoss`.
+        scale, margin: s and m, as in `cosface_loss`. `head.margin = 0.4` changes m, `head.scale = 32.0` s, at any time.
+
+    Raises, and warns: as `MarginSoftmaxLoss`.
+    """
+
+    margin: float  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        embedding_size: int,
+        num_classes: int,
+        *,
+        scale: float | Tensor = 64.0,
+        margin: float | Tensor = 0.35,
+        device: Device = None,
+        **options: Unpack[HeadOptions],
+    ) -> None:
+        validation.check_names(type(self).__name__, options, OPTIONS)
+        validation.check_scale(scale)
+        super().__init__(embedding_size, num_classes, margin=margin, scale=scale, device=device, **options)
+
+    @staticmethod
+    def _as_margin(given):
+        validation.check_margins(given)
+        return margins.CosFace(given)
+
+    @staticmethod
+    def _as_given(margin):
+        return margin.m
