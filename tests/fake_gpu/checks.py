@@ -46,7 +46,7 @@ def test_a_call_waits_for_nothing(backend, margin):
 
 
 @pytest.mark.parametrize("rule", [FusedSGD, FusedAdamW])
-@pytest.mark.parametrize("formats", [("float32", "float32"), ("bfloat16", "int8")])
+@pytest.mark.parametrize("formats", [("float32", "float32"), ("bfloat16", "int8"), ("float8", "int8")])
 @pytest.mark.parametrize("sample_rate", [1.0, 0.1])
 def test_a_step_waits_for_nothing(sample_rate, formats, rule):
     head = CosFaceLoss(512, 10_000, sample_rate=sample_rate, table_format=formats[0], device="cuda")
