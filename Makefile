@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-stand-in test-fake-gpu test-fake-gpu-suite test-gpu-versions lint docs bench gpu-cache clean
+.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-stand-in test-fake-gpu test-fake-gpu-suite test-gpu-versions test-lowest-versions test-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-stand-in | test-fake-gpu | test-fake-gpu-suite | test-gpu-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-stand-in | test-fake-gpu | test-fake-gpu-suite | test-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -65,18 +65,35 @@ test-fake-gpu-suite: $(GPU)/.ready
 	$(ON_FAKE) PYTORCH_NO_CUDA_MEMORY_CACHING=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(GPU)/bin/python -m pytest -m gpu -n 2 \
 		-p tests.fake_gpu.errors --assert=plain -rx tests
 
-# The same versions without a GPU: the interpreter, the operators' own checks, and compiled ahead of time.
-test-gpu-versions: test-fake-gpu
-	$(ON_FAKE) FAKE_DEVICES=0 $(GPU)/bin/python -m pytest tests/test_rows.py tests/test_gpu.py tests/test_launches.py tests/test_slabs.py \
-		tests/test_operators.py tests/test_optim.py::test_compiled_head tests/test_hopper.py \
-		"tests/test_ahead_of_time.py::test_what_is_launched_unasked"
+# What other versions of PyTorch, Triton and NumPy may break: loss and gradients in every backend, the operators' own checks, compiled
+# heads, optimisers, checkpoints, DTensors in one process.
+BY_VERSION := -m "not slow" -k "not test_ranks" $(patsubst %,tests/test_%.py,backends rows triton_update gpu launches slabs operators \
+	autograd functional optim sampled_optim module margin_modules float8 statistics checkpoint sharded)
 
-$(GPU)/.ready: requirements-gpu.txt $(wildcard tests/fake_gpu/*.cpp) tests/fake_gpu/build.py
+# The GPU machine's versions without a GPU, and what is compiled ahead of time in them.
+test-gpu-versions: test-fake-gpu $(READY)
+	$(ON_FAKE) FAKE_DEVICES=0 $(GPU)/bin/python -m pytest -n 2 --dist loadgroup $(BY_VERSION)
+	$(ON_FAKE) FAKE_DEVICES=0 $(GPU)/bin/python -m pytest tests/test_hopper.py tests/test_ahead_of_time.py::test_what_is_launched_unasked
+
+# The lowest versions that pyproject.toml allows: 1.1 GB to download once.
+LOWEST := build/lowest
+test-lowest-versions: $(LOWEST)/.ready
+	LD_LIBRARY_PATH=$(CURDIR)/$(LOWEST)/no_gpu $(LOWEST)/bin/python -m pytest -n 2 --dist loadgroup $(BY_VERSION)
+
+test-versions: test-lowest-versions test-gpu-versions
+
+$(GPU)/.ready: requirements-gpu.txt requirements-beside.txt $(wildcard tests/fake_gpu/*.cpp) tests/fake_gpu/build.py
 	@test -x $(GPU)/bin/python || $(PYTHON) -m venv $(GPU)
 	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-gpu.txt
 	$(GPU)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(GPU)/cuda \
 		nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88
 	$(GPU)/bin/python tests/fake_gpu/build.py $(GPU)/fake $(GPU)/cuda/nvidia/cu13/include
+	@touch $@
+
+$(LOWEST)/.ready: $(READY) requirements-lowest.txt requirements-beside.txt $(wildcard tests/fake_gpu/*.py)
+	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-lowest.txt
+	$(LOWEST)/bin/python tests/fake_gpu/no_gpu.py $(LOWEST)/no_gpu
 	@touch $@
 
 lint: $(READY)

@@ -56,40 +56,39 @@ static void count(const char* what) {
 def main(out, headers):
     out.mkdir(parents=True, exist_ok=True)
     libraries = Path(importlib.util.find_spec("torch").origin).parent / "lib"
-    undefined = _undefined(libraries)
+    undefined = undefined_in(libraries, LIBRARIES, RUNTIME)
     compiler = ["g++", "-std=c++17", "-w", "-O1", "-shared", "-fPIC", f"-I{headers}"]
     runtime = out / "runtime.o"
     subprocess.run(
         ["g++", "-std=c++17", "-w", "-O1", "-c", "-fPIC", f"-I{headers}", HERE / "runtime.cpp", "-o", runtime], check=True
     )
-    answered = set(re.findall(r" [TW] (\w+)", _output("nm", "-g", runtime)))
+    answered = set(re.findall(r" [TW] (\w+)", output("nm", "-g", runtime)))
     rest = out / "rest.c"
     rest.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in sorted(undefined[RUNTIME].keys() - answered)))
     subprocess.run(["gcc", "-w", "-c", "-fPIC", rest, "-o", rest.with_suffix(".o")], check=True)
-    _link([runtime, rest.with_suffix(".o")], out / RUNTIME, {RUNTIME: ["*"]}, "g++")
+    link([runtime, rest.with_suffix(".o")], out / RUNTIME, {RUNTIME: ["*"]}, "g++")
     subprocess.run([*compiler, HERE / "driver.cpp", "-o", out / "libcuda.so.1", "-Wl,-soname,libcuda.so.1", "-ldl"], check=True)
     (out / "libcuda.so").unlink(missing_ok=True)
     (out / "libcuda.so").symlink_to("libcuda.so.1")
     for library in LIBRARIES:
         source = out / "library.c"
         source.write_text(COUNT + "".join(f"long {name}({_answer(name)}\n" for name in sorted(undefined[library])))
-        versions = collections.defaultdict(list)
-        for name, version in undefined[library].items():
-            versions[version].append(name)
-        versions.pop(None, None)
-        _link([source], out / library, versions, "gcc")
+        link([source], out / library, by_version(undefined[library]), "gcc")
 
 
-def _undefined(folder):
-    """{library: {function: its version or None}} of what PyTorch's libraries leave to others."""
+def undefined_in(folder, libraries, runtime):
+    """{library: {function: its version or None}} of what PyTorch's own, in a folder, leave to others.
+
+    libraries: {name: prefix of its functions}; runtime: CUDA's, whose functions have its name for a version.
+    """
     found = collections.defaultdict(dict)
     for library in sorted(folder.glob("*.so*")):
-        for symbol in re.findall(r" UND (\S+)", _output("readelf", "-W", "--dyn-syms", library)):
+        for symbol in re.findall(r" UND (\S+)", output("readelf", "-W", "--dyn-syms", library)):
             name, version = ([*symbol.replace("@@", "@").split("@"), None])[:2]
-            if version == RUNTIME:
-                found[RUNTIME][name] = version
+            if version == runtime:
+                found[runtime][name] = version
             elif not re.match("GLIBC|GCC|CXX|GOMP|OMP", version or ""):
-                for other, pattern in LIBRARIES.items():
+                for other, pattern in libraries.items():
                     if re.match(pattern, name):
                         found[other][name] = version
     return found
@@ -99,7 +98,16 @@ def _answer(name):
     return next((body for pattern, body in ANSWERS.items() if re.fullmatch(pattern, name)), "void) { return 0; }")
 
 
-def _link(sources, library, versions, compiler):
+def by_version(functions):
+    """{version: [name, ...]} of {name: version or None}."""
+    versions = collections.defaultdict(list)
+    for name, version in functions.items():
+        versions[version].append(name)
+    versions.pop(None, None)
+    return versions
+
+
+def link(sources, library, versions, compiler):
     script = library.with_suffix(".map")
     script.write_text("".join(f"{version} {{ global: {'; '.join(names)}; }};\n" for version, names in versions.items()))
     options = [f"-Wl,--version-script={script}"] if versions else []
@@ -107,7 +115,7 @@ def _link(sources, library, versions, compiler):
     subprocess.run(command, check=True)
 
 
-def _output(*command):
+def output(*command):
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
