@@ -78,6 +78,24 @@ def test_two_saves_of_one_name(tmp_path, monkeypatch, at):
     assert not left_over(tmp_path)
 
 
+def test_a_lock_that_was_removed_before_it_was_taken_is_none(tmp_path, monkeypatch):
+    """After one save opened the lock's file, another ended and removed it, and a third has made a file of its own."""
+    flock, path, third = fcntl.flock, tmp_path / "a.tmp-lock", []
+
+    def late(descriptor, operation):
+        if not third:
+            path.unlink()
+            third.append(path.open("w"))
+            flock(third[0], operation)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(FileExistsError, match=r"another process or thread is saving .*a now"):
+        saved(tmp_path / "a")
+    third[0].close()
+    assert os.listdir(tmp_path) == ["a.tmp-lock"]
+
+
 def no_locks(descriptor, operation):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
