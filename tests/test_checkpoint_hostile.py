@@ -182,7 +182,10 @@ def opened(monkeypatch):
     return paths
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "/etc/passwd", "../secret", "sub/file", "", ".", "..", "a\0b", "manifest.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["/dev/zero", "/etc/passwd", "../secret", "sub/file", "", ".", "..", "a\0b", "manifest.json", "\ud800", "x" * 256, "a\nb"],
+)
 def test_manifest_that_leaves_its_folder(folder, opened, name):
     (folder.parent / "secret").touch()
     file = {"size": 0, "sha256": hashlib.sha256().hexdigest()}

@@ -31,6 +31,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-[0-9a-f]{16}")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_NAME = re.compile(r"[\w.-]{1,255}", re.ASCII)  # of a file, as a save writes them
 _NUMBERED = re.compile(r"(?P<stem>.*?)(?P<number>[0-9]+)")
 
 
@@ -276,7 +277,7 @@ def read_manifest(folder):
 
 def _check_entry(path, name, file):
     """Check an entry of the manifest: the name of a file in that folder, a size and a SHA-256 sum."""
-    if os.path.basename(name) != name or name in ("", ".", "..", MANIFEST) or "\0" in name:
+    if not _NAME.fullmatch(name) or name in (".", "..", MANIFEST):
         raise CorruptCheckpointError(f"{path} is damaged: {name!r} is no name of a file of its folder")
     size, sha256 = (file.get("size"), file.get("sha256")) if isinstance(file, dict) else (None, None)
     if type(size) is not int or size < 0 or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
