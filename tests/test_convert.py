@@ -539,6 +539,22 @@ def test_file_without_checksums(here, capsys):
     assert os.listdir() == ["in.pt"]
 
 
+def test_compressed_entries_are_read_as_what_they_hold(here):
+    """torch.save compresses none, and a map of the file would have their bytes for numbers."""
+    torch.save({"weight": table(11)}, "in.pt")
+    with zipfile.ZipFile("in.pt") as archive, zipfile.ZipFile("small.pt", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in archive.namelist():
+            small.writestr(name, archive.read(name))
+    assert run("small.pt", "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(table(11))
+
+
+def test_a_pipe_is_not_opened(here):
+    os.mkfifo("in.pt")
+    with pytest.raises(ValueError, match=r"cannot read in\.pt: it is not a regular file"):
+        module.convert(["in.pt"], "out.pt", system="insightface")
+
+
 def test_inputs_that_cannot_be_read(here, capsys):
     torch.save({"weight": table(3)}, "a.pt")
     Path("folder").mkdir()

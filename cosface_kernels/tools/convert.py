@@ -170,6 +170,8 @@ def read_table(path, *, system=None, key=None, transpose=False):
 
 def _load(path):
     """[(dotted key, tensor)] of all tensors in the nested dicts of a file, or of the one tensor that it holds."""
+    if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe may wait for ever
+        raise ValueError(f"cannot read {path}: it is not a regular file")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     try:
@@ -178,7 +180,7 @@ def _load(path):
         raise ValueError(f"cannot read {path}: {_reason(error)}") from error
     with _reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and _is_as_it_lies(path))
         content = {BARE: content} if isinstance(content, torch.Tensor) else content
         tensors = list(_flatten(content)) if isinstance(content, dict) else None
     if tensors is None:
@@ -229,6 +231,12 @@ def _is_zip(path):
     """True for the file format that torch can map: a zip, as torch decides."""
     with open(path, "rb") as file:
         return file.read(4) == b"PK\x03\x04"
+
+
+def _is_as_it_lies(path):
+    """True for a zip whose entries are not compressed: mapped, the others' bytes would be taken for numbers."""
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _flatten(content, prefix=""):
