@@ -94,6 +94,19 @@ def test_state_dicts_go_both_ways():
             again.load_state_dict({"weight": head.weight.detach()}, strict=strict)
 
 
+@pytest.mark.parametrize(
+    "scales",
+    ["none", torch.ones(7), torch.ones(1), torch.ones(NUM_CLASSES, dtype=torch.float64)],
+    ids=["text", "7", "1", "float64"],
+)
+def test_scales_to_load_that_are_none(scales):
+    plain, before = CosFaceLoss(SIZE, NUM_CLASSES), new().weight.detach()
+    kept = plain.weight.detach().clone()
+    with pytest.raises((TypeError, ValueError), match=r"^weight_scale must be"):
+        plain.load_state_dict({"weight": before, "weight_scale": scales})
+    assert torch.equal(plain.weight, kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_to_a_dtype_takes_the_scales_in(dtype):
     head = new()

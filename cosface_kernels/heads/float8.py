@@ -5,6 +5,7 @@ table = weight.float() · weight_scale[:, None]
 
 import torch
 
+from .. import validation
 from ..distributed import dtensors
 from ..ops import formats
 
@@ -72,6 +73,7 @@ def convert(head, state_dict, prefix):
             formats.write(numbers, scales, slab, given[slab].float(), None)
         state_dict[weight], state_dict[scale] = numbers, scales
     else:
+        validation.check_row_scale(given, state_dict[scale])
         table, scales = torch.empty(given.shape, dtype=torch.float32, device=given.device), state_dict.pop(scale)
         for slab in _slabs(given):
             table[slab] = formats.read(given, scales, slab)
