@@ -38,6 +38,13 @@ class Inputs(NamedTuple):
     row_scale: torch.Tensor | None = None  # (C K,) float32 beside a float8 weight, which heads alone have
 
 
+def replaced(fields, **others):
+    """A copy of a NamedTuple with other values in some fields. Not _replace, whose result PyTorch 2.11 makes empty, or fails to
+    make, where a compiled graph breaks, as it does at a sample of unknown size.
+    """
+    return type(fields)(*(others.get(name, value) for name, value in zip(fields._fields, fields, strict=True)))
+
+
 class Statistics(NamedTuple):
     """What a batch's pass over the table finds about each row (N,), before the margin and without gradient.
 

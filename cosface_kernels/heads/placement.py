@@ -9,7 +9,7 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
-from ..loss import WholeTable, class_indices
+from ..loss import WholeTable, class_indices, replaced
 from ..sampling import with_hard_classes
 from . import agreement, data_parallel, float8, logits
 
@@ -63,8 +63,8 @@ class Whole:
             certain = with_hard_classes(inputs.labels.flatten(), head.ignore_index, head.hard_classes)
             classes, correction = head._sample(certain, head.num_classes, head.sample_seed)
             weight, bias = map(data_parallel.with_dense_gradient, (inputs.weight, inputs.bias))
-            inputs = inputs._replace(classes=classes, weight=weight, bias=bias)
-            options = options._replace(sample_correction=correction)
+            inputs = replaced(inputs, classes=classes, weight=weight, bias=bias)
+            options = replaced(options, sample_correction=correction)
         return inputs, options, WholeTable()
 
     def logits(self, head, table, features):

@@ -310,7 +310,7 @@ class MarginSoftmaxLoss(nn.Module):
         return self._loss(*asked)
 
     def _loss(self, features, labels, label_weights, return_statistics):
-        table, options = self._table(), self._loss_options()._replace(return_statistics=return_statistics)
+        table, options = self._table(), self._loss_options(return_statistics)
         weight, bias, parameters = self._trained(table)
         inputs = Inputs(
             *(features, weight, labels, bias),
@@ -459,10 +459,10 @@ class MarginSoftmaxLoss(nn.Module):
         by_class = self.sample_correction and self.hard_classes is not None
         return classes, correction(classes, certain, num_classes) if by_class else self.sample_correction
 
-    def _loss_options(self):
+    def _loss_options(self, return_statistics=False):
         """The LossOptions of the head's present attributes."""
         own = {name: getattr(self, name) for name in LossOptions._fields if name not in ("margin", "return_statistics")}
-        return LossOptions(margin=self._margin(), **own)
+        return LossOptions(margin=self._margin(), return_statistics=return_statistics, **own)
 
     def _statistics(self):
         """Running statistics of margin and negatives, by name."""
