@@ -24,6 +24,7 @@ DECIDED = {
     "test_sample": "the count of drawn classes",
     "test_correction": "log(M - 1) of M = 1 class",
     "test_training_beside_a_fused_optimiser": "a learnt scale of 0",
+    "test_compile[cuda]": "a learnt scale of 0",
     "test_wrong_classes": "the order of the classes",
     "test_label_that_takes_no_part": "the order of the classes",
     "test_each_row_has_the_numbers_of_its_class[cuda-MagFace]": "whether l_a < u_a",
