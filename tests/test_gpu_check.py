@@ -122,10 +122,11 @@ def test_a_lost_gpu_ends_the_kernels_but_not_the_record(monkeypatch, tmp_path):
         return entry("stopped" if stage.name in ("steps", stages.PROBE.name) else "done")
 
     monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner, "PAUSE", 0.0)
     assert runner.check(stages.PLAN, tmp_path, seconds=540) == 1
     found = record(tmp_path)
     reached = NAMES[: NAMES.index("steps") + 1]
-    assert ran == [*reached, stages.PROBE.name] and found["complete"] and (tmp_path / "forms.json").exists()
+    assert ran == [*reached, stages.PROBE.name, stages.PROBE.name] and found["complete"] and (tmp_path / "forms.json").exists()
     left = {name: kept for name, kept in found["stages"].items() if name not in reached}
     assert len(left) == len(NAMES) - len(reached)
     assert all(kept["status"] == "not run" and "after steps" in kept["line"] for kept in left.values())
@@ -135,6 +136,24 @@ def test_a_failure_that_the_gpu_survives_ends_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "run", lambda stage, *_: entry("failed" if stage.name == "smoke" else "done"))
     assert runner.check(stages.PLAN, tmp_path, seconds=540) == 1
     assert [kept["status"] for kept in record(tmp_path)["stages"].values()].count("done") == len(NAMES) - 1
+
+
+def test_a_slow_first_answer_ends_nothing(monkeypatch, tmp_path):
+    """Nor does a failure that leaves no time to ask."""
+    answers, pauses = iter(("stopped", "done")), []
+
+    def run(stage, out, limit, dry_run=False):
+        if stage is stages.PROBE:
+            return entry(next(answers))
+        return entry("failed" if stage.name == "smoke" else "done")
+
+    monkeypatch.setattr(runner, "run", run)
+    monkeypatch.setattr(runner.time, "sleep", pauses.append)
+    assert runner.check(stages.PLAN, tmp_path, seconds=540) == 1
+    assert [kept["status"] for kept in record(tmp_path)["stages"].values()].count("done") == len(NAMES) - 1
+    assert pauses == [0.0, runner.PAUSE] and not [*answers]
+    monkeypatch.setattr(runner, "LEAST", 1000.0)
+    assert runner._answers(tmp_path, False, 1.0, time.monotonic() + 540)
 
 
 def test_no_time_left(monkeypatch, tmp_path):

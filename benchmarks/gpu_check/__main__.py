@@ -5,7 +5,7 @@
     DIR/log.txt          what the stages printed; suite.xml and suite.log: the tests; ncu.txt: the profiler
 
 A stage is a process group of its own with a limit of its own: a hang or a crash costs that stage. After one that did not end
-well a new process asks whether the GPU still answers; where it does not, the kernels end and the record is whole. What the
+well a new process asks twice whether the GPU still answers; where it does not, the kernels end and the record is whole. What the
 machine lacks (memory, Gluon, a sanitizer) is a line. The command needs a source tree, torch and triton; pytest and the peers are
 used where they can be imported (wheels on PYTHONPATH will do). Where .git does not travel, COSFACE_COMMIT names the commit.
 """

@@ -24,6 +24,7 @@ from .ends import LostDevice, Skip
 GRACE = 3.0  # seconds between an interrupt and a kill
 REAP = 5.0  # for a killed process to go; one that is stuck in the driver is left behind
 LEAST = 5.0  # seconds without which a stage is not begun
+PAUSE = 3.0  # seconds before a GPU that did not answer is asked again
 # Exit statuses of a stage: the machine lacks something for it, and a case took the process's GPU with it.
 SKIPPED, LOST = 3, 4
 MEASURED = {"seconds", "predicted", "errors", "wrong", "error", "peak_bytes", "line"}
@@ -48,7 +49,7 @@ def check(plan, out, *, seconds, resume=None, dry_run=False, patience=1.0):
             limit = min(stage.limit * patience, left)
             say(f"{stage.name}, at most {limit:.0f} s")
             entry = run(stage, out, limit, dry_run)
-            if entry["status"] in ("failed", "stopped") and not stage.vital and not _answers(out, dry_run, patience):
+            if entry["status"] in ("failed", "stopped") and not stage.vital and not _answers(out, dry_run, patience, deadline):
                 lost = f"the GPU no longer answered after {stage.name}"
         say(f"{stage.name}: {entry['status']}{': ' * bool(entry['line'])}{entry['line']}")
         record["stages"][stage.name] = entry
@@ -63,9 +64,17 @@ def check(plan, out, *, seconds, resume=None, dry_run=False, patience=1.0):
     return int(any(entry["status"] not in ("done", "skipped") for entry in record["stages"].values()))
 
 
-def _answers(out, dry_run, patience):
-    """True if the GPU still answers a new process."""
-    return run(stages.PROBE, out, stages.PROBE.limit * patience, dry_run)["status"] == "done"
+def _answers(out, dry_run, patience, deadline):
+    """True if the GPU still answers a new process, or a second one: the first may be slow for reasons of the machine's, and who
+    is not heard loses all that follows. True as well where no time is left to ask.
+    """
+    for pause in (0.0, PAUSE):
+        time.sleep(pause)
+        if (left := deadline - time.monotonic()) < LEAST:
+            return True
+        if run(stages.PROBE, out, min(stages.PROBE.limit * patience, left), dry_run)["status"] == "done":
+            return True
+    return False
 
 
 def run(stage, out, limit, dry_run=False):
