@@ -87,6 +87,12 @@ def test_every_stage_has_its_work():
     assert len(set(NAMES)) == len(NAMES)
 
 
+def test_slow_kernels_take_no_time_from_the_suite_and_our_own_figures():
+    ends = dict(zip(NAMES, itertools.accumulate(stage.limit for stage in stages.PLAN), strict=True))
+    ours = [name for name in NAMES if name.startswith("peer cosface_loss")][:2]
+    assert max(ends[name] for name in ("gluon", "suite", "memcheck", *ours)) <= stages.SECONDS
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.slow
 def test_without_a_gpu(capfd, tmp_path):

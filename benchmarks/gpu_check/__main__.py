@@ -22,7 +22,7 @@ def main(argv=None):
         prog="python -m benchmarks.gpu_check", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), metavar="DIR", help="default: ./gpu-check")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for all stages (default: 540)")
+    parser.add_argument("--seconds", type=float, default=stages.SECONDS, help="for all stages (default: %(default).0f)")
     parser.add_argument("--only", nargs="+", metavar="STAGE", choices=[stage.name for stage in stages.PLAN])
     parser.add_argument("--resume", type=Path, metavar="DIR", help="an earlier call's: what it finished is not done again")
     parser.add_argument(
