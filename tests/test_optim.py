@@ -1258,6 +1258,42 @@ def test_a_table_replaced_between_backward_and_step_is_noticed(replace, shape, d
     assert (head.weight != 1).any()
 
 
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (lambda scale: scale.mul_(2), "changed between backward and step"),
+        (torch.clone, "replaced by another tensor of its shape between backward and step"),
+        (torch.Tensor.double, "weight_scale must be float32"),
+        (lambda scale: scale[:, None].clone(), "weight_scale must be float32"),
+        (lambda scale: scale.repeat_interleave(2)[::2], "weight_scale must be contiguous"),
+    ],
+)
+def test_scales_of_float8_rows_changed_between_backward_and_step_are_noticed(change, error, device):
+    head = CosFaceLoss(SIZE, NUM_CLASSES, table_format="float8").to(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    head(*next(batches(1, device))).backward()
+    own, before = head.weight_scale, head.weight.float()
+    head.weight_scale = change(own)
+    with pytest.raises((RuntimeError, ValueError), match=error):
+        optimizer.step()
+    assert torch.equal(head.weight.float(), before)
+    head.weight_scale = own
+    optimizer.zero_grad()
+    head(*next(batches(1, device))).backward()
+    optimizer.step()
+    assert not torch.equal(head.weight.float(), before)
+
+
+def test_scales_of_float8_rows_changed_between_forward_and_backward_are_noticed(device):
+    head = CosFaceLoss(SIZE, NUM_CLASSES, table_format="float8").to(device)
+    optimizer = FusedSGD(head.parameters(), lr=0.5)
+    loss = head(*next(batches(1, device)))
+    head.weight_scale.mul_(2)
+    with pytest.raises(RuntimeError, match="changed between forward and backward"):
+        loss.backward()
+    assert optimizer.skipped_steps == 0
+
+
 def test_a_table_replaced_between_forward_and_backward_is_noticed(device):
     head, _ = twins(device)
     optimizer = FusedSGD(head.parameters(), lr=0.5)

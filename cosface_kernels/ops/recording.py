@@ -79,7 +79,7 @@ class Record(NamedTuple):
     index: torch.Tensor | None  # (M,) the rows of the table that took part; None: all
     correction: torch.Tensor | None  # (M,), of the index's rows, see Problem
     factors: TableFactors
-    seen: list  # Seen of weight, bias and index then
+    seen: list  # Seen of weight, bias, scales of float8 rows and index then
     trained: tuple  # whether weight and bias needed a gradient
 
 
@@ -121,7 +121,7 @@ class Pending:
                 "the weight or the bias was frozen for some of the backward passes since the last step and not for others: make "
                 "a step, or call zero_grad, before requires_grad changes"
             )
-        changes = [_change(record.seen, weight, self.bias, record.index) for record in self.records]
+        changes = [_change(record.seen, weight, self.bias, row_scale(weight), record.index) for record in self.records]
         if any(changes):
             raise RuntimeError(
                 f"the class table, or the classes that a loss was told to take, were {next(filter(None, changes))} between "
@@ -256,7 +256,7 @@ class _Record(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, vectors, saved, problem, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
-        ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias)
+        ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias, problem.row_scale)
         ctx.save_for_backward(
             *_Held(
                 *(problem.labels, problem.index, problem.correction),
@@ -271,7 +271,7 @@ class _Record(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         held = _Held(*ctx.saved_tensors)
-        if change := _change(ctx.seen, *ctx.parameters):
+        if change := _change(ctx.seen, *ctx.parameters, row_scale(ctx.parameters[0])):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
         grads = zeros_for_none(grads, ctx.shapes, held.total)

@@ -36,8 +36,11 @@ def rows_of(tensor):
 
 def check_rows(parameter, group, state):
     """Check that `step` can write a parameter and its state: `head.to(...)` and `weight.data = ...` may have replaced them."""
-    is_float8 = recording.row_scale(parameter) is not None
-    if not is_float8 and parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+    row_scale = recording.row_scale(parameter)
+    validation.check_row_scale(dtensors.local(parameter), row_scale)
+    if row_scale is not None and not row_scale.is_contiguous():
+        raise ValueError(f"weight_scale must be contiguous to train a float8 table, got strides {row_scale.stride()}")
+    if row_scale is None and parameter.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise ValueError(f"a class table to train must be float32, bfloat16, float64 or float8, got {parameter.dtype}")
     if not dtensors.local(parameter).is_contiguous():
         raise ValueError(f"a class table to train must be contiguous, got strides {parameter.stride()}")
