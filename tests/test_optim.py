@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import inspect
 import io
 import math
+import sys
 import threading
 import warnings
 from types import SimpleNamespace
@@ -24,7 +26,7 @@ from cosface_kernels.heads import float8
 from cosface_kernels.margins import ArcFace, Softmax
 from cosface_kernels.ops import formats, recording, slabs
 from cosface_kernels.ops.backends import cpu_library
-from cosface_kernels.optim import rules
+from cosface_kernels.optim import rules, table_state
 
 SIZE, NUM_CLASSES, ROWS = 20, 300, 9  # three slabs, the last one short; not a multiple of any vector
 
@@ -1455,6 +1457,44 @@ def test_every_thread_s_backward_is_recorded():
         thread.join()
     assert len(recording.pending(head.weight).records) == len(every)
     optimizer.step()
+
+
+def test_ctrl_c_at_any_line_of_a_step_loses_no_records_silently():
+    """The table is as before, with its records, or as after, or said to be between."""
+    codes = inspect.unwrap(FusedSGD.step).__code__, recording.Pending.take.__code__
+
+    def stepped(interrupted_at):
+        """(the table before, after, how many records are left, whether it is said to be between steps, lines that ran)."""
+        torch.manual_seed(0)
+        head, _ = twins()
+        optimizer = FusedSGD(head.parameters(), lr=0.5)
+        head(*next(batches(1))).backward()
+        before, lines = head.weight.detach().clone(), 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if frame.f_code not in codes:
+                return None
+            lines += event == "line"
+            if event == "line" and lines == interrupted_at:
+                raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            optimizer.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        said = table_state.INTERRUPTED in optimizer.state[head.weight]
+        return before, head.weight.detach(), len(recording.pending(head.weight).records), said, lines
+
+    _, after, _, _, lines = stepped(None)
+    assert lines > 8
+    for line in range(1, lines + 1):
+        before, found, records, said, _ = stepped(line)
+        assert said or torch.equal(found, after) or (records and torch.equal(found, before)), line
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

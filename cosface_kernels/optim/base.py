@@ -84,10 +84,10 @@ class Fused(torch.optim.Optimizer):
         self._on_all_ranks(self._check)
         finite = self._finite([record.factors for weight, _ in self._tables for record in recording.pending(weight).records])
         for weight, bias in self._tables:
-            records = recording.pending(weight).take()
-            if records or not len(dtensors.local(weight)):  # a rank without rows counts and keeps state as the others do
-                self.state[weight][table_state.INTERRUPTED] = True  # until the last slab is written
-                self._step_table(weight, bias, [self._unscaled(record) for record in records], finite)
+            pending = recording.pending(weight)
+            if pending.records or not len(dtensors.local(weight)):  # a rank without rows counts and keeps state as others do
+                self.state[weight][table_state.INTERRUPTED] = True  # from the loss of the records to the last slab
+                self._step_table(weight, bias, [self._unscaled(record) for record in pending.take()], finite)
                 del self.state[weight][table_state.INTERRUPTED]
         return loss
 
