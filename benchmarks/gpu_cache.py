@@ -2,11 +2,12 @@
 
 Triton finds a kernel by its source, its options, the chip and Triton's own files and ptxas; by no path and no driver. So run this
 with the Triton of the GPU's machine, take DIR along, and set TRITON_CACHE_DIR to it there. prepared.json in it names that Triton;
-the stage `probe` of benchmarks.gpu_check compares. Compiled are the launches of tests/aot.py and all tiles of the stage
-`exponentials`; of each kernel only what runs is kept.
+the stage `probe` of benchmarks.gpu_check compares. Compiled are the launches of tests/aot.py and those of the stages
+`exponentials`, `steps`, `forms` and `gluon`; of each kernel only what runs is kept.
 """
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -17,6 +18,10 @@ from pathlib import Path
 
 from .source import ROOT
 
+STEPS = {"steps", "forms", "gluon"}
+# In place of the stages': a first slab, one between and a last one of cut blocks, all divisible by 16; and a form's check,
+# divisible by 8. No program has a single block of a slab, which Triton would compile for.
+CLASSES_AND_SLABS = [(2 * 3072 + 1040, 3072), (3080, 3080)]
 DROPPED = {".ttir", ".ttgir", ".llir", ".source", ".ptx"}
 
 
@@ -40,7 +45,7 @@ def fill(folder, chip):
     from triton.runtime.cache import triton_key
 
     count = 0
-    for launch in aot.launches(chip, itertools.chain(aot.calls(chip), [tiles])):
+    for launch in aot.launches(chip, itertools.chain(aot.calls(chip), [tiles, *whole_steps()])):
         count += 1
         print(f"{count:>4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
     for path in folder.rglob("*"):
@@ -63,6 +68,28 @@ def tiles():
     cases = {json.dumps({**case, **small}): {**case, **small} for case in stages.exponentials()}
     for _ in kernels.exponentials(cases.values(), torch.device("cpu")):
         pass
+
+
+def whole_steps():
+    """Functions that launch what the stages of whole steps do, and their checks of forms, over few classes."""
+    from .gpu_check import stages
+
+    cases = [case for stage in stages.PLAN if stage.name in STEPS for case in stage.cases()]
+    kinds = {json.dumps([case["rows"], case["size"], case["budget"] == "none", case.get("forms", {})]): case for case in cases}
+    return [functools.partial(_step, case, *sizes) for case in kinds.values() for sizes in CLASSES_AND_SLABS]
+
+
+def _step(case, classes, slab):
+    import torch
+
+    from cosface_kernels import cosface_loss
+
+    from . import peers
+    from .gpu_check import gpu
+
+    function = functools.partial(cosface_loss, backend="triton", memory_budget=gpu.BUDGETS[case["budget"]])
+    with gpu.forms(case.get("forms")), gpu.slabs(slab):
+        peers.step(peers.autocast(function), *peers.inputs(case["rows"], classes, case["size"], torch.device("cpu")))
 
 
 if __name__ == "__main__":
