@@ -436,4 +436,4 @@ def test_gpu_tests_need_only_torch_and_pytest():
     skipped = set(re.findall(r"SKIPPED.* tests/(\w+)\.py.*could not import", run.stdout))
     beside = {"test_benchmarks", "test_benchmark_training", "test_cli", "test_formats"}
     training = {"test_training", "test_training_processes", "test_training_report", "test_reproduce", "test_evaluation"}
-    assert skipped == beside | training | {"test_compat_docs", "test_compat_pml", "test_digits"}
+    assert skipped == beside | training | {"test_templates", "test_compat_docs", "test_compat_pml", "test_digits"}
