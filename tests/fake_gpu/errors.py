@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import library
 
 TESTS = Path(__file__).parents[1]
 # {how a test's name begins: what garbage decides in it}
@@ -75,7 +76,7 @@ def _local_scalar_dense(tensor):
     return value or (1.0 if isinstance(value, float) else value)
 
 
-def opcheck(*arguments, check=torch.library.opcheck, **keywords):
+def opcheck(*arguments, check=library.opcheck, **keywords):
     """Without test_schema, which looks for arguments that changed by comparing their numbers."""
     check(*arguments, test_utils=("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"), **keywords)
 
@@ -94,7 +95,7 @@ def pytest_runtest_makereport(item, call):
 sys.meta_path.insert(0, Finder())
 torch.testing.assert_close = lambda *arguments, **keywords: None
 torch.autograd.gradcheck = gradients
-torch.library.opcheck = opcheck
-ON_CUDA = torch.library.Library("aten", "IMPL")
+library.opcheck = opcheck
+ON_CUDA = library.Library("aten", "IMPL")
 for function in (nonzero, _unique2, _local_scalar_dense):
     ON_CUDA.impl(function.__name__, function, "CUDA")
