@@ -211,16 +211,19 @@ def peak(distractors):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 random, verification.SORTED_AT_MOST = np.random.default_rng(0), 0
-print(peak(5_000), peak(100_000))
+print(peak(5_000), peak(205_000))
 """
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_pairs():
-    """Of 95,000 more distractors there are four arrays, of float64 and float32, and not three quarters of their scores."""
+    """Of 200,000 more distractors there are four arrays, of float64 and float32, and not half of their scores.
+
+    The C library keeps up to a third of those of what is freed, from run to run.
+    """
     few, many = map(int, fresh.run(MEMORY))
-    arrays, scores = 95_000 * 8 * (8 + 8 + 4 + 4), 95_000 * 500 * 4
-    assert many - few < arrays + scores * 3 / 4
+    arrays, scores = 200_000 * 8 * (8 + 8 + 4 + 4), 200_000 * 500 * 4
+    assert many - few < arrays + scores / 2
 
 
 @pytest.fixture
