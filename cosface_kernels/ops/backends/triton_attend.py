@@ -47,19 +47,29 @@ def width(size):
     return max(SIZE_MIN, 1 << (size - 1).bit_length())
 
 
-def constants(kernel, x, table, plan):
-    """A kernel's launch options and constants if it serves the call; None if the slab loop does."""
-    num_rows, size = x.shape
-    plain = table.centers == 1 and table.correction is None
-    if not (plain and num_rows and size <= SIZE_MAX and plan.shift is not None and not plan.kept_slabs):
+def serves(x, table, targets, plan, *, need_pull=True, need_largest=False, hard=None):
+    """Whether the kernels compute what a call asks for; the slab loop computes all of it."""
+    cosines = plan.shift is not None and table.centers == 1 and table.correction is None and hard is None and targets.dim() == 1
+    return cosines and need_pull and not need_largest and x.shape[0] > 0 and x.shape[1] <= SIZE_MAX
+
+
+def constants(kernel, x, table, targets, plan, *, common=None, **needs):
+    """A kernel's launch options and constants if it serves the call and is asked for; None if the slab loop does.
+
+    common: what backward adds to each row of dŵ (SlabFactors); needs: as in `serves`.
+    """
+    if not serves(x, table, targets, plan, **needs) or plan.kept_slabs:
         return None
+    num_rows, size = x.shape
     capability = triton_kernels.capability(x.device)
     asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability)
     if asked is None:
         return None
     if asked.get("GLUON"):
-        serves = capability == (9, 0) and width(size) == SIZE_MAX and plan.dtype != torch.float32 and hopper()
-        return {"GLUON": True, "SIZE": SIZE_MAX, "BLOCK_N": 64, "BLOCK_C": 128} if serves else None
+        fits = capability == (9, 0) and width(size) == SIZE_MAX and plan.dtype != torch.float32 and hopper()
+        return {"GLUON": True, "SIZE": SIZE_MAX, "BLOCK_N": 64, "BLOCK_C": 128} if fits else None
+    if common is not None:
+        return None  # no slab of dŵ to add to
     shapes = _shapes(kernel, plan.dtype, capability)
     # At other D ptxas has each wgmma of so wide a tile wait for the one before.
     waits = kernel == "attend_table" and capability[0] == 9 and width(size) == 512 and size % 16 and plan.dtype != torch.float32

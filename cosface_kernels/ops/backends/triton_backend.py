@@ -61,8 +61,8 @@ def pull_parts(num_rows, size, width):
 
 def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
-    attends = need_pull and not need_largest and hard is None and targets.dim() == 1
-    attend = triton_attend.constants("attend_features", x, table, plan) if attends else None
+    needs = {"need_pull": need_pull, "need_largest": need_largest, "hard": hard}
+    attend = triton_attend.constants("attend_features", x, table, targets, plan, **needs)
     slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan, hard, need_largest)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
     shift = _shift(slab, plan, num_rows)
@@ -114,10 +114,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
 
 def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     num_rows, size = x.shape
-    attends = hard is None and factors.targets.dim() == 1
-    attend = triton_attend.constants("attend_table", x, table, plan) if attends else None
-    if attend and factors.common is not None and not attend.get("GLUON", False):
-        attend = None  # no slab of dŵ to add to
+    attend = triton_attend.constants("attend_table", x, table, factors.targets, plan, common=factors.common, hard=hard)
     gluon = attend is not None and attend.get("GLUON", False)
     if attend and not gluon:
         triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
