@@ -85,9 +85,12 @@ def _check_dense(name, shape, tensor):
     # Tensors of torch.compile and vmap have no address.
     if type(tensor) not in PLAIN_TENSORS or torch.compiler.is_compiling() or _is_transformed(tensor):
         return
-    missing = tensor.numel() and tensor.untyped_storage().nbytes() == 0
-    if missing:
-        raise ValueError(f"{name} must have its numbers in memory, got shape {tuple(tensor.shape)} over a storage of 0 bytes")
+    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    stored = tensor.untyped_storage().nbytes()
+    if tensor.numel() and stored < (last + 1) * tensor.element_size():
+        raise ValueError(
+            f"{name} must have its numbers in memory, got shape {tuple(tensor.shape)} over a storage of {stored} bytes"
+        )
 
 
 def check_read(name, shape, tensor):

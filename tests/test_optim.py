@@ -1319,6 +1319,9 @@ def test_a_table_replaced_between_forward_and_backward_is_noticed(device):
         ("momentum_buffer", lambda buffer: buffer.sum().char(), "must have shape"),
         ("momentum_buffer", lambda buffer: buffer.to(torch.uint8), "must be one of"),  # codes of squares
         ("momentum_buffer", lambda buffer: None, "must be a tensor"),
+        ("skipped", lambda count: torch.tensor(-1), "must be a count"),
+        ("rounding_step", lambda count: torch.tensor(True), "must be a count"),
+        ("rounding_step", lambda count: torch.tensor(torch.nan), "must be a count"),
         ("momentum_buffer_scale", lambda scale: scale[:-1], "must have shape"),
         ("momentum_buffer_scale", lambda scale: scale.double(), "must be one of"),
     ],
@@ -1334,7 +1337,7 @@ def test_state_that_was_replaced_is_refused(name, change, message):
     with pytest.raises((TypeError, ValueError), match=message):
         optimizer.step()
     assert torch.equal(head.weight, before)
-    del state["momentum_buffer_scale"], state["momentum_buffer"]
+    state.clear()
     optimizer.step()
     assert not torch.equal(head.weight, before)
 
@@ -1351,6 +1354,9 @@ LOADED = {
     "sparse": (lambda state: state[0].update(momentum_buffer=torch.zeros(NUM_CLASSES, SIZE).to_sparse()), "must be a dense"),
     "a number": (lambda state: state[0].update(momentum_buffer=torch.tensor(1.0)), "must have shape"),
     "a count of three": (lambda state: state[0].update(skipped=torch.zeros(3)), "must have shape"),
+    "a count of NaN": (lambda state: state[0].update(skipped=torch.tensor(torch.nan)), "skipped must be a count"),
+    "a count below 0": (lambda state: state[0].update(rounding_step=torch.tensor(-1)), "rounding_step must be a count"),
+    "half a count": (lambda state: state[0].update(rounding_step=torch.tensor(0.5)), "rounding_step must be a count"),
     "of nobody": (lambda state: state.update({7: state.pop(0)}), "must be of a parameter that param_groups has"),
 }
 
@@ -1369,14 +1375,18 @@ def test_state_to_load_that_is_none_is_refused(change, message):
     assert all(torch.equal(optimizer.state[head.weight][name], value) for name, value in before.items())
 
 
-def test_a_table_without_memory_is_not_stepped():
-    """As FSDP leaves a parameter between its uses."""
-    head, _ = twins()
+@pytest.mark.parametrize("stored", [0, 16])
+@pytest.mark.parametrize("table_format", ["float32", "float8"])
+def test_a_table_without_memory_is_not_used(stored, table_format):
+    """As FSDP leaves a parameter between its uses; or a part of it."""
+    head = CosFaceLoss(SIZE, NUM_CLASSES, table_format=table_format)
     optimizer = FusedSGD(head.parameters(), lr=0.5)
-    head(*next(batches(1))).backward()
-    head.weight.untyped_storage().resize_(0)
-    with pytest.raises(ValueError, match="must have its numbers in memory"):
-        optimizer.step()
+    features, labels = next(batches(1))
+    head(features, labels).backward()
+    head.weight.untyped_storage().resize_(stored)
+    for use in (optimizer.step, lambda: head(features, labels), lambda: head.topk(features, 1)):
+        with pytest.raises(ValueError, match="must have its numbers in memory"):
+            use()
 
 
 def test_state_without_counts_goes_on():

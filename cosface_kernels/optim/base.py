@@ -195,6 +195,8 @@ class Fused(torch.optim.Optimizer):
                         f"{name} is no state of {type(self).__name__}, which has {[*self._STATE]}: another optimiser's"
                     )
                 table_state.check_state(name, value, params[key])
+                if name in table_state.COUNTS:
+                    table_state.check_count(name, value)
                 if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
                     raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
         super().load_state_dict({**state_dict, "state": {}})

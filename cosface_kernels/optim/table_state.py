@@ -85,6 +85,8 @@ def check_state(name, value, parameter):
             f"{name} must have shape {tuple(shape)} for the table of {tuple(parameter.shape)}, got {tuple(value.shape)}"
         )
     if name in COUNTS:
+        if value.device.type == "cpu":  # elsewhere asking would wait for the device
+            check_count(name, value)
         return
     codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
     dtypes = (torch.float32,) if name.endswith("_scale") else (torch.float32, torch.float64, torch.bfloat16, codes)
@@ -92,3 +94,10 @@ def check_state(name, value, parameter):
         raise ValueError(f"{name} must be one of {dtypes}, got {value.dtype}")
     if dtensors.is_sharded(value) != dtensors.is_sharded(parameter):
         raise ValueError(f"{name} must be sharded where the table is: use load_checkpoint, which shards what was plain")
+
+
+def check_count(name, value):
+    """Check a count's value: a whole number of at least 0."""
+    counted = None if value.dtype == torch.bool or value.is_complex() else value.item()
+    if counted is None or not 0 <= counted < float("inf") or counted != int(counted):
+        raise ValueError(f"{name} must be a count, a whole number of at least 0, got {value}")
