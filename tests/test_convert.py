@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from functools import partial
 from glob import glob
 from pathlib import Path
 
@@ -549,10 +550,17 @@ def test_compressed_entries_are_read_as_what_they_hold(here):
     assert converted("out.pt").equal(table(11))
 
 
-def test_a_pipe_is_not_opened(here):
-    os.mkfifo("in.pt")
-    with pytest.raises(ValueError, match=r"cannot read in\.pt: it is not a regular file"):
-        module.convert(["in.pt"], "out.pt", system="insightface")
+@pytest.mark.parametrize("name", ["in.pt", "in.safetensors"])
+def test_a_pipe_is_not_opened(here, capsys, monkeypatch, name):
+    os.mkfifo(name)
+    monkeypatch.setattr("builtins.open", partial(_no_pipe, open))
+    assert f"cannot read {name}: it is not a regular file" in refusal(capsys, name, "out.pt", "--from", "insightface")
+
+
+def _no_pipe(opened, path, *arguments, **options):
+    """open, which would wait for ever for a pipe's writer: fails instead."""
+    assert not Path(path).is_fifo(), f"{path} was opened"
+    return opened(path, *arguments, **options)
 
 
 def test_inputs_that_cannot_be_read(here, capsys):

@@ -311,11 +311,6 @@ def _convert(arguments):
     ):
         if is_wrong:
             arguments.wrong_usage(message)
-    for path in arguments.inputs:
-        try:
-            open(path, "rb").close()
-        except OSError as error:
-            return _fail(f"cannot read {path}: {error.strerror}")
     from .convert import convert
 
     names = "inputs", "out", "system", "key", "transpose", "to", "force"

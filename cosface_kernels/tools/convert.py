@@ -172,12 +172,12 @@ def _load(path):
     """[(dotted key, tensor)] of all tensors in the nested dicts of a file, or of the one tensor that it holds."""
     if path.exists() and not path.is_file() and not path.is_dir():  # opening a pipe may wait for ever
         raise ValueError(f"cannot read {path}: it is not a regular file")
-    if path.suffix == ".safetensors":
-        return _load_safetensors(path)
     try:
         is_zip = _is_zip(path)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {_reason(error)}") from error
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     with _reading(path), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip and _is_as_it_lies(path))
