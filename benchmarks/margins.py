@@ -5,11 +5,11 @@ margin_softmax_loss is timed next to one of cosface_loss, in turns, which of the
 cancels: the figure is the median of the pairs' ratios. The row "CosFace" is the same loss twice, and shows the noise. Below are
 the relatives that cost more by design: logits that are no cosines need a pass that finds each row's largest, 2 N C D flops more;
 sub-centres have three rows to a class, and so a third of the classes here. With --options what goes beside CosFace's margin is
-measured instead: options.py.
+measured instead: options.py, and steps.py, whose whole steps are timed next to the same without.
 
 Loss and gradients are checked first, at a small size, against the same formulas in plain PyTorch in float64; features have norms
-as those of a trained backbone. A row:
-{"name", "precision", "normalised", "errors", "wrong", "seconds", "cosface_seconds"}, a pair at each place of the last two.
+as those of a trained backbone. A row, with a pair at each place of the last two:
+{"name", "precision", "normalised", "whole_step", "errors", "wrong", "seconds", "cosface_seconds"}
 """
 
 import itertools
@@ -27,6 +27,7 @@ from . import harness, measure
 from .options import OPTIONS
 from .peers import PRECISIONS, SCALE, in_precision, inputs, step
 from .record import fail, keep, parser, say
+from .steps import STEPS, Step
 
 # A normalised margin that takes more than this many times CosFace's time is named.
 LIMIT = 1.05
@@ -144,11 +145,11 @@ def main(argv=None):
         asked.error(f"argument --classes: sub-centres need at least {CENTERS} rows")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = arguments.rows, arguments.classes, arguments.size
-    # The table, its gradient, and at most as much again of exponentials.
-    if shortage := measure.shortage(12 * arguments.classes * arguments.size, device):
+    # The table, its gradient, and at most as much again of exponentials; of whole steps two tables and momenta more.
+    if shortage := measure.shortage((32 if arguments.options else 12) * arguments.classes * arguments.size, device):
         return fail("margins", f"C = {arguments.classes:,} {shortage}")
     precisions = PRECISIONS if arguments.dtype == "both" else [arguments.dtype]
-    rows = [_row(case, precision) for precision in precisions for case in (OPTIONS if arguments.options else CASES)]
+    rows = [_row(case, precision) for precision in precisions for case in (OPTIONS + STEPS if arguments.options else CASES)]
     report = {
         **{"kind": "margins", "shape": list(shape), "environment": measure.environment(device)},
         **{"rows": rows, "complete": False},
@@ -162,13 +163,13 @@ def main(argv=None):
 
 
 def _row(case, precision):
-    facts = {"name": case.name, "precision": precision, "normalised": case.normalised}
+    facts = {"name": case.name, "precision": precision, "normalised": case.normalised, "whole_step": isinstance(case, Step)}
     return {**facts, "errors": None, "wrong": False, "seconds": [], "cosface_seconds": []}
 
 
 def _entries(report):
     """(row, its case) of each."""
-    by_name = {case.name: case for case in CASES + OPTIONS}
+    by_name = {case.name: case for case in CASES + OPTIONS + STEPS}
     return [(row, by_name[row["name"]]) for row in report["rows"]]
 
 
@@ -184,8 +185,11 @@ def check(report, device):
     tensors = problem(*CHECK_SHAPE, report["shape"][2], device)
     checks = {case.name: measure.Check(case.tensors(*tensors), case.plain) for _, case in _entries(report)}
     for row, case in _entries(report):
-        found = checks[case.name]
-        row |= found.judged(found.run(in_precision(row["precision"], case.loss)), row["precision"])
+        found, precision = checks[case.name], row["precision"]
+        if isinstance(case, Step):
+            row |= found.judged(case.results(precision, *found.tensors), precision, case.rounding)
+        else:
+            row |= found.judged(found.run(in_precision(precision, case.loss)), precision)
 
 
 def time_pairs(report, device, repeats, save=lambda: None):
@@ -193,8 +197,7 @@ def time_pairs(report, device, repeats, save=lambda: None):
     tensors = problem(*report["shape"], device)
     for turn, (row, case) in harness.in_turns(_entries(report), repeats + 1):
         say(f"turn {turn} of {repeats}: {row['name']}, {row['precision']}")
-        ours, cosface = _step(row, case.loss, case.tensors(*tensors)), _step(row, cosface_loss, tensors)
-        pair = [("seconds", ours), ("cosface_seconds", cosface)]
+        pair = [*zip(("seconds", "cosface_seconds"), _pair(case, row["precision"], tensors), strict=True)]
         taken = {name: measure.seconds(run, device) for name, run in (pair if turn % 2 else reversed(pair))}
         if turn:
             for name, seconds in taken.items():
@@ -202,9 +205,13 @@ def time_pairs(report, device, repeats, save=lambda: None):
             save()
 
 
-def _step(row, function, tensors):
-    function = in_precision(row["precision"], function)
-    return lambda: step(function, *tensors)
+def _pair(case, precision, tensors):
+    """(a step of the case, one of cosface_loss or without the option), functions without arguments."""
+    if isinstance(case, Step):
+        return case.pair(precision, *tensors)
+    ours, cosface = (in_precision(precision, function) for function in (case.loss, cosface_loss))
+    own = case.tensors(*tensors)
+    return lambda: step(ours, *own), lambda: step(cosface, *tensors)
 
 
 def table(report):
@@ -253,10 +260,12 @@ def _conclusions(report):
         yield f"No normalised margin is beyond {LIMIT - 1:.0%} of cosface_loss."
     own = {}
     for precision, rows in itertools.groupby(report["rows"], key=lambda row: row["precision"]):
-        own[precision] = [seconds for row in rows for seconds in row["cosface_seconds"]]
+        own[precision] = [seconds for row in rows if not row.get("whole_step") for seconds in row["cosface_seconds"]]
     own = [f"{1e3 * statistics.median(seconds):.4g} ms in {name}" for name, seconds in own.items() if seconds]
     if own:
         yield f"cosface_loss itself: {' and '.join(own)}, the medians of all its steps."
+    if steps := dict.fromkeys(row["name"] for row in report["rows"] if row.get("whole_step")):
+        yield f"A head's whole step, times one without the option: {'; '.join(steps)}."
     rows, classes = CHECK_SHAPE
     yield (
         f"Errors: ‖result - exact‖ / ‖exact‖, exact being plain PyTorch in float64, at N = {rows}, C = {classes:,}; "

@@ -132,16 +132,16 @@ class Check:
         """‖got - exact‖ / ‖exact‖ of loss, dX, dW and db, or of the first of them."""
         return [relative_error(got, exact) for got, exact in zip(results, self.exact, strict=False)]
 
-    def judged(self, results, precision):
+    def judged(self, results, precision, rounding=0.0):
         """{"errors", "wrong"} of results in a precision: right are those within ERROR_FACTOR of plain PyTorch's in it, and a
-        rounding.
+        rounding; rounding: another one, of the last.
         """
         if precision not in self._allowed:
             errors = self.errors(in_precision(precision, self.expression))
             self._allowed[precision] = [ERROR_FACTOR * error + ERROR_ROUNDING[precision] for error in errors]
-        errors = self.relative(results)
+        errors, (*allowed, last) = self.relative(results), self._allowed[precision]
         # Written so that a NaN is wrong too.
-        return {"errors": errors, "wrong": not all(map(operator.le, errors, self._allowed[precision]))}
+        return {"errors": errors, "wrong": not all(map(operator.le, errors, [*allowed, last + rounding]))}
 
 
 def gpu_peak_bytes(function, tensors):

@@ -1,9 +1,11 @@
 """What goes beside a margin, for `python -m benchmarks.margins --options`: each option's loss, and the same in plain PyTorch.
 
-An option is a few N-vectors of work, or a few operations on each product in registers, in a step of 6 N C D flops.
+An option is a few N-vectors of work, or a few operations on each product in registers, in a step of 6 N C D flops. Those that
+only a whole step has are in steps.py.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -16,15 +18,35 @@ from .peers import SCALE
 SMOOTHING, M = 0.1, 0.35
 
 
+@dataclass(frozen=True)
+class PerRow(margins.Margin):
+    """CosFace's, with a number for each row of the batch."""
+
+    m: float | torch.Tensor = M
+
+    def psi(self, cosine):
+        return cosine - self.m
+
+
+@dataclass(frozen=True)
+class EvenOnes(PerRow):
+    """CosFace's for classes with an even number, none for the others."""
+
+    def for_labels(self, labels):
+        return PerRow(m_of_even_ones(labels, None))
+
+
 class Option(NamedTuple):
     name: str
     given: Callable = lambda labels, classes: {}  # options of margin_softmax_loss for a batch
-    written: Callable = lambda z, labels, given: F.cross_entropy(z, labels)  # of logits with CosFace's margin, N x C
+    written: Callable = lambda z, labels, given: F.cross_entropy(z, labels)  # of logits with the margin, N x C
+    m: Callable = lambda labels, classes: M  # of CosFace's margin: a number, or each row's
     normalised: bool = True
     learns_scale: bool = False
     several: int = 0  # classes to a row
 
     def tensors(self, features, weight, labels):
+        """The problem for this option."""
         if self.several:
             steps = torch.arange(self.several, device=labels.device) * 7
             labels = (labels[:, None] + steps) % len(weight)
@@ -41,24 +63,39 @@ class Option(NamedTuple):
         given = self.given(labels, len(weight))
         cosines = reference.logits(features, weight, scale=1.0).to(features.dtype)
         own = labels if self.several else labels[:, None]
-        m = given["margin"].m.to(features.dtype)[own] if "margin" in given else M
-        target = cosines.gather(1, own) - m
+        m = self.m(labels, len(weight))
+        target = cosines.gather(1, own) - (m.to(features.dtype)[:, None] if isinstance(m, torch.Tensor) else m)
         if "negatives" in given:
-            cosines = changed(given["negatives"], cosines, target.detach())
+            cosines = changed(given["negatives"], cosines, own, target.detach())
         return self.written(scale * cosines.scatter(1, own, target), labels, given)
 
 
-def changed(negatives, cosines, target):
+def changed(negatives, cosines, own, target):
     """Of each kind below, by its paper; without a module CurricularFace's t is 0."""
     if isinstance(negatives, margins.CurricularFace):
         return torch.where(cosines > target, cosines.square(), cosines)
     if isinstance(negatives, margins.MVSoftmax):
         return torch.where(cosines > target, negatives.t * cosines + negatives.t - 1, cosines)
+    if isinstance(negatives, margins.InterTopK):
+        others = cosines.detach().scatter(1, own, -torch.inf)
+        return torch.where(cosines > others.topk(negatives.k + 1).values[:, -1:], cosines + negatives.m, cosines)
     return torch.where(cosines > negatives.threshold, 0.0, cosines)
 
 
 def spread(low, high, classes, labels):
     return torch.linspace(low, high, classes, device=labels.device)
+
+
+def m_of_even_ones(labels, classes):
+    return torch.where(labels % 2 == 0, M, 0.0)
+
+
+def m_of_rows(labels, classes):
+    return torch.linspace(0.1, 0.5, len(labels), device=labels.device)
+
+
+def m_by_class(labels, classes):
+    return spread(0.1, 0.5, classes, labels)[labels]
 
 
 def weighted(z, labels, given):
@@ -82,12 +119,17 @@ OPTIONS = (
         lambda labels, classes: {"class_weight": spread(0.5, 2, classes, labels)},
         lambda z, labels, given: F.cross_entropy(z, labels, weight=given["class_weight"].to(z.dtype)),
     ),
-    Option("numbers by class", lambda labels, classes: {"margin": margins.CosFace(spread(0.1, 0.5, classes, labels))}),
+    Option(
+        "numbers by class", lambda labels, classes: {"margin": margins.CosFace(spread(0.1, 0.5, classes, labels))}, m=m_by_class
+    ),
+    Option("margins that see the labels", lambda labels, classes: {"margin": EvenOnes()}, m=m_of_even_ones),
+    Option("a number for each row", lambda labels, classes: {"margin": PerRow(m_of_rows(labels, classes))}, m=m_of_rows),
     Option("a learnt scale", learns_scale=True),
     Option("return_statistics", lambda labels, classes: {"return_statistics": True}),
     Option("InterclassFiltering", lambda labels, classes: {"negatives": margins.InterclassFiltering(0.4)}, normalised=False),
     Option("MVSoftmax", lambda labels, classes: {"negatives": margins.MVSoftmax(1.12)}, normalised=False),
     Option("CurricularFace", lambda labels, classes: {"negatives": margins.CurricularFace()}, normalised=False),
+    Option("InterTopK", lambda labels, classes: {"negatives": margins.InterTopK(5, 0.06)}, normalised=False),
     Option("2 classes to a row", shares, weighted, normalised=False, several=2),
     Option("8 classes to a row", shares, weighted, normalised=False, several=8),
 )

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from benchmarks import margins as benchmark
-from benchmarks import measure
-from cosface_kernels import margins
+from benchmarks import measure, steps
+from cosface_kernels import FusedSGD, margins
+from cosface_kernels.heads import plain
 
 SIZES = ["--rows=8", "--classes=100", "--size=32", "--repeats=2"]
 NORMALISED = ["CosFace", "NormSoftmax", "ArcFace", "SphereFace", "Combined", "AdaFace", "MagFace"]
@@ -42,15 +43,19 @@ def test_table_and_json(capsys, tmp_path):
 
 
 def test_options(capsys, monkeypatch):
-    """All are right; and a wrong one is marked."""
-    monkeypatch.setattr(benchmark, "CHECK_SHAPE", (16, 300))
+    """All are right; and wrong ones are marked."""
+    monkeypatch.setattr(benchmark, "CHECK_SHAPE", (8, 300))  # fewer labels and hard classes than a sample has
     assert benchmark.main([*SIZES, "--options", "--dtype=float32", "--repeats=1"]) == 0
     printed = capsys.readouterr().out
-    assert [name for name, _ in rows_of(printed)] == [option.name for option in benchmark.OPTIONS] and not wrong_ones(printed)
+    names = [case.name for case in benchmark.OPTIONS + benchmark.STEPS]
+    assert [name for name, _ in rows_of(printed)] == names and not wrong_ones(printed)
+    assert f"times one without the option: {'; '.join(step.name for step in benchmark.STEPS)}." in printed
     right = margins.MVSoftmax.polynomial
     monkeypatch.setattr(margins.MVSoftmax, "polynomial", lambda self, *given: (*right(self, *given)[:3], 0.01))
+    monkeypatch.setattr(plain, "correction", lambda classes, certain, num_classes: torch.zeros(len(classes)))
+    monkeypatch.setattr(steps, "FusedSGD", lambda weights, *, max_row_norm=None, **options: FusedSGD(weights, **options))
     assert benchmark.main([*SIZES, "--options", "--dtype=float32", "--repeats=1"]) == 0
-    assert wrong_ones(capsys.readouterr().out) == {"MVSoftmax"}
+    assert wrong_ones(capsys.readouterr().out) == {"MVSoftmax", "hard classes", "max_row_norm"}
 
 
 def test_cases_are_distinct():
