@@ -1,4 +1,4 @@
-"""Measures each margin beside CosFace: python -m benchmarks.margins [--options] [--rows N] [--classes N] [--json FILE]
+"""Measures each margin beside CosFace: python -m benchmarks.margins [--options] [--processor-time] [--classes N] [--json FILE]
 
 A margin is N numbers of work in a step of 6 N C D flops, so it should cost nothing. Each one's forward and backward through
 margin_softmax_loss is timed next to one of cosface_loss, in turns, which of the two goes first alternating, so that drift
@@ -140,10 +140,14 @@ def main(argv=None):
     """Returns the exit status: 0, 1 where it cannot be done, 130 after Ctrl-C."""
     asked = parser(__doc__, rows=512, classes=100_000, size=512, repeats=9)
     asked.add_argument("--options", action="store_true", help="measure what goes beside a margin, not the margins")
+    asked.add_argument("--processor-time", action="store_true", help="for a busy machine: count that, of one thread")
     arguments = asked.parse_args(argv)
     if arguments.classes < CENTERS:
         asked.error(f"argument --classes: sub-centres need at least {CENTERS} rows")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.processor_time:
+        device = torch.device("cpu")
+        torch.set_num_threads(1)
     shape = arguments.rows, arguments.classes, arguments.size
     # The table, its gradient, and at most as much again of exponentials; of whole steps two tables and momenta more.
     if shortage := measure.shortage((32 if arguments.options else 12) * arguments.classes * arguments.size, device):
@@ -152,7 +156,7 @@ def main(argv=None):
     rows = [_row(case, precision) for precision in precisions for case in (OPTIONS + STEPS if arguments.options else CASES)]
     report = {
         **{"kind": "margins", "shape": list(shape), "environment": measure.environment(device)},
-        **{"rows": rows, "complete": False},
+        **{"processor_time": arguments.processor_time, "rows": rows, "complete": False},
     }
 
     def work(save):
@@ -195,10 +199,11 @@ def check(report, device):
 def time_pairs(report, device, repeats, save=lambda: None):
     """Add `repeats` pairs to every row, after one that warms up. Calls save() after each turn."""
     tensors = problem(*report["shape"], device)
+    clocked = measure.processor_seconds if report.get("processor_time") else lambda run: measure.seconds(run, device)
     for turn, (row, case) in harness.in_turns(_entries(report), repeats + 1):
         say(f"turn {turn} of {repeats}: {row['name']}, {row['precision']}")
         pair = [*zip(("seconds", "cosface_seconds"), _pair(case, row["precision"], tensors), strict=True)]
-        taken = {name: measure.seconds(run, device) for name, run in (pair if turn % 2 else reversed(pair))}
+        taken = {name: clocked(run) for name, run in (pair if turn % 2 else reversed(pair))}
         if turn:
             for name, seconds in taken.items():
                 row[name].append(seconds)
@@ -218,9 +223,10 @@ def table(report):
     """The Markdown table of a record."""
     num_rows, num_classes, size = report["shape"]
     facts = report["environment"]
+    clock = ", processor time" if report.get("processor_time") else ""
     lines = [
-        f"One forward and backward, N = {num_rows:,}, C = {num_classes:,}, D = {size:,}, float32 tensors, on {facts['device']}, "
-        f"torch {facts['torch']}, {facts['date']}{'' if report['complete'] else '; interrupted'}.",
+        f"One forward and backward{clock}, N = {num_rows:,}, C = {num_classes:,}, D = {size:,}, float32 tensors, "
+        f"on {facts['device']}, torch {facts['torch']}, {facts['date']}{'' if report['complete'] else '; interrupted'}.",
         "",
         "| | products | ms, median | times cosface_loss, median (quartiles) | error of loss | dX | dW |",
         "| --- | --- | --- | --- | --- | --- | --- |",

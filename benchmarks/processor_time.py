@@ -7,7 +7,6 @@ momentum in float32, and in bfloat16 under autocast.
 
 import gc
 import statistics
-import time
 
 import torch
 
@@ -42,12 +41,6 @@ def main():
     return keep(found, arguments.json, work, table)
 
 
-def _seconds(function):
-    started = time.process_time()
-    function()
-    return time.process_time() - started
-
-
 def _losses(shape, found):
     """Rows of the losses. found["ceiling"] becomes the best rate of a float32 product in cache, over the run."""
     tensors, (rows, columns, depth) = inputs(*shape), measure.PRODUCT["cpu"]
@@ -56,8 +49,8 @@ def _losses(shape, found):
     entries = [(by_name[case], {"name": case[0], "precision": case[1], "seconds": []}) for case in CASES]
     for turn, (peer, row) in harness.in_turns(entries, TURNS + 1):
         say(f"turn {turn} of {TURNS}: {peer.key}")
-        took = _seconds(lambda peer=peer: step(peer.function, *tensors))
-        fastest = min(_seconds(lambda: torch.mm(left, right)) for _ in range(5))
+        took = measure.processor_seconds(lambda peer=peer: step(peer.function, *tensors))
+        fastest = min(measure.processor_seconds(lambda: torch.mm(left, right)) for _ in range(5))
         found["ceiling"] = max(found["ceiling"], 2 * rows * columns * depth / fastest)
         row["flops"] = peer.flops
         if turn:  # the first compiles and warms up
@@ -80,7 +73,7 @@ def _steps(format):
         optimizer.step()
         optimizer.zero_grad()
 
-    return [_seconds(whole) for _ in range(TURNS + 1)][1:]
+    return [measure.processor_seconds(whole) for _ in range(TURNS + 1)][1:]
 
 
 def table(record):

@@ -45,8 +45,10 @@ def test_table_and_json(capsys, tmp_path):
 def test_options(capsys, monkeypatch):
     """All are right; and wrong ones are marked."""
     monkeypatch.setattr(benchmark, "CHECK_SHAPE", (8, 300))  # fewer labels and hard classes than a sample has
-    assert benchmark.main([*SIZES, "--options", "--dtype=float32", "--repeats=1"]) == 0
+    monkeypatch.setattr(measure, "processor_seconds", lambda run: [run(), 1.5][1])
+    assert benchmark.main([*SIZES, "--options", "--dtype=float32", "--repeats=1", "--processor-time"]) == 0
     printed = capsys.readouterr().out
+    assert printed.startswith("One forward and backward, processor time, ") and "cosface_loss itself: 1500 ms" in printed
     names = [case.name for case in benchmark.OPTIONS + benchmark.STEPS]
     assert [name for name, _ in rows_of(printed)] == names and not wrong_ones(printed)
     assert f"times one without the option: {'; '.join(step.name for step in benchmark.STEPS)}." in printed
