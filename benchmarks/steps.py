@@ -1,9 +1,10 @@
 """Options that only a whole training step has, for `python -m benchmarks.margins --options`: a step with one, and one without.
 
-A step is forward, backward and FusedSGD's step, with momentum; under a parametrization, which excludes a fused optimiser, that of
+A step is forward, backward and FusedSGD's step, with momentum; for a parametrization, which excludes a fused optimiser, that of
 torch.optim.SGD. At the check the table's change over the learning rate is its gradient.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ class Step(NamedTuple):
     name: str
     head: Callable = lambda classes: {}  # options of the head
     beside: Callable = lambda classes: {}  # those of the head without
-    optimizer: dict = {}  # noqa: RUF012  never changed; options of FusedSGD
+    max_row_norm: float | None = None
     moves: bool = False  # scale and margin are set before the step
     parametrised: bool = False
     rounding: float = 0.0  # of the table
@@ -46,7 +47,7 @@ class Step(NamedTuple):
 
     def pair(self, precision, features, weight, labels):
         """(a step with the option, one without), functions without arguments."""
-        beside = _Training(weight, self.beside(len(weight)), {}, LR)
+        beside = _Training(weight, self.beside(len(weight)), self._rule(), LR)
         both = self._training(weight), beside
         for each in both:  # their state exists afterwards
             each.step(precision, features, labels)
@@ -54,9 +55,9 @@ class Step(NamedTuple):
 
     def plain(self, features, weight, labels):
         """The loss with an N x M matrix of the classes that take part."""
-        table, longest = weight.clone(), self.optimizer.get("max_row_norm")
-        if longest:
-            table.register_hook(lambda grad: grad * (longest / grad.norm(dim=1, keepdim=True)).clamp(max=1))
+        table = weight.clone()
+        if self.max_row_norm:
+            table.register_hook(lambda grad: grad * (self.max_row_norm / grad.norm(dim=1, keepdim=True)).clamp(max=1))
         classes, correct = torch.arange(len(weight), device=weight.device), 0.0
         if "hard_classes" in self.head(len(weight)):
             certain = torch.cat([labels, hard_classes(len(weight)).to(labels)[labels].flatten()])
@@ -68,21 +69,23 @@ class Step(NamedTuple):
         return F.cross_entropy(scale * (cosines - margin * is_own) + correct, torch.searchsorted(classes, labels))
 
     def _training(self, weight, lr=LR):
-        return _Training(weight, self.head(len(weight)), self.optimizer, lr, moves=self.moves, parametrised=self.parametrised)
+        rule = self._rule(**({"max_row_norm": self.max_row_norm} if self.max_row_norm else {}))
+        return _Training(weight, self.head(len(weight)), rule, lr, moves=self.moves, parametrised=self.parametrised)
+
+    def _rule(self, **options):
+        return functools.partial(torch.optim.SGD if self.parametrised else FusedSGD, momentum=0.9, **options)
 
 
 class _Training:
     """A head over a copy of a table, and its optimiser."""
 
-    def __init__(self, weight, options, optimizer, lr, *, moves=False, parametrised=False):
+    def __init__(self, weight, options, rule, lr, *, moves=False, parametrised=False):
         classes, size = weight.shape
         self.head = CosFaceLoss(size, classes, scale=SCALE, margin=MARGIN, device=weight.device, **options)
         self.head.load_state_dict({"weight": weight.detach()}, strict=False)  # not strict: a sampled head counts steps
-        self.moves = moves
         if parametrised:
             weight_norm(self.head, "weight", dim=0)
-        kind = torch.optim.SGD if parametrised else FusedSGD
-        self.optimizer = kind(self.head.parameters(), lr=lr, momentum=0.9, **optimizer)
+        self.moves, self.optimizer = moves, rule(self.head.parameters(), lr=lr)
 
     def step(self, precision, features, labels):
         """(loss, dX)."""
@@ -114,6 +117,6 @@ STEPS = (
         lambda classes: {"sample_rate": SAMPLE_RATE},
     ),
     Step("float8", lambda classes: {"table_format": "float8"}, rounding=FLOAT8_ROUNDING),
-    Step("max_row_norm", optimizer={"max_row_norm": 0.1}),
+    Step("max_row_norm", max_row_norm=0.1),
     Step("weight_norm", parametrised=True),
 )
