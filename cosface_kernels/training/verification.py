@@ -66,27 +66,39 @@ def steps_of(pairs):
     if pairs.count <= SORTED_AT_MOST:
         blocks = [(genuine.numpy(), impostors.numpy()) for genuine, impostors in pairs.blocks()]
         return Steps.of(*(np.concatenate(part) if part else [] for part in (zip(*blocks, strict=True) if blocks else ([], []))))
-    coarse = np.zeros((2, BINS), dtype=np.int64)
-    for block in pairs.blocks():
-        for kind, scores in enumerate(block):
-            if len(scores):
-                coarse[kind] += torch.bincount(_keys(scores) >> LOW_BITS, minlength=BINS).numpy()
+    coarse = _coarse_counts(pairs)
     filled = np.flatnonzero(coarse.any(0))
     rough = Steps(_floats(filled << LOW_BITS), *coarse[:, filled]).checked()
     refined = filled[_bins_of_thresholds(rough)]
     return _merge(rough, filled, refined, _fine_counts(pairs, refined))
 
 
-def _keys(scores):
-    """Non-negative int64 numbers below 2^32 that order as the float32 scores do."""
-    bits = (scores + 0.0).view(torch.int32)  # -0 + 0 = 0: equal scores must have one key
-    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() + 2**31
+def _coarse_counts(pairs):
+    """(2, BINS): the numbers of genuine and impostor pairs with each upper bits of a score's key."""
+    counts = np.zeros((2, BINS), dtype=np.int64)
+    for block in pairs.blocks():
+        for kind, scores in enumerate(block):
+            bins = _bits(scores).bitwise_right_shift_(LOW_BITS).bitwise_and_(BINS - 1)
+            counts[kind] += torch.bincount(bins, minlength=BINS).numpy()
+    return counts[:, _bits_of_keys(np.arange(BINS), BINS)]
+
+
+def _bits(scores):
+    """The bits of float32 scores, int32. -0 + 0 = 0: equal scores have the same bits."""
+    return (scores + 0.0).view(torch.int32)
+
+
+def _bits_of_keys(keys, count):
+    """The upper bits of floats, below `count`, whose keys have these: keys order as scores do.
+
+    Floats order as their bits do; negative ones, which have the sign's bit, come before and the other way round.
+    """
+    return np.where(keys < count // 2, count - 1 - keys, keys - count // 2)
 
 
 def _floats(keys):
-    """The scores of keys, float64."""
-    bits = (np.asarray(keys, dtype=np.int64) - 2**31).astype(np.int32)
-    return (bits ^ (bits >> 31 & 0x7FFFFFFF)).view(np.float32).astype(np.float64)
+    """The scores of keys of 32 bits, float64."""
+    return _bits_of_keys(np.asarray(keys, dtype=np.int64), 2**32).astype(np.uint32).view(np.float32).astype(np.float64)
 
 
 def _bins_of_thresholds(rough):
@@ -101,17 +113,20 @@ def _bins_of_thresholds(rough):
 
 def _fine_counts(pairs, refined):
     """(2, bins, FINE): the numbers of genuine and impostor pairs with each score of these bins."""
-    slots = torch.full((BINS,), -1, dtype=torch.int64, device="cpu")
-    slots[torch.from_numpy(refined)] = torch.arange(len(refined), dtype=torch.int64, device="cpu")
+    slots = torch.full((BINS,), -1, dtype=torch.int32, device="cpu")
+    slots[torch.from_numpy(_bits_of_keys(refined, BINS))] = torch.arange(len(refined), dtype=torch.int32, device="cpu")
     fine = np.zeros((2, len(refined) * FINE), dtype=np.int64)
     for block in pairs.blocks():
         for kind, scores in enumerate(block):
-            keys = _keys(scores)
-            slot = slots[keys >> LOW_BITS]
+            bits = _bits(scores)
+            slot = slots.index_select(0, bits.bitwise_right_shift(LOW_BITS).bitwise_and_(BINS - 1))
             inside = slot >= 0
-            places = slot[inside] * FINE + (keys[inside] & FINE - 1)
+            places = slot[inside] * FINE + (bits[inside] & FINE - 1)
             fine[kind] += torch.bincount(places, minlength=fine.shape[1]).numpy()
-    return fine.reshape(2, len(refined), FINE)
+    fine = fine.reshape(2, len(refined), FINE)
+    negative = refined < BINS // 2
+    fine[:, negative] = fine[:, negative, ::-1]
+    return fine
 
 
 def _merge(rough, filled, refined, fine):
