@@ -13,6 +13,7 @@ import os
 # Inductor's cache does not see a change of an operator's autograd formula, so it would run yesterday's. Torch reads this once.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
+import attending
 import pytest
 import torch
 from selection import HAS_GPU
@@ -46,17 +47,25 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark tests by selection.slow_when before -m selects, and leave out those that need a GPU if there is none."""
+    """Mark tests by selection.slow_when before -m selects. Leave out those that need a GPU if there is none, and cases "attend"
+    that the slab loop serves alone or that would repeat others.
+    """
+    left_out = set()
     for item in items:
-        parameters = item.callspec.params if hasattr(item, "callspec") else {}
-        for mark in item.iter_markers("slow_when"):
-            (condition,) = mark.args
-            if condition(**{name: parameters[name] for name in inspect.signature(condition).parameters}):
-                item.add_marker(pytest.mark.slow)
-    if not HAS_GPU:
-        left_out = [item for item in items if item.get_closest_marker("gpu")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        if holds(item, "slow_when"):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            left_out.add(item)
+        if attending.asked(item) and (holds(item, "slab_loop") or holds(item, "repeats")):
+            left_out.add(item)
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = [item for item in items if item not in left_out]
+
+
+def holds(item, mark):
+    """Whether the condition of one of the item's marks of that name holds of its parameters."""
+    given, conditions = attending.parameters(item), [mark.args[0] for mark in item.iter_markers(mark)]
+    return any(condition(**{name: given[name] for name in inspect.signature(condition).parameters}) for condition in conditions)
 
 
 def pytest_collection_finish():
@@ -70,10 +79,10 @@ def device(request):
     return torch.device(request.param)
 
 
-@pytest.fixture(params=backends.NAMES)
+@pytest.fixture(params=[*backends.NAMES, pytest.param("attend", marks=pytest.mark.slow)])
 def backend(request, device, monkeypatch):
-    """A backend's name. "attend", for the tests that ask for it with selection.attend_too, is triton with the attention-shaped
-    kernels, which serve where nothing is kept.
+    """A backend's name. "attend" is triton with the attention-shaped kernels, which serve where nothing is kept; a test that they
+    do not serve is marked selection.slab_loop.
     """
     name = "triton" if request.param == "attend" else request.param
     why = backends.unusable(name, device)
@@ -86,7 +95,18 @@ def backend(request, device, monkeypatch):
             monkeypatch.setattr("cases.EXPONENT_ROUNDINGS", 2)
             monkeypatch.setattr("cosface_kernels.ops.slabs.kept_size", lambda *arguments: (0, 0))
             stack.enter_context(triton_forms.using(attend_features={}, attend_table={}))
+            attending.record(request.node, monkeypatch, "constants")
+        elif name == "triton" and holds(request.node, "slab_loop"):
+            attending.record(request.node, monkeypatch, "serves")
         yield name
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """Hold a test that has passed to what its mark slab_loop, or its absence, says."""
+    result = yield
+    attending.check(pyfuncitem)
+    return result
 
 
 @pytest.fixture

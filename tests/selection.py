@@ -15,8 +15,6 @@ import itertools
 import pytest
 import torch
 
-from cosface_kernels.ops.backends import NAMES
-
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -43,10 +41,20 @@ def pairs(*parameters, first=()):
     return cases
 
 
-def attend_too(test):
-    """Its fixture `backend` is each backend, and "attend": see conftest.backend. test_attend.py is the fast part of that."""
-    backends = [*NAMES, pytest.param("attend", marks=pytest.mark.slow)]
-    return pytest.mark.parametrize("backend", backends, indirect=True)(test)
+def slab_loop_when(condition):
+    """Marks a test that the attention-shaped kernels do not serve where condition(parameters...) holds: it has no case "attend".
+
+    conftest.py fails a case "attend" in which nothing attends, and one of "triton" so marked whose calls the kernels would serve.
+    """
+    return pytest.mark.slab_loop.with_args(condition)
+
+
+slab_loop = slab_loop_when(lambda: True)
+
+
+def attend_repeats_when(condition):
+    """Marks a grid without a case "attend" where condition(parameters...) holds: it would repeat another."""
+    return pytest.mark.repeats.with_args(condition)
 
 
 def interpreted(backend):

@@ -1,4 +1,4 @@
-"""Do the attention-shaped kernels serve what they should, and nothing else? How right they are: the tests marked attend_too."""
+"""Do the attention-shaped kernels serve what they should, and nothing else? How right they are: the cases "attend" elsewhere."""
 
 import json
 from functools import partial

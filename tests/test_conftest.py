@@ -4,8 +4,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import attending
 import pytest
+import torch
+from cases import make
+
+from cosface_kernels import cosface_loss
+from cosface_kernels.ops import backends
 
 TESTS = Path(__file__).parent
 
@@ -43,3 +50,20 @@ def test_a_lost_gpu_ends_its_worker_and_names_the_test(workers, tmp_path):
         assert run.returncode == 3 and "test_culprit lost the GPU: an illegal memory access" in run.stdout + run.stderr, (
             run.stdout
         )
+
+
+@pytest.mark.skipif(bool(backends.unusable("triton", torch.device("cpu"))), reason="needs triton's interpreter")
+@pytest.mark.parametrize("scale, served", [(64.0, True), (1000.0, False)])
+def test_a_mark_of_the_slab_loop_alone_is_held_to_what_attends(scale, served, monkeypatch):
+    item = SimpleNamespace(callspec=SimpleNamespace(params={"backend": "triton"}))
+    attending.record(item, monkeypatch, "serves")
+    features, weight, labels = make("uniform", 3, 5, 8)
+    cosface_loss(features.requires_grad_(), weight, labels, scale=scale, backend="triton")
+    if served:
+        with pytest.raises(pytest.fail.Exception, match="kernels that attend serve this test"):
+            attending.check(item)
+    else:
+        attending.check(item)
+        item.callspec.params["backend"] = "attend"
+        with pytest.raises(pytest.fail.Exception, match="no kernel attends here"):
+            attending.check(item)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
-from selection import interpreted, pairs, slow_when
+from selection import interpreted, pairs, slab_loop, slow_when
 
 from cosface_kernels import margin_softmax_loss, reference
 from cosface_kernels.margins import CosFace, LSoftmax, NormSoftmax, Softmax
@@ -25,7 +25,7 @@ PRECISIONS = {
     "bfloat16": (torch.bfloat16, torch.bfloat16, False),
 }
 
-pytestmark = pytest.mark.usefixtures("small_slabs")
+pytestmark = [pytest.mark.usefixtures("small_slabs"), slab_loop]
 
 
 def split(function):

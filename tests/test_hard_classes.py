@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, make
-from selection import attend_too, interpreted, slow_when
+from selection import interpreted, slab_loop, slow_when
 from test_sampling import DenseGradient
 
 from cosface_kernels import CosFaceLoss, FusedSGD, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, sample_classes
@@ -76,7 +76,7 @@ CASES = [(form, name) for form in FORMS for name in PRECISIONS if form in ("cosi
         interpreted(backend) and not ((form, precision) == ("cosines", "bfloat16") and memory_budget == 0)
     )
 )
-@attend_too
+@slab_loop
 def test_error_at_most_the_references(backend, device, form, precision, memory_budget):
     options, dtype = FORMS[form], PRECISIONS[precision]
     centers = options.get("centers_per_class", 1)
@@ -97,6 +97,7 @@ def test_gradcheck(device):
 
 
 @pytest.mark.parametrize("number", [0.0, 1.5, 20.0])
+@slab_loop
 def test_the_same_for_all(number, backend, device):
     """One number for all negatives is a factor of their sum."""
     features, weight, labels = (tensor.to(device) for tensor in make("hard", 9, 300, 70))
@@ -254,6 +255,7 @@ def test_wrong_hard_classes(value, error, message):
     assert head.hard_classes is None
 
 
+@slab_loop
 def test_fused_steps_are_those_of_torch(backend, device):
     """SGD of two batches in one step, whose samples and corrections differ, and of one batch in the next."""
     options = {"sample_correction": True, "backend": backend}

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from cases import assert_as_accurate
 from margin_rows import ROWS, Row, adaface, batch, every_kind, every_row, steepness, written_out
 from rounding import SIZE, assert_close, tolerance
-from selection import interpreted, slow_when
+from selection import interpreted, slab_loop_when, slow_when
 
 from cosface_kernels import margin_softmax_loss, margins, reference
 
@@ -175,6 +175,7 @@ PRECISE = ["CosFace raw", "ArcFace", "ArcFace x3", "SphereFace 4 raw", "AdaFace"
 @pytest.mark.parametrize("name", PRECISE)
 @pytest.mark.parametrize("autocast", [False, True])
 @slow_when(lambda backend, name, autocast: interpreted(backend) and (autocast or name not in ("ArcFace x3", "Softmax bias")))
+@slab_loop_when(lambda name: name not in ("ArcFace", "AdaFace", "MagFace easy"))
 def test_precision(name, autocast, backend, device):
     """The rule of cases.py, against the formula in the same precision."""
     row = ROWS[name]

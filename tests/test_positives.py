@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate
 from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
-from selection import interpreted, slow_when
+from selection import interpreted, slab_loop, slow_when
 
 from cosface_kernels import CosFaceLoss, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss, margins
 
@@ -45,6 +45,7 @@ PSI = {
 
 @pytest.mark.parametrize("scale", [16.0, 300.0], ids=["one shift", "a shift for each row"])
 @slow_when(lambda backend, scale: interpreted(backend) and scale > 100)
+@slab_loop
 def test_error_at_most_the_references(backend, device, scale):
     labels, weights = several(7, 300)
 

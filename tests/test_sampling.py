@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
-from selection import attend_too, interpreted, slow_when
+from selection import interpreted, slab_loop, slab_loop_when, slow_when
 from torch import library
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.checkpoint import checkpoint
@@ -252,18 +252,20 @@ def check_form(backend, device, form, precision, memory_budget):
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("form", FORMS)
 @slow_when(lambda backend, form, precision: interpreted(backend) and precision != "float32" and form != "bias")
-@attend_too
+@slab_loop_when(lambda form: form != "cosines")
 def test_error_at_most_the_references(backend, device, form, precision):
     """By default all slabs of so small a table but the last are kept, or all."""
     check_form(backend, device, form, precision, "auto")
 
 
 @pytest.mark.parametrize("memory_budget", [0, 33 * 128 * 4, 10**9], ids=["recompute", "keep one slab", "keep all"])
+@slab_loop
 def test_any_budget(backend, device, memory_budget):
     check_form(backend, device, "bias", "float32", memory_budget)
 
 
 @pytest.mark.parametrize("case", ["repeated", "all equal", "ignored", "all ignored", "first and last", "strided", "no rows"])
+@slab_loop_when(lambda case: case == "no rows")
 def test_batches_of_every_kind(backend, device, case):
     features, weight, labels = (tensor.to(device) for tensor in make("uniform", 9, 300, 70))
     if case == "repeated":
@@ -293,6 +295,7 @@ def test_batches_of_every_kind(backend, device, case):
 
 
 @pytest.mark.parametrize("centers", [1, 3])
+@slab_loop_when(lambda centers: centers == 3)
 def test_all_classes_are_no_sample(backend, device, centers):
     """A sample of all classes gives the same bits, unless another form of batch_rows.py rounds otherwise."""
     inputs = *(tensor.to(device) for tensor in make("hard", 7, 300, 70)), torch.linspace(1, 2, 7, device=device)
@@ -335,6 +338,7 @@ def test_correction_of_classes(centers, device):
     torch.testing.assert_close(loss, torch.full_like(loss, math.log(300 // centers)), rtol=0, atol=2e-3)
 
 
+@slab_loop
 def test_correction(backend, device):
     """log of the negatives that there are over those that were summed, on the log-sum-exp."""
     features, weight, labels = (tensor.to(device) for tensor in make("hard", 9, 300, 70))
@@ -395,6 +399,7 @@ def interpreter_uncounted(monkeypatch):
 @pytest.mark.usefixtures("interpreter_uncounted")
 @pytest.mark.parametrize("form", ["cosines", "cosines, large", "bias", "3 centres"])
 @slow_when(lambda backend, form: interpreted(backend) and form != "3 centres")
+@slab_loop_when(lambda form: form != "cosines")
 def test_rows_are_gathered_slab_by_slab(backend, device, form):
     """Forward holds no M x D numbers and backward the gradient's own alone: slabs are 128 of 500 rows, or 384 of 1500."""
     margin, scale, _, centers = FORMS[form]
@@ -711,6 +716,7 @@ def test_classes_beyond_64_bits_of_rows(number):
     (9, "labels[1] is 9, but a label must be in [0, 9)"),
     (-1, "labels[1] is -1, but a label must be in [0, 9)"),
 ])  # fmt: skip
+@slab_loop_when(lambda centers: centers == 2)
 def test_label_that_takes_no_part(label, message, centers, backend, device, monkeypatch):
     """An IndexError, or, where that would wait for the device, NaN in all that it reaches and nothing else."""
     monkeypatch.setenv("COSFACE_CHECK_LABELS", "1")

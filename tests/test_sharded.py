@@ -22,7 +22,7 @@ import sharded_world
 import torch
 from cases import evaluate
 from rounding import NUM_CLASSES, SIZE, assert_close, draw, tolerance
-from selection import slow_when
+from selection import slab_loop_when, slow_when
 from torch import library
 
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
@@ -214,6 +214,7 @@ negative_lse = torch.ops.cosface_kernels.negative_lse.default
 
 
 @pytest.mark.parametrize("centers", [1, 3])
+@slab_loop_when(lambda centers: centers == 3)
 def test_a_class_held_elsewhere_is_no_target(centers, backend, device, small_slabs):
     """Rows labelled foreign_index: features as they are, every class a negative; ignored ones and no classes as ever."""
     features, weight, labels = draw(device, torch.float32)
