@@ -2,6 +2,7 @@
 
 import _ctypes
 import ctypes
+import functools
 import itertools
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from cases import check_accuracy, draws, evaluate, make
 
 from cosface_kernels import cosface_loss
 from cosface_kernels.ops import backends
-from cosface_kernels.ops.backends import cpu_kernels, cpu_library
+from cosface_kernels.ops.backends import cpu_backend, cpu_kernels, cpu_library
 from cosface_kernels.optim import rules
 from cosface_kernels.tools import info
 
@@ -249,3 +250,21 @@ def test_missing_library(monkeypatch, tmp_path):
             cosface_loss(torch.ones(1, 2), torch.ones(3, 2), torch.zeros(1, dtype=torch.long), backend="cpu")
         assert why in info.report()
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("budget", [0, 4 * 37 * 128, "auto"])  # bytes: no slab's exponentials kept, one's or two's, all
+@pytest.mark.usefixtures("small_slabs")
+def test_the_loop_in_one_call_has_the_bits_of_a_call_for_each_step(instruction_set, autocast, budget, monkeypatch):
+    features, weight, labels = make("hard", 37, 300, 70)
+    results = []
+    for weight_dtype in (torch.float32, torch.bfloat16):
+        for in_one_call in (True, False):
+            with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                if not in_one_call:
+                    patch.setattr(cpu_backend, "MOST_IN_ONE_CALL", 0)
+                inputs = features, weight.to(weight_dtype), labels, torch.ones(())
+                loss = functools.partial(cosface_loss, backend="cpu", memory_budget=budget)
+                results.append(evaluate(loss, *inputs))
+    for one, same in (results[:2], results[2:]):
+        assert all(torch.equal(mine, other) for mine, other in zip(one, same, strict=True))

@@ -8,6 +8,7 @@
 //     accumulate          U += E w̃, in float64
 //     table_gradient      dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖, or dw̃ as it is, + the target's share; dw̃ = Eᵀ a x: the epilogue of that matmul;
 //                         stored, or applied by an optimiser's step (update.cpp) while it is in the cache
+//     forward, backward   the loop over all slabs, of loop.h
 //
 // The three products are of product.h, and read
 //
@@ -26,6 +27,7 @@
 #endif
 
 #include "kernels.h"
+#include "loop.h"
 #include "product.h"
 #include "rows.h"
 #include "tiles_check.h"
@@ -257,6 +259,13 @@ template <class Number> void maxima(const Maxima<Number> &out, int threads) {
     FORMS[(out.values != nullptr) + 2 * (out.hard != nullptr)](out, threads);
 }
 
+inline int64_t pieces_of(int64_t classes) { return ceil_div(classes, SUM_CLASSES); }
+
+void add_up(const AddUp &in, int) {
+    for (int64_t i = 0; i < in.pieces; i++)
+        for (int64_t n = 0; n < in.num_rows; n++) in.totals[n] += in.partial[i * in.num_rows + n];
+}
+
 // E's panels as the tiles read them, in place, if there are tiles: a loop of all threads. Whole blocks; the words after them stay.
 template <class Number> inline void turn_panels(uint32_t *panels, int64_t num_rows, int64_t words) {
     if (!HAS_TILES<Number>) return;
@@ -403,7 +412,8 @@ constexpr Kernel KERNELS[] = {
     KERNEL<RowPanels<Number>, row_panels<Number>>,       KERNEL<ColumnPanels<Number>, column_panels<Number>>,
     KERNEL<Normalize<Number>, normalize<Number>>,        KERNEL<Exponentials<Number>, exponentials<Number>>,
     KERNEL<Maxima<Number>, maxima<Number>>,              KERNEL<Accumulate<Number>, accumulate<Number>>,
-    KERNEL<TableGradient<Number>, table_gradient<Number>>,
+    KERNEL<TableGradient<Number>, table_gradient<Number>>, KERNEL<AddUp, add_up>,
+    KERNEL<Forward<Number>, forward<Number>>,            KERNEL<Backward<Number>, backward<Number>>,
 };
 
 }  // namespace
@@ -412,7 +422,7 @@ EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
 // The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h, batch.h or update.h.
-EXPORT(int, interface)() { return 13; }
+EXPORT(int, interface)() { return 14; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }
@@ -421,6 +431,11 @@ EXPORT(int, sum_classes)() { return SUM_CLASSES; }
 EXPORT(int, per_word_float)() { return PER_WORD<float>; }
 EXPORT(int, per_word_bfloat16)() { return PER_WORD<bfloat16>; }
 EXPORT(int64_t, scratch_numbers)(int64_t num_rows, int64_t size) { return scratch_numbers(num_rows, size); }
+// Floats of room for the loops.
+EXPORT(int64_t, forward_room_float)(Sizes of, bool pulls) { return ForwardRoom<float>(nullptr, of, pulls).room.numbers; }
+EXPORT(int64_t, forward_room_bfloat16)(Sizes of, bool pulls) { return ForwardRoom<bfloat16>(nullptr, of, pulls).room.numbers; }
+EXPORT(int64_t, backward_room_float)(Sizes of, bool recomputes) { return BackwardRoom<float>(nullptr, of, recomputes).room.numbers; }
+EXPORT(int64_t, backward_room_bfloat16)(Sizes of, bool recomputes) { return BackwardRoom<bfloat16>(nullptr, of, recomputes).room.numbers; }
 
 // 1 if this processor can run the instructions of this library's part, 0 if it cannot; below 0 with AMX that cannot be used: -1 where
 // the operating system refuses, -2 where its products differ.

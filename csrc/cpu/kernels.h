@@ -80,4 +80,47 @@ template <class Number> struct TableGradient {
     bool is_bfloat16, normalized, grad_is_bfloat16;
 };
 
+// total_n += Σ_i partial[i, n], piece by piece.
+struct AddUp {
+    const float *partial;  // (pieces, N)
+    double *totals;        // (N,)
+    int64_t pieces, num_rows;
+};
+
+struct Sizes {
+    int64_t num_rows, size, slab, threads;  // N, D, B, and threads that have scratch
+};
+
+// The operands of loop.h's two.
+template <class Number> struct Loop {
+    const float *x;          // (N, D)
+    const void *table;       // (classes, D)
+    const int64_t *targets;  // (N,), -1 for none
+    const float *shifts;     // (N,)
+    Number *kept;            // (kept_numbers,), (kept_classes, N) exponentials of the first slabs and then zeros
+    float *room;             // of so many numbers as `room` says
+    Sizes of;
+    int64_t classes, kept_classes, kept_numbers, products_of_thread;
+    float log2_scale;
+    bool is_bfloat16;
+};
+
+template <class Number> struct Forward {
+    Loop<Number> loop;
+    float *totals;  // (N,)
+    float *pull;    // (N, D), or null
+};
+
+template <class Number> struct Backward {
+    Loop<Number> loop;
+    const float *row_scales;        // (N,)
+    const int64_t *target_classes;  // (num_targets,), ascending
+    const float *target_sums;       // (num_targets, D)
+    void *grad;                     // (classes, D), or null if the step consumes it
+    const Step *step;               // or null
+    int64_t num_targets;
+    double unscale;
+    bool grad_is_bfloat16;
+};
+
 }  // namespace

@@ -39,6 +39,24 @@ class Pieces(NamedTuple):
     places: torch.Tensor | None  # and the place of that
 
 
+class Loop(NamedTuple):
+    """The operands of the loop over all slabs, forward and backward."""
+
+    x: torch.Tensor  # (N, D)
+    table: torch.Tensor  # (C, D)
+    targets: torch.Tensor  # (N,)
+    shift: torch.Tensor  # (N,)
+    kept: torch.Tensor  # (any number,)
+    slab: int  # B
+    kept_classes: int  # whose exponentials are kept
+    log2_scale: float
+
+    @classmethod
+    def of(cls, x, table, targets, shift, kept, plan):
+        kept_classes = min(plan.kept_slabs * plan.slab, table.num_rows)
+        return cls(x, table.weight, targets, shift, kept, plan.slab, kept_classes, plan.log2_scale)
+
+
 class Kernels:
     """The kernels of csrc/cpu for one number type and instruction set. Tensors are (rows, columns) or panels of them, checked
     against the sizes; None is null; the number of threads is PyTorch's.
@@ -47,6 +65,7 @@ class Kernels:
     def __init__(self, dtype, instruction_set):
         self.dtype = dtype
         self.operand, self.sum_classes, self.scratch_numbers = cpu_library.sizes(dtype, instruction_set)
+        self._room = {each: cpu_library.room(each, dtype, instruction_set) for each in ("forward", "backward")}
         self._table = cpu_library.KernelTable(f"kernels_{cpu_library.NUMBERS[dtype]}", instruction_set)
 
     def panel_words(self, summed, columns):
@@ -165,6 +184,70 @@ class Kernels:
             normalized=normalized,
             grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
         )
+
+    def add_up(self, partial, pieces, num_rows, totals):
+        self._table.call(
+            "add_up",
+            1,
+            partial=floats("partial results", partial, pieces, num_rows),
+            totals=("totals", totals, torch.float64, num_rows),
+            pieces=pieces,
+            num_rows=num_rows,
+        )
+
+    def forward(self, loop, totals, pull):
+        """pull (N, D), or None."""
+        num_rows, size = loop.x.shape
+        fields = self._loop("forward", loop, torch.get_num_threads(), pull is not None)
+        totals, pull = floats("totals", totals, num_rows), floats("pull", pull, num_rows, size)
+        self._table.call("forward", loop=fields, totals=totals, pull=pull)
+
+    def backward(self, loop, factors, grad, step):
+        """factors: a batch_rows.SlabFactors; grad: float32 or bfloat16, or None with a step, which applies it."""
+        (num_rows, size), classes, threads = loop.x.shape, len(loop.table), torch.get_num_threads()
+        if step is not None:
+            step.check(0, classes, size)
+            threads = min(threads, step.threads)
+        num_targets = len(factors.target_rows)
+        self._table.call(
+            "backward",
+            threads,
+            loop=self._loop("backward", loop, threads, loop.kept_classes < classes),
+            row_scales=floats("row scales", factors.row_scale, num_rows),
+            target_classes=integers("target rows", factors.target_rows, num_targets),
+            target_sums=floats("target sums", factors.target_sums, num_targets, size),
+            grad=None if step else rows_of_table("the gradient", grad, classes, size),
+            step=step.address if step else None,
+            num_targets=num_targets,
+            unscale=float(factors.unscale),
+            grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
+        )
+
+    def _loop(self, direction, loop, threads, flag):
+        (num_rows, size), classes = loop.x.shape, len(loop.table)
+        numbers = self._room[direction](num_rows, size, loop.slab, threads, flag=flag)
+        room = torch.empty(numbers, dtype=torch.float32, device="cpu")
+        filled = cpu_library.filled(
+            cpu_library.LOOP,
+            x=floats("features", loop.x, num_rows, size),
+            table=rows_of_table("weight", loop.table, classes, size),
+            targets=integers("targets", loop.targets, num_rows),
+            shifts=floats("shift", loop.shift, num_rows),
+            kept=self._numbers("kept exponentials", loop.kept, num_rows * loop.kept_classes),
+            room=floats("room", room, numbers),
+            num_rows=num_rows,
+            size=size,
+            slab=loop.slab,
+            threads=threads,
+            classes=classes,
+            kept_classes=loop.kept_classes,
+            kept_numbers=len(loop.kept),
+            products_of_thread=PRODUCTS_OF_THREAD,
+            log2_scale=loop.log2_scale,
+            is_bfloat16=loop.table.dtype == torch.bfloat16,
+        )
+        filled._room = room  # lives as long
+        return filled
 
     def _exponents(self, product):
         num_rows, classes, size = product.num_rows, product.classes, product.size

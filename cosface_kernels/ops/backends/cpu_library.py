@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 13
+INTERFACE = 14
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -133,6 +133,13 @@ def _structure(*fields, pointers="", sizes="", double="", floats="", bools=""):
 
 
 EXPONENTS = _structure(pointers="x_panels unit targets", sizes="num_rows classes size first_class", floats="log2_scale")
+SIZES = _structure(sizes="num_rows size slab threads")
+LOOP = _structure(
+    pointers="x table targets shifts kept room",
+    sizes="num_rows size slab threads classes kept_classes kept_numbers products_of_thread",
+    floats="log2_scale",
+    bools="is_bfloat16",
+)
 # The arguments of each kernel, in the order of kernels.cpp's KERNELS.
 _SLAB = {
     "row_panels": _structure(pointers="rows panels", sizes="num_rows size"),
@@ -148,6 +155,15 @@ _SLAB = {
         sizes="num_rows classes size first_class num_targets scratch_size",
         double="unscale",
         bools="is_bfloat16 normalized grad_is_bfloat16",
+    ),
+    "add_up": _structure(pointers="partial totals", sizes="pieces num_rows"),
+    "forward": _structure(("loop", LOOP), pointers="totals pull"),
+    "backward": _structure(
+        ("loop", LOOP),
+        pointers="row_scales target_classes target_sums grad step",
+        sizes="num_targets",
+        double="unscale",
+        bools="grad_is_bfloat16",
     ),
 }
 # The same of batch.cpp.
@@ -232,6 +248,13 @@ def sizes(dtype, instruction_set):
     scratch_numbers.argtypes, scratch_numbers.restype = [_SIZE, _SIZE], _SIZE
     sum_classes = getattr(library, f"cosface_sum_classes_{instruction_set}")()
     return {1: torch.float32, 2: torch.bfloat16}[per_word], sum_classes, scratch_numbers
+
+
+def room(direction, dtype, instruction_set):
+    """A function of N, D, B, threads and a flag: the floats of room of csrc/cpu/loop.h's "forward" or "backward"."""
+    numbers = getattr(_load()[0], f"cosface_{direction}_room_{NUMBERS[dtype]}_{instruction_set}")
+    numbers.argtypes, numbers.restype = [SIZES, ctypes.c_bool], _SIZE
+    return lambda *sizes, flag: numbers(SIZES(*sizes), flag)
 
 
 def padded(columns):

@@ -15,7 +15,7 @@ from .cpu_library import TABLE_DTYPES, floats, integers, rows_of_table
 def enter(x, table, labels, options, wide):
     """See batch_rows.enter."""
     weight = table.weight
-    if not _is_readable(weight):
+    if not is_readable(weight):
         return batch_rows.enter(x, table, labels, options, wide)
     (num_rows, size), classes = x.shape, weight.shape[0]
     x = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous()
@@ -85,7 +85,7 @@ def x_gradient(grads, saved, scale, shape, dtype):
 def slab_factors(factors, table, options):
     """See batch_rows.slab_factors."""
     weight, (num_rows, size) = table.weight, factors.unit.shape
-    if not _is_readable(weight):
+    if not is_readable(weight):
         return batch_rows.slab_factors(factors, table, options)
     classes, is_bfloat16 = weight.shape[0], weight.dtype == torch.bfloat16
     threads = torch.get_num_threads() if is_bfloat16 else 0
@@ -122,5 +122,5 @@ def _room(*shapes):
     return [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
 
 
-def _is_readable(weight):
+def is_readable(weight):
     return weight.dtype in TABLE_DTYPES and weight.is_contiguous()
