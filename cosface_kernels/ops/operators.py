@@ -224,30 +224,36 @@ def zeros_for_none(gradients, shapes, like):
 
 
 def _differentiable(operator, function):
-    """Make the operator an autograd Function where a gradient may be wanted, as custom_op does."""
+    """Make the operator an autograd Function where a gradient may be wanted, as custom_op does.
 
-    def with_autograd(*inputs):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-            return function.apply(*inputs)
-        return _call_below_autograd(operator, *inputs)
+    function: its forward takes, before the operator's arguments, the callable that computes its results below autograd.
+    """
 
-    LIBRARY.impl(operator, with_autograd, "Autograd")
-    operator.with_autograd = with_autograd
+    def with_autograd(compute):
+        def below_autograd(*inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return compute(*inputs)
+
+        def call(*inputs):
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+                return function.apply(below_autograd, *inputs)
+            return below_autograd(*inputs)
+
+        return call
+
+    LIBRARY.impl(operator, with_autograd(operator), "Autograd")
+    operator.past_dispatcher = with_autograd(operator.implementation)
 
 
 def _call(operator, *inputs):
     """operator(*inputs), past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see the call."""
-    return (operator.with_autograd if _only_autograd_sees(inputs) else operator)(*inputs)
-
-
-def _call_below_autograd(operator, *inputs):
-    """The same without autograd."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return (operator.implementation if _only_autograd_sees(inputs) else operator)(*inputs)
+    return (operator.past_dispatcher if _only_autograd_sees(inputs) else operator)(*inputs)
 
 
 # The dispatch keys that a thread adds to those of the tensors, where no mode, transform or trace is active.
 _THREAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
+
+_CONSTANTS = {float, int, bool, str, torch.dtype, type(None)}  # an operator's other arguments
 
 
 @functools.cache
@@ -261,20 +267,18 @@ def _only_autograd_sees(inputs):
         return False
     if torch.autograd._profiler_enabled():  # else a profile would not name the operators
         return False
-    for each in inputs:
-        if isinstance(each, Tensor) and torch._C._dispatch_keys(each) != _plain_keys(each.device.type):
-            return False
-    return True
+    tensors = (each for each in inputs if type(each) not in _CONSTANTS and isinstance(each, Tensor))
+    return all(torch._C._dispatch_keys(each) == _plain_keys(each.device.type) for each in tensors)
 
 
 class _NegativeLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *flat):
+    def forward(ctx, compute, *flat):
         problem, options, needs = split(flat, _FORWARD_TAKES)
         # needs_input_grad is right here, and not in the caller, under vmap and torch.export.
-        for_x, for_weight, for_bias, *_ = ctx.needs_input_grad
-        needs = Needs(needs.need_x_grad or for_x, needs.need_table_grad or for_weight or for_bias, needs.need_largest)
-        flat = _call_below_autograd(_NEGATIVE_LSE, *problem, *options, *needs)
+        wanted = _wanted(ctx)
+        needs = Needs(needs.need_x_grad or wanted.x, needs.need_table_grad or wanted.weight or wanted.bias, needs.need_largest)
+        flat = compute(*problem, *options, *needs)
         vectors, saved, largest = split(flat, _FORWARD_GIVES)
         ctx.mark_non_differentiable(*saved, *largest)
         # Else autograd would hand backward a zero tensor as large as `kept`.
@@ -289,7 +293,7 @@ class _NegativeLse(torch.autograd.Function):
         problem, saved = split(ctx.saved_tensors, (Problem, Saved))
         vector_grads, *_ = split(came_back, _FORWARD_GIVES)
         vector_grads = zeros_for_none(vector_grads, ctx.shapes, saved.total)
-        wanted = Gradients(*ctx.needs_input_grad[: len(Gradients._fields)])
+        wanted = _wanted(ctx)
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
         grads = Gradients(*_call(_NEGATIVE_LSE_BACKWARD, *vector_grads, *problem, *saved, *ctx.options, *needs))
         if problem.index is not None:
@@ -298,7 +302,12 @@ class _NegativeLse(torch.autograd.Function):
                 bias=in_rows(problem.index, grads.bias, problem.bias),
             )
         grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
-        return *grads, *[None] * (len(ctx.needs_input_grad) - len(grads))
+        return None, *grads, *[None] * (len(ctx.needs_input_grad) - 1 - len(grads))
+
+
+def _wanted(ctx):
+    """Gradients of flags: whether autograd wants them. The first input of _NegativeLse is no argument of the operator."""
+    return Gradients(*ctx.needs_input_grad[1 : 1 + len(Gradients._fields)])
 
 
 _differentiable(_NEGATIVE_LSE, _NegativeLse)
@@ -321,8 +330,8 @@ def _no_second_derivative(ctx, *grads):
 
 class _NegativeLseBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        return _call_below_autograd(_NEGATIVE_LSE_BACKWARD, *inputs)
+    def forward(ctx, compute, *inputs):
+        return compute(*inputs)
 
     backward = staticmethod(_no_second_derivative)
 
@@ -352,23 +361,23 @@ def _(lse, logit, counted, scale, reduction, backend):
 
 class _MarginLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
-        losses, slope = _call_below_autograd(_MARGIN_LOSSES, *inputs)
+    def forward(ctx, compute, lse, logit, counted, scale, reduction, backend):
+        losses, slope = compute(lse, logit, counted, scale, reduction, backend)
         ctx.mark_non_differentiable(slope)
         ctx.set_materialize_grads(False)
-        lse, logit, counted, ctx.scale, *_ = inputs
+        ctx.scale = scale
         ctx.save_for_backward(slope, counted, lse, logit)
         return losses, slope
 
     @staticmethod
     def backward(ctx, grad, _):
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         slope, counted, lse, logit = ctx.saved_tensors
         lse_grad = torch.where(counted, grad * slope, slope)  # where grad may be infinite and slope is 0
         if torch.is_grad_enabled():
             lse_grad = FirstDerivative.apply(lse_grad, lse, logit)
-        return lse_grad, -ctx.scale * lse_grad, None, None, None, None
+        return None, lse_grad, -ctx.scale * lse_grad, None, None, None, None
 
 
 class FirstDerivative(torch.autograd.Function):
