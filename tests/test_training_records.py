@@ -179,3 +179,24 @@ def test_tar_shards(tmp_path):
     write_tar(tmp_path / "1.tar", [("a.png", image(0)[0]), ("a.cls", b"ann")])
     with pytest.raises(config.ConfigError, match=r"1\.tar cannot be read: ValueError"):
         opened(tmp_path)
+    write_tar(tmp_path / "1.tar", [("a.png", image(0)[0]), ("a.cls", b"9" * 30)])
+    with pytest.raises(config.ConfigError, match=r"1\.tar cannot be read: ValueError: a label is b'9999"):
+        opened(tmp_path)
+
+
+def test_a_damaged_shard(tmp_path):
+    """Cut off in an image, in a header and between; a header of other bytes, which tarfile takes for the end."""
+    samples = [each for number in range(4) for each in ((f"{number}.png", image(number)[0]), (f"{number}.cls", b"%d" % number))]
+    write_tar(tmp_path / "0.tar", samples)
+    (remark,) = opened(tmp_path).remarks()
+    assert remark.startswith("4 of 4 identities have one image, such as label 0")
+    whole = (tmp_path / "0.tar").read_bytes()
+    with tarfile.open(tmp_path / "0.tar") as archive:
+        third = archive.getmember("2.png")
+    for size in (third.offset, third.offset + 100, third.offset_data, third.offset_data + 9, archive.offset):
+        (tmp_path / "0.tar").write_bytes(whole[:size])
+        with pytest.raises(config.ConfigError, match=r"0\.tar cannot be read: .*(cut off or damaged at byte|unexpected end)"):
+            opened(tmp_path)
+    (tmp_path / "0.tar").write_bytes(whole[: third.offset] + b"x" * 512 + whole[third.offset + 512 :])
+    with pytest.raises(config.ConfigError, match=rf"cut off or damaged at byte {third.offset:,}, where a file"):
+        opened(tmp_path)

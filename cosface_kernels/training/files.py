@@ -27,6 +27,15 @@ class Files:
         stacked = torch.stack(images) if images else none
         return stacked, torch.tensor(labels, dtype=torch.int64, device="cpu"), damaged
 
+    def remarks(self):
+        """What a user may not know of the data, lines of text. A subclass has named(label)."""
+        counts = np.bincount(self.labels)
+        if len(alone := np.flatnonzero(counts == 1)):
+            yield (
+                f"{len(alone)} of {np.count_nonzero(counts)} identities have one image, such as {self.named(alone[0])}: "
+                "a class learns little from it; add images, or leave it out"
+            )
+
 
 class Folder(Files):
     """A folder with a folder of images for each identity; identities are numbered in the order of their names."""
@@ -55,14 +64,8 @@ class Folder(Files):
         except OSError as error:
             return name, error, 0
 
-    def remarks(self):
-        """What a user may not know of the data, lines of text."""
-        counts = np.bincount(self.labels)
-        if len(alone := np.flatnonzero(counts == 1)):
-            yield (
-                f"{len(alone)} of {self.num_classes} identities have one image, such as {self.path / self.identities[alone[0]]}: "
-                "a class learns little from it; add images, or remove the folder"
-            )
+    def named(self, label):
+        return self.path / self.identities[label]
 
 
 def decode(data, size):

@@ -122,6 +122,9 @@ class Records(Files):
         """int64 (N,): the identity of each image, -1 where a record is damaged."""
         return np.array([self._label(place) for place in range(len(self))], dtype=np.int64)
 
+    def remarks(self):
+        return ()  # it would take a look at every record
+
     def _label(self, place):
         """The label of a record, or -1 where it has none."""
         try:
@@ -207,6 +210,9 @@ class Shards(Files):
     def __len__(self):
         return len(self.places)
 
+    def named(self, label):
+        return f"label {label}"
+
     def encoded(self, index):
         number, offset, size, label = self.places[index].tolist()
         if number not in self.files:
@@ -215,7 +221,7 @@ class Shards(Files):
 
 
 def _label(value):
-    if isinstance(value, bool | float):
+    if isinstance(value, bool | float) or int(value) >= 2**63:
         raise ValueError(f"a label is {value}")
     return int(value)
 
@@ -233,6 +239,9 @@ def _samples(path):
                 elif kind in ("cls", "json"):
                     text = archive.extractfile(member).read()
                     labels[folder, key] = _label(text if kind == "cls" else json.loads(text)["label"])
+            archive.fileobj.seek(archive.offset)
+            if archive.fileobj.read(512) != bytes(512):  # tarfile takes a damaged header for the end
+                raise ValueError(f"it is cut off or damaged at byte {archive.offset:,}, where a file or the end is expected")
     except (tarfile.TarError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"data: {path} cannot be read: {type(error).__name__}: {error}; a tar without compression is wanted, with whole "
