@@ -11,6 +11,7 @@ import time
 import warnings
 from pathlib import Path
 
+from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
@@ -348,6 +349,25 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     monkeypatch.setattr(os, "fsync", write)
     assert cli.main(["train", "--resume", f"out={tmp_path / 'run'}"]) == 0 and len(losses(tmp_path / "run")) == 6
+def test_networks_of_timm(monkeypatch):
+    """As timm.create_model calls them: some take img_size, some do not, some want larger images; a name may be unknown."""
+
+    def create_model(name, num_classes, **options):
+        if name == "unknown" or (name == "any_size" and options):
+            raise (RuntimeError if name == "unknown" else TypeError)(f"{name}: {options}")
+        pixels = options.get("img_size", 16) if name != "large" else 224
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * pixels**2, num_classes))
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    for name in ("of_a_size", "any_size"):
+        net = backbones.build(f"timm:{name}", 5, 16)
+        assert net.training and net(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+    with pytest.raises(config.ConfigError, match="backbone=timm:large fails, called with embedding_size=5 and image_size=16"):
+        backbones.build("timm:large", 5, 16)
+    with pytest.raises(config.ConfigError, match=r"backbone=timm:unknown cannot be made: .*timm\.list_models"):
+        backbones.build("timm:unknown", 5, 16)
+
+
 
 
 @pytest.mark.slow

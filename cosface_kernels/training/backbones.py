@@ -2,6 +2,7 @@
 
 import importlib
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +34,8 @@ def build(name, embedding_size, image_size):
     if not colon:
         names = ", ".join(["small", *IRESNET, *SPHERE])
         raise ConfigError(f"backbone must be one of {names}, timm:NAME or MODULE:FUNCTION, got {name!r}")
-    if module == "timm":
-        return _timm(function, embedding_size, image_size)
     try:
-        make = getattr(importlib.import_module(module), function)
+        make = partial(_timm, function) if module == "timm" else getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
             f"backbone={name} cannot be imported: {error}; its module must be on PYTHONPATH or installed"
@@ -46,6 +45,8 @@ def build(name, embedding_size, image_size):
         with torch.no_grad():
             images = torch.zeros(2, 3, image_size, image_size, dtype=torch.float32, device="cpu")
             shape = tuple(backbone.eval()(images).shape)
+    except ConfigError:
+        raise
     except Exception as error:  # a function of somebody else's
         raise ConfigError(
             f"backbone={name} fails, called with embedding_size={embedding_size} and image_size={image_size}, or its module with "
