@@ -1,5 +1,6 @@
 """Does `cosface train` train, stop and go on as it says, and refuse what it cannot read by name?"""
 
+import dataclasses
 import errno
 import json
 import os
@@ -10,8 +11,8 @@ import sys
 import time
 import warnings
 from pathlib import Path
-
 from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +98,8 @@ def test_settings_come_from_files_and_the_command_line(tmp_path):
         ("data=faces:10000000000000 table_format=float8", "identities need a class table of 80,000.0 GB"),
         ("batch_size=100", "fewer than batch_size=100"),
         ("accumulate=3", "must be a multiple of accumulate=3"),
+        ("data=faces:1:8", "data: faces:1:8 has one identity"),
+        ("batch_size=4 accumulate=4 backbone=small", "batch_size=4 gives small one image at a time"),
         ("fused=false table_format=bfloat16", "need fused=true"),
         ("out=", "out is missing"),
         ("--print", "--print is no option"),
@@ -214,6 +217,12 @@ def test_a_folder_of_images(tmp_path, capsys):
     assert "bob/1.png" in line
     with pytest.raises(RuntimeError, match=r"1 damaged images, more than max_damaged=0; the last is .*bob/1\.png"):
         loop.train(settings(tmp_path / "other", f"data={tmp_path / 'crops'}", "batch_size=7", "max_damaged=0"))
+    alone = settings(tmp_path / "alone", f"data={tmp_path / 'crops'}", "batch_size=2", "epochs=9", "backbone=small")
+    with pytest.raises(RuntimeError, match=r"one image is left of a batch.*alone/damaged\.txt names the others"):
+        loop.train(alone)
+    (tmp_path / "crops/ann/9.png").write_bytes(b"none")
+    with pytest.raises(config.ConfigError, match=r"has 8 images of 3 identities now, and the run in .*run began with 7 of 3"):
+        loop.train(config.of_command([f"out={tmp_path / 'run'}"], True), resume=True)
     for path in (tmp_path / "crops").glob("*/*.png"):
         path.write_bytes(b"none")
     more = f"data={tmp_path / 'crops'}", "batch_size=2"
@@ -221,6 +230,21 @@ def test_a_folder_of_images(tmp_path, capsys):
         loop.train(settings(tmp_path / "other3", *more))
     with pytest.raises(config.ConfigError, match="run has no images"):
         loop.train(settings(tmp_path / "other2", f"data={tmp_path / 'run'}"))
+
+
+def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    code = "import torch\ndef net(embedding_size, image_size):\n    return torch.nn.Sequential(torch.nn.Flatten(), "
+    layer = "torch.nn.Linear(768, embedding_size)"
+    for name, layers in (("first", f"{layer})"), ("second", f"{layer}, torch.nn.PReLU())")):
+        (tmp_path / f"{name}.py").write_text(code + layers)
+    assert loop.train(settings(tmp_path / "run", "backbone=first:net", "epochs=1")) == 0
+    resumed = config.of_command([f"out={tmp_path / 'run'}"], True)
+    with pytest.raises(config.ConfigError, match=r"(?s)the backbone is not that of the run's checkpoint: .*backbone\.2\.weight"):
+        loop.train(dataclasses.replace(resumed, backbone="second:net"), resume=True)
+    (tmp_path / "run/checkpoints/step-2/manifest.json").write_bytes(b"\xff")
+    with pytest.raises(RuntimeError, match=r"is damaged: UnicodeDecodeError: .*; without .*step-2 --resume goes on"):
+        loop.train(resumed, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
@@ -298,6 +322,25 @@ def test_a_network_of_ones_own(tmp_path, monkeypatch):
     assert isinstance(backbones.load_backbone(tmp_path / "run")[0][1], torch.nn.Linear)
 
 
+def test_networks_of_timm(monkeypatch):
+    """As timm.create_model calls them: some take img_size, some do not, some want larger images; a name may be unknown."""
+
+    def create_model(name, num_classes, **options):
+        if name == "unknown" or (name == "any_size" and options):
+            raise (RuntimeError if name == "unknown" else TypeError)(f"{name}: {options}")
+        pixels = options.get("img_size", 16) if name != "large" else 224
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * pixels**2, num_classes))
+
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
+    for name in ("of_a_size", "any_size"):
+        net = backbones.build(f"timm:{name}", 5, 16)
+        assert net.training and net(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
+    with pytest.raises(config.ConfigError, match="backbone=timm:large fails, called with embedding_size=5 and image_size=16"):
+        backbones.build("timm:large", 5, 16)
+    with pytest.raises(config.ConfigError, match=r"backbone=timm:unknown cannot be made: .*timm\.list_models"):
+        backbones.build("timm:unknown", 5, 16)
+
+
 @pytest.mark.parametrize(("module", "argument", "status", "remedy"), MISSING)
 def test_what_is_not_installed_is_named(tmp_path, monkeypatch, capsys, module, argument, status, remedy):
     monkeypatch.setitem(sys.modules, module, None)
@@ -349,25 +392,6 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     monkeypatch.setattr(os, "fsync", write)
     assert cli.main(["train", "--resume", f"out={tmp_path / 'run'}"]) == 0 and len(losses(tmp_path / "run")) == 6
-def test_networks_of_timm(monkeypatch):
-    """As timm.create_model calls them: some take img_size, some do not, some want larger images; a name may be unknown."""
-
-    def create_model(name, num_classes, **options):
-        if name == "unknown" or (name == "any_size" and options):
-            raise (RuntimeError if name == "unknown" else TypeError)(f"{name}: {options}")
-        pixels = options.get("img_size", 16) if name != "large" else 224
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * pixels**2, num_classes))
-
-    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=create_model))
-    for name in ("of_a_size", "any_size"):
-        net = backbones.build(f"timm:{name}", 5, 16)
-        assert net.training and net(torch.zeros(2, 3, 16, 16)).shape == (2, 5)
-    with pytest.raises(config.ConfigError, match="backbone=timm:large fails, called with embedding_size=5 and image_size=16"):
-        backbones.build("timm:large", 5, 16)
-    with pytest.raises(config.ConfigError, match=r"backbone=timm:unknown cannot be made: .*timm\.list_models"):
-        backbones.build("timm:unknown", 5, 16)
-
-
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ def read_manifest(folder):
     try:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"{path} is damaged: {error!r}") from error
+        raise CorruptCheckpointError(f"{path} is damaged: {type(error).__name__}: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CorruptCheckpointError(f"{path} is damaged: it has no files")
     if type(manifest.get("format")) is not int or manifest["format"] != FORMAT:

@@ -84,6 +84,14 @@ def _safetensors(path):
         raise ValueError(f"{path}: not a safetensors file, or a damaged one ({error})") from error
 
 
+def read_json(path):
+    """The content of a JSON file; None where there is none, or a damaged one."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def write_json(path, record):
     """Write a JSON file, whole or not at all."""
     with written(path) as file:

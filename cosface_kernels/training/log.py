@@ -106,7 +106,7 @@ class Log:
         if len(self.known) > limit:
             raise RuntimeError(
                 f"{len(self.known)} damaged images, more than max_damaged={limit}; the last is {lines[-1]}; all: "
-                f"{self.out / 'damaged.txt'}; remove them, or raise max_damaged"
+                f"{self.out / 'damaged.txt'}; raise max_damaged, or remove them and begin a new run"
             )
 
 

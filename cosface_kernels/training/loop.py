@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from ..checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from ..distributed.ranks import world
 from . import config as settings
 from . import data, environment, held_out, model, report
-from .arrays import written
+from .arrays import read_json, written
 from .config import ConfigError
 from .log import Log
 
@@ -35,12 +35,13 @@ def train(config, resume=False):
         with _Signals() as signals:
             try:
                 return run.train(signals)
-            except (OSError, RuntimeError) as error:
+            except (OSError, RuntimeError, ValueError) as error:
                 raise _with_remedy(error, config.out) from error
 
 
 def _with_remedy(error, out):
-    """The error of a worker that died, or of a full disk, saying what to do; any other as it is. Both come anywhere in a step."""
+    """An error that may come anywhere in a step, saying what to do: of a worker that died, a full disk, an image that is left
+    alone. Any other as it is."""
     goes_on = f"`cosface train --resume out={out}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OSError(f"the disk of {out} is full: {error.strerror}; make room, then {goes_on}` goes on")
@@ -48,6 +49,11 @@ def _with_remedy(error, out):
         return RuntimeError(
             f"a worker that reads images died: {str(error).splitlines()[0].strip()} Often memory, or /dev/shm, is too small; "
             f"{goes_on} workers=0` goes on, and reads in the main process"
+        )
+    if "Expected more than 1 value per channel" in str(error):
+        return RuntimeError(
+            f"one image is left of a batch, and the backbone's batch statistics need two: {out}/damaged.txt names the others; "
+            f"without them in the data, or with a larger batch_size, a new run goes on"
         )
     return error
 
@@ -101,6 +107,8 @@ class Run:
                 f"{self.ranks.size} processes"
             )
         self.source = data.open_source(config)
+        if self.source.num_classes < 2:
+            raise ConfigError(f"data: {config.data} has one identity, from which there is nobody to tell apart: two are needed")
         steps = len(self.source) // config.batch_size
         if not steps:
             raise ConfigError(
@@ -125,7 +133,12 @@ class Run:
             return 0
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "(?s).*random number generators were not restored")
-            return load_checkpoint(found, self.model, self.optimizers)["step"]
+            try:
+                return load_checkpoint(found, self.model, self.optimizers)["step"]
+            except ValueError as error:
+                raise ConfigError(f"the backbone is not that of the run's checkpoint: {error}") from error
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(f"{error}; without {found} --resume goes on from the one before it") from error
 
     def _make_folder(self, resume):
         if (self.out / "config.yaml").exists():
@@ -133,7 +146,7 @@ class Run:
                 raise ConfigError(
                     f"{self.out} has a run already: --resume goes on with it; or choose another out=, or remove the folder"
                 )
-            return
+            return self._check_data()
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
         self.out.mkdir(parents=True, exist_ok=True)
@@ -143,6 +156,16 @@ class Run:
         ):
             with written(self.out / name) as file:
                 file.write(text.encode())
+
+    def _check_data(self):
+        """Raise unless there are as many images as when the run began: which are in a step depends on it."""
+        names = "images", "identities"
+        began, now = read_json(self.out / "environment.json") or {}, environment.describe(self)
+        if any(began.get(name, now[name]) != now[name] for name in names):
+            raise ConfigError(
+                f"data: {self.config.data} has {now['images']:,} images of {now['identities']:,} identities now, and the run in "
+                f"{self.out} began with {began['images']:,} of {began['identities']:,}: a new run is needed, with another out="
+            )
 
     def train(self, signals):
         self.model.backbone.train(), self.model.head.train()

@@ -32,6 +32,8 @@ class Model(nn.Module):
         self.backbone = backbones.build(config.backbone, config.embedding_size, config.image_size)
         if ranks.size > 1 and config.sync_batchnorm:
             self.backbone = synced(self.backbone)
+        elif config.batch_size == config.accumulate * ranks.size:
+            _check_alone(config, self.backbone)
         self.backbone.to(device)
         self.head = _head(config, num_classes, device)
         if config.ema is not None:
@@ -56,6 +58,18 @@ def _check_memory(config, num_classes, device, ranks):
             f"data: {num_classes:,} identities need a class table of {size / 1e9:,.1f} GB, and the memory has "
             f"{there / 1e9:,.1f} GB: number the identities from 0 without gaps; `cosface plan` says what fits"
         )
+
+
+def _check_alone(config, backbone):
+    """Raise where one image at a time is too few for the backbone's batch statistics."""
+    images = torch.zeros(1, 3, config.image_size, config.image_size, dtype=torch.float32, device="cpu")
+    try:
+        copy.deepcopy(backbone).train()(images)
+    except ValueError as error:
+        raise ConfigError(
+            f"batch_size={config.batch_size} gives {config.backbone} one image at a time, and its batch statistics need two: a "
+            "larger batch_size, or a smaller accumulate"
+        ) from error
 
 
 def _head(config, num_classes, device):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from . import config as settings
 from . import data, svg
-from .arrays import written
+from .arrays import read_json, written
 
 LIGHT = "--page: #fcfcfb; --text: #1c1d1f; --soft: #5f6368; --rule: #dcdcd8; "
 DARK = "--page: #16181b; --text: #e6e6e3; --soft: #a2a6ac; --rule: #383b40; "
@@ -60,12 +60,12 @@ class Found:
             raise FileNotFoundError(f"{folder} is no run: it has no config.yaml, which `cosface train out={folder}` writes")
         self.name = self.folder.resolve().name
         self.settings = settings.read(self.folder / "config.yaml")
-        self.environment = _json(self.folder / "environment.json") or {}
+        self.environment = read_json(self.folder / "environment.json") or {}
         path = self.folder / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         self.metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
-        self.points = _json(self.folder / "sphere.json")
-        found = {path.stem: _json(path) for path in sorted(self.folder.glob("*.json"))}
+        self.points = read_json(self.folder / "sphere.json")
+        found = {path.stem: read_json(path) for path in sorted(self.folder.glob("*.json"))}
         kinds = "verification", "identification"
         self.evaluations = {name: each for name, each in found.items() if isinstance(each, dict) and any(map(each.get, kinds))}
 
@@ -219,10 +219,3 @@ def _page(path, title, parts):
 def _write(path, text):
     with written(path) as file:
         file.write(text.encode())
-
-
-def _json(path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
