@@ -232,6 +232,29 @@ def test_a_folder_of_images(tmp_path, capsys):
         loop.train(settings(tmp_path / "other2", f"data={tmp_path / 'run'}"))
 
 
+def test_pieces_of_a_batch_give_the_step_of_the_batch(tmp_path):
+    """With a network that has no batch statistics; the rate is such that rounding is not blown up by the steps that follow."""
+    curves = []
+    for pieces in (1, 2):
+        run = tmp_path / str(pieces)
+        assert loop.train(settings(run, "epochs=2", "crop=0.2", "lr=1e-3", f"accumulate={pieces}")) == 0
+        curves.append(losses(run))
+    assert len({*curves[0]}) == 4 and curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_one_step_is_clipped_and_eval_takes_the_mean_of_the_weights(tmp_path):
+    one_step = ["epochs=1", "batch_size=8", "lr=1", "warmup=0", "momentum=0", "weight_decay=0", "schedule=constant"]
+    run = loop.Run(settings(tmp_path, *one_step, "clip=0.01", "ema=0.75"), False)
+    start = [each.clone() for each in run.model.backbone.parameters()]
+    with loop._Signals() as signals:
+        assert run.train(signals) == 0
+    steps = [end.detach() - each for each, end in zip(start, run.model.backbone.parameters(), strict=True)]
+    assert torch.cat([each.flatten() for each in steps]).norm().item() == pytest.approx(0.01, rel=1e-3)
+    means = backbones.load_backbone(tmp_path)[0].parameters()
+    for each, step, mean in zip(start, steps, means, strict=True):
+        torch.testing.assert_close(mean, each + 0.25 * step)
+
+
 def test_a_checkpoint_of_something_else(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     code = "import torch\ndef net(embedding_size, image_size):\n    return torch.nn.Sequential(torch.nn.Flatten(), "
@@ -274,6 +297,10 @@ def test_learning_rate_and_margin():
     assert rates[:3] == [0.5, 1.0, 1.0] and rates == rates[:2] + sorted(rates[2:], reverse=True) and rates[-1] < 0.05
     options.schedule, options.warmup = "step", 0.0
     assert [model.learning_rate(options, step, 10) for step in (0, 5, 8, 9)] == pytest.approx([1, 0.1, 0.01, 0.001])
+    options.schedule = "poly"
+    assert [model.learning_rate(options, step, 10) for step in (0, 5, 8)] == pytest.approx([1, 0.25, 0.04])
+    options.schedule = "constant"
+    assert {model.learning_rate(options, step, 10) for step in range(10)} == {1}
     margin = model.margin_of("ArcFace(0.5, easy_margin=True)")
     assert [model.margin_at(options, margin, step, 10).m for step in (0, 4, 9)] == pytest.approx([0.1, 0.5, 0.5])
 
