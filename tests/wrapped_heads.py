@@ -124,17 +124,19 @@ def _(world):
         wrapped(features, labels)
 
 
-@check("a sampled head inside DDP")
+@check("a sampled head inside DDP and FSDP2")
 def _(world):
     features, labels = (each[world.rank] for each in batches())
-    model, alone = Model(filled(CosFaceLoss, sample_rate=0.3)), Model(filled(CosFaceLoss, sample_rate=0.3))
-    backward_in_ddp(model, features, labels)
+    inside, sharded, alone = (Model(filled(CosFaceLoss, sample_rate=0.3)) for _ in range(3))
+    backward_in_ddp(inside, features, labels)
+    fully_shard(sharded)(features, labels).backward()
     alone(features, labels).backward()
     assert alone.head.weight.grad.is_sparse
-    for ours, own in zip(model.parameters(), alone.parameters(), strict=True):
+    for by_ddp, by_fsdp, own in zip(inside.parameters(), sharded.parameters(), alone.parameters(), strict=True):
         mean = own.grad.to_dense() / dist.get_world_size()
         dist.all_reduce(mean)
-        assert_close(ours.grad, mean, tolerance(torch.float64), size=mean.norm())
+        for grad in (by_ddp.grad, by_fsdp.grad.full_tensor()):
+            assert_close(grad, mean, tolerance(torch.float64), size=mean.norm())
 
 
 @check("one optimiser and GradScaler over a backbone and a sharded head")

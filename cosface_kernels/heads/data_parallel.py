@@ -74,11 +74,12 @@ def check_fused():
         )
 
 
-def with_dense_gradient(rows):
-    """rows of a table, whose sparse gradient becomes dense where it meets code that takes no other: DistributedDataParallel's
-    average, or the backward of what the table is computed by, as under torch.nn.utils.parametrize.
+def with_dense_gradient(rows, head):
+    """rows of a head's table, whose sparse gradient becomes dense where it meets code that takes no other: the average of
+    DistributedDataParallel or fully_shard, or the backward of what the table is computed by, as under torch.nn.utils.parametrize.
     """
-    return rows if rows is None or (rows.is_leaf and around() is None) else _Dense.apply(rows)
+    needs = rows is not None and (not rows.is_leaf or head._is_fully_sharded or around() is not None)
+    return _Dense.apply(rows) if needs else rows
 
 
 class _Dense(torch.autograd.Function):

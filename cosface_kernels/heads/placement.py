@@ -62,7 +62,7 @@ class Whole:
             validation.check_tensors(inputs.features, inputs.weight, inputs.labels, inputs.bias, centers, several=several)
             certain = with_hard_classes(inputs.labels.flatten(), head.ignore_index, head.hard_classes)
             classes, correction = head._sample(certain, head.num_classes, head.sample_seed)
-            weight, bias = map(data_parallel.with_dense_gradient, (inputs.weight, inputs.bias))
+            weight, bias = (data_parallel.with_dense_gradient(each, head) for each in (inputs.weight, inputs.bias))
             inputs = replaced(inputs, classes=classes, weight=weight, bias=bias)
             options = replaced(options, sample_correction=correction)
         return inputs, options, WholeTable()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import hard_negatives, margins, positives, theory, validation
+from ..distributed import dtensors
 from ..hard_negatives import HardNegatives
 from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..ops import formats, recording
@@ -72,6 +73,7 @@ class MarginSoftmaxLoss(nn.Module):
     log_scale: nn.Parameter | None
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _is_fully_sharded = False
     if TYPE_CHECKING:
 
         @overload
@@ -193,6 +195,8 @@ class MarginSoftmaxLoss(nn.Module):
     def __setattr__(self, name, value):
         if name in ("s", "m"):
             validation.check_attribute(type(self).__name__, name)
+        if name in ("weight", "bias") and type(self.placement) is Whole and dtensors.is_sharded(value):
+            self.__dict__["_is_fully_sharded"] = True  # fully_shard, which gathers it for forward
         if name == "hard_classes" and value is not None:
             validation.check_hard_classes(value, self.num_classes)
             value = value.to(value.device if self.weight.is_meta else self.weight.device, torch.int32, copy=True)
