@@ -4,6 +4,7 @@ A record holds the arguments of the operator's backward: (x̃, labels, shift, to
 N-vectors. Records of several backward calls, concatenated along N, describe the sum of their gradients.
 """
 
+import gc
 import threading
 import warnings
 import weakref
@@ -89,6 +90,7 @@ class Pending:
     def __init__(self, optimizer, bias):
         self.optimizer, self.bias = weakref.ref(optimizer), bias
         self.records = []  # in the order of backward
+        self.knows_leaves = False  # whether the parameters' nodes have been asked for hooks
         self._lock = threading.Lock()  # several threads may call backward
 
     def __reduce__(self):
@@ -232,6 +234,9 @@ def _recorded(parameters, vectors, saved, problem, options):
             "a fused optimiser trains weight and bias of a head together: a loss of its weight takes that bias, and no other; "
             "heads that share a weight cannot have a bias each"
         )
+    if found is not None and not found.knows_leaves:
+        _check_hooks(parameters, _leaf_hooks)
+        found.knows_leaves = True
     options = operators.with_scale(problem, options)
     detached = Vectors(*(vector.detach() for vector in vectors))
     parts = _Record.apply(*parameters, detached, saved, problem, options)
@@ -323,13 +328,24 @@ def _gradients(parameters, record, wanted):
     return [grad if needed else None for grad, needed in zip(grads, wanted, strict=False)]
 
 
-def _check_hooks(parameters):
+def _own_hooks(parameter):
+    return [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+
+
+def _leaf_hooks(parameter):
+    """Those of the node of autograd that accumulates the gradient. PyTorch tells only the garbage collector of them, and only
+    while no graph holds the node, as before the first forward pass.
+    """
+    if not parameter.requires_grad:
+        return []
+    held = gc.get_referents(torch.autograd.graph.get_gradient_edge(parameter).node)
+    return [hook for each in held if isinstance(each, dict) for hook in each.values()]
+
+
+def _check_hooks(parameters, hooks_of=_own_hooks):
     """Raise for a hook that would be called with None, or not at all. Those marked `needs_no_grad` are this package's."""
     for name, parameter in zip(("weight", "bias"), parameters, strict=True):
-        if parameter is None:
-            continue
-        hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-        if not all(getattr(hook, "needs_no_grad", False) for hook in hooks):
+        if parameter is not None and not all(getattr(hook, "needs_no_grad", False) for hook in hooks_of(parameter)):
             raise RuntimeError(
                 f"the head's {name} has a hook for its gradient, which does not exist: a fused optimiser makes it slab by "
                 "slab in its step and calls no hook. Remove the hook (wandb.watch: give it the backbone alone), or train the "
