@@ -191,6 +191,33 @@ def test_options_are_loaded(tmp_path):
     assert other.param_groups[0]["params"] == [model.bias, model.weight]
 
 
+def test_other_parameter_groups(tmp_path):
+    """The backbone and the table in one group or in two, as the documents' examples have them."""
+
+    def trained(count, **options):
+        model = Model(7)
+        head, backbone = [model.weight, model.bias], [*model.backbone.parameters()]
+        groups = [[*head, *backbone]] if count == 1 else [head, backbone]
+        optimizer = torch.optim.SGD([{"params": group} for group in groups], momentum=0.9, **options)
+        train(model, {"": optimizer}, 1)
+        return model, optimizer
+
+    for count, lr in ((1, 0.5), (2, torch.tensor(0.5))):
+        model, optimizer = trained(count, lr=lr)
+        save_checkpoint(tmp_path / f"{count}", model, optimizer)
+        other, own = trained(3 - count, lr=0.1)
+        load_checkpoint(tmp_path / f"{count}", other, own)
+        assert {float(group["lr"]) for group in own.param_groups} == {0.5}
+        assert_equal(whole(other, {"": own}), whole(model, {"": optimizer}))
+    optimizer.param_groups[1]["lr"] = 0.25
+    save_checkpoint(tmp_path / "differ", model, optimizer)
+    other, own = trained(1, lr=0.1)
+    before = whole(other, {"": own})
+    with pytest.raises(ValueError, match="'weight'] in one group here, and in the checkpoint in groups whose options differ"):
+        load_checkpoint(tmp_path / "differ", other, own)
+    assert_equal(whole(other, {"": own}), before)
+
+
 class WithExtraState(nn.Linear):
     counted = 0
 

@@ -4,6 +4,9 @@ torch.distributed.checkpoint.state_dict would first take a step with zero gradie
 and Optimizer.load_state_dict casts state to the parameter's dtype. Here a table's state is allocated as the checkpoint has it.
 """
 
+import functools
+import itertools
+
 import torch
 
 from ..distributed import dtensors
@@ -70,7 +73,7 @@ def is_flat(prefix, saved, metadata):
 
 
 def prepare(prefix, optimizer, module, saved, metadata, grow, there):
-    """Prepare to load what `flatten` saved: ({key: tensor to load into}, {parameter: state}, problems). Changes no optimiser.
+    """Prepare to load what `flatten` saved: ({key: tensor to load into}, what `apply` takes, problems). Changes no optimiser.
 
     State that exists is loaded in place, other state is allocated; `metadata` is {key: TensorStorageMetadata} of the checkpoint,
     `grow` the names of parameters that may have more rows than there, whose state is zero. there: {name here: name in the
@@ -80,12 +83,18 @@ def prepare(prefix, optimizer, module, saved, metadata, grow, there):
     parameters = {name: parameter for parameter, name in names.items()}
     groups = [sorted(names[parameter] for parameter in group["params"]) for group in optimizer.param_groups]
     saved_groups = [sorted(group["names"]) for group in saved["groups"]]
-    if groups != saved_groups:
-        return {}, {}, [f"{prefix} has parameter groups {saved_groups} in the checkpoint, {groups} here"]
+    if {*itertools.chain(*groups)} != {*itertools.chain(*saved_groups)}:
+        return {}, None, [f"{prefix} has parameter groups {saved_groups} in the checkpoint, {groups} here"]
     kind = saved.get("kind", _kind(optimizer))  # missing in the first checkpoints
     if kind != _kind(optimizer):
-        return {}, {}, [f"{prefix} is of another kind: {kind} in the checkpoint, {_kind(optimizer)} here"]
+        return {}, None, [f"{prefix} is of another kind: {kind} in the checkpoint, {_kind(optimizer)} here"]
     tensors, states, problems = {}, {}, list(_refusals(prefix, optimizer, saved["groups"]))
+    options = [_options_of(group, saved["groups"]) for group in groups]
+    problems += [
+        f"{prefix} has {group} in one group here, and in the checkpoint in groups whose options differ: a group here for each"
+        for group, found in zip(groups, options, strict=True)
+        if found is None
+    ]
     for name, state in saved["states"].items():
         parameter = parameters[name]
         states[parameter] = dict(state["plain"])
@@ -101,15 +110,29 @@ def prepare(prefix, optimizer, module, saved, metadata, grow, there):
             elif (live.shape, live.dtype) != (size, dtype):
                 problems.append(f"{where} is {dtype} {tuple(size)} in the checkpoint, {live.dtype} {tuple(live.shape)} here")
             tensors[where] = states[parameter][key] = live
-    return tensors, states, problems
+    return tensors, (states, options), problems
 
 
-def apply(optimizer, saved, states):
-    """Give an optimiser the state that `prepare` made, and the options of its groups."""
+def _options_of(group, saved_groups):
+    """The options that all parameters of a group, by name, had in the checkpoint; None if they differ."""
+    first, *others = [each["options"] for each in saved_groups if {*each["names"]} & {*group}] or [{}]
+    return first if all(map(functools.partial(_are_equal, first), others)) else None
+
+
+def _are_equal(one, other):
+    """True for equal options, of which some may be tensors."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_are_equal(value, other[key]) for key, value in one.items())
+    tensors = isinstance(one, torch.Tensor), isinstance(other, torch.Tensor)
+    return torch.equal(one, other) if all(tensors) else not any(tensors) and one == other
+
+
+def apply(optimizer, states, options):
+    """Give an optimiser the states and the options of its groups that `prepare` found."""
     optimizer.state.clear()
     optimizer.state.update(states)
-    for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
-        for key, value in saved_group["options"].items():
+    for group, found in zip(optimizer.param_groups, options, strict=True):
+        for key, value in found.items():
             live = group.get(key)
             group[key] = value.to(live.device) if isinstance(live, torch.Tensor) and isinstance(value, torch.Tensor) else value
 

@@ -109,7 +109,8 @@ def load_checkpoint(
 
     Args:
         folder: a checkpoint.
-        module, optimizer: as they were saved, of any values; without an optimiser the module alone is loaded.
+        module, optimizer: as they were saved, of any values; without an optimiser the module alone is loaded. Parameter groups
+            may be others, where the options of those that become one are equal.
         grow: names of parameters and buffers that may have more rows here than in the checkpoint, such as ("head.weight",). The
             further rows keep their values, and their optimiser state is zero: so does a sharded table get new identities.
         strict: whether module must have the checkpoint's names and no others. If not, what one of them lacks stays as it is, or
@@ -135,8 +136,8 @@ def load_checkpoint(
     state, optimizers, tensors = _together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
     _together(lambda: _read_tensors(folder, metadata, tensors))
     module.load_state_dict(state, strict=strict)
-    for name, (each, states) in optimizers.items():
-        optimizer_state.apply(each, shared["optimizers"][name], states)
+    for each, found in optimizers.values():
+        optimizer_state.apply(each, *found)
     if shared["world_size"] == ranks.size:
         _set_random_state(own["random"])
     elif ranks.rank == 0:
@@ -309,10 +310,10 @@ def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
         problems.append(f"there are optimizers {[*shared['optimizers']]} in the checkpoint, {[*named]} here")
     elif not problems:
         for name, each in named.items():
-            found, states, differences = optimizer_state.prepare(
+            found, prepared, differences = optimizer_state.prepare(
                 f"optimizer/{name}", each, module, shared["optimizers"][name], saved, grow, there
             )
-            optimizers[name] = each, states
+            optimizers[name] = each, prepared
             tensors |= found
             problems += differences
     if problems:
