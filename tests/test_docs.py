@@ -94,6 +94,15 @@ def test_contributing_names_every_test_file():
     assert files == named
 
 
+def test_requirements_have_every_extra():
+    """So that no test is skipped for want of a package."""
+    project = (DOCS.parent / "pyproject.toml").read_text()
+    (extras,) = re.findall(r"\[project.optional-dependencies\]\n(.*?)\n\n", project, re.S)
+    wanted = set(re.findall(r'"([a-z-]+)>=', extras))
+    pinned = set(re.findall(r"^([\w-]+)==", (DOCS.parent / "requirements.txt").read_text().lower(), re.M))
+    assert "onnxruntime" in wanted <= pinned
+
+
 def test_index_names_every_public_name():
     table = text("README.md").split("## API")[1].split("## Words")[0]
     assert {*cosface_kernels.__all__} - {"__version__"} <= set(re.findall(r"`(\w+)`", table))
