@@ -326,8 +326,8 @@ def _assert_right(case, scale, name, ours, exact, bound):
         bound = torch.where(bound.isfinite(), bound, exact.to(bound.dtype))
     wide = "float64" in (case["features"], case["weight"])
     products = product_dtype(case)
-    # Of an exponent, and where that is small, of a length, a quotient, a product and a projection.
-    rounded = 0.0 if low else (scale + 4) * torch.finfo(products).eps / (1 if wide else 2)
+    # Of two exponents, s times a sum of D products each; where that is small, of a length, a quotient, a product, a projection.
+    rounded = 0.0 if low else (scale * math.sqrt(case["size"]) + 4) * torch.finfo(products).eps / (1 if wide else 2)
     if case["margin"] == "cosine_lse":  # which returns an exponent, and another is taken from it: both are rounded
         rounded *= 3
     if case["margin"] not in CALLS and not low:  # ψ is of an angle, steep at its ends: as tests/test_margins.py allows
