@@ -156,13 +156,16 @@ ELSEWHERE = {
     "s": "scale",
     "m": "margin",
     "W": "weight",
+    "w": "weight",
     "kernel": "weight",
     "K": "centers_per_class",
     "sub_centers": "centers_per_class",
     "in_features": "embedding_size",
+    "feat_dim": "embedding_size",
     "out_features": "num_classes",
     "predict": "topk(features, k)",
     "get_logits": "logits(features)",
+    "forward_backward": "head(features, labels).backward()",
 }
 
 

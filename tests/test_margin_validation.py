@@ -22,6 +22,7 @@ from cosface_kernels import (
     ShardedMarginSoftmaxLoss,
     margin_softmax_loss,
     margins,
+    validation,
 )
 
 MARGINS = {type(row.margin).__name__: type(row.margin) for row in ROWS.values()}
@@ -213,6 +214,23 @@ def test_an_attribute_of_another_librarys_head(case):
     use, message = ATTRIBUTES[case]
     with pytest.raises(AttributeError, match=f"^CosFaceLoss has no attribute {message}"):
         use(CosFaceLoss(3, 5))
+
+
+def test_every_name_that_is_suggested_is_there():
+    head = CosFaceLoss(3, 5, centers_per_class=2)
+    assert (head.embedding_size, head.num_classes) == (3, 5)
+    names = {name.split("(")[0] for name in validation.ELSEWHERE.values()} - {"head"}
+    assert all(hasattr(head, name) for name in names)
+
+
+def test_a_margin_object_for_a_head_of_one_margin():
+    message = r"the margin of a CosFaceLoss is the number m, got ArcFace\(m=0.3.*MarginSoftmaxLoss"
+    with pytest.raises(TypeError, match=message):
+        CosFaceLoss(3, 5, margin=margins.ArcFace(0.3))
+    head = CosFaceLoss(3, 5)
+    head.margin = margins.ArcFace(0.3)
+    with pytest.raises(TypeError, match=message):
+        head(torch.randn(2, 3), torch.tensor([0, 1]))
 
 
 SHOWN = {

@@ -78,7 +78,7 @@ class PartialFC_V2(MarginSoftmaxLoss):
         options = {"ignore_index": -1, "sample_rate": sample_rate, "placement": PlainShards(rank, size)}
         super().__init__(embedding_size, num_classes, margin=margin, scale=scale, **options)
         self.rank, self.world_size, self.ddp_average, self.fp16 = rank, size, True, fp16
-        self.embedding_size, self.num_local = embedding_size, len(self.weight)
+        self.num_local = len(self.weight)
         self.class_start = self.placement.first_class(self, self.weight)
 
     def _begin_sampling(self):

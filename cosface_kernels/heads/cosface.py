@@ -40,6 +40,10 @@ class CosFaceLoss(MarginSoftmaxLoss):
 
     @staticmethod
     def _as_margin(given):
+        if isinstance(given, margins.Margin):
+            raise TypeError(
+                f"the margin of a CosFaceLoss is the number m, got {validation.shown(given)}: MarginSoftmaxLoss takes objects"
+            )
         validation.check_margins(given)
         return margins.CosFace(given)
 

@@ -279,6 +279,11 @@ class MarginSoftmaxLoss(nn.Module):
         return margin
 
     @property
+    def embedding_size(self) -> int:
+        """D, the numbers of a row."""
+        return self.weight.shape[1]
+
+    @property
     def normalize_weight(self) -> bool:
         """True if the rows of the table are divided by their norms."""
         return self._margin().normalize_weight

@@ -91,7 +91,7 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     if len(inputs) > 1:
         origin += f" of {len(inputs)} files {'by rank' if by_rank else 'in the order given'}"
     if momenta:
-        origin += f", without {momenta:,} files of momentum"
+        origin += f", without {momenta:,} file{'s' * (momenta > 1)} of momentum"
     return (
         f"wrote {out}{f' for {ranks} ranks' if ranks > 1 else ''}: C = {num_classes:,}, D = {size:,}, {_name(tables[0].dtype)}, "
         f"from {origin}{f'; rows that are not finite: {not_finite:,}' if not_finite else ''}"
