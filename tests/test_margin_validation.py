@@ -224,13 +224,8 @@ def test_every_name_that_is_suggested_is_there():
 
 
 def test_a_margin_object_for_a_head_of_one_margin():
-    message = r"the margin of a CosFaceLoss is the number m, got ArcFace\(m=0.3.*MarginSoftmaxLoss"
-    with pytest.raises(TypeError, match=message):
+    with pytest.raises(TypeError, match=r"the margin of a CosFaceLoss is the number m, got ArcFace\(m=0.3.*MarginSoftmaxLoss"):
         CosFaceLoss(3, 5, margin=margins.ArcFace(0.3))
-    head = CosFaceLoss(3, 5)
-    head.margin = margins.ArcFace(0.3)
-    with pytest.raises(TypeError, match=message):
-        head(torch.randn(2, 3), torch.tensor([0, 1]))
 
 
 SHOWN = {
@@ -255,7 +250,7 @@ def test_a_number_in_a_margins_place():
 
 SET_LATER = {
     "a number": (margins.ArcFace(), 0.2, TypeError, r"margin must be one of cosface_kernels\.margins, .* got 0\.2"),
-    "an object for a number": (None, margins.ArcFace(), TypeError, r"margin must be a real number, or .*, got ArcFace"),
+    "an object for a number": (None, margins.ArcFace(), TypeError, r"the margin of a CosFaceLoss is the number m, got ArcFace"),
 }
 
 
