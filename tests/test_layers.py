@@ -1,4 +1,5 @@
-"""docs/architecture.md draws every file, and who imports whom: the package has no other file or import, and no circle."""
+"""docs/architecture.md draws every file, and who imports whom: the package has no other file or import, and no circle;
+results that travel between files have names."""
 
 import ast
 import re
@@ -55,3 +56,14 @@ def test_every_part_imports_parts_above_it():
 def test_no_circle():
     graph = {module_of(path): {name for name in imports(path) if name != module_of(path)} for path in FILES}
     assert len(list(TopologicalSorter(graph).static_order())) >= len(FILES)
+
+
+def test_no_more_than_four_values_are_unpacked_by_position():
+    """Five are counted by whoever reads them: they need names. But where they stand beside their names nobody counts."""
+    wrong = []
+    for path in FILES:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        beside = {id(each.targets[0]) for each in nodes if isinstance(each, ast.Assign) and isinstance(each.value, ast.Tuple)}
+        unpacked = [each for each in nodes if isinstance(each, ast.Tuple | ast.List) and isinstance(each.ctx, ast.Store)]
+        wrong += [f"{path}:{each.lineno}" for each in unpacked if len(each.elts) > 4 and id(each) not in beside]
+    assert not wrong

@@ -136,15 +136,20 @@ def plan(training, device):
 
 def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices, **common):
     """Every valid combination of these options: torch.optim's optimisers take float32 and all classes."""
+    choices = {
+        "devices": devices,
+        "sample_rate": sample_rates,
+        "optimizer": optimizers,
+        "table_format": table_formats,
+        "state_format": state_formats,
+    }
     found = {}
-    for number, rate, optimizer, table, state in itertools.product(
-        devices, sample_rates, optimizers, table_formats, state_formats
-    ):
-        state = state if OPTIMIZERS[optimizer].states else "float32"
-        training = Training(
-            optimizer=optimizer, table_format=table, state_format=state, sample_rate=rate, devices=number, **common
-        )
-        if training.is_fused or (table, state, rate) == ("float32", "float32", 1.0):
+    for values in itertools.product(*choices.values()):
+        training = Training(**common, **dict(zip(choices, values, strict=True)))
+        if not OPTIMIZERS[training.optimizer].states:
+            training = training._replace(state_format="float32")
+        formats_and_rate = training.table_format, training.state_format, training.sample_rate
+        if training.is_fused or formats_and_rate == ("float32", "float32", 1.0):
             found[training] = None
     return list(found)
 

@@ -74,7 +74,7 @@ class _Bytes:
             self.data, self.kind = bytes(held[0]), kinds[0].name
 
     def __setstate__(self, state):
-        _, _, kind, _, self.data = state
+        kind, self.data = state[2], state[4]  # after version and shape; between them whether it is in Fortran's order
         self.kind = kind.name
 
 

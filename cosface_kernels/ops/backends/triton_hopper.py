@@ -109,14 +109,14 @@ def attend(
     first_row, part = (gl.program_id(0) % row_tiles) * ROWS, gl.program_id(0) // row_tiles
     start = part * pairs_each * 2 * ROWS
     stop = gl.minimum(start + pairs_each * 2 * ROWS, K)
-    shared = q_tile, blocks, e_tiles, q_full, full, empty, e_full
-    tensors = target_ptr, column_scale_ptr, partial_ptr, out_ptr
-    sizes = Q, K, D, first, first_row, part, start, stop, log2_scale, shift
+    queries, keys, exponentials = (q_tile, q_full), (blocks, full, empty), (e_tiles, e_full)
+    tensors, sizes = (target_ptr, column_scale_ptr, partial_ptr, out_ptr), (Q, K, D)
+    firsts, bounds, affine = (first, first_row, part), (start, stop), (log2_scale, shift)
     gl.warp_specialize(
         [
-            (_load, (q, kv, shared, sizes)),
-            (_group, (shared, tensors, sizes, 0, TABLE)),
-            (_group, (shared, tensors, sizes, 1, TABLE)),
+            (_load, (q, kv, queries, keys, first_row, bounds)),
+            (_group, (queries, keys, exponentials, tensors, sizes, firsts, bounds, affine, 0, TABLE)),
+            (_group, (queries, keys, exponentials, tensors, sizes, firsts, bounds, affine, 1, TABLE)),
         ],
         WARPS,
         REGISTERS,
@@ -124,9 +124,10 @@ def attend(
 
 
 @gluon.jit
-def _load(q, kv, shared, sizes):
-    q_tile, blocks, _, q_full, full, empty, _ = shared
-    _, _, _, _, first_row, _, start, stop, _, _ = sizes
+def _load(q, kv, queries, keys, first_row, bounds):
+    q_tile, q_full = queries
+    blocks, full, empty = keys
+    start, stop = bounds
     mbarrier.expect(q_full, 2 * ROWS * HALF * 2)
     for half in gl.static_range(2):
         tma.async_copy_global_to_shared(q, [first_row, half * HALF], q_full, q_tile.index(half))
@@ -141,11 +142,16 @@ def _load(q, kv, shared, sizes):
 
 
 @gluon.jit
-def _group(shared, tensors, sizes, OWN: gl.constexpr, TABLE: gl.constexpr):
+def _group(queries, keys, exponentials, tensors, sizes, firsts, bounds, affine, OWN: gl.constexpr, TABLE: gl.constexpr):
     """The warp group of block OWN of each pair, and of half OWN of the columns."""
-    q_tile, blocks, e_tiles, q_full, full, empty, e_full = shared
+    q_tile, q_full = queries
+    blocks, full, empty = keys
+    e_tiles, e_full = exponentials
     target_ptr, column_scale_ptr, partial_ptr, out_ptr = tensors
-    Q, K, D, first, first_row, part, start, stop, log2_scale, shift = sizes
+    Q, K, D = sizes
+    first, first_row, part = firsts
+    start, stop = bounds
+    log2_scale, shift = affine
     e_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     row = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, e_layout))
