@@ -84,7 +84,7 @@ def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows,
         return left.new_empty(count, left.shape[0], right.shape[1], dtype=torch.float32)
 
     rows = host_time.slab_rows(num_rows, num_classes, 512, gpu.chip)
-    monkeypatch.setattr("cosface_kernels.validation._check_dense", lambda *arguments: None)  # tensors have no memory
+    monkeypatch.setattr("cosface_kernels.validation.tensors.check_dense", lambda *arguments: None)  # tensors have no memory
     monkeypatch.setattr(slabs, "slab_rows", lambda *arguments: rows)
     monkeypatch.setattr(backends, "unusable", lambda *arguments: None)
     monkeypatch.setattr(
