@@ -311,6 +311,11 @@ def _convert(arguments):
     ):
         if is_wrong:
             arguments.wrong_usage(message)
+    for path in arguments.inputs:
+        try:
+            os.stat(path)  # opening a pipe would wait
+        except OSError as error:
+            return _fail(f"cannot read {path}: {error.strerror}")
     from .convert import convert
 
     names = "inputs", "out", "system", "key", "transpose", "to", "force"
