@@ -391,14 +391,18 @@ class TestWork:
     @pytest.mark.slow
     def test_smoke(self, monkeypatch):
         from benchmarks.gpu_check import smoke
+        from cosface_kernels.ops.backends import triton_attend
 
+        attended, attend = [], triton_attend.backward
+        monkeypatch.setattr(triton_attend, "backward", lambda *given: attended.append(attend(*given)))
         cases = [
             {"rows": 9, "classes": 130, "size": 24, "precision": "bfloat16"},
             {"rows": 8, "classes": 128, "size": 16, "update": "int8"},
             {"rows": 8, "classes": 128, "size": 16, "update": "float8"},
+            {"rows": 9, "classes": 130, "size": 24, "budget": "none", "slab": 128, "forms": stages.ATTEND},
         ]
         rows = list(smoke.smoke(cases, CPU))
-        assert not any(row.get("error") or row["wrong"] for row in rows)
+        assert not any(row.get("error") or row["wrong"] for row in rows) and len(attended) == 1
         other = margins.CosFace(0.3)
         monkeypatch.setattr(smoke.margins, "CosFace", lambda margin: other)
         (row,) = smoke.smoke(cases[:1], CPU)

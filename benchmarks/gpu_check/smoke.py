@@ -111,7 +111,7 @@ def _check(case, device):
     features, weight, labels = inputs(case["rows"], case["classes"] * centers, case["size"], device, table)
     tensors = features, weight, labels // centers
     check = measure.Check(tensors, plain)
-    with gpu.slabs(case.get("slab")):
+    with gpu.slabs(case.get("slab")), gpu.forms(case.get("forms")):
         results = check.run(ours)
     return check.judged(results, precision)
 

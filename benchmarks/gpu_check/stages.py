@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+ATTEND = {"attend_table": {}, "attend_features": {}}
 SMOKE = [
     # Ragged and whole tiles, one row, D without and with padding, two slabs and one, every dtype of table and features.
     {"rows": 67, "classes": 700, "size": 70},
@@ -26,6 +27,9 @@ SMOKE = [
     {"rows": 128, "classes": 1024, "size": 64, "update": "int8", "precision": "bfloat16"},
     {"rows": 128, "classes": 1024, "size": 64, "update": "float8", "precision": "bfloat16"},
     {"rows": 128, "classes": 1024, "size": 512, "precision": "bfloat16", "graph": True},
+    {"rows": 67, "classes": 700, "size": 70, "budget": "none", "forms": ATTEND},
+    {"rows": 300, "classes": 1111, "size": 256, "precision": "bfloat16", "slab": 512, "budget": "none", "forms": ATTEND},
+    {"rows": 128, "classes": 1024, "size": 512, "precision": "bfloat16", "budget": "none", "forms": ATTEND},
 ]
 OPTIONS = [{"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVES": True}]  # of the first two tiles
 TILES = [("128x128x64", 8, 3), ("128x256x64", 8, 4), ("128x128x64", 8, 4), ("128x128x64", 4, 3), ("128x256x64", 8, 3)]
@@ -85,7 +89,7 @@ FORMS = [
     {},
     {"attend_table": {}},
     {"attend_features": {}},
-    {"attend_table": {}, "attend_features": {}},
+    ATTEND,
     {"attend_table": {"DESCRIPTORS": True}},
     {"attend_features": {"DESCRIPTORS": True}},
 ]
