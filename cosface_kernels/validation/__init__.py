@@ -14,7 +14,7 @@ from .batch import (
     check_row_scale,
     check_tensors,
 )
-from .calls import check_attribute, check_call, check_names, check_optimizer
+from .calls import ELSEWHERE, check_attribute, check_call, check_names, check_optimizer
 from .options import (
     BACKENDS,
     Backend,
