@@ -7,9 +7,8 @@ from torch import Tensor
 from typing_extensions import Required, Unpack
 
 from . import positives, validation
-from .hard_negatives import HardNegatives
 from .loss import Inputs, LossOptions, Statistics, differentiable_in_scale, loss_of_table, negatives
-from .margins import CosFace, Margin, NormSoftmax
+from .margins import CosFace, HardNegatives, Margin, NormSoftmax
 from .validation import Backend, MemoryBudget, Reduction
 
 

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import hard_negatives, margins, positives, validation
-from .hard_negatives import HardNegatives
-from .margins import Margin
+from . import margins, positives, validation
+from .margins import HardNegatives, Margin
 from .ops import recording
 from .ops.batch_rows import reduced
 from .ops.normalize import direction
@@ -85,7 +84,8 @@ class LossOptions(NamedTuple):
         validation.check_label_smoothing(self.label_smoothing, self.centers_per_class)
         normalize_features = self.margin.normalize_features if self.normalize_features is None else self.normalize_features
         scale = default_scale(self.margin, normalize_features) if self.scale is None else self.scale
-        hard_negatives.check(self.negatives, normalize_features and self.margin.normalize_weight, scale, self.label_smoothing)
+        cosines = normalize_features and self.margin.normalize_weight
+        margins.hard_negatives.check(self.negatives, cosines, scale, self.label_smoothing)
         return self._replace(scale=_tensor_if_it_moves(scale), normalize_features=normalize_features)
 
     def check_values(self, features):

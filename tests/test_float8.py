@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, cosface_loss
-from cosface_kernels.hard_negatives import MVSoftmax
 from cosface_kernels.heads import float8
-from cosface_kernels.margins import ArcFace, CosFace, Softmax
+from cosface_kernels.margins import ArcFace, CosFace, MVSoftmax, Softmax
 from cosface_kernels.ops import formats
 from cosface_kernels.ops.formats import FLOAT8
 

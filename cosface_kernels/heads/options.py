@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from ..hard_negatives import HardNegatives
+from ..margins.hard_negatives import HardNegatives
 from ..validation import Backend, MemoryBudget, Reduction, TableFormat
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import hard_negatives, margins, positives, theory, validation
+from .. import margins, positives, theory, validation
 from ..distributed import dtensors
-from ..hard_negatives import HardNegatives
 from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
+from ..margins.hard_negatives import HardNegatives
 from ..ops import formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
@@ -118,7 +118,7 @@ class MarginSoftmaxLoss(nn.Module):
         validation.check_size("centers_per_class", centers_per_class)
         validation.check_flag("bias", bias)
         validation.check_flag("learnable_scale", learnable_scale)
-        hard_negatives.check_kind(negatives)
+        margins.hard_negatives.check_kind(negatives)
         given, margin = margin, self._as_margin(margin)
         margins.check(margin, bias, normalize_features)
         self.__dict__["_negatives"] = negatives
@@ -255,7 +255,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     @negatives.setter
     def negatives(self, negatives: HardNegatives | None) -> None:
-        hard_negatives.check_kind(negatives)
+        margins.hard_negatives.check_kind(negatives)
         self._negatives = negatives
         margin_buffers.write(self, self.margin)
 

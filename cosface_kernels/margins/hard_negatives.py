@@ -16,7 +16,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .validation import check_fields, check_flag, check_size, shown
+from ..validation import check_fields, check_flag, check_size, shown
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ class Problem(NamedTuple):
     labels: Tensor  # (N,) int64, or (N, K) of several classes to a row, each once; then K stands for their number below
     index: Tensor | None  # (M,) int64, the rows of the table that take part, ascending and all of a class; None: all
     own_scale: Tensor | None = None  # () float64 on the CPU, in place of Options.scale: torch.compile knows no number of a tensor
-    hard: Tensor | None = None  # (N, 4), (τ, p0, p1, p2) of hard_negatives.py for each row
+    hard: Tensor | None = None  # (N, 4), (τ, p0, p1, p2) of margins/hard_negatives.py for each row
     correction: Tensor | None = None  # (M,), what is added to the binary exponents of the index's rows; None: zeros
     row_scale: Tensor | None = None  # (C K,) float32 beside a float8 weight
 
