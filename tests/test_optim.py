@@ -24,7 +24,7 @@ from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss
 from cosface_kernels.distributed import ranks
 from cosface_kernels.heads import float8
 from cosface_kernels.margins import ArcFace, Softmax
-from cosface_kernels.ops import formats, recording, slabs
+from cosface_kernels.ops import class_tables, formats, recording, slabs
 from cosface_kernels.ops.backends import cpu_backend, cpu_library
 from cosface_kernels.optim import rules, table_state
 
@@ -852,7 +852,7 @@ def test_margin_and_table_format_of_every_head(device, options):
         head(features, labels).backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 4 and head.weight.dtype == torch.bfloat16
-    assert recording.head_of(head.weight) is head
+    assert class_tables.head_of(head.weight) is head
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

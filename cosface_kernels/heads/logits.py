@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..ops import recording
+from ..ops import class_tables
 from ..ops.normalize import unit_rows
 from ..ops.slabs import slab_rows, wide_dtype
 from ..ops.table import Table
@@ -71,7 +71,7 @@ def _logits(head, table, rows, start, stop):
         row_scale = head._row_scale()
         slab = Table(weight, row_scale=row_scale).rows(start, stop).to(rows.dtype)
         if row_scale is not None:
-            slab = recording.refused(weight, slab)
+            slab = class_tables.refused(weight, slab)
         products = rows @ (unit_rows(slab)[0] if head.normalize_weight else slab).T
         if bias is not None:
             products = products + bias[start:stop].to(rows.dtype)

@@ -14,7 +14,7 @@ from .. import margins, positives, theory, validation
 from ..distributed import dtensors
 from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
 from ..margins.hard_negatives import HardNegatives
-from ..ops import formats, recording
+from ..ops import class_tables, formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
 from . import confusions, float8, grow, margin_buffers, own_centers
@@ -155,7 +155,7 @@ class MarginSoftmaxLoss(nn.Module):
         self.hard_classes = hard_classes
         self.sample_rate, self.label_smoothing = sample_rate, label_smoothing
         self.margin = given
-        recording.register(self)
+        class_tables.register(self)
         placement.enter(self)
         self.reset_parameters()
 
@@ -222,7 +222,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        recording.register(self)
+        class_tables.register(self)
 
     @property
     def margin(self) -> margins.Margin:
@@ -456,7 +456,7 @@ class MarginSoftmaxLoss(nn.Module):
             with torch.no_grad():
                 return *self.placement.rows(table), table
         weight, bias = self.placement.rows(table)
-        return weight if self._format_of(weight) == "float32" else recording.refused(weight, weight.detach()), bias, None
+        return weight if self._format_of(weight) == "float32" else class_tables.refused(weight, weight.detach()), bias, None
 
     def _row_scale(self):
         """The scales of this process's rows (R,), beside a float8 weight."""

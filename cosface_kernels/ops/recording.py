@@ -11,66 +11,17 @@ import weakref
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..distributed import dtensors
-from . import formats, operators
+from . import class_tables, formats, operators
 from .operands import Options, TableFactors, Vectors
-from .operators import in_rows, write_table_gradient, zeros_for_none
+from .operators import in_rows, zeros_for_none
+from .recorded_gradient import write_gradient
+from .seen import Seen, change_of
 from .slabs import KEPT_ANYWAY
 from .table import Table, TableGradient
 
-PUT_ROWS = 2**16  # rows of a sum that are handed on at once
-CHECKED_ROWS = 64  # rows of a table whose numbers are compared with those that forward saw
 MANY_RECORDS = 256  # records of a table after which a warning asks whether `step` was forgotten
-FUSED_ALONE = (
-    "a table_format of 16 or 8 bits trains with FusedSGD or FusedAdamW alone, made before the forward pass: rounded to nearest, "
-    "most of another optimiser's updates would be lost. dtype=torch.bfloat16 makes a table that takes any"
-)
-_heads = weakref.WeakSet()  # all heads: an optimiser finds by them which of its parameters are tables
-
-
-class Seen(NamedTuple):
-    """A tensor's address, shape, version and some of its numbers at one time. The alias holds its memory, so that no later tensor
-    gets the address.
-    """
-
-    alias: torch.Tensor
-    version: int
-    sums: torch.Tensor | None
-
-    @classmethod
-    def all(cls, *tensors):
-        local = [(dtensors.local(tensor.detach()), tensor._version) for tensor in tensors if tensor is not None]
-        return [cls(rows, version, _sums(rows)) for rows, version in local]
-
-    def change(self, tensor):
-        """How the tensor differs now, as a phrase for a message, or None."""
-        now, then = dtensors.local(tensor.detach()), self.alias
-        if (now.shape, now.dtype) != (then.shape, then.dtype):
-            return f"replaced, {tuple(then.shape)} of {then.dtype} by {tuple(now.shape)} of {now.dtype},"
-        if (now.data_ptr(), now.stride()) != (then.data_ptr(), then.stride()):
-            return "replaced by another tensor of its shape"
-        if tensor._version != self.version:
-            return "changed"
-        return None if self.sums is None or torch.equal(self.sums, _sums(now)) else "changed (through .data or a NumPy array)"
-
-
-def _sums(rows):
-    """The bits of the sums of some rows, spread over all, which show a write that PyTorch does not count, as one through `.data`.
-
-    None on a GPU, where comparing them would wait for the device, and for integers, which no optimiser moves.
-    """
-    if rows.device.type != "cpu" or not rows.is_floating_point() or not len(rows):
-        return None
-    chosen = rows[:: max(1, len(rows) // CHECKED_ROWS)]
-    return chosen.flatten(1).double().sum(1).view(torch.int64) if rows.dim() > 1 else chosen.double().view(torch.int64)
-
-
-def _change(seen, *tensors):
-    """How the first tensor that has changed differs, as a phrase for a message, or None."""
-    present = (tensor for tensor in tensors if tensor is not None)
-    return next(filter(None, (one.change(tensor) for one, tensor in zip(seen, present, strict=True))), None)
 
 
 class Record(NamedTuple):
@@ -123,7 +74,9 @@ class Pending:
                 "the weight or the bias was frozen for some of the backward passes since the last step and not for others: make "
                 "a step, or call zero_grad, before requires_grad changes"
             )
-        changes = [_change(record.seen, weight, self.bias, row_scale(weight), record.index) for record in self.records]
+        changes = [
+            change_of(record.seen, weight, self.bias, class_tables.row_scale(weight), record.index) for record in self.records
+        ]
         if any(changes):
             raise RuntimeError(
                 f"the class table, or the classes that a loss was told to take, were {next(filter(None, changes))} between "
@@ -139,44 +92,6 @@ class Pending:
 
 def _without_kept(record):
     return record._replace(factors=record.factors._replace(kept=record.factors.kept.new_empty(0)))
-
-
-def register(head):
-    """Register a head, so that optimisers know its parameters as a class table and its bias."""
-    _heads.add(head)
-
-
-def head_of(parameter):
-    """The head whose weight or bias a parameter is, or None: also where torch.nn.utils.parametrize makes the weight of it."""
-    own = ((head, map(head._parameters.get, ("weight", "bias"))) for head in _heads)
-    return next((head for head, parameters in own if any(parameter is each for each in parameters)), None)
-
-
-def row_scale(weight):
-    """The scales of this rank's rows of a table, as its heads hold them: (R,) beside float8, else None."""
-    if weight.dtype != formats.FLOAT8:
-        return None
-    found = [head.weight_scale for head in _heads if head._parameters.get("weight") is weight]
-    if not found or any(each is None for each in found):
-        raise ValueError(
-            "a float8 class table needs the scales of its rows, which a head has that was made with "
-            'table_format="float8"; head.to(torch.float8_e4m3fn) makes none'
-        )
-    if any(each is not found[0] for each in found):
-        raise ValueError("heads that share a float8 weight must share its scales too: other.weight_scale = head.weight_scale")
-    scale, rows = dtensors.local(found[0]), dtensors.local(weight)
-    if len(scale) != len(rows):
-        raise ValueError(
-            f"the scales of {len(scale)} rows are beside {len(rows)} rows of a float8 table: fully_shard and the like shard no "
-            'buffers; ShardedCosFaceLoss(..., table_format="float8") does'
-        )
-    return scale
-
-
-def ranks_of(weight):
-    """The Ranks that a table's rows lie on."""
-    head = head_of(weight)
-    return dtensors.ranks(weight) if head is None else head.placement.ranks(weight)
 
 
 def attach(weight, bias, optimizer):
@@ -276,7 +191,7 @@ class _Record(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
         held = _Held(*ctx.saved_tensors)
-        if change := _change(ctx.seen, *ctx.parameters, row_scale(ctx.parameters[0])):
+        if change := change_of(ctx.seen, *ctx.parameters, class_tables.row_scale(ctx.parameters[0])):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
         grads = zeros_for_none(grads, ctx.shapes, held.total)
@@ -291,7 +206,7 @@ class _Record(torch.autograd.Function):
         found = pending(ctx.parameters[0])
         if found is None:
             was = "the fused optimiser that this loss was computed for no longer exists"
-            raise RuntimeError(FUSED_ALONE if ctx.parameters[0].dtype == formats.FLOAT8 else was)
+            raise RuntimeError(class_tables.FUSED_ALONE if ctx.parameters[0].dtype == formats.FLOAT8 else was)
         found.add(record)
         return (None,) * 6
 
@@ -351,105 +266,3 @@ def _check_hooks(parameters, hooks_of=_own_hooks):
                 "slab in its step and calls no hook. Remove the hook (wandb.watch: give it the backbone alone), or train the "
                 "head with torch.optim"
             )
-
-
-def refused(weight, rows):
-    """rows of weight, with a backward that raises: a table of fewer than 32 bits without a fused optimiser."""
-    return _Refuse.apply(weight, rows)
-
-
-class _Refuse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, weight, rows):
-        return rows.view_as(rows)
-
-    @staticmethod
-    def backward(ctx, grad):
-        raise RuntimeError(FUSED_ALONE)
-
-
-def rows_of(records):
-    """The rows of the table (M,) ascending that any record has a gradient for; None: all."""
-    samples = {id(record.index): record.index for record in records}
-    if None in samples.values():
-        return None
-    samples = list(samples.values())
-    return samples[0] if len(samples) == 1 else torch.cat(samples).unique()
-
-
-def write_gradient(table, records, sink):
-    """Write the sum of all records' gradients slab by slab into a Sink.
-
-    table: its index must be `rows_of(records)`.
-    """
-    with torch.cuda.device_of(table.weight):  # kernels go to the current device
-        _write_groups(table, records, sink)
-
-
-def _write_groups(table, records, sink):
-    alike = {}
-    for record in records:
-        alike.setdefault((record.options, id(record.index), id(record.correction)), []).append(record)
-    if len(alike) == 1:
-        _write(table, records, sink)
-        return
-    # Batches with other classes or another scale have other exponentials, so only their gradients can be added: here these exist,
-    # for the rows that any of the batches has.
-    total = _Sum(table, sink.room(0, 1).dtype)
-    for group in alike.values():
-        total.into(group[0].index)
-        _write(table, group, total)
-    for start in range(0, len(total.rows), PUT_ROWS):
-        stop = min(start + PUT_ROWS, len(total.rows))
-        sink.put(start, stop, total.rows[start:stop])
-
-
-class _Sum:
-    """A Sink that accumulates: it adds each slab's rows to `self.rows`."""
-
-    def __init__(self, table, dtype):
-        size = table.weight.shape[1] + (table.bias is not None)
-        self.index = table.index
-        self.rows = torch.zeros(table.num_rows, size, dtype=dtype, device=table.weight.device)
-
-    def into(self, index):
-        """Set which rows of the table the next slabs belong to: index (M,), or None for all."""
-        self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
-
-    def native_update(self):
-        return None
-
-    device_update = native_update
-
-    def room(self, start, stop, dtype=None):
-        return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
-
-    def put(self, start, stop, rows):
-        self.rows[slice(start, stop) if self.positions is None else self.positions[start:stop]] += rows
-
-
-def _write(table, records, sink):
-    """Write the gradient of records with equal options and rows into a Sink."""
-    options, index, correction = records[0][:3]
-    table = table._replace(normalize=options.normalize_weight, centers=options.centers, index=index, correction=correction)
-    columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
-    # No copy for a single record: `kept` may be large.
-    factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
-    if not len(factors.kept):
-        options = options._replace(memory_budget=0)
-    write_table_gradient(sink, table, factors, options)
-
-
-def _of_one_width(batches, ignore_index):
-    """TableFactors whose labels are all (N,), or else all (N, K) of one K."""
-    if all(factors.labels.dim() == 1 for factors in batches):
-        return batches
-    width = max(factors.product_grad.shape[1] for factors in batches)
-
-    def widened(factors):
-        labels = factors.labels if factors.labels.dim() == 2 else factors.labels[:, None]
-        missing = (0, width - labels.shape[1])
-        gradients = {name: F.pad(getattr(factors, name), missing) for name in ("product_grad", "length_grad")}
-        return factors._replace(labels=F.pad(labels, missing, value=ignore_index), **gradients)
-
-    return [widened(factors) for factors in batches]

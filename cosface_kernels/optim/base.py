@@ -9,7 +9,7 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
-from ..ops import formats, recording
+from ..ops import class_tables, formats, recorded_gradient, recording
 from ..ops.table import Table
 from . import rules, table_state
 
@@ -128,7 +128,7 @@ class Fused(torch.optim.Optimizer):
 
     def _ranks(self):
         """{Ranks that hold rows of these tables: device of the table}."""
-        return {recording.ranks_of(weight): weight.device for weight, _ in self._tables}
+        return {class_tables.ranks_of(weight): weight.device for weight, _ in self._tables}
 
     def _check(self):
         """Raise if a step cannot be made, before anything has changed."""
@@ -149,7 +149,7 @@ class Fused(torch.optim.Optimizer):
                     "this one again"
                 )
             recording.pending(weight).check(weight)
-            if not recording.pending(weight).records and recording.head_of(weight) is None:
+            if not recording.pending(weight).records and class_tables.head_of(weight) is None:
                 raise RuntimeError(
                     f"no head has the class table {tuple(weight.shape)} any more: it was deleted, or torch.nn.utils.parametrize "
                     "or prune has given it another parameter, which a fused optimiser does not train: make the optimiser again, "
@@ -215,7 +215,7 @@ class Fused(torch.optim.Optimizer):
         known = {id(parameter) for parameter in params}
         tables = []
         for parameter in params:
-            head = recording.head_of(parameter)
+            head = class_tables.head_of(parameter)
             if hasattr(parameter, "table_of_columns"):
                 raise ValueError(
                     f"{type(self).__name__} trains tables with a row for each class, and the W {tuple(parameter.shape)} of "
@@ -276,10 +276,10 @@ class Fused(torch.optim.Optimizer):
         if not records:
             return
         rows = dtensors.local(weight.detach()), None if bias is None else dtensors.local(bias.detach())
-        table = Table(*rows, index=recording.rows_of(records), row_scale=recording.row_scale(weight))
+        table = Table(*rows, index=recorded_gradient.rows_of(records), row_scale=class_tables.row_scale(weight))
         changed = [parameter for parameter in parameters if parameter is not None]
         torch.autograd.graph.increment_version(changed)  # native code does not do it
-        recording.write_gradient(table, records, rules.Update(table, *parts))
+        recorded_gradient.write_gradient(table, records, rules.Update(table, *parts))
 
     def _allocate_counts(self, weight):
         for name, device in (("skipped", weight.device), ("rounding_step", "cpu")):
@@ -306,7 +306,7 @@ class Fused(torch.optim.Optimizer):
         rows, rule = table_state.rows_of(parameter.detach()), self._rule(group, parameter, skip)
         longest = group["max_row_norm"]
         longest = None if longest is None else max(float(longest), 2.0**-126)  # as a float32 it is not 0
-        return rules.Part(rows, buffers, rule, key, first_row, skip, longest, recording.row_scale(parameter))
+        return rules.Part(rows, buffers, rule, key, first_row, skip, longest, class_tables.row_scale(parameter))
 
     def _names(self, group):
         """Names of the state that a group's parameters need."""

@@ -9,7 +9,7 @@ import torch
 
 from .. import validation
 from ..distributed import dtensors
-from ..ops import formats, recording
+from ..ops import class_tables, formats
 from ..ops.slabs import wide_dtype
 
 COUNTS = ("step", "skipped", "rounding_step")
@@ -36,7 +36,7 @@ def rows_of(tensor):
 
 def check_rows(parameter, group, state):
     """Check that `step` can write a parameter and its state: `head.to(...)` and `weight.data = ...` may have replaced them."""
-    row_scale = recording.row_scale(parameter)
+    row_scale = class_tables.row_scale(parameter)
     validation.check_row_scale(dtensors.local(parameter), row_scale)
     if row_scale is not None and not row_scale.is_contiguous():
         raise ValueError(f"weight_scale must be contiguous to train a float8 table, got strides {row_scale.stride()}")

@@ -1,0 +1,96 @@
+"""The gradient of a class table from the records of `recording`, slab by slab."""
+
+import torch
+import torch.nn.functional as F
+
+from .operands import TableFactors
+from .operators import write_table_gradient
+
+PUT_ROWS = 2**16  # rows of a sum that are handed on at once
+
+
+def rows_of(records):
+    """The rows of the table (M,) ascending that any record has a gradient for; None: all."""
+    samples = {id(record.index): record.index for record in records}
+    if None in samples.values():
+        return None
+    samples = list(samples.values())
+    return samples[0] if len(samples) == 1 else torch.cat(samples).unique()
+
+
+def write_gradient(table, records, sink):
+    """Write the sum of all records' gradients slab by slab into a Sink.
+
+    table: its index must be `rows_of(records)`.
+    """
+    with torch.cuda.device_of(table.weight):  # kernels go to the current device
+        _write_groups(table, records, sink)
+
+
+def _write_groups(table, records, sink):
+    alike = {}
+    for record in records:
+        alike.setdefault((record.options, id(record.index), id(record.correction)), []).append(record)
+    if len(alike) == 1:
+        _write(table, records, sink)
+        return
+    # Batches with other classes or another scale have other exponentials, so only their gradients can be added: here these exist,
+    # for the rows that any of the batches has.
+    total = _Sum(table, sink.room(0, 1).dtype)
+    for group in alike.values():
+        total.into(group[0].index)
+        _write(table, group, total)
+    for start in range(0, len(total.rows), PUT_ROWS):
+        stop = min(start + PUT_ROWS, len(total.rows))
+        sink.put(start, stop, total.rows[start:stop])
+
+
+class _Sum:
+    """A Sink that accumulates: it adds each slab's rows to `self.rows`."""
+
+    def __init__(self, table, dtype):
+        size = table.weight.shape[1] + (table.bias is not None)
+        self.index = table.index
+        self.rows = torch.zeros(table.num_rows, size, dtype=dtype, device=table.weight.device)
+
+    def into(self, index):
+        """Set which rows of the table the next slabs belong to: index (M,), or None for all."""
+        self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
+
+    def native_update(self):
+        return None
+
+    device_update = native_update
+
+    def room(self, start, stop, dtype=None):
+        return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)
+
+    def put(self, start, stop, rows):
+        self.rows[slice(start, stop) if self.positions is None else self.positions[start:stop]] += rows
+
+
+def _write(table, records, sink):
+    """Write the gradient of records with equal options and rows into a Sink."""
+    options, index, correction = records[0][:3]
+    table = table._replace(normalize=options.normalize_weight, centers=options.centers, index=index, correction=correction)
+    columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
+    # No copy for a single record: `kept` may be large.
+    factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+    if not len(factors.kept):
+        options = options._replace(memory_budget=0)
+    write_table_gradient(sink, table, factors, options)
+
+
+def _of_one_width(batches, ignore_index):
+    """TableFactors whose labels are all (N,), or else all (N, K) of one K."""
+    if all(factors.labels.dim() == 1 for factors in batches):
+        return batches
+    width = max(factors.product_grad.shape[1] for factors in batches)
+
+    def widened(factors):
+        labels = factors.labels if factors.labels.dim() == 2 else factors.labels[:, None]
+        missing = (0, width - labels.shape[1])
+        gradients = {name: F.pad(getattr(factors, name), missing) for name in ("product_grad", "length_grad")}
+        return factors._replace(labels=F.pad(labels, missing, value=ignore_index), **gradients)
+
+    return [widened(factors) for factors in batches]
