@@ -18,7 +18,7 @@ from .. import margins, validation
 from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
 from ..loss import class_indices, product_dtype
-from ..ops import backends, formats, operators, recording
+from ..ops import backends, formats, recording, value_checks
 from ..sampling import with_hard_classes
 from . import data_parallel, float8, logits
 from .gathered import FOREIGN, Batch
@@ -258,7 +258,7 @@ def _check(head, table, inputs, options):
     if several and inputs.label_weights.requires_grad:
         raise ValueError("label_weights must need no gradient: other ranks' rows have none")
     backends.choose(head.backend, weight.device, product_dtype(features, weight))
-    operators.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
+    value_checks.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
     margins.check_classes(options.margin, head.num_classes, features.device)
     for name, value in margins.row_tensors(options.margin, len(features)).items():
         if value.requires_grad:

@@ -1,4 +1,4 @@
-"""The package's torch operators: the only place that registers any. Schema, fake (shapes), autograd.
+"""The package's torch operators: schema, fake (shapes), autograd. registration.py has the means.
 
     negative_lse(x, W, b, labels) -> A_n = log Σ_{j≠y_n} e^{s (x̃_n·w̃_j + b_j)},  t_n = x̃_n·w̃_{y_n},  ‖w̃_{y_n}‖  and ‖x̃_n‖
     margin_losses(A, t')          -> the losses softplus(A_n - s t'_n), reduced
@@ -11,64 +11,32 @@ of the lengths are projected together with others: for w̃_{y_n} with the rows o
 """
 
 import functools
-import math
-import os
 
 import torch
 from torch import Tensor, library
 
 from .. import validation
-from . import backends, batch_rows, nearest, sampled_classes
-from .operands import Gradients, Largest, Needs, Options, Problem, Ranked, Saved, TableFactors, Targets, Vectors, schema, split
-from .slabs import CORRECTION_MOST, kept_size, make_plan, slab_rows, wide_dtype
+from . import backends, batch_rows, nearest, sampled_classes, value_checks
+from .operands import Gradients, Largest, Needs, Options, Problem, Ranked, Saved, TableFactors, Targets, Vectors, split
+from .registration import LIBRARY, call, differentiable, register, register_fake, register_named
+from .slabs import kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
-
-LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
-
-
-def _register(name, signature, implementation):
-    """Register torch.ops.cosface_kernels.<name> and return it. Does the same as library.custom_op, whose register_autograd looks
-    up each argument's default in each call, and these have many. torch.compile does not trace into it, as with custom_op.
-    """
-    LIBRARY.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.cosface_kernels, name).default
-    operator.implementation = implementation
-    return operator
-
-
-def _register_named(name, implementation, takes, gives):
-    """The same for an implementation whose arguments are objects of the classes `takes`, and whose results are of `gives`."""
-
-    def flat(*arguments):
-        return sum(implementation(*split(arguments, takes)), ())
-
-    return _register(name, schema(takes, gives), flat)
-
-
-def _register_fake(name, takes):
-    """Register a function of objects of the classes `takes` as what the operator gives for tensors without numbers."""
-
-    def register(function):
-        library.register_fake(f"cosface_kernels::{name}", lambda *flat: function(*split(flat, takes)), lib=LIBRARY)
-
-    return register
 
 
 def negative_lse(problem, options, needs):
     """(Vectors, Saved, Largest) of a Problem; Vectors are differentiable. needs: also gradients wanted though no tensor here
     requires any.
     """
-    return split(_call(_NEGATIVE_LSE, *problem, *options, *needs), _FORWARD_GIVES)
+    return split(call(_NEGATIVE_LSE, *problem, *options, *needs), _FORWARD_GIVES)
 
 
 def _negative_lse(problem, options, needs):
     options = with_scale(problem, options)
     table = _table(problem, options)
-    _check_index(table)
-    check_labels(problem.labels, table.num_classes, options.ignore_index, options.foreign_index)
-    _check_sampled(problem.labels, table, options)
-    _check_correction(table)
+    value_checks.check_index(table)
+    value_checks.check_labels(problem.labels, table.num_classes, options.ignore_index, options.foreign_index)
+    value_checks.check_sampled(problem.labels, table, options)
+    value_checks.check_correction(table)
     x = problem.x
     plan = make_plan(x, table, options, keep=needs.need_table_grad)
     backend = backends.choose(options.backend, x.device, options.dtype)
@@ -115,10 +83,10 @@ def _row_functions(backend, table, options, labels):
 
 
 _FORWARD_TAKES, _FORWARD_GIVES = (Problem, Options, Needs), (Vectors, Saved, Largest)
-_NEGATIVE_LSE = _register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _FORWARD_GIVES)
+_NEGATIVE_LSE = register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _FORWARD_GIVES)
 
 
-@_register_fake("negative_lse", _FORWARD_TAKES)
+@register_fake("negative_lse", _FORWARD_TAKES)
 def _(problem, options, needs):
     x, wide = problem.x, wide_dtype(options.dtype)
     targets = options.centers if problem.labels.dim() == 1 else problem.labels.shape[1]
@@ -164,10 +132,10 @@ def _target_products(problem, options, ranked):
 
 
 _TARGET_PRODUCTS_TAKES = Problem, Options, Ranked
-_TARGET_PRODUCTS = _register_named("target_products", _target_products, _TARGET_PRODUCTS_TAKES, (Targets,))
+_TARGET_PRODUCTS = register_named("target_products", _target_products, _TARGET_PRODUCTS_TAKES, (Targets,))
 
 
-@_register_fake("target_products", _TARGET_PRODUCTS_TAKES)
+@register_fake("target_products", _TARGET_PRODUCTS_TAKES)
 def _(problem, options, ranked):
     x, (num_rows, size), wide = problem.x, problem.x.shape, wide_dtype(options.dtype)
     shapes = options.centers, size + int(problem.bias is not None), ranked.count
@@ -204,10 +172,10 @@ def write_table_gradient(sink, table, factors, options):
 
 
 _BACKWARD_TAKES = Vectors, Problem, Saved, Options, Needs
-_NEGATIVE_LSE_BACKWARD = _register_named("negative_lse_backward", _negative_lse_backward, _BACKWARD_TAKES, (Gradients,))
+_NEGATIVE_LSE_BACKWARD = register_named("negative_lse_backward", _negative_lse_backward, _BACKWARD_TAKES, (Gradients,))
 
 
-@_register_fake("negative_lse_backward", _BACKWARD_TAKES)
+@register_fake("negative_lse_backward", _BACKWARD_TAKES)
 def _(grads, problem, saved, options, needs):
     x_grad = problem.x.new_empty(problem.x.shape if needs.need_x_grad else 0)
     weight, bias = problem.weight, problem.bias
@@ -221,54 +189,6 @@ def _(grads, problem, saved, options, needs):
 
 def zeros_for_none(gradients, shapes, like):
     return [like.new_zeros(shape) if grad is None else grad for grad, shape in zip(gradients, shapes, strict=True)]
-
-
-def _differentiable(operator, function):
-    """Make the operator an autograd Function where a gradient may be wanted, as custom_op does.
-
-    function: its forward takes, before the operator's arguments, the callable that computes its results below autograd.
-    """
-
-    def with_autograd(compute):
-        def below_autograd(*inputs):
-            with torch._C._AutoDispatchBelowAutograd():
-                return compute(*inputs)
-
-        def call(*inputs):
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-                return function.apply(below_autograd, *inputs)
-            return below_autograd(*inputs)
-
-        return call
-
-    LIBRARY.impl(operator, with_autograd(operator), "Autograd")
-    operator.past_dispatcher = with_autograd(operator.implementation)
-
-
-def _call(operator, *inputs):
-    """operator(*inputs), past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see the call."""
-    return (operator.past_dispatcher if _only_autograd_sees(inputs) else operator)(*inputs)
-
-
-# The dispatch keys that a thread adds to those of the tensors, where no mode, transform or trace is active.
-_THREAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
-
-_CONSTANTS = {float, int, bool, str, torch.dtype, type(None)}  # an operator's other arguments
-
-
-@functools.cache
-def _plain_keys(device_type):
-    return torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device_type))
-
-
-def _only_autograd_sees(inputs):
-    """False if an operator's call is traced or profiled, or its tensors are of a subclass, transformed or negative views."""
-    if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set() != _THREAD_KEYS:
-        return False
-    if torch.autograd._profiler_enabled():  # else a profile would not name the operators
-        return False
-    tensors = (each for each in inputs if type(each) not in _CONSTANTS and isinstance(each, Tensor))
-    return all(torch._C._dispatch_keys(each) == _plain_keys(each.device.type) for each in tensors)
 
 
 class _NegativeLse(torch.autograd.Function):
@@ -295,7 +215,7 @@ class _NegativeLse(torch.autograd.Function):
         vector_grads = zeros_for_none(vector_grads, ctx.shapes, saved.total)
         wanted = _wanted(ctx)
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
-        grads = Gradients(*_call(_NEGATIVE_LSE_BACKWARD, *vector_grads, *problem, *saved, *ctx.options, *needs))
+        grads = Gradients(*call(_NEGATIVE_LSE_BACKWARD, *vector_grads, *problem, *saved, *ctx.options, *needs))
         if problem.index is not None:
             grads = grads._replace(
                 weight=in_rows(problem.index, grads.weight, problem.weight),
@@ -310,7 +230,7 @@ def _wanted(ctx):
     return Gradients(*ctx.needs_input_grad[1 : 1 + len(Gradients._fields)])
 
 
-_differentiable(_NEGATIVE_LSE, _NegativeLse)
+differentiable(_NEGATIVE_LSE, _NegativeLse)
 
 
 def in_rows(index, grad, of):
@@ -336,7 +256,7 @@ class _NegativeLseBackward(torch.autograd.Function):
     backward = staticmethod(_no_second_derivative)
 
 
-_differentiable(_NEGATIVE_LSE_BACKWARD, _NegativeLseBackward)
+differentiable(_NEGATIVE_LSE_BACKWARD, _NegativeLseBackward)
 
 
 def _margin_losses(
@@ -350,8 +270,8 @@ def _margin_losses(
         return backends.choose(backend, lse.device, lse.dtype).row_functions.losses(lse, logit, counted, scale, reduction)
 
 
-_MARGIN_LOSSES = _register("margin_losses", library.infer_schema(_margin_losses, mutates_args=()), _margin_losses)
-margin_losses = functools.partial(_call, _MARGIN_LOSSES)
+_MARGIN_LOSSES = register("margin_losses", library.infer_schema(_margin_losses, mutates_args=()), _margin_losses)
+margin_losses = functools.partial(call, _MARGIN_LOSSES)
 
 
 @library.register_fake("cosface_kernels::margin_losses", lib=LIBRARY)
@@ -392,7 +312,7 @@ class FirstDerivative(torch.autograd.Function):
     backward = staticmethod(_no_second_derivative)
 
 
-_differentiable(_MARGIN_LOSSES, _MarginLosses)
+differentiable(_MARGIN_LOSSES, _MarginLosses)
 
 
 @library.custom_op("cosface_kernels::sample_classes", mutates_args=())
@@ -427,72 +347,3 @@ def snapshot(value: Tensor) -> Tensor:
 @snapshot.register_fake
 def _(value):
     return torch.empty_like(value)
-
-
-def _checks_values(tensor):
-    """True if values of labels and classes are checked: on a CPU, or with COSFACE_CHECK_LABELS=1, which waits for the device."""
-    return tensor.device.type == "cpu" or os.environ.get("COSFACE_CHECK_LABELS") == "1"
-
-
-def check_labels(labels, num_classes, ignore_index, foreign_index=None):
-    """Raise an IndexError for a label that is neither in [0, C) nor ignore_index, if values are checked."""
-    if not _checks_values(labels):
-        return
-    if labels.numel():
-        low, high = map(int, labels.aminmax())
-        if low >= 0 and high < num_classes:
-            return
-    outside = ((labels < 0) | (labels >= num_classes)) & batch_rows.needs_target(labels, ignore_index, foreign_index)
-    if outside.any():
-        row, place = _first(outside)
-        raise IndexError(
-            f"labels[{place}] is {int(labels[row])}, but a label must be in [0, {num_classes}) or be ignore_index = "
-            f"{ignore_index}"
-        )
-
-
-def _first(flags):
-    """(index, its text) of the first flag that is set."""
-    index = tuple(flags.nonzero()[0].tolist())
-    return index, ", ".join(map(str, index))
-
-
-def _check_sampled(labels, table, options):
-    """Raise an IndexError for a label that is not among the classes, if values are checked."""
-    if table.index is None or not _checks_values(labels):
-        return
-    missing = (table.positions(labels) < 0) & batch_rows.needs_target(labels, options.ignore_index, options.foreign_index)
-    if missing.any():
-        row, place = _first(missing)
-        label = int(labels[row])
-        raise IndexError(f"labels[{place}] is {label}, but classes must hold the class of every row, and {label} is not in it")
-
-
-def _check_index(table):
-    """Raise for classes that are outside [0, C) or do not ascend, if values are checked."""
-    if table.index is None or not _checks_values(table.index):
-        return
-    classes = table.index[:: table.centers] // table.centers
-    first, last = int(classes[0]), int(classes[-1])
-    descents = (classes.diff() <= 0).nonzero()
-    if len(descents):
-        place = int(descents[0])
-        raise ValueError(
-            f"classes must ascend, each number once, got {int(classes[place])} before {int(classes[place + 1])} at {place}"
-        )
-    if first < 0 or last >= table.num_classes:
-        raise IndexError(f"classes must be in [0, {table.num_classes}), got {first if first < 0 else last}")
-
-
-def _check_correction(table):
-    """Raise for corrections of sampled classes that a constant shift does not allow, if values are checked."""
-    if table.correction is None or not _checks_values(table.correction):
-        return
-    most = CORRECTION_MOST * math.log2(math.e)
-    low, high = table.correction.aminmax()
-    if not (low >= 0 and high <= most * (1 + 2**-8)):  # of a NaN both are
-        got = low if low < 0 else high
-        raise ValueError(
-            f"sample_correction must be from 0 to {CORRECTION_MOST}, -log of the probability that a class was drawn with, got "
-            f"{float(got) * math.log(2):.6g}"
-        )
