@@ -83,7 +83,9 @@ class Log:
             stream.write("".join(json.dumps(line) + "\n" for line in lines))
         last = lines[-1]
         self.bar.set_postfix_str(
-            f"loss {last['loss']:.3f}, lr {last['lr']:.3g}, {last['images_per_second']:.0f} images/s", refresh=False
+            f"loss {last['loss']:.3f}, lr {last['lr']:.3g}, {last['images_per_second']:.0f} images/s, "
+            f"{last['memory'] / 2**30:.2f} GiB",
+            refresh=False,
         )
         self.bar.update(last["step"] - self.bar.n)
         for line in lines if self.board else ():
