@@ -101,6 +101,7 @@ def test_settings_come_from_files_and_the_command_line(tmp_path):
         ("data=faces:1:8", "data: faces:1:8 has one identity"),
         ("batch_size=4 accumulate=4 backbone=small", "batch_size=4 gives small one image at a time"),
         ("fused=false table_format=bfloat16", "need fused=true"),
+        ("fused=false sample_rate=0.5", "table_format, state_format and sample_rate need fused=true"),
         ("out=", "out is missing"),
         ("--print", "--print is no option"),
     ],

@@ -139,9 +139,10 @@ def resolved(config):
     size = config.image_size or BUILT_IN_SIZES.get(kind, 112)
     flip = kind != "digits" if config.flip is None else config.flip
     backbone = config.backbone or ("small" if size <= 64 else "iresnet18")
-    if not config.fused and (config.table_format, config.state_format) != ("float32", "float32"):
+    if not config.fused and (config.table_format, config.state_format, config.sample_rate) != ("float32", "float32", 1):
         raise ConfigError(
-            "table_format and state_format need fused=true: torch.optim rounds to nearest, which loses small updates"
+            "table_format, state_format and sample_rate need fused=true: torch.optim rounds to nearest, which loses small "
+            "updates, and has no step of a part of the rows with momentum and weight decay"
         )
     return dataclasses.replace(config, image_size=size, flip=flip, backbone=backbone)
 
