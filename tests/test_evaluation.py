@@ -183,6 +183,14 @@ def test_intervals():
     assert verification.bootstrap(pairs[:, None], pairs).tolist() == [[1.0], [1.0]]
 
 
+def test_an_interval_of_all_pairs_has_a_width(tmp_path, capsys):
+    """Every draw of identities gives 100% where every pair is right."""
+    np.save(tmp_path / "e.npy", np.eye(5).repeat(2, 0)), np.save(tmp_path / "y.npy", np.arange(10) // 2)
+    assert run(tmp_path) == 0 and "TAR at FAR 1e-1         100.00% (56.55% to 100.00%, Wilson)" in capsys.readouterr().out
+    intervals = json.loads((tmp_path / "o.json").read_text())["verification"]["tar_interval"]
+    assert intervals["identities"]["1e-1"] == [1, 1]
+
+
 def test_folds():
     """Each threshold is from the other nine: one fold whose scores lie elsewhere is judged at theirs, and not its own."""
     same = np.tile([True, False], 50)

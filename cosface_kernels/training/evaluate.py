@@ -183,14 +183,21 @@ def _verified(verified):
     if "accuracy" in verified:
         spread = f"± {verified['accuracy_std']:.2%} between folds"
         found["accuracy in ten folds"] = f"{verified['accuracy']:.2%} {spread}, {_between(verified['accuracy_interval'])} of all"
-    kind, how = ("identities", "bootstrap over identities") if "identities" in intervals else ("wilson", "Wilson")
     for name, tar in verified["tar"].items():
         if tar is None:
             found[f"TAR at FAR {name}"] = verified["unresolved"][name]
             continue
         where = f"from score {verified['threshold'][name]:.4f} on"
-        found[f"TAR at FAR {name}"] = f"{tar:.2%} ({_between(intervals[kind][name])}, {how}), {where}"
+        found[f"TAR at FAR {name}"] = f"{tar:.2%} ({_quoted(intervals, name)}), {where}"
     return found | {"equal error rate": f"{verified['eer']:.4%}", "area under the ROC": f"{verified['auc']:.6f}"}
+
+
+def _quoted(intervals, name):
+    """The interval of the bootstrap, or Wilson's: without one, and at 0% and 100%, where all draws are alike."""
+    low, high = intervals.get("identities", {}).get(name, (0, 0))
+    if low < high:
+        return f"{_between((low, high))}, bootstrap over identities"
+    return f"{_between(intervals['wilson'][name])}, Wilson"
 
 
 def _searched(searched):
