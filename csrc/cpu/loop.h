@@ -108,9 +108,11 @@ template <class Number> inline const void *rows_of(const Loop<Number> &in, const
     return (const char *)in.table + slab.first * in.of.size * (in.is_bfloat16 ? sizeof(bfloat16) : sizeof(float));
 }
 
-// The place of a slab's kept exponentials, or null.
+template <class Number> inline bool is_kept(const Loop<Number> &in, const Slab &slab) { return slab.first < in.kept_classes; }
+
+// The place of a slab's kept exponentials, or null; of no rows they have no address either.
 template <class Number> inline Number *kept_of(const Loop<Number> &in, const Slab &slab) {
-    return slab.first < in.kept_classes ? in.kept + slab.first * in.of.num_rows : nullptr;
+    return is_kept(in, slab) ? in.kept + slab.first * in.of.num_rows : nullptr;
 }
 
 // Numbers as they are, or rounded into room.
@@ -184,7 +186,7 @@ template <class Number> void backward(const Backward<Number> &in, int given_thre
     pack_scaled_rows(loop, in.row_scales, room.x, room.factor_panels, threads);
     each_slab(loop.classes, loop.of.slab, [&](const Slab &slab) {
         const Number *e = kept_of(loop, slab);
-        if (!e) {
+        if (!is_kept(loop, slab)) {
             uint32_t *const none = nullptr;
             exponentials_of(loop, slab, room.exponentials, room.scratch, none, room.e, none, threads);
             e = room.e;
