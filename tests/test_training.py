@@ -425,15 +425,20 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_commands_of_the_document(tmp_path, monkeypatch, capsys):
-    """docs/faces.md, from top to bottom in one folder, with small settings in place of the defaults; README.md has its first."""
+    """docs/faces.md, from top to bottom in one folder, with small settings in place of the defaults; README.md has its first.
+
+    That of torchrun in this process alone.
+    """
     document, readme = (
         [
-            shlex.split(line, comments=True)
-            for line in (Path(__file__).parents[1] / name).read_text().splitlines()
-            if line.startswith("    cosface ")
+            shlex.split(command, comments=True)
+            for command in re.findall(
+                r"^    (?:torchrun .* --no-python )?(cosface .*)", (Path(__file__).parents[1] / name).read_text(), re.M
+            )
         ]
         for name in ("docs/faces.md", "README.md")
     )
+    assert ["cosface", "train", "data=train.rec", "out=runs/eight"] in document
     assert len(document) >= 10 and [line for line in readme if line[1] in ("train", "compare")] == document[:3]
     monkeypatch.chdir(tmp_path)
     folder_of_images(tmp_path / "crops"), folder_of_images(tmp_path / "others")
