@@ -5,6 +5,7 @@ same start and with the same batches. What a format changes is to be compared wi
 """
 
 import itertools
+import operator
 import statistics
 from pathlib import Path
 
@@ -86,9 +87,11 @@ def main():
 
 def table(record):
     """Markdown."""
-    environment, last = record["environment"], {}
+    environment, last, more = record["environment"], {}, {}
+    base = {row["optimizer"]: row["last"] for row in record["rows"] if row["table"] == row["state"] == "float32"}
     for row in record["rows"]:
         found = row["last"]
+        more.setdefault(row["table"], []).extend(map(operator.truediv, found, base[row["optimizer"]]))
         cell = f"{statistics.mean(found):.3f} ({min(found):.3f} to {max(found):.3f})"
         last[row["optimizer"], row["table"], row["state"]] = cell
     lines = [
@@ -100,6 +103,8 @@ def table(record):
     ]
     for pair in TABLES_AND_STATES:
         lines.append(f"| {' | '.join(pair)} | {' | '.join(last.get((optimizer, *pair), '-') for optimizer in OPTIMIZERS)} |")
+    beside = "; ".join(f"{name} {min(found) - 1:+.2%} to {max(found) - 1:+.2%}" for name, found in more.items())
+    lines += ["", f"The same loss over that of float32 for both, of the same seed, by table: {beside}."]
     return "\n".join(lines)
 
 
