@@ -4,10 +4,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help demo test test-slow test-chips test-all test-sanitize test-aarch64 test-stand-in test-fake-gpu test-fake-gpu-suite test-gpu-versions test-lowest-versions test-versions lint docs bench gpu-cache clean
+.PHONY: help demo test test-slow test-chips test-all test-sanitize test-sanitize-stand-in test-aarch64 test-stand-in test-fake-gpu test-fake-gpu-suite test-gpu-versions test-lowest-versions test-versions lint docs bench gpu-cache clean
 
 help:
-	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-aarch64 | test-stand-in | test-fake-gpu | test-fake-gpu-suite | test-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
+	@echo "make demo | test | test-slow | test-chips | test-all | test-sanitize | test-sanitize-stand-in | test-aarch64 | test-stand-in | test-fake-gpu | test-fake-gpu-suite | test-versions | lint | docs | bench | gpu-cache DIR=folder | clean"
 
 demo: $(READY)
 	$(BIN)/cosface demo
@@ -32,11 +32,18 @@ test-all: $(READY)
 # The native kernels' own tests, a grid of the backend's, and every default dtype, with the library compiled for AddressSanitizer and
 # UndefinedBehaviorSanitizer. Python's own leaks at exit are none of its business; without libstdc++ beside it, libasan finds no
 # __cxa_throw for PyTorch's exceptions.
+SANITIZED := ASAN_OPTIONS=detect_leaks=0 LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)"
 test-sanitize: $(READY)
 	COSFACE_SANITIZE=1 $(BIN)/python setup.py -q build_ext --build-lib build/sanitize --build-temp build/sanitize
-	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/ops/backends/libcosface_cpu.so ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so.6)" $(BIN)/python -m pytest -n 2 \
+	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize/cosface_kernels/ops/backends/libcosface_cpu.so $(SANITIZED) $(BIN)/python -m pytest -n 2 \
 		tests/test_native.py tests/test_backends.py tests/test_forms.py tests/test_defaults.py -k "(native or cpu-cpu) and not triton and not attend"
+
+# The same of the stand-in for AMX, below: its tiles, and what reads and writes around them.
+test-sanitize-stand-in: $(READY)
+	COSFACE_SANITIZE=1 COSFACE_STAND_IN=amx $(BIN)/python setup.py -q build_ext --build-lib build/sanitize_stand_in \
+		--build-temp build/sanitize_stand_in
+	COSFACE_CPU_LIBRARY=$(CURDIR)/build/sanitize_stand_in/cosface_kernels/ops/backends/libcosface_cpu.so $(SANITIZED) \
+		$(BIN)/python -m pytest tests/test_native.py -k amx
 
 # The native kernels for ARM, cross-compiled and compared with the same in double under emulation. Debian has what it needs in
 # g++-aarch64-linux-gnu and qemu-user.
