@@ -293,11 +293,13 @@ def _statistics(lse, product, largest, counted, scale, shards):
 
 
 def _check_inputs(inputs, options):
-    validation.check_tensors(*inputs[:4], options.centers_per_class, inputs.classes, inputs.label_weights is not None)
+    features, weight, labels, bias = inputs.features, inputs.weight, inputs.labels, inputs.bias
+    several = inputs.label_weights is not None
+    validation.check_tensors(features, weight, labels, bias, options.centers_per_class, inputs.classes, several)
     validation.check_row_scale(inputs.weight, inputs.row_scale)
     options.check_values(inputs.features)
     validation.check_correction(options.sample_correction, inputs.classes, inputs.weight.device)
-    _refuse_transforms(*(each for each in (*inputs[:2], inputs.bias, options.scale) if isinstance(each, Tensor)))
+    _refuse_transforms(*(each for each in (features, weight, bias, options.scale) if isinstance(each, Tensor)))
 
 
 def _problem(inputs, options, foreign_index, hard=None):
@@ -307,7 +309,11 @@ def _problem(inputs, options, foreign_index, hard=None):
     is_tensor, dtype = isinstance(scale, Tensor), product_dtype(features, weight)
     return (
         Problem(
-            *(features, weight, bias, class_indices(inputs.labels), _rows_of(classes, centers, len(weight))),
+            x=features,
+            weight=weight,
+            bias=bias,
+            labels=class_indices(inputs.labels),
+            index=_rows_of(classes, centers, len(weight)),
             own_scale=scale.detach().to("cpu", torch.float64) if is_tensor else None,
             hard=hard,
             correction=_correction_of_rows(options.sample_correction, centers, wide_dtype(dtype)),

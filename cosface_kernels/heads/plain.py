@@ -322,7 +322,10 @@ class MarginSoftmaxLoss(nn.Module):
         table, options = self._table(), self._loss_options(return_statistics)
         weight, bias, parameters = self._trained(table)
         inputs = Inputs(
-            *(features, weight, labels, bias),
+            features=features,
+            weight=weight,
+            labels=labels,
+            bias=bias,
             label_weights=label_weights,
             class_weight=self.class_weight,
             parameters=parameters,

@@ -132,8 +132,19 @@ class TableFactors(NamedTuple):
 
     @classmethod
     def of(cls, labels, saved, grads, hard):
-        hard = saved.total.new_empty(0, 4) if hard is None else hard
-        return cls(saved.unit, labels, saved.shift, saved.total, *grads.of_table, saved.kept, hard)
+        """labels, the tensors that forward saved, gradients of Vectors, Problem.hard."""
+        return cls(
+            unit=saved.unit,
+            labels=labels,
+            shift=saved.shift,
+            total=saved.total,
+            lse_grad=grads.lse,
+            product_grad=grads.product,
+            length_grad=grads.target_length,
+            sum_grad=grads.product_sum,
+            kept=saved.kept,
+            hard=saved.total.new_empty(0, 4) if hard is None else hard,
+        )
 
 
 _SCHEMA_TYPES = {

@@ -51,7 +51,14 @@ def _negative_lse(problem, options, needs):
         target_length = product.new_empty(0, product.shape[1]) if options.normalize_weight else entered.target_unit.norm(dim=2)
         feature_length = product.new_empty(0) if options.normalize_features else entered.unit.norm(dim=1)
     saved = Saved(
-        *(entered.unit, entered.target_unit, entered.inverse_norm), *(sums.pull, sums.shift, sums.total), row_sum, sums.kept
+        unit=entered.unit,
+        target_unit=entered.target_unit,
+        inverse_norm=entered.inverse_norm,
+        pull=sums.pull,
+        shift=sums.shift,
+        total=sums.total,
+        row_sum=row_sum,
+        kept=sums.kept,
     )
     largest = sums.largest or Largest(product.new_empty(0), problem.labels.new_empty(0))
     if needs.need_largest:

@@ -71,8 +71,10 @@ class _Sum:
 
 def _write(table, records, sink):
     """Write the gradient of records with equal options and rows into a Sink."""
-    options, index, correction = records[0][:3]
-    table = table._replace(normalize=options.normalize_weight, centers=options.centers, index=index, correction=correction)
+    first = records[0]
+    options = first.options
+    table = table._replace(normalize=options.normalize_weight, centers=options.centers)
+    table = table._replace(index=first.index, correction=first.correction)
     columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
     # No copy for a single record: `kept` may be large.
     factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))

@@ -179,8 +179,14 @@ class _Record(torch.autograd.Function):
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias, problem.row_scale)
         ctx.save_for_backward(
             *_Held(
-                *(problem.labels, problem.index, problem.correction),
-                *(saved.unit, saved.shift, saved.total, saved.kept, problem.hard),
+                labels=problem.labels,
+                index=problem.index,
+                correction=problem.correction,
+                unit=saved.unit,
+                shift=saved.shift,
+                total=saved.total,
+                kept=saved.kept,
+                hard=problem.hard,
             )
         )
         ctx.options, ctx.shapes = options, [vector.shape for vector in vectors.of_table]
@@ -190,25 +196,24 @@ class _Record(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        held = _Held(*ctx.saved_tensors)
+        held, no_gradients = _Held(*ctx.saved_tensors), (None,) * len(ctx.needs_input_grad)
         if change := change_of(ctx.seen, *ctx.parameters, class_tables.row_scale(ctx.parameters[0])):
             raise RuntimeError(f"the class table was {change} between forward and backward")
+        grads = Vectors(*zeros_for_none(grads, ctx.shapes, held.total), feature_length=None)
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
-        grads = zeros_for_none(grads, ctx.shapes, held.total)
-        hard = held.total.new_empty(0, 4) if held.hard is None else held.hard
-        factors = TableFactors(held.unit, held.labels.clone(), held.shift, held.total, *grads, held.kept, hard)
+        factors = TableFactors.of(held.labels.clone(), held, grads, held.hard)
         seen = [*ctx.seen, *Seen.all(held.index)]
         record = Record(ctx.options, held.index, held.correction, factors, seen, ctx.needs_input_grad[:2])
         returned = [node is not None and _is_returned(node) for node, _ in ctx.next_functions]  # of tensors: not of no bias
         if any(returned):
-            return *_gradients(ctx.parameters, record, returned), *(None,) * (6 - len(returned))
+            return *_gradients(ctx.parameters, record, returned), *no_gradients[len(returned) :]
         _check_hooks(ctx.parameters)
         found = pending(ctx.parameters[0])
         if found is None:
             was = "the fused optimiser that this loss was computed for no longer exists"
             raise RuntimeError(class_tables.FUSED_ALONE if ctx.parameters[0].dtype == formats.FLOAT8 else was)
         found.add(record)
-        return (None,) * 6
+        return no_gradients
 
 
 def _is_returned(leaf):
