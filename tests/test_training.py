@@ -26,7 +26,7 @@ from test_training_records import image, write_rec, write_tar
 
 from cosface_kernels import theory
 from cosface_kernels.tools import cli
-from cosface_kernels.training import backbones, config, data, faces, loop, model
+from cosface_kernels.training import backbones, config, data, faces, log, loop, model
 
 SMALL = (
     "data=faces:2:4",
@@ -231,6 +231,16 @@ def test_a_folder_of_images(tmp_path, capsys):
         loop.train(settings(tmp_path / "other3", *more))
     with pytest.raises(config.ConfigError, match="run has no images"):
         loop.train(settings(tmp_path / "other2", f"data={tmp_path / 'run'}"))
+
+
+def test_damaged_images_are_counted_over_all_processes(tmp_path):
+    ranks = [SimpleNamespace(rank=rank) for rank in range(2)]
+    first, second = (log.Log(tmp_path, 0, each, config.Config(tensorboard=False)) for each in ranks)
+    first.damaged({3: ("a.png", "why")}, 1)
+    second.damaged({3: ("a.png", "why")}, 1)
+    assert (tmp_path / "damaged.txt").read_text() == "a.png: why\n"
+    with pytest.raises(RuntimeError, match=r"2 damaged images, more than max_damaged=1; the last is b\.png"):
+        second.damaged({4: ("b.png", "why")}, 1)
 
 
 def test_pieces_of_a_batch_give_the_step_of_the_batch(tmp_path):

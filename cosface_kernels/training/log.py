@@ -20,8 +20,7 @@ class Log:
         writes = ranks.rank == 0
         self.out, self.ranks, self.writes, self.waiting, self.images, self.bar = out, ranks, writes, [], 0, None
         self.pieces, self.since = config.accumulate, time.perf_counter()
-        lines = (out / "damaged.txt").read_text().splitlines() if (out / "damaged.txt").exists() else []
-        self.known = {line.partition(": ")[0] for line in lines}
+        self.known = self._known()
         if writes:
             _truncate(out / "metrics.jsonl", start)
         self.board = _tensorboard(out) if config.tensorboard and writes else None
@@ -92,12 +91,20 @@ class Log:
             for name in line.keys() & {"loss", "lr", "target_cosine", "negative_cosine", "top1", "images_per_second"}:
                 self.board.add_scalar(name, line[name], line["step"])
 
+    def _known(self):
+        """The names in damaged.txt, which all processes write."""
+        path = self.out / "damaged.txt"
+        return {line.partition(": ")[0] for line in path.read_text().splitlines()} if path.exists() else set()
+
     def damaged(self, found, limit):
         """Write down the names of damaged images that are new.
 
         Raises:
             RuntimeError: there are more than `limit`.
         """
+        if {name for name, _ in found.values()} <= self.known:
+            return
+        self.known = self._known()
         new = {name: why for name, why in found.values() if name not in self.known}
         if not new:
             return
