@@ -129,7 +129,7 @@ def reduced(values, counted, reduction):
 
 
 def _targets(labels, table, ignore_index):
-    """As labels: the position of the class's first row; -1 for a label outside [0, C), or of a class that takes no part."""
+    """The position of each label's class in the table, its first row; -1 for a label outside [0, C) or of a class not sampled."""
     return torch.where(labels == ignore_index, -1, table.positions(labels))
 
 

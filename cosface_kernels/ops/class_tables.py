@@ -1,4 +1,4 @@
-"""Which parameters are class tables: the heads that have them, the scales of their rows, the ranks that these lie on."""
+"""The parameters that are class tables: the heads that have them, the scales of their rows, the ranks that these lie on."""
 
 import weakref
 

@@ -93,7 +93,7 @@ def _float8(rows, bits):
     exponent = ((largest + 0x1FFFFF >> 23) - 8).clamp(1, 246)
     scale, inverse = (part.bitwise_left_shift(23).view(torch.float32) for part in (exponent, 254 - exponent))
     sizes = (rows.abs() * inverse[:, None]).clamp(max=448.0)
-    # Of 23 bits of a fraction 3 stay. In a subnormal's place 2^-6 more has its distance between neighbours.
+    # 3 of a fraction's 23 bits stay. In a subnormal's place 2^-6 more has its distance between neighbours.
     small = sizes < 2.0**-6
     kept = torch.where(small, sizes + 2.0**-6, sizes).view(torch.int32)
     # Half of what the 16 random bits leave out of 20: a number that float8 has stays.

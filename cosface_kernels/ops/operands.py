@@ -50,7 +50,7 @@ class Needs(NamedTuple):
 
 
 class Ranked(NamedTuple):
-    """How many of each row's largest products with negatives are wanted."""
+    """The number of each row's largest products with negatives that are wanted."""
 
     count: int
 

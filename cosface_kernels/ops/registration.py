@@ -1,4 +1,4 @@
-"""How an operator is registered, differentiated and called."""
+"""Registration, differentiation and calls of the operators."""
 
 import functools
 

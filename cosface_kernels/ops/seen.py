@@ -1,4 +1,4 @@
-"""Whether a tensor is still what it was."""
+"""Recognition of tensors that were changed or replaced since they were last seen."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
         return [cls(rows, version, _sums(rows)) for rows, version in local]
 
     def change(self, tensor):
-        """How the tensor differs now, as a phrase for a message, or None."""
+        """A phrase for a message that says how the tensor differs now, or None."""
         now, then = dtensors.local(tensor.detach()), self.alias
         if (now.shape, now.dtype) != (then.shape, then.dtype):
             return f"replaced, {tuple(then.shape)} of {then.dtype} by {tuple(now.shape)} of {now.dtype},"
@@ -47,6 +47,6 @@ def _sums(rows):
 
 
 def change_of(seen, *tensors):
-    """How the first tensor that has changed differs, as a phrase for a message, or None."""
+    """The phrase of the first tensor that has changed, or None."""
     present = (tensor for tensor in tensors if tensor is not None)
     return next(filter(None, (one.change(tensor) for one, tensor in zip(seen, present, strict=True))), None)

@@ -166,7 +166,7 @@ _SLAB = {
         bools="grad_is_bfloat16",
     ),
 }
-# The same of batch.cpp.
+# The structures of batch.cpp.
 _BATCH = {
     "enter": _structure(
         pointers="x table labels targets unit target_unit inverse_norms products",

@@ -48,7 +48,7 @@ def width(size):
 
 
 def serves(x, table, targets, plan, *, need_pull=True, need_largest=False, hard=None):
-    """Whether the kernels compute what a call asks for; the slab loop computes all of it."""
+    """True if the kernels compute what a call asks for; the slab loop computes every call."""
     cosines = plan.shift is not None and table.centers == 1 and table.correction is None and hard is None and targets.dim() == 1
     return cosines and need_pull and not need_largest and x.shape[0] > 0 and x.shape[1] <= SIZE_MAX
 

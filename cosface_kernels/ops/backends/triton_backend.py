@@ -177,7 +177,7 @@ class _Slab:
             self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
         capability = triton_kernels.capability(low.device)
         self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
-        # What an epilogue holds beside E takes registers: of the widest tile it would spill.
+        # An epilogue that holds more than E takes registers: with the widest tile they would spill.
         narrow = self.writes_exponents or hard is not None or (need_largest and capability[0] == 10)
         self.config = tiles(*low.shape, plan.dtype, capability, narrow, hard is not None)
         if not narrow:
