@@ -1,4 +1,4 @@
-"""What the commands of `cosface` have in common."""
+"""Helpers that the commands of `cosface` share."""
 
 import sys
 

@@ -78,7 +78,7 @@ class Config:
 
 FIELDS = {each.name: each for each in dataclasses.fields(Config)}
 TYPES = typing.get_type_hints(Config)
-# What --resume may change: nothing that changes a number of the run.
+# Settings that --resume may change: none that changes a number of the run.
 FREE = ("out", "workers", "max_damaged", "checkpoint_every", "keep", "log_every", "tensorboard")
 
 

@@ -1,4 +1,4 @@
-"""What a step is trained on: which images, in which order, and how they are changed, all functions of (seed, step).
+"""The images of a step, their order and their augmentation, all functions of (seed, step).
 
 A source has `num_classes`, `len()`, `labels` (N,), and `batch(indices)` -> (images uint8 (N, 3, S, S), labels int64, damaged):
 damaged images are left out of the batch and named, {index: (name, reason)}.

@@ -53,7 +53,7 @@ class _Numbers:
         return np.float32(low) + np.float32(high - low) * next(self.left)
 
     def around(self, mean, spread):
-        """Of a bell: the sum of three uniform numbers has the variance of one."""
+        """Numbers of a bell curve: the sum of three uniform numbers with the variance of one."""
         return np.float32(mean) + np.float32(spread) * (self.uniform(-1, 1) + self.uniform(-1, 1) + self.uniform(-1, 1))
 
     def chance(self, probability):
@@ -95,7 +95,7 @@ class _Canvas:
         self.pixels += cover[:, None] * (colour - self.pixels)
 
     def disc(self, x, y, width, height, depth=0.0, slope=0.0):
-        """How much of each pixel lies in an ellipse. depth: how far it moves with the turn of the head."""
+        """The share of each pixel that lies in an ellipse. depth: how far the ellipse moves with the turn of the head."""
         x, y = self.x - (x + self.yaw * np.float32(depth)), self.y - (y + self.pitch * np.float32(depth))
         distance = np.sqrt(np.square(x / width) + np.square((y - slope * x) / height)) - 1
         return np.clip(np.float32(0.5) - distance * np.minimum(width, height) * self.sharpness, 0, 1)

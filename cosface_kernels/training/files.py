@@ -28,7 +28,7 @@ class Files:
         return stacked, torch.tensor(labels, dtype=torch.int64, device="cpu"), damaged
 
     def remarks(self):
-        """What a user may not know of the data, lines of text. A subclass has named(label)."""
+        """Lines of text that tell a user what may be unknown of the data. A subclass has named(label)."""
         counts = np.bincount(self.labels)
         if len(alone := np.flatnonzero(counts == 1)):
             yield (

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, a line a step; the bar; TensorBoard's files; damaged images."""
+"""The files that a run writes while it trains: metrics.jsonl, a line a step; the bar; TensorBoard's files; damaged images."""
 
 import json
 import math

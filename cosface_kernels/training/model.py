@@ -1,4 +1,4 @@
-"""What a config trains: backbone, head, optimisers, and how learning rate and margin move with the step."""
+"""The objects that a config trains: backbone, head, optimisers, and how learning rate and margin move with the step."""
 
 import ast
 import copy
@@ -130,7 +130,7 @@ def optimizers(config, model):
 
 
 def learning_rate(config, step, total):
-    """Of step 0 .. total - 1."""
+    """The learning rate of step 0 .. total - 1."""
     warm = config.warmup * total
     if step < warm:
         return config.lr * min(1.0, (step + 1) / warm)

@@ -16,7 +16,7 @@ import numpy as np
 
 from .files import IMAGES
 
-# What lists, bytes, truth values and arrays of bytes are made with: nothing that hashes or compares what the file says.
+# The constructors of lists, bytes, truth values and arrays of bytes: none hashes or compares values of the file.
 _OPERATIONS = {
     *("PROTO", "FRAME", "STOP", "MARK", "EMPTY_LIST", "LIST", "APPEND", "APPENDS"),
     *("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NONE", "NEWTRUE", "NEWFALSE", "INT", "BININT", "BININT1", "BININT2"),
@@ -97,7 +97,7 @@ class _Unpickler(pickle.Unpickler):
         self.left = len(data)
 
     def _latin(self, text, *_):
-        """How Python 3 writes bytes for Python 2. One text may be named many times, but not be made into more than there was."""
+        """Bytes from the text that Python 3 pickles for Python 2. Named many times, a text may not grow into more bytes."""
         self.left -= len(text)
         if self.left < 0:
             raise ValueError("it makes more bytes than it has")

@@ -46,7 +46,7 @@ PAPER = Settings()
 
 
 def settings(steps):
-    """What a result depends on, beside data, loss and seed."""
+    """The settings that a result depends on, beside data, loss and seed."""
     known = PAPER._asdict() | {"steps": steps, "milestones": list(PAPER.milestones)}
     del known["checkpoint_every"]
     return known

@@ -31,7 +31,7 @@ SIZE, STEPS = 24, 500
 
 
 class Sizes(NamedTuple):
-    """What a loss depends on, beside the number of classes."""
+    """The settings of a loss, beside the number of classes."""
 
     embedding: int = EMBEDDING
     scale: float = SCALE  # of losses of cosines
@@ -50,7 +50,7 @@ class Data(NamedTuple):
 
 
 class Scores(NamedTuple):
-    """Of a trained network on the identities of the test, shares of 1."""
+    """Rates of a trained network on the identities of the test, shares of 1."""
 
     accuracy: float  # of pairs, half of them genuine, in ten folds: what LFW and YTF ask
     rank1: float  # what MegaFace's identification asks
@@ -143,7 +143,7 @@ LOSSES = {
 
 
 def settings(steps, data="faces"):
-    """What a result depends on, beside data, loss and seed."""
+    """The settings that a result depends on, beside data, loss and seed."""
     return {
         **{"steps": steps, "batch": f"{IDENTITIES} x {IMAGES}", "lr": LEARNING_RATE, "momentum": MOMENTUM},
         **{"weight_decay": WEIGHT_DECAY, "embedding_size": EMBEDDING, "scale": SCALE, "image_size": SIZE},

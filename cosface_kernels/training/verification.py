@@ -1,4 +1,4 @@
-"""How well scores tell genuine pairs (one identity) from impostor pairs (two), exactly.
+"""Rates at which scores tell genuine pairs (one identity) from impostor pairs (two), exact.
 
     a pair is accepted if score >= t      FAR(t) = accepted impostors / impostors      TAR(t) = accepted genuine / genuine
 
