@@ -45,7 +45,7 @@ def replaced(fields, **others):
 
 
 class Statistics(NamedTuple):
-    """What a batch's pass over the table finds about each row (N,), before the margin and without gradient.
+    """Statistics of each row (N,) from the pass over the table, before the margin and without gradient.
 
     A product is x̃_n·w̃_j, the cosine where both are normalised; with a bias x_n·w_j + b_j; of sub-centres the class's largest.
     It is a logit over s. Of sampled classes those that take part count. Rows that are ignored, or hold NaN, have NaN, -1, False.

@@ -16,7 +16,7 @@ TRACED_CLASSES = 2**16  # classes of a slab where a graph is traced, for any num
 
 
 class Cosines(NamedTuple):
-    """What stands in a head's place where logits are to be cosines."""
+    """Stand-in for a head whose logits are cosines."""
 
     centers_per_class: int = 1
     row_scale: torch.Tensor | None = None  # (R,) beside float8 rows

@@ -1,4 +1,4 @@
-"""What a head keeps for its margin as buffers: running statistics by their names, and numbers that are tensors, m as margin_m.
+"""The buffers that a head keeps for its margin: running statistics by their names, and numbers that are tensors, m as margin_m.
 
 A margin may be set at any time. Statistics that the old one had too go on, others appear and vanish with the margin that has
 them. Something that is no margin is kept as it is: the next call of the head says what is wrong with it.

@@ -30,5 +30,5 @@ class HeadOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-# What a constructor may pass on: a bias too, which MarginSoftmaxLoss refuses with a sentence of its own.
+# The options that a constructor passes on: bias too, which MarginSoftmaxLoss refuses with a sentence of its own.
 OPTIONS = {*HeadOptions.__annotations__, "scale", "margin", "device", "bias", "placement"}

@@ -250,7 +250,7 @@ class MarginSoftmaxLoss(nn.Module):
 
     @property
     def negatives(self) -> HardNegatives | None:
-        """What becomes of hard negatives, also to set: its running statistics come and go as the margin's do."""
+        """The HardNegatives, or None. Setting them registers and removes buffers of running statistics, as a margin does."""
         return self._negatives
 
     @negatives.setter
@@ -269,13 +269,13 @@ class MarginSoftmaxLoss(nn.Module):
 
     @staticmethod
     def _as_margin(given):
-        """The Margin of what `margin` was set to."""
+        """The Margin for a value that `head.margin` was set to."""
         margins.check_kind(given)
         return given
 
     @staticmethod
     def _as_given(margin):
-        """What `margin` was set to for a Margin."""
+        """The value that `head.margin` returns for a Margin."""
         return margin
 
     @property

@@ -1,4 +1,4 @@
-"""What each rank tells the others of a call before it: sizes, dtypes, and a checksum of the options that must be the same."""
+"""The facts that ranks exchange before a call: sizes, dtypes, and a checksum of the options that must be the same."""
 
 import zlib
 from dataclasses import fields
@@ -57,7 +57,7 @@ class Told(NamedTuple):
 
 
 def _margin_told(margin, num_rows):
-    """What must be the same of a margin on all ranks: its kind and its numbers, but those for this rank's own rows."""
+    """The part of a margin that must be the same on all ranks: its kind and its numbers, but those for this rank's own rows."""
     per_row = margins.row_tensors(margin, num_rows)
     for name in (field.name for field in fields(margin)):
         value = getattr(margin, name)

@@ -1,4 +1,4 @@
-"""What a margin is: the base class, and its numbers, which may be tensors: () for one, or (C,) for one of each class."""
+"""The base class of margins, and their numbers, which may be tensors: () for one, or (C,) for one of each class."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields

@@ -294,5 +294,5 @@ def _continued(angle):
 
 
 def _all(holds):
-    """Whether a comparison of numbers or tensors holds; of tensors that have no numbers while torch.compile traces, True."""
+    """True if a comparison of numbers or tensors holds, or if torch.compile traces tensors, which then have no numbers."""
     return bool(holds) if not isinstance(holds, Tensor) else torch.compiler.is_compiling() or bool(holds.all())

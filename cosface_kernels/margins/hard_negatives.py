@@ -1,4 +1,4 @@
-"""What becomes of a row's hard negatives: the margin's partner, `negatives=` of the losses and heads.
+"""Functions of a row's hard negatives, the margin's partners: `negatives=` of the losses and heads.
 
     A_n = log Σ_{j≠y_n} e^{s g_n(cos_nj)},    g_n(c) = p0_n + p1_n c + p2_n c²  where c > τ_n,  and c elsewhere
 

@@ -6,7 +6,7 @@ import torch
 
 from .tensors import INTEGER_DTYPES
 
-# What other libraries' heads call what is here a head's.
+# Names in other libraries, and those of the same things here.
 ELSEWHERE = {
     "s": "scale",
     "m": "margin",
@@ -56,7 +56,7 @@ def check_call(features, labels, others, named):
 
 
 def _instead(labels, others, named):
-    """What to do in place of a call in the shape of another library."""
+    """Advice for a call in the shape of another library."""
     first = others[0] if others else None
     if named.keys() & {"embeddings", "input", "x", "label", "target", "targets", "y"}:
         return "its two arguments are named features and labels"
