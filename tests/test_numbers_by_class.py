@@ -153,6 +153,16 @@ WRONG = {
         ValueError,
         r"\(C,\) = \(3,\), got shape \(4,\); .* rows",
     ),
+    "learnt by a CosFaceLoss": (
+        lambda: CosFaceLoss(3, 3, margin=torch.nn.Parameter(torch.tensor(0.1))),
+        ValueError,
+        "m of CosFace must need no gradient in a head",
+    ),
+    "a parameter where negatives belong": (
+        lambda: CosFaceLoss(3, 3, negatives=torch.nn.Parameter(torch.tensor(0.1))),
+        TypeError,
+        "negatives must be None or one of",
+    ),
     "learnt by a head": (
         lambda: MarginSoftmaxLoss(3, 3, margin=margins.CosFace(torch.zeros(3, requires_grad=True))),
         ValueError,

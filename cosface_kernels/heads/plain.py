@@ -195,6 +195,9 @@ class MarginSoftmaxLoss(nn.Module):
     def __setattr__(self, name, value):
         if name in ("s", "m"):
             validation.check_attribute(type(self).__name__, name)
+        if name in ("margin", "negatives"):  # nn.Module would make a tensor that is a Parameter one of its own
+            object.__setattr__(self, name, value)
+            return
         if name in ("weight", "bias") and type(self.placement) is Whole and dtensors.is_sharded(value):
             self.__dict__["_is_fully_sharded"] = True  # fully_shard, which gathers it for forward
         if name == "hard_classes" and value is not None:
