@@ -94,8 +94,13 @@ def read_json(path):
 
 def write_json(path, record):
     """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def write_text(path, text):
+    """Write a file of text, whole or not at all."""
     with written(path) as file:
-        file.write((json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+        file.write(text.encode())
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .arrays import written
+from .arrays import write_text, written
 from .backbones import load_backbone
 from .data import prepare
 from .files import IMAGES, decode
@@ -81,8 +81,7 @@ def folder(path, checkpoint, out, flip):
     rows = embed(backbone, [(file, file) for file in files], config.image_size, flip)
     labels = np.array([file.relative_to(path).parent.as_posix() for file in files])
     _write(out, rows, labels)
-    with written(out.with_suffix(".names.txt")) as file:
-        file.write("".join(f"{each.relative_to(path).as_posix()}\n" for each in files).encode())
+    write_text(out.with_suffix(".names.txt"), "".join(f"{each.relative_to(path).as_posix()}\n" for each in files))
     return f"wrote {out}: {len(rows):,} embeddings of D = {rows.shape[1]}, of images in {len(set(labels)):,} folders"
 
 

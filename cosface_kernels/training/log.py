@@ -8,7 +8,7 @@ import time
 import torch
 from tqdm import tqdm
 
-from .arrays import written
+from .arrays import write_text
 
 BINS = 40  # of the histograms, over cosines from -1 to 1
 
@@ -134,8 +134,7 @@ def _truncate(path, step):
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)
-        with written(path) as file:
-            file.write("".join(kept).encode())
+        write_text(path, "".join(kept))
 
 
 def _tensorboard(out):

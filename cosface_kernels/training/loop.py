@@ -16,7 +16,7 @@ from ..checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpo
 from ..distributed.ranks import world
 from . import config as settings
 from . import data, environment, held_out, model, report
-from .arrays import read_json, written
+from .arrays import read_json, write_text
 from .config import ConfigError
 from .log import Log
 
@@ -150,12 +150,8 @@ class Run:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ConfigError(f"{self.out} is no run and not empty: choose another out=")
         self.out.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("config.yaml", settings.text(self.config)),
-            ("environment.json", json.dumps(environment.describe(self), indent=2) + "\n"),
-        ):
-            with written(self.out / name) as file:
-                file.write(text.encode())
+        write_text(self.out / "config.yaml", settings.text(self.config))
+        write_text(self.out / "environment.json", json.dumps(environment.describe(self), indent=2) + "\n")
 
     def _check_data(self):
         """Raise unless there are as many images as when the run began: which are in a step depends on it."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from . import config as settings
 from . import data, svg
-from .arrays import read_json, written
+from .arrays import read_json, write_text
 
 LIGHT = "--page: #fcfcfb; --text: #1c1d1f; --soft: #5f6368; --rule: #dcdcd8; "
 DARK = "--page: #16181b; --text: #e6e6e3; --soft: #a2a6ac; --rule: #383b40; "
@@ -188,7 +188,7 @@ def keep_sphere(run, backbone, source, device):
     points = rows @ directions[:, -3:].flip(1)
     points = torch.nn.functional.pad(points, (0, 3 - points.shape[1]))
     record = {"points": points.round(decimals=3).tolist(), "labels": labels[chosen].unique(return_inverse=True)[1].tolist()}
-    _write(Path(run) / "sphere.json", json.dumps(record | {"share": (values[-3:].sum() / values.sum()).item()}))
+    write_text(Path(run) / "sphere.json", json.dumps(record | {"share": (values[-3:].sum() / values.sum()).item()}))
 
 
 def _heading(title, subtitle):
@@ -210,12 +210,7 @@ def _charts(charts):
 
 def _page(path, title, parts):
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    _write(
+    write_text(
         path, f'<!doctype html><html lang="en"><head>{head}<style>{_style()}</style></head><body>{"".join(parts)}</body></html>\n'
     )
     return path
-
-
-def _write(path, text):
-    with written(path) as file:
-        file.write(text.encode())

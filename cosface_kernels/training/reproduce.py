@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from . import photographs, recipes
-from .arrays import written
+from .arrays import write_text
 
 MARGINS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.45)
 OURS = f"LMCL, m = {recipes.MARGIN}"
@@ -29,44 +29,51 @@ EXPERIMENTS = {
 
 def run(experiment, data, seeds, steps, out, done=print):
     """[{"data", "loss", "seed", "settings", and the scores}]: what results.jsonl in `out` has not yet is trained now."""
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    path, settings = out / "results.jsonl", recipes.settings(steps, data)
-    known = {_key(line): line for line in read(path)}
-    results = []
-    for seed in range(seeds):
-        dataset = None
-        for name, make_loss in EXPERIMENTS[experiment].items():
-            line = {"data": data, "loss": name, "seed": seed, "settings": settings}
-            if _key(line) not in known:
-                dataset = dataset or recipes.DATA[data](seed)
-                start = time.process_time()
-                scores = recipes.train(make_loss, dataset, seed, steps)._asdict()
-                known[_key(line)] = line | scores | {"minutes": round((time.process_time() - start) / 60, 2)}
-                _append(path, known[_key(line)])
-                done(f"{data}, seed {seed}: {name}")
-            results.append(known[_key(line)])
-    return results
+    datasets = {}  # of one seed, for all its losses
+
+    def trained(line, make_loss):
+        if "accuracy" in line:
+            return line
+        seed = line["seed"]
+        if seed not in datasets:
+            datasets.clear()
+            datasets[seed] = recipes.DATA[data](seed)
+        start = time.process_time()
+        scores = recipes.train(make_loss, datasets[seed], seed, steps)._asdict()
+        return line | scores | {"minutes": round((time.process_time() - start) / 60, 2)}
+
+    return _results(experiment, data, seeds, recipes.settings(steps, data), Path(out), trained, done)
 
 
 def run_on_photographs(experiment, data, paths, images, seeds, steps, out, done=print):
     """[the same, with "pairs": {name of a list: scores} in place of the scores]; networks stay in `out`, for other lists."""
     out, listed = Path(out), photographs.read(paths, images)
+
+    def trained(line, make_loss):
+        scores = line.get("pairs", {})
+        if missing := listed.keys() - scores.keys():
+            place = out / "networks" / hashlib.sha256(_key(line).encode()).hexdigest()[:16]
+            network = photographs.train(make_loss, data, line["seed"], steps, place)
+            scores = scores | {each: photographs.score(network, listed[each]) for each in sorted(missing)}
+        return line | {"pairs": scores}
+
+    results = _results(experiment, data, seeds, photographs.settings(steps), out, trained, done)
+    return [line | {"pairs": {each: line["pairs"][each] for each in listed}} for line in results]
+
+
+def _results(experiment, data, seeds, settings, out, trained, done):
+    """The line of each training. trained(line, make_loss): the line, or what results.jsonl has of it, with all that is asked."""
     out.mkdir(parents=True, exist_ok=True)
-    path, settings = out / "results.jsonl", photographs.settings(steps)
+    path, results = out / "results.jsonl", []
     known = {_key(line): line for line in read(path)}  # of several lines of one training the last has all lists
-    results = []
     for seed in range(seeds):
         for name, make_loss in EXPERIMENTS[experiment].items():
             line = {"data": data, "loss": name, "seed": seed, "settings": settings}
-            scores = known.get(_key(line), {}).get("pairs", {})
-            if missing := listed.keys() - scores.keys():
-                place = out / "networks" / hashlib.sha256(_key(line).encode()).hexdigest()[:16]
-                network = photographs.train(make_loss, data, seed, steps, place)
-                scores = scores | {each: photographs.score(network, listed[each]) for each in sorted(missing)}
-                _append(path, line | {"pairs": scores})
+            before = known.get(_key(line))
+            results.append(trained(before or line, make_loss))
+            if results[-1] != before:
+                _append(path, results[-1])
                 done(f"{data}, seed {seed}: {name}")
-            results.append(line | {"pairs": {each: scores[each] for each in listed}})
     return results
 
 
@@ -147,32 +154,22 @@ def verdict(results, score, better, worse):
 def report(experiment, results):
     """Markdown of an experiment's results, line by line."""
     data, seeds, setting = results[0]["data"], len({line["seed"] for line in results}), results[0]["settings"]
-    yield f"# {TITLES[experiment]}, in small"
-    yield ""
-    yield f"    cosface reproduce {experiment} --data {data} --seeds {seeds} --steps {setting['steps']} --out DIR"
-    yield ""
+    command = f"    cosface reproduce {experiment} --data {data} --seeds {seeds} --steps {setting['steps']} --out DIR"
+    yield from (f"# {TITLES[experiment]}, in small", "", command, "")
     yield (
         f"Trained on `{data}`: {TRAINED[data]}. {setting['steps']} steps of {setting['batch']} images of "
         f"{setting['image_size']} pixels, D = {setting['embedding_size']}, s = {setting['scale']:g} for cosines, SGD with lr "
         f"{setting['lr']:g}, one cycle (s and lr chosen for LMCL and softmax on another seed, after 500 steps). Mean ± standard "
         f"deviation of {seeds} seeds, in %, each with its own images and weights." + _minutes(results)
     )
-    yield ""
-    yield from _scores(experiment, results)
-    yield ""
-    yield from _claims(experiment, results)
+    yield from ("", *_scores(experiment, results), "", *_claims(experiment, results))
 
 
 def report_of_photographs(experiment, results, paths):
     """The same, with a section for each list of pairs."""
     data, seeds, setting = results[0]["data"], len({line["seed"] for line in results}), results[0]["settings"]
-    yield f"# {TITLES[experiment]}"
-    yield ""
-    yield (
-        f"    cosface reproduce {experiment} --data {shlex.quote(data)} --pairs {shlex.join(map(str, paths))} --seeds {seeds} "
-        f"--steps {setting['steps']} --out DIR"
-    )
-    yield ""
+    command = f"    cosface reproduce {experiment} --data {shlex.quote(data)} --pairs {shlex.join(map(str, paths))}"
+    yield from (f"# {TITLES[experiment]}", "", f"{command} --seeds {seeds} --steps {setting['steps']} --out DIR", "")
     yield (
         f"Trained on `{data}`, by the paper's settings: {setting['backbone']}, {setting['steps']:,} steps of "
         f"{setting['identities'] * setting['images']} images of {setting['image_size']} pixels, D = {setting['embedding_size']}, "
@@ -237,10 +234,7 @@ def _claims(experiment, results):
 def toy(results):
     """Figure 4, by the demo's experiment: its results as Markdown, line by line."""
     gaps = [result.smallest_gap for result in results[1:]]
-    yield "# The paper's figure 4: eight identities in a plane"
-    yield ""
-    yield "    cosface reproduce toy --out DIR"
-    yield ""
+    yield from ("# The paper's figure 4: eight identities in a plane", "", "    cosface reproduce toy --out DIR", "")
     yield "| loss | smallest gap, ° | within an identity, ° | held-out accuracy, % |"
     yield f"| --- |{' --- |' * 3}"
     yield from (f"| {loss} | {gap:.1f} | {angle:.2f} | {100 * accuracy:.1f} |" for loss, gap, angle, accuracy in results)
@@ -252,6 +246,5 @@ def toy(results):
 def write(name, lines, out):
     """Write a report's lines to NAME.md in `out`; its text."""
     text = "\n".join(lines) + "\n"
-    with written(Path(out) / f"{name}.md") as file:
-        file.write(text.encode())
+    write_text(Path(out) / f"{name}.md", text)
     return text
