@@ -1,4 +1,4 @@
-"""`cosface eval`: numbers of verification and identification, of embeddings or of pairs of images."""
+"""`cosface eval`: numbers of verification and identification, of embeddings, pairs of images, templates, or held-out faces."""
 
 from pathlib import Path
 
@@ -7,13 +7,15 @@ import torch
 
 from ..ops.normalize import unit_rows
 from ..version import __version__
-from . import identification, verification
+from . import faces, identification, verification
 from . import pairs as lists
 from .all_pairs import AllPairs
-from .arrays import read_embeddings, read_labels
+from .arrays import read_embeddings, read_labels, write_json
+from .data import prepare
 from .templates import TemplatePairs, Templates
 
 FARS = {f"1e-{exponent}": exponent for exponent in verification.FAR_EXPONENTS}
+HELD_OUT_IMAGES, HELD_OUT_BATCH = 4, 128  # of an identity, of a backbone's input
 FPIRS = {f"1e-{exponent}": exponent for exponent in (1, 2, 3)}
 
 
@@ -113,6 +115,25 @@ def scores_of(listed, rows):
     sums.index_add_(0, owner, unit_rows(rows.double())[0])
     unit = unit_rows(sums)[0]
     return (unit[listed.first] * unit[listed.second]).sum(1).numpy()
+
+
+@torch.no_grad()
+def write_held_out(path, backbone, config, first, device):
+    """Write the rates of all pairs of `config.held_out` rendered identities that nobody trained on, numbered from `first` on.
+
+    backbone: in eval mode.
+    """
+    labels = np.repeat(np.arange(first, first + config.held_out), HELD_OUT_IMAGES)
+    images, rows = np.tile(np.arange(HELD_OUT_IMAGES), config.held_out), []
+    for start in range(0, len(labels), HELD_OUT_BATCH):
+        some = slice(start, start + HELD_OUT_BATCH)
+        drawn = torch.from_numpy(faces.render(labels[some], images[some], config.image_size, config.seed))
+        rows.append(backbone(prepare(drawn.to(device))).float().cpu())
+    rows = torch.cat(rows).numpy()
+    if np.isfinite(rows).all() and rows.any(1).all():
+        pairs = AllPairs(rows, labels)
+        found = verification_of(verification.steps_of(pairs), pairs.accepted_of_identities)
+        write_json(path, {"identities": config.held_out, "images": len(labels), "verification": found})
 
 
 def verification_of(steps, accepted_of_identities=None):

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..checkpoint import CorruptCheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from ..distributed.ranks import world
 from . import config as settings
-from . import data, environment, held_out, model, report
+from . import data, environment, evaluate, model, report
 from .arrays import read_json, write_text
 from .config import ConfigError
 from .log import Log
@@ -190,7 +190,7 @@ class Run:
         backbone = (self.model.backbone if self.config.ema is None else self.model.ema).eval()
         report.keep_sphere(self.out, backbone, self.source, self.device)
         if step == self.total and self.config.data.startswith("faces:"):
-            held_out.write(self.out / "held_out.json", backbone, self.config, self.source.num_classes, self.device)
+            evaluate.write_held_out(self.out / "held_out.json", backbone, self.config, self.source.num_classes, self.device)
         report.write(self.out)
 
     def _goodbye(self, step, signals):
