@@ -14,9 +14,7 @@ from pathlib import Path
 
 from ..version import __version__
 from . import evaluation
-from .command import add as _add
-from .command import fail as _fail
-from .command import without_extras
+from .command import add, done, fail, refuse, without_extras
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
@@ -45,8 +43,8 @@ def main(argv=None):
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
-    for add in (_add_demo, _add_train, _add_compare, *evaluation.COMMANDS, _add_bench, _add_convert, _add_plan, _add_info):
-        add(commands)
+    for each in (_add_demo, _add_train, _add_compare, *evaluation.COMMANDS, _add_bench, _add_convert, _add_plan, _add_info):
+        each(commands)
     arguments = parser.parse_args(argv)
     if arguments.command is None:
         parser.print_help()
@@ -55,7 +53,7 @@ def main(argv=None):
 
 
 def _add_demo(commands):
-    option = _add(
+    option = add(
         commands,
         _demo,
         "demo",
@@ -69,7 +67,7 @@ def _add_demo(commands):
 
 
 def _add_train(commands):
-    option = _add(
+    option = add(
         commands,
         _train,
         "train",
@@ -85,7 +83,7 @@ def _add_train(commands):
 
 
 def _add_compare(commands):
-    option = _add(
+    option = add(
         commands,
         _compare,
         "compare",
@@ -98,7 +96,7 @@ def _add_compare(commands):
 
 
 def _add_bench(commands):
-    option = _add(
+    option = add(
         commands,
         _bench,
         "bench",
@@ -129,7 +127,7 @@ def add_problem(option, *, rows=None, classes=None, size=None, repeats=None):
 
 
 def _add_convert(commands):
-    option = _add(
+    option = add(
         commands,
         _convert,
         "convert",
@@ -155,7 +153,7 @@ def _add_convert(commands):
 
 
 def _add_plan(commands):
-    option = _add(
+    option = add(
         commands,
         _plan,
         "plan",
@@ -184,7 +182,7 @@ def _add_plan(commands):
 
 def _add_info(commands):
     text = "versions, devices, and which backends can be used here"
-    _add(commands, _info, "info", help=text, description=f"Print {text}: what a bug report should contain.")
+    add(commands, _info, "info", help=text, description=f"Print {text}: what a bug report should contain.")
 
 
 def count(text):
@@ -227,20 +225,16 @@ def _demo(arguments):
     out = arguments.out
     for name in DEMO_EXTRAS:
         if importlib.util.find_spec(name) is None:
-            return _fail(f'the demo needs {name}, which is not installed: pip install "cosface-kernels[demo]"')
+            return fail(f'the demo needs {name}, which is not installed: pip install "cosface-kernels[demo]"')
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):  # an existing directory may still refuse files
             pass
     except OSError as error:
-        return _fail(f"cannot write to --out {out}: {error.strerror}")
+        return fail(f"cannot write to --out {out}: {error.strerror}")
     from . import demo
 
-    try:
-        demo.run(out)
-    except MemoryError as error:
-        return _fail(error)
-    return 0
+    return done(lambda: demo.run(out), MemoryError)
 
 
 def _train(arguments):
@@ -264,26 +258,21 @@ def _train(arguments):
     except settings.ConfigError as error:
         arguments.wrong_usage(str(error))
     except (OSError, RuntimeError, ArithmeticError) as error:
-        return _fail(error)
+        return fail(error)
 
 
 def _compare(arguments):
-    try:
+    def compared():
         from ..training import report
 
         if len(arguments.runs) == 1:
-            print(report.write(arguments.runs[0]))
-            return 0
+            return report.write(arguments.runs[0])
         page, rows, names = report.compare(arguments.runs, arguments.out)
-    except ModuleNotFoundError as error:
-        return without_extras(error)
-    except (OSError, ValueError) as error:
-        return _fail(error)
-    width = max(map(len, rows))
-    for what, row in [("", names), *rows.items()]:
-        print(f"{what:<{width}}  {'  '.join(f'{each:>20}' for each in row)}".rstrip())
-    print(page)
-    return 0
+        width = max(map(len, rows))
+        lines = (f"{what:<{width}}  {'  '.join(f'{each:>20}' for each in row)}" for what, row in [("", names), *rows.items()])
+        return "\n".join([*map(str.rstrip, lines), str(page)])
+
+    return done(compared, (OSError, ValueError))
 
 
 def _bench(arguments):
@@ -295,35 +284,30 @@ def _bench(arguments):
     except ImportError as error:  # also for another package of that name
         if (error.name or "").partition(".")[0] != "benchmarks":
             raise
-        return _fail("bench needs a source checkout, it is not installed with the package; `python -m benchmarks` runs it there")
+        return fail("bench needs a source checkout, it is not installed with the package; `python -m benchmarks` runs it there")
     return bench.main(arguments)
 
 
 def _convert(arguments):
     system, key, to, ranks = arguments.system, arguments.key, arguments.to, arguments.ranks
-    for is_wrong, message in (
+    refuse(
+        arguments,
         (system and key is not None, "--from and --key exclude each other"),
         (not (system or key or to), "--from or --key says what IN is, or --to what OUT shall be"),
         (arguments.transpose and not key, "--transpose needs --key"),
         ((ranks is not None) != ("{rank}" in arguments.out), "--ranks goes with {rank} in OUT and --to insightface"),
         (ranks and to != "insightface", "--ranks goes with {rank} in OUT and --to insightface"),
         (len(arguments.inputs) > 1 and not (key or system == "insightface"), "several IN need --from insightface or --key"),
-    ):
-        if is_wrong:
-            arguments.wrong_usage(message)
+    )
     for path in arguments.inputs:
         try:
             os.stat(path)  # opening a pipe would wait
         except OSError as error:
-            return _fail(f"cannot read {path}: {error.strerror}")
+            return fail(f"cannot read {path}: {error.strerror}")
     from .convert import convert
 
     names = "inputs", "out", "system", "key", "transpose", "to", "force"
-    try:
-        print(convert(**{name: getattr(arguments, name) for name in names}, ranks=ranks or 1))
-    except (OSError, ValueError) as error:
-        return _fail(error)
-    return 0
+    return done(lambda: convert(**{name: getattr(arguments, name) for name in names}, ranks=ranks or 1), (OSError, ValueError))
 
 
 def _plan(arguments):
@@ -339,5 +323,4 @@ def _plan(arguments):
 def _info(_):
     from .info import report
 
-    print(report())
-    return 0
+    return done(report)

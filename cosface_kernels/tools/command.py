@@ -27,3 +27,22 @@ def without_extras(error, extras="train"):
     if name not in MODULES:
         raise error
     return fail(f'this needs {MODULES[name]}, which is not installed: pip install "cosface-kernels[{extras}]"')
+
+
+def refuse(arguments, *rules):
+    """Wrong usage, by the first of these (whether it is wrong, message) that holds."""
+    for is_wrong, message in rules:
+        if is_wrong:
+            arguments.wrong_usage(message)
+
+
+def done(work, errors=(OSError, ValueError, RuntimeError, ArithmeticError), extras="train"):
+    """Print what work() returns, if anything; 0, or 1 where one of the errors, or of the extras that is missing, says why not."""
+    try:
+        if (text := work()) is not None:
+            print(text)
+    except ModuleNotFoundError as error:
+        return without_extras(error, extras)
+    except errors as error:
+        return fail(error)
+    return 0

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .command import add, fail, without_extras
+from .command import add, done, fail, refuse
 
 RENDERED = "faces", "faces20000", "digits"
 
@@ -86,7 +86,8 @@ def _add_reproduce(commands):
 def _eval(arguments):
     embeddings, labels, pairs = arguments.embeddings, arguments.labels, arguments.pairs
     templates, galleries = arguments.templates, arguments.gallery or []
-    for is_wrong, message in (
+    refuse(
+        arguments,
         (bool(embeddings) == bool(pairs), "give --embeddings, or --pairs"),
         (bool(embeddings) != bool(labels or templates), "--embeddings goes with --labels, or with --templates"),
         (labels and templates, "--embeddings goes with --labels, or with --templates"),
@@ -98,10 +99,7 @@ def _eval(arguments):
         (bool(pairs) != bool(arguments.checkpoint), "--pairs and --checkpoint go together"),
         (arguments.distractors and not labels, "--distractors goes with --labels"),
         ((arguments.flip or arguments.images) and embeddings, "--flip and --images go with --pairs"),
-    ):
-        if is_wrong:
-            arguments.wrong_usage(message)
-
+    )
     given = embeddings, labels, arguments.distractors, templates, arguments.template_pairs, *galleries, arguments.probes, pairs
     for path in filter(None, given):
         if not path.is_file():
@@ -126,18 +124,16 @@ def _eval(arguments):
         width = max(24, 2 + max(map(len, numbers)))
         return "\n".join(f"{what:<{width}}{text}" for what, text in numbers.items())
 
-    return _print(evaluated)
+    return done(evaluated)
 
 
 def _embed(arguments):
-    for is_wrong, message in (
+    refuse(
+        arguments,
         (not arguments.checkpoint, "--checkpoint says whose network"),
         (bool(arguments.images) != bool(arguments.out), "DIR and --out go together"),
         (not (arguments.images or arguments.onnx), "give DIR and --out, or --onnx"),
-    ):
-        if is_wrong:
-            arguments.wrong_usage(message)
-
+    )
     if homeless := _homeless(arguments.out, arguments.onnx):
         return fail(homeless)
 
@@ -151,12 +147,13 @@ def _embed(arguments):
             lines.append(embed.onnx(arguments.checkpoint, arguments.onnx))
         return "\n".join(lines)
 
-    return _print(embedded)
+    return done(embedded)
 
 
 def _reproduce(arguments):
     name, data, pairs, out = arguments.experiment, arguments.data, arguments.pairs, arguments.out
-    for is_wrong, message in (
+    refuse(
+        arguments,
         (
             not pairs and data not in RENDERED,
             f"--data is one of {', '.join(RENDERED)}; any other goes with --pairs, got {data!r}",
@@ -164,15 +161,18 @@ def _reproduce(arguments):
         (pairs and data in RENDERED, "--pairs goes with --data DATA, as `cosface train data=DATA` takes it"),
         (pairs and name == "toy", "toy takes no --pairs"),
         (arguments.images and not pairs, "--images goes with --pairs"),
-    ):
-        if is_wrong:
-            arguments.wrong_usage(message)
+    )
 
     def reproduced():
         from ..training import photographs, recipes, reproduce
 
         if name == "toy":
-            return reproduce.write("toy", reproduce.toy(_toy_results(out)), out)
+            import torch
+
+            from .demo import toy
+
+            out.mkdir(parents=True, exist_ok=True)
+            return reproduce.write("toy", reproduce.toy(toy.run(out, torch.device("cpu"))), out)
         if pairs:
             steps = arguments.steps or photographs.STEPS
             results = reproduce.run_on_photographs(name, data, pairs, arguments.images, arguments.seeds, steps, out)
@@ -181,16 +181,7 @@ def _reproduce(arguments):
         results = reproduce.run(name, data, arguments.seeds, arguments.steps or recipes.STEPS, out)
         return reproduce.write(f"{name}-{data}", reproduce.report(name, results), out)
 
-    return _print(reproduced, "reproduce")
-
-
-def _toy_results(out):
-    import torch
-
-    from .demo import toy
-
-    out.mkdir(parents=True, exist_ok=True)
-    return toy.run(out, torch.device("cpu"))
+    return done(reproduced, extras="reproduce")
 
 
 def _homeless(*paths):
@@ -201,17 +192,6 @@ def _homeless(*paths):
         if not path.parent.is_dir():
             return f"cannot write {path}: there is no folder {path.parent}"
     return None
-
-
-def _print(text, extras="train"):
-    """Print what text() returns; 0, or 1 where it says why it cannot."""
-    try:
-        print(text())
-    except ModuleNotFoundError as error:
-        return without_extras(error, extras)
-    except (OSError, ValueError, RuntimeError, ArithmeticError) as error:
-        return fail(error)
-    return 0
 
 
 COMMANDS = _add_eval, _add_embed, _add_reproduce

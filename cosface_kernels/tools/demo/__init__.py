@@ -1,11 +1,11 @@
 """`cosface demo`: the paper's toy experiment, then training steps over one million identities. Needs the extras [demo]."""
 
 import json
-import os
 import sys
 
 import torch
 
+from ...training.arrays import write_text
 from . import million, toy
 
 
@@ -19,17 +19,11 @@ def run(out):
     million.require_memory(device)
     toy_results = toy.run(out, device)
     million_result = million.run(out, device)
-    _write_json(out / "summary.json", {"toy": [result._asdict() for result in toy_results], "million": million_result._asdict()})
+    summary = {"toy": [result._asdict() for result in toy_results], "million": million_result._asdict()}
+    write_text(out / "summary.json", json.dumps(summary, indent=2) + "\n")
     sys.stderr.flush()  # the progress bars come before the table
     print(_table(toy_results, million_result, out))
 
 
 def _table(toy_results, million_result, out):
     return "\n".join(["", *toy.table(toy_results), "", *million.table(million_result), "", f"Figures and summary.json: {out}"])
-
-
-def _write_json(path, content):
-    """Write a file beside its place, then rename it, so that a failure leaves no half a file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(partial, path)
