@@ -1,7 +1,8 @@
-"""Total and available memory of a device."""
+"""Total, available and peak memory of a device."""
 
 import functools
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -31,3 +32,12 @@ def available_bytes(device):
     except OSError:
         return available
     return available if limit == "max" else min(available, int(limit) - int(used))
+
+
+def peak_bytes(device):
+    """The peak memory so far: of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # Windows has none
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

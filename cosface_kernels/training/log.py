@@ -2,12 +2,12 @@
 
 import json
 import math
-import resource
 import time
 
 import torch
 from tqdm import tqdm
 
+from ..ops.memory import peak_bytes
 from .arrays import write_text
 
 BINS = 40  # of the histograms, over cosines from -1 to 1
@@ -68,7 +68,7 @@ class Log:
                 f"the loss of step {bad[0]} is not finite, and nothing since the last checkpoint is kept: a smaller lr, a longer "
                 "warmup or clip=5 help; --resume goes on from that checkpoint"
             )
-        lines[-1] |= {"images_per_second": round(speed, 1), "memory": peak_memory(device)}
+        lines[-1] |= {"images_per_second": round(speed, 1), "memory": peak_bytes(device)}
         lines[-1] |= dict(zip(("target_histogram", "negative_histogram"), histograms, strict=True))
         if self.writes:
             self._write(lines)
@@ -117,13 +117,6 @@ class Log:
                 f"{len(self.known)} damaged images, more than max_damaged={limit}; the last is {lines[-1]}; all: "
                 f"{self.out / 'damaged.txt'}; raise max_damaged, or remove them and begin a new run"
             )
-
-
-def peak_memory(device):
-    """Bytes: of the device, or of this process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _truncate(path, step):

@@ -22,6 +22,7 @@ MAGIC = 0xCED7230A
 # mxnet's header, and forks with float64 labels, whose C compiler aligns them or not.
 HEADERS = ("<IfQQ", "<I4xdQQ", "<IdQQ")
 _STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"RIFF")
+_DAMAGED = (ValueError, IndexError, OverflowError, struct.error)  # what reading a damaged record may raise
 FLOAT32_LABELS = 2**24  # a float32 holds whole numbers exactly up to here
 
 
@@ -72,8 +73,8 @@ class Records(Files):
         if self.keys[0] != 0:
             return None
         try:
-            ends, image = self._labels(self._record(int(self.offsets[0])))
-        except (ValueError, struct.error) as error:
+            ends, image = self._read(0)
+        except _DAMAGED as error:
             raise self._damaged_front(error) from None
         if len(ends) != 2 or image:
             return None
@@ -110,11 +111,11 @@ class Records(Files):
     def encoded(self, index):
         name = f"{self.path}, record {self.keys[index]}"
         try:
-            labels, image = self._labels(self._record(int(self.offsets[index])))
+            labels, image = self._read(index)
             if not (0 <= labels[0] < self.num_classes and labels[0] == int(labels[0])):
                 raise ValueError(f"its label is {labels[0]}, and there are {self.num_classes} identities, from 0 on")
             return name, image, int(labels[0])
-        except (ValueError, IndexError, struct.error) as error:
+        except _DAMAGED as error:
             return name, error, 0
 
     @property
@@ -128,40 +129,35 @@ class Records(Files):
     def _label(self, place):
         """The label of a record, or -1 where it has none."""
         try:
-            label = self._labels(self._record(int(self.offsets[place])))[0][0]
+            (label, *_), _ = self._read(place)
             return int(label) if label >= 0 and label == int(label) else -1
-        except (ValueError, OverflowError, IndexError, struct.error):
+        except _DAMAGED:
             return -1
 
     def _image(self, place):
         """True if a record holds an image."""
         try:
-            return self._labels(self._record(int(self.offsets[place])))[1].startswith(_STARTS)
-        except (ValueError, struct.error):
+            return self._read(place)[1].startswith(_STARTS)
+        except _DAMAGED:
             return False
 
-    def _length(self, offset):
-        magic, length = struct.unpack_from("<II", self.data, offset)
-        if magic != MAGIC:
-            raise ValueError(f"no record begins at byte {offset}")
-        return length & 0x1FFFFFFF
-
-    def _record(self, offset):
-        """The bytes of the record at an offset. One that holds the magic number at a multiple of 4 is in parts, without it."""
-        parts, part = [], 0
-        while part in (0, 1, 2):
-            length = self._length(offset)
-            part = self.data[offset + 7] >> 5
+    def _record(self, place):
+        """The bytes of a record. One that holds the magic number at a multiple of 4 is in parts, without it."""
+        parts, part, offset = [], 1, int(self.offsets[place])
+        while part in (1, 2):  # 0 is a record in one part, 3 the last of several
+            magic, length = struct.unpack_from("<II", self.data, offset)
+            if magic != MAGIC:
+                raise ValueError(f"no record begins at byte {offset}")
+            part, length = length >> 29, length & 0x1FFFFFFF
             parts.append(self.data[offset + 8 : offset + 8 + length].tobytes())
             if len(parts[-1]) < length:
                 raise ValueError("the file ends in it")
             offset += 8 + -(-length // 4) * 4
-            if part in (0, 3):
-                break
         return struct.pack("<I", MAGIC).join(parts)
 
-    def _labels(self, record):
-        """(labels, the image's bytes)"""
+    def _read(self, place):
+        """(labels, the image's bytes) of a record."""
+        record = self._record(place)
         flag, label, *_ = struct.unpack_from(self.header, record)
         start = struct.calcsize(self.header)
         if not flag:
@@ -172,9 +168,9 @@ class Records(Files):
         """The form of header after which an image begins, in one of the first records: one may be damaged, or hold none."""
         for place in range(min(len(self), 20)):
             try:
-                record = self._record(int(self.offsets[place]))
+                record = self._record(place)
                 (flag,) = struct.unpack_from("<I", record)
-            except (ValueError, struct.error):
+            except _DAMAGED:
                 continue
             for header in HEADERS:
                 if record[struct.calcsize(header) + 4 * flag :].startswith(_STARTS):

@@ -11,6 +11,7 @@ from . import config as settings
 from . import data, svg
 from .arrays import read_json, write_text
 
+CURVES = {"loss": "loss", "target_cosine": "cosine with the own class", "negative_cosine": "hardest negative cosine"}
 LIGHT = "--page: #fcfcfb; --text: #1c1d1f; --soft: #5f6368; --rule: #dcdcd8; "
 DARK = "--page: #16181b; --text: #e6e6e3; --soft: #a2a6ac; --rule: #383b40; "
 LIGHT_SERIES = ["#2a6fdb", "#d1495b", "#2e8b57", "#b7791f", "#7b4fc9", "#0f8a9d", "#a0522d", "#64748b"]
@@ -80,12 +81,7 @@ class Found:
     def numbers(self):
         """{what: text} of how the run ended."""
         found = {"steps": f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {self.environment.get('steps', 0):,}"}
-        for key, what in (
-            ("loss", "loss"),
-            ("target_cosine", "cosine with the own class"),
-            ("negative_cosine", "hardest negative cosine"),
-            ("top1", "own class the nearest, before the margin"),
-        ):
+        for key, what in {**CURVES, "top1": "own class the nearest, before the margin"}.items():
             last = [value for _, value in self.series(key)[-50:]]
             if last:
                 found[f"{what}, mean of the last {len(last)} steps" if what == "loss" else what] = svg.number(
@@ -94,11 +90,8 @@ class Found:
         if speeds := sorted(value for _, value in self.series("images_per_second")):
             found["images a second, median"] = svg.number(speeds[len(speeds) // 2])
             found["memory, at most"] = f"{max(value for _, value in self.series('memory')) / 2**30:.2f} GiB"
-        for key, what in (
-            ("images", "images"),
-            ("identities", "identities"),
-            ("backbone_parameters", "parameters of the backbone"),
-        ):
+        counts = {"images": "images", "identities": "identities", "backbone_parameters": "parameters of the backbone"}
+        for key, what in counts.items():
             if key in self.environment:
                 found[what] = f"{self.environment[key]:,}"
         for key in ("device", "processes", "started", "torch", "cosface_kernels"):
@@ -125,9 +118,9 @@ def write(run):
     charts.append(
         ("cosines, mean of a step", svg.lines({name: each for name, each in cosines.items() if each}, "step", "cosine"))
     )
-    for key, what in (("target_histogram", "cosine with the own class"), ("negative_histogram", "hardest negative cosine")):
-        if columns := found.series(key):
-            charts.append((f"{what}, all images", svg.density(columns, "step", "cosine")))
+    for kind in "target", "negative":
+        if columns := found.series(f"{kind}_histogram"):
+            charts.append((f"{CURVES[f'{kind}_cosine']}, all images", svg.density(columns, "step", "cosine")))
     charts.append(("share of images whose own class is the nearest", svg.lines({"": found.series("top1")}, "step", "top-1")))
     charts.append(("images a second", svg.lines({"": found.series("images_per_second")}, "step", "images/s", from_zero=True)))
     if roc := found.roc():
@@ -157,11 +150,7 @@ def compare(runs, out):
     names = [each.name if [other.name for other in found].count(each.name) == 1 else str(each.folder) for each in found]
     named = dict(zip(names, found, strict=True))
     charts = []
-    for key, what in (
-        ("loss", "loss"),
-        ("target_cosine", "cosine with the own class"),
-        ("negative_cosine", "hardest negative cosine"),
-    ):
+    for key, what in CURVES.items():
         if series := {name: each.series(key) for name, each in named.items() if each.series(key)}:
             charts.append((what, svg.lines(series, "step", what)))
     roc = {f"{name}, {which}": points for name, each in named.items() for which, points in each.roc().items()}

@@ -9,9 +9,7 @@ and backward pass alone are timed, without backbone and optimiser, in bfloat16 a
 machine, and with fewer classes where all of them would take long or not fit.
 """
 
-import resource
 import statistics
-import sys
 import time
 from typing import NamedTuple
 
@@ -21,7 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ... import CosFaceLoss, reference
-from ...ops.memory import available_bytes
+from ...ops.memory import available_bytes, peak_bytes
 
 CLASSES, EMBEDDING, ROWS = 1_000_000, 128, 256
 POOL, LATENT, VIEW, NOISE = 2048, 64, 256, 0.5
@@ -147,14 +145,6 @@ def _plain_seconds(features, weight, labels, dtype, repeats):
         _synchronize(weight.device)
         seconds.append(time.perf_counter() - started)
     return min(seconds)
-
-
-def peak_bytes(device):
-    """The peak memory so far: of tensors on the GPU, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _synchronize(device):
