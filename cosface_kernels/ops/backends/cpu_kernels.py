@@ -1,14 +1,13 @@
 """The native CPU kernels as functions of tensors, whose sizes are checked."""
 
 import functools
-import math
 from typing import NamedTuple
 
 import torch
 
 from ..slabs import ceil_div
 from . import cpu_library
-from .cpu_library import floats, integers, padded, rows_of_table
+from .cpu_library import floats, integers, padded, pointer, rows_of_table
 
 # To wake a thread takes as long as so many products, and to read and write a number as long as some tens.
 PRODUCTS_OF_THREAD, PRODUCTS_OF_NUMBER = 2**21, 32
@@ -73,12 +72,24 @@ class Kernels:
         return ceil_div(summed, 4 // self.operand.itemsize) * padded(columns)
 
     def row_panels(self, rows, num_rows, size, panels):
-        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, size, num_rows)
-        self._call("row_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
+        self._call(
+            "row_panels",
+            PRODUCTS_OF_NUMBER * num_rows * size,
+            rows=self._numbers("rows", rows, num_rows * size),
+            panels=self._panels(panels, size, num_rows),
+            num_rows=num_rows,
+            size=size,
+        )
 
     def column_panels(self, rows, num_rows, size, panels):
-        rows, panels = self._numbers("rows", rows, num_rows, size), self._panels(panels, num_rows, size)
-        self._call("column_panels", PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
+        self._call(
+            "column_panels",
+            PRODUCTS_OF_NUMBER * num_rows * size,
+            rows=self._numbers("rows", rows, num_rows * size),
+            panels=self._panels(panels, num_rows, size),
+            num_rows=num_rows,
+            size=size,
+        )
 
     def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
         """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
@@ -86,9 +97,9 @@ class Kernels:
             "normalize",
             PRODUCTS_OF_NUMBER * classes * size,
             threads=len(scratch),
-            table=rows_of_table("weight", weight, classes, size),
-            scratch=floats("scratch", scratch, len(scratch), self.scratch_numbers(0, size)),
-            unit=self._operands("unit rows", unit, classes, size),
+            table=rows_of_table("weight", weight, classes * size),
+            scratch=floats("scratch", scratch, len(scratch) * self.scratch_numbers(0, size)),
+            unit=self._operands("unit rows", unit, classes * size),
             panels=self._panels(panels, classes, size),
             classes=classes,
             size=size,
@@ -104,10 +115,10 @@ class Kernels:
             product.multiplications,
             of=self._exponents(product),
             shifts=floats("shift", shift, product.num_rows),
-            e=self._numbers("exponentials", e, product.classes, product.num_rows),
+            e=self._numbers("exponentials", e, product.classes * product.num_rows),
             e_panels=self._panels(e_panels, product.classes, product.num_rows),
             **self._pieces(product, pieces),
-            hard=floats("hard negatives", hard, 4, product.num_rows),
+            hard=floats("hard negatives", hard, 4 * product.num_rows),
         )
 
     def maxima(self, product, centers, exponents, pieces, hard=None):
@@ -116,9 +127,9 @@ class Kernels:
             "maxima",
             product.multiplications,
             of=self._exponents(product),
-            exponents=floats("exponents", exponents, product.classes, product.num_rows),
+            exponents=floats("exponents", exponents, product.classes * product.num_rows),
             **self._pieces(product, pieces),
-            hard=floats("hard negatives", hard, 4, product.num_rows),
+            hard=floats("hard negatives", hard, 4 * product.num_rows),
             centers=centers,
         )
 
@@ -128,7 +139,7 @@ class Kernels:
             num_rows * classes * size,
             e_panels=self._panels(e_panels, classes, num_rows),
             unit_panels=self._panels(unit_panels, classes, size),
-            pull=("pull", pull, torch.float64, num_rows * padded(size)),
+            pull=pointer("pull", pull, torch.float64, num_rows * padded(size)),
             num_rows=num_rows,
             classes=classes,
             size=size,
@@ -164,14 +175,14 @@ class Kernels:
             "table_gradient",
             num_rows * classes * size,
             threads=threads,
-            e=self._numbers("exponentials", e, classes, num_rows),
+            e=self._numbers("exponentials", e, classes * num_rows),
             x_panels=self._panels(x_panels, num_rows, size),
-            table=rows_of_table("weight", weight, classes, size),
+            table=rows_of_table("weight", weight, classes * size),
             target_classes=integers("target rows", target_rows, len(target_rows)),
-            target_sums=floats("target sums", target_sums, len(target_rows), size),
+            target_sums=floats("target sums", target_sums, len(target_rows) * size),
             common=None if common is None else floats("the common row", common, padded(size)),
-            scratch=floats("scratch", scratch, threads, self.scratch_numbers(num_rows, size)),
-            grad=None if step else rows_of_table("the gradient", grad, classes, size),
+            scratch=floats("scratch", scratch, threads * self.scratch_numbers(num_rows, size)),
+            grad=None if step else rows_of_table("the gradient", grad, classes * size),
             step=step.address if step else None,
             num_rows=num_rows,
             classes=classes,
@@ -189,8 +200,8 @@ class Kernels:
         self._table.call(
             "add_up",
             1,
-            partial=floats("partial results", partial, pieces, num_rows),
-            totals=("totals", totals, torch.float64, num_rows),
+            partial=floats("partial results", partial, pieces * num_rows),
+            totals=pointer("totals", totals, torch.float64, num_rows),
             pieces=pieces,
             num_rows=num_rows,
         )
@@ -199,8 +210,9 @@ class Kernels:
         """pull (N, D), or None."""
         num_rows, size = loop.x.shape
         fields = self._loop("forward", loop, torch.get_num_threads(), pull is not None)
-        totals, pull = floats("totals", totals, num_rows), floats("pull", pull, num_rows, size)
-        self._table.call("forward", loop=fields, totals=totals, pull=pull)
+        self._table.call(
+            "forward", loop=fields, totals=floats("totals", totals, num_rows), pull=floats("pull", pull, num_rows * size)
+        )
 
     def backward(self, loop, factors, grad, step):
         """factors: a batch_rows.SlabFactors; grad: float32 or bfloat16, or None with a step, which applies it."""
@@ -215,8 +227,8 @@ class Kernels:
             loop=self._loop("backward", loop, threads, loop.kept_classes < classes),
             row_scales=floats("row scales", factors.row_scale, num_rows),
             target_classes=integers("target rows", factors.target_rows, num_targets),
-            target_sums=floats("target sums", factors.target_sums, num_targets, size),
-            grad=None if step else rows_of_table("the gradient", grad, classes, size),
+            target_sums=floats("target sums", factors.target_sums, num_targets * size),
+            grad=None if step else rows_of_table("the gradient", grad, classes * size),
             step=step.address if step else None,
             num_targets=num_targets,
             unscale=float(factors.unscale),
@@ -229,8 +241,8 @@ class Kernels:
         room = torch.empty(numbers, dtype=torch.float32, device="cpu")
         filled = cpu_library.filled(
             cpu_library.LOOP,
-            x=floats("features", loop.x, num_rows, size),
-            table=rows_of_table("weight", loop.table, classes, size),
+            x=floats("features", loop.x, num_rows * size),
+            table=rows_of_table("weight", loop.table, classes * size),
             targets=integers("targets", loop.targets, num_rows),
             shifts=floats("shift", loop.shift, num_rows),
             kept=self._numbers("kept exponentials", loop.kept, num_rows * loop.kept_classes),
@@ -254,7 +266,7 @@ class Kernels:
         return cpu_library.filled(
             cpu_library.EXPONENTS,
             x_panels=self._panels(product.x_panels, size, num_rows),
-            unit=self._operands("unit rows", product.unit, classes, size),
+            unit=self._operands("unit rows", product.unit, classes * size),
             targets=integers("targets", product.targets, num_rows),
             num_rows=num_rows,
             classes=classes,
@@ -264,21 +276,21 @@ class Kernels:
         )
 
     def _pieces(self, product, pieces):
-        shape = ceil_div(product.classes, self.sum_classes), product.num_rows
+        count = ceil_div(product.classes, self.sum_classes) * product.num_rows
         return {
-            "partial": floats("partial results", pieces.partial, *shape),
-            "values": floats("largest products", pieces.values, *shape),
-            "places": ("their places", pieces.places, torch.int32, math.prod(shape)),
+            "partial": floats("partial results", pieces.partial, count),
+            "values": floats("largest products", pieces.values, count),
+            "places": pointer("their places", pieces.places, torch.int32, count),
         }
 
-    def _numbers(self, name, tensor, *shape):
-        return name, tensor, self.dtype, math.prod(shape)
+    def _numbers(self, name, tensor, count):
+        return pointer(name, tensor, self.dtype, count)
 
-    def _operands(self, name, tensor, *shape):
-        return name, tensor, self.operand, math.prod(shape)
+    def _operands(self, name, tensor, count):
+        return pointer(name, tensor, self.operand, count)
 
     def _panels(self, panels, summed, columns):
-        return "panels", panels, torch.int32, self.panel_words(summed, columns)
+        return pointer("panels", panels, torch.int32, self.panel_words(summed, columns))
 
     def _call(self, name, products, *, threads=None, **fields):
         """products: how many multiplications the kernel does, or could do while it moves its numbers."""

@@ -24,7 +24,8 @@ NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
 def pointer(name, tensor, dtype, count):
-    """The address of a tensor, or null for None. Every tensor passes through here into native code.
+    """The address of a tensor, or null for None. Every tensor passes through here into native code, and its caller holds it
+    until that is done.
 
     Raises:
         RuntimeError: it has not `count` or more contiguous numbers of `dtype` in this machine's memory.
@@ -47,6 +48,19 @@ def pointer(name, tensor, dtype, count):
     return tensor.data_ptr()
 
 
+def floats(name, tensor, count):
+    return pointer(name, tensor, torch.float32, count)
+
+
+def integers(name, tensor, count):
+    return pointer(name, tensor, torch.int64, count)
+
+
+def rows_of_table(name, tensor, count):
+    """The address of rows in either of TABLE_DTYPES."""
+    return pointer(name, tensor, torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32, count)
+
+
 class _Buffer(ctypes.Structure):
     """csrc/cpu/update.h's Buffer."""
 
@@ -60,7 +74,7 @@ class _Buffer(ctypes.Structure):
                 f"native code has no format for {name} of {buffer.dtype} with scale = {scale}: nothing was written"
             )
         data = pointer(name, buffer, buffer.dtype, math.prod(shape))
-        return cls(data, pointer(f"{name}'s scale", scale, torch.float32, shape[0]), cls.FORMATS.index(buffer.dtype))
+        return cls(data, floats(f"{name}'s scale", scale, shape[0]), cls.FORMATS.index(buffer.dtype))
 
 
 class Step(ctypes.Structure):
@@ -94,7 +108,7 @@ class Step(ctypes.Structure):
             size=size,
             first_of_shard=first_row,
             key=key,
-            scratch=("scratch", room, torch.float32, threads * 4 * size),
+            scratch=floats("scratch", room, threads * 4 * size),
         )
         step.shape, step.threads, step._room = rows.shape, threads, room  # keep the scratch alive as long as the step
         return step
@@ -119,8 +133,8 @@ def update(step, grad, index):
     first, last = (index.start, index.start + len(grad) - 1) if is_slice else map(int, index.aminmax()) if len(index) else (0, -1)
     step.check(first, last - first + 1, grad.shape[1])
     getattr(library, f"cosface_update_{available()[0]}")(
-        *(_POINTER(step.address), _POINTER(pointer("the gradient", grad, torch.float32, grad.numel())), _SIZE(grad.shape[1])),
-        _POINTER(None if is_slice else pointer("the index", index, torch.int64, len(grad))),
+        *(_POINTER(step.address), _POINTER(floats("the gradient", grad, grad.numel())), _SIZE(grad.shape[1])),
+        _POINTER(None if is_slice else integers("the index", index, len(grad))),
         *(_SIZE(first if is_slice else 0), _SIZE(len(grad)), step.threads),
     )
 
@@ -218,24 +232,10 @@ class KernelTable:
 
 
 def filled(structure, **fields):
-    """The structure. A tensor is given as (name, tensor, dtype, numbers), and checked."""
+    """The structure, with addresses from `pointer`."""
     if fields.keys() != structure.NAMES:  # ctypes takes any names, and leaves the others null
         raise TypeError(f"got {', '.join(fields)} for a structure of {', '.join(structure.NAMES)}")
-    return structure(**{name: pointer(*value) if type(value) is tuple else value for name, value in fields.items()})
-
-
-def floats(name, tensor, *shape):
-    return name, tensor, torch.float32, math.prod(shape)
-
-
-def rows_of_table(name, tensor, *shape):
-    """Rows in either of TABLE_DTYPES."""
-    dtype = torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32
-    return name, tensor, dtype, math.prod(shape)
-
-
-def integers(name, tensor, count):
-    return name, tensor, torch.int64, count
+    return structure(**fields)
 
 
 def sizes(dtype, instruction_set):
@@ -254,7 +254,7 @@ def room(direction, dtype, instruction_set):
     """A function of N, D, B, threads and a flag: the floats of room of csrc/cpu/loop.h's "forward" or "backward"."""
     numbers = getattr(_load()[0], f"cosface_{direction}_room_{NUMBERS[dtype]}_{instruction_set}")
     numbers.argtypes, numbers.restype = [SIZES, ctypes.c_bool], _SIZE
-    return lambda *sizes, flag: numbers(SIZES(*sizes), flag)
+    return functools.lru_cache(lambda *sizes, flag: numbers(SIZES(*sizes), flag))
 
 
 def padded(columns):

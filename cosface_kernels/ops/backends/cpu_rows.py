@@ -9,7 +9,7 @@ import torch
 from .. import batch_rows
 from ..batch_rows import Entered, SlabFactors
 from . import cpu_kernels
-from .cpu_library import TABLE_DTYPES, floats, integers, rows_of_table
+from .cpu_library import TABLE_DTYPES, floats, integers, pointer, rows_of_table
 
 
 def enter(x, table, labels, options, wide):
@@ -18,17 +18,17 @@ def enter(x, table, labels, options, wide):
     if not is_readable(weight):
         return batch_rows.enter(x, table, labels, options, wide)
     (num_rows, size), classes = x.shape, weight.shape[0]
-    x = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous()
-    targets = torch.empty(num_rows, dtype=torch.int64, device="cpu")
-    unit, target_unit, inverse_norm, product = _room((num_rows, size), (num_rows, 1, size), (num_rows,), (num_rows, 1))
+    x, labels = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous(), labels.contiguous()
+    targets, unit = torch.empty_like(labels), torch.empty(num_rows, size, dtype=torch.float32, device="cpu")
+    target_unit, inverse_norm, product = unit.new_empty(num_rows, 1, size), unit.new_empty(num_rows), unit.new_empty(num_rows, 1)
     cpu_kernels.batch_kernels().call(
         "enter",
-        x=rows_of_table("features", x, num_rows, size),
-        table=rows_of_table("weight", weight, classes, size),
-        labels=integers("labels", labels.contiguous(), num_rows),
+        x=rows_of_table("features", x, num_rows * size),
+        table=rows_of_table("weight", weight, classes * size),
+        labels=integers("labels", labels, num_rows),
         targets=integers("targets", targets, num_rows),
-        unit=floats("unit features", unit, num_rows, size),
-        target_unit=floats("targets' unit rows", target_unit, num_rows, size),
+        unit=floats("unit features", unit, num_rows * size),
+        target_unit=floats("targets' unit rows", target_unit, num_rows * size),
         inverse_norms=floats("inverse norms", inverse_norm, num_rows),
         products=floats("products", product, num_rows),
         num_rows=num_rows,
@@ -44,14 +44,15 @@ def enter(x, table, labels, options, wide):
 
 def losses(lse, logit, counted, scale, reduction):
     """See batch_rows.losses."""
-    num_rows, is_reduced = len(lse), reduction != "none"
-    losses, slopes = _room(() if is_reduced else (num_rows,), (num_rows,))
+    lse, logit, counted = lse.contiguous(), logit.contiguous(), counted.contiguous()
+    num_rows, is_reduced = lse.shape[0], reduction != "none"
+    losses, slopes = lse.new_empty(() if is_reduced else num_rows), torch.empty_like(lse)
     cpu_kernels.batch_kernels().call(
         "losses",
-        lse=floats("log-sum-exps", lse.contiguous(), num_rows),
-        logits=floats("logits", logit.contiguous(), num_rows),
-        counted=("counted rows", counted.contiguous(), torch.bool, num_rows),
-        losses=floats("losses", losses, losses.numel()),
+        lse=floats("log-sum-exps", lse, num_rows),
+        logits=floats("logits", logit, num_rows),
+        counted=pointer("counted rows", counted, torch.bool, num_rows),
+        losses=floats("losses", losses, 1 if is_reduced else num_rows),
         slopes=floats("slopes", slopes, num_rows),
         num_rows=num_rows,
         scale=scale,
@@ -64,16 +65,18 @@ def losses(lse, logit, counted, scale, reduction):
 def x_gradient(grads, saved, scale, shape, dtype):
     """See batch_rows.x_gradient."""
     num_rows, size = shape
-    grad = torch.empty(shape, dtype=dtype if dtype in TABLE_DTYPES else torch.float32, device="cpu")
+    grad = torch.empty(num_rows, size, dtype=dtype if dtype in TABLE_DTYPES else torch.float32, device="cpu")
+    lse_grad, product_grad, inverse_norm = grads.lse.contiguous(), grads.product.contiguous(), saved.inverse_norm.contiguous()
+    unit, target_unit, pull = saved.unit.contiguous(), saved.target_unit.contiguous(), saved.pull.contiguous()
     cpu_kernels.batch_kernels().call(
         "x_gradient",
-        lse_grads=floats("gradients of log-sum-exps", grads.lse.contiguous(), num_rows),
-        product_grads=floats("gradients of products", grads.product.contiguous(), num_rows),
-        inverse_norms=floats("inverse norms", saved.inverse_norm.contiguous(), num_rows),
-        unit=floats("unit features", saved.unit.contiguous(), num_rows, size),
-        target_unit=floats("targets' unit rows", saved.target_unit.contiguous(), num_rows, size),
-        pull=floats("pull", saved.pull.contiguous(), num_rows, size),
-        grad=rows_of_table("the gradient", grad, num_rows, size),
+        lse_grads=floats("gradients of log-sum-exps", lse_grad, num_rows),
+        product_grads=floats("gradients of products", product_grad, num_rows),
+        inverse_norms=floats("inverse norms", inverse_norm, num_rows),
+        unit=floats("unit features", unit, num_rows * size),
+        target_unit=floats("targets' unit rows", target_unit, num_rows * size),
+        pull=floats("pull", pull, num_rows * size),
+        grad=rows_of_table("the gradient", grad, num_rows * size),
         num_rows=num_rows,
         size=size,
         scale=scale,
@@ -89,25 +92,26 @@ def slab_factors(factors, table, options):
         return batch_rows.slab_factors(factors, table, options)
     classes, is_bfloat16 = weight.shape[0], weight.dtype == torch.bfloat16
     threads = torch.get_num_threads() if is_bfloat16 else 0
-    targets, target_rows, slots = (
-        torch.empty(count, dtype=torch.int64, device="cpu") for count in (num_rows, num_rows, 4 * num_rows)
-    )
-    row_scale, target_sums, unscale, scratch = _room((num_rows,), (num_rows, size), (), (threads, size))
+    labels, unit, total = factors.labels.contiguous(), factors.unit.contiguous(), factors.total.contiguous()
+    lse_grad, product_grad = factors.lse_grad.contiguous(), factors.product_grad.contiguous()
+    targets, target_rows, slots = torch.empty_like(labels), torch.empty_like(labels), labels.new_empty(4 * num_rows)
+    row_scale, target_sums, unscale = torch.empty_like(total), torch.empty_like(unit), total.new_empty(())
+    scratch = unit.new_empty(threads, size)
     cpu_kernels.batch_kernels().call(
         "slab_factors",
-        labels=integers("labels", factors.labels.contiguous(), num_rows),
-        lse_grads=floats("gradients of log-sum-exps", factors.lse_grad.contiguous(), num_rows),
-        product_grads=floats("gradients of products", factors.product_grad.contiguous(), num_rows),
-        totals=floats("totals", factors.total.contiguous(), num_rows),
-        unit=floats("unit features", factors.unit.contiguous(), num_rows, size),
-        table=rows_of_table("weight", weight, classes, size),
+        labels=integers("labels", labels, num_rows),
+        lse_grads=floats("gradients of log-sum-exps", lse_grad, num_rows),
+        product_grads=floats("gradients of products", product_grad, num_rows),
+        totals=floats("totals", total, num_rows),
+        unit=floats("unit features", unit, num_rows * size),
+        table=rows_of_table("weight", weight, classes * size),
         targets=integers("targets", targets, num_rows),
         target_rows=integers("target rows", target_rows, num_rows),
         row_scales=floats("row scales", row_scale, num_rows),
-        target_sums=floats("target sums", target_sums, num_rows, size),
+        target_sums=floats("target sums", target_sums, num_rows * size),
         unscale=floats("the scale of all rows", unscale, 1),
         slots=integers("slots", slots, 4 * num_rows),
-        scratch=floats("scratch", scratch, threads, size),
+        scratch=floats("scratch", scratch, threads * size),
         num_rows=num_rows,
         size=size,
         classes=classes,
@@ -116,10 +120,6 @@ def slab_factors(factors, table, options):
         is_bfloat16=is_bfloat16,
     )
     return SlabFactors(targets, row_scale, unscale, target_rows, target_sums)
-
-
-def _room(*shapes):
-    return [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
 
 
 def is_readable(weight):
