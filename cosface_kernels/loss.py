@@ -17,7 +17,7 @@ from .margins import HardNegatives, Margin
 from .ops import recording
 from .ops.batch_rows import reduced
 from .ops.normalize import direction
-from .ops.operands import Largest, Needs, Options, Problem, Ranked
+from .ops.operands import Largest, Needs, Options, Problem, Ranked, Reduction, RowLogits
 from .ops.operators import FirstDerivative, margin_losses, snapshot, target_products
 from .ops.slabs import wide_dtype
 from .positives import class_indices
@@ -196,7 +196,7 @@ def loss_of_table(inputs, options, *, shards=WholeTable(), state=None, training=
         logit, scale = scale * logit, 1.0
     lse = differentiable_in_scale(found.lse, options.scale, found.slope)
     reduction = options.reduction if inputs.class_weight is None else "none"
-    losses, _ = margin_losses(lse, logit, found.counted, float(scale), reduction, options.backend)
+    (losses,), _ = margin_losses(RowLogits(lse, logit, found.counted), Reduction(float(scale), reduction, options.backend))
     for extra in (penalty, smoothing):
         if extra is not None:
             losses = losses + reduced(torch.where(found.counted, extra, 0.0), found.counted, reduction)
@@ -264,7 +264,7 @@ def _hard(inputs, options, shards, state, training):
     """((τ, p0, p1, p2) of each row (N, 4), the running statistics). Like the loss, it needs the margin, but before the slabs."""
     _check_inputs(inputs, options)
     ranked = Ranked(int(options.negatives.num_nearest))
-    products, unit, nearest = target_products(*_problem(inputs, options, shards.foreign_index), ranked)
+    ((products, unit, nearest),) = target_products(*_problem(inputs, options, shards.foreign_index), ranked)
     labels, cosine = class_indices(inputs.labels), shards.total(products.amax(1))
     counted, margin = labels != int(options.ignore_index), _margin_of_rows(options.margin, *shards.classes(inputs, options))
     norm = _feature_norm(inputs.features, unit, counted) if margin.needs_norm else None

@@ -116,6 +116,30 @@ class Gradients(NamedTuple):
     bias: Tensor
 
 
+class RowLogits(NamedTuple):
+    """The arguments of the losses of rows, of one float dtype."""
+
+    lse: Tensor  # A_n (N,)
+    logit: Tensor  # t'_n (N,)
+    counted: Tensor  # (N,) bool
+
+
+class Reduction(NamedTuple):
+    """Options of the losses of rows."""
+
+    scale: float
+    reduction: str
+    backend: str
+
+
+class Losses(NamedTuple):
+    loss: Tensor  # (), or (N,) for reduction "none"
+
+
+class Slopes(NamedTuple):
+    slope: Tensor  # (N,), the derivative of the loss by each row's A_n
+
+
 class TableFactors(NamedTuple):
     """The factors of dW, beside the table: O(N D) numbers."""
 

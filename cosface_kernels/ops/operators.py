@@ -10,27 +10,37 @@ of the lengths are projected together with others: for w̃_{y_n} with the rows o
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
 
-import functools
-
 import torch
 from torch import Tensor, library
 
 from .. import validation
 from . import backends, batch_rows, nearest, sampled_classes, value_checks
-from .operands import Gradients, Largest, Needs, Options, Problem, Ranked, Saved, TableFactors, Targets, Vectors, split
-from .registration import LIBRARY, call, differentiable, register, register_fake, register_named
+from .operands import (
+    Gradients,
+    Largest,
+    Losses,
+    Needs,
+    Options,
+    Problem,
+    Ranked,
+    Reduction,
+    RowLogits,
+    Saved,
+    Slopes,
+    TableFactors,
+    Targets,
+    Vectors,
+    split,
+)
+from .registration import Operator
 from .slabs import kept_size, make_plan, slab_rows, wide_dtype
 from .table import Table, TableGradient
 
 
-def negative_lse(problem, options, needs):
+def _negative_lse(problem, options, needs):
     """(Vectors, Saved, Largest) of a Problem; Vectors are differentiable. needs: also gradients wanted though no tensor here
     requires any.
     """
-    return split(call(_NEGATIVE_LSE, *problem, *options, *needs), _FORWARD_GIVES)
-
-
-def _negative_lse(problem, options, needs):
     options = with_scale(problem, options)
     table = _table(problem, options)
     value_checks.check_index(table)
@@ -89,11 +99,10 @@ def _row_functions(backend, table, options, labels):
     return backend.row_functions if plain else batch_rows
 
 
-_FORWARD_TAKES, _FORWARD_GIVES = (Problem, Options, Needs), (Vectors, Saved, Largest)
-_NEGATIVE_LSE = register_named("negative_lse", _negative_lse, _FORWARD_TAKES, _FORWARD_GIVES)
+negative_lse = Operator("negative_lse", (Problem, Options, Needs), (Vectors, Saved, Largest), _negative_lse)
 
 
-@register_fake("negative_lse", _FORWARD_TAKES)
+@negative_lse.register_fake
 def _(problem, options, needs):
     x, wide = problem.x, wide_dtype(options.dtype)
     targets = options.centers if problem.labels.dim() == 1 else problem.labels.shape[1]
@@ -120,15 +129,11 @@ def _(problem, options, needs):
         kept=x.new_empty(elements, dtype=options.dtype),
     )
     asked = num_rows if needs.need_largest else 0
-    return *vectors, *saved, x.new_empty(asked, dtype=wide), problem.labels.new_empty(asked)
-
-
-def target_products(problem, options, ranked):
-    """Targets of a Problem, without gradient, for what must know them before the slabs."""
-    return Targets(*_TARGET_PRODUCTS(*problem, *options, *ranked))
+    return vectors, saved, Largest(x.new_empty(asked, dtype=wide), problem.labels.new_empty(asked))
 
 
 def _target_products(problem, options, ranked):
+    """(Targets,) of a Problem, without gradient, for what must know them before the slabs."""
     x, table = problem.x, _table(problem, options)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         entered = batch_rows.enter(x, table, problem.labels, options, wide_dtype(options.dtype))
@@ -138,15 +143,14 @@ def _target_products(problem, options, ranked):
     return (Targets(entered.product, entered.unit, largest),)
 
 
-_TARGET_PRODUCTS_TAKES = Problem, Options, Ranked
-_TARGET_PRODUCTS = register_named("target_products", _target_products, _TARGET_PRODUCTS_TAKES, (Targets,))
+target_products = Operator("target_products", (Problem, Options, Ranked), (Targets,), _target_products)
 
 
-@register_fake("target_products", _TARGET_PRODUCTS_TAKES)
+@target_products.register_fake
 def _(problem, options, ranked):
     x, (num_rows, size), wide = problem.x, problem.x.shape, wide_dtype(options.dtype)
     shapes = options.centers, size + int(problem.bias is not None), ranked.count
-    return tuple(x.new_empty(num_rows, columns, dtype=wide) for columns in shapes)
+    return (Targets(*(x.new_empty(num_rows, columns, dtype=wide) for columns in shapes)),)
 
 
 def _negative_lse_backward(grads, problem, saved, options, needs):
@@ -178,66 +182,57 @@ def write_table_gradient(sink, table, factors, options):
         backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
 
 
-_BACKWARD_TAKES = Vectors, Problem, Saved, Options, Needs
-_NEGATIVE_LSE_BACKWARD = register_named("negative_lse_backward", _negative_lse_backward, _BACKWARD_TAKES, (Gradients,))
+negative_lse_backward = Operator(
+    *("negative_lse_backward", (Vectors, Problem, Saved, Options, Needs), (Gradients,), _negative_lse_backward), inputs=2
+)
 
 
-@register_fake("negative_lse_backward", _BACKWARD_TAKES)
+@negative_lse_backward.register_fake
 def _(grads, problem, saved, options, needs):
     x_grad = problem.x.new_empty(problem.x.shape if needs.need_x_grad else 0)
     weight, bias = problem.weight, problem.bias
     if not needs.need_table_grad:
-        return x_grad, weight.new_empty(0), weight.new_empty(0)
+        return (Gradients(x_grad, weight.new_empty(0), weight.new_empty(0)),)
     rows = _table(problem, options).num_rows
     # Not TableGradient.of, which takes memory from page_pool.py: fake tensors have none.
     weight_grad = weight.new_empty(rows, weight.shape[1])
-    return x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)
-
-
-def zeros_for_none(gradients, shapes, like):
-    return [like.new_zeros(shape) if grad is None else grad for grad, shape in zip(gradients, shapes, strict=True)]
+    return (Gradients(x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)),)
 
 
 class _NegativeLse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, *flat):
-        problem, options, needs = split(flat, _FORWARD_TAKES)
+    def forward(ctx, compute, objects, *_):
+        problem, options, needs = objects
         # needs_input_grad is right here, and not in the caller, under vmap and torch.export.
         wanted = _wanted(ctx)
         needs = Needs(needs.need_x_grad or wanted.x, needs.need_table_grad or wanted.weight or wanted.bias, needs.need_largest)
-        flat = compute(*problem, *options, *needs)
-        vectors, saved, largest = split(flat, _FORWARD_GIVES)
-        ctx.mark_non_differentiable(*saved, *largest)
-        # Else autograd would hand backward a zero tensor as large as `kept`.
-        ctx.set_materialize_grads(False)
+        vectors, saved, largest = compute(problem, options, needs)
         ctx.save_for_backward(*problem, *saved)
-        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors]
-        return flat
+        ctx.options = options
+        return *vectors, saved, largest
 
     @staticmethod
     def backward(ctx, *came_back):
         # saved_tensors once: each access unpacks them all, and activation checkpointing allows one.
         problem, saved = split(ctx.saved_tensors, (Problem, Saved))
-        vector_grads, *_ = split(came_back, _FORWARD_GIVES)
-        vector_grads = zeros_for_none(vector_grads, ctx.shapes, saved.total)
         wanted = _wanted(ctx)
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
-        grads = Gradients(*call(_NEGATIVE_LSE_BACKWARD, *vector_grads, *problem, *saved, *ctx.options, *needs))
+        (grads,) = negative_lse_backward(Vectors._make(came_back[:-2]), problem, saved, ctx.options, needs)
         if problem.index is not None:
             grads = grads._replace(
                 weight=in_rows(problem.index, grads.weight, problem.weight),
                 bias=in_rows(problem.index, grads.bias, problem.bias),
             )
         grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
-        return None, *grads, *[None] * (len(ctx.needs_input_grad) - 1 - len(grads))
+        return None, None, *grads, *[None] * (len(problem) - len(grads))
 
 
 def _wanted(ctx):
-    """Gradients of flags: whether autograd wants them. The first input of _NegativeLse is no argument of the operator."""
-    return Gradients(*ctx.needs_input_grad[1 : 1 + len(Gradients._fields)])
+    """Gradients of flags: whether autograd wants them. The first two inputs of _NegativeLse are no tensors."""
+    return Gradients._make(ctx.needs_input_grad[2 : 2 + len(Gradients._fields)])
 
 
-differentiable(_NEGATIVE_LSE, _NegativeLse)
+negative_lse.differentiable(_NegativeLse)
 
 
 def in_rows(index, grad, of):
@@ -257,54 +252,55 @@ def _no_second_derivative(ctx, *grads):
 
 class _NegativeLseBackward(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, *inputs):
-        return compute(*inputs)
+    def forward(ctx, compute, objects, *_):
+        (grads,) = compute(*objects)
+        return grads
 
     backward = staticmethod(_no_second_derivative)
 
 
-differentiable(_NEGATIVE_LSE_BACKWARD, _NegativeLseBackward)
+negative_lse_backward.differentiable(_NegativeLseBackward)
 
 
-def _margin_losses(
-    lse: Tensor, logit: Tensor, counted: Tensor, scale: float, reduction: str, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(softplus(lse_n - s logit_n) of the counted rows and 0 of others, reduced; its derivative by each row's lse (N,)).
+def _margin_losses(rows, reduction):
+    """(Losses, Slopes): softplus(lse_n - s logit_n) of the counted rows and 0 of others, reduced.
 
-    lse, logit (N,) of one dtype; counted (N,) bool. "mean": over the counted rows, 0 where there are none.
+    "mean": over the counted rows, 0 where there are none.
     """
+    lse, logit, counted = rows
     with torch.cuda.device_of(lse):
-        return backends.choose(backend, lse.device, lse.dtype).row_functions.losses(lse, logit, counted, scale, reduction)
+        functions = backends.choose(reduction.backend, lse.device, lse.dtype).row_functions
+        losses, slopes = functions.losses(lse, logit, counted, reduction.scale, reduction.reduction)
+    return Losses(losses), Slopes(slopes)
 
 
-_MARGIN_LOSSES = register("margin_losses", library.infer_schema(_margin_losses, mutates_args=()), _margin_losses)
-margin_losses = functools.partial(call, _MARGIN_LOSSES)
+margin_losses = Operator("margin_losses", (RowLogits, Reduction), (Losses, Slopes), _margin_losses)
 
 
-@library.register_fake("cosface_kernels::margin_losses", lib=LIBRARY)
-def _(lse, logit, counted, scale, reduction, backend):
-    return lse.new_empty(lse.shape if reduction == "none" else ()), torch.empty_like(lse)
+@margin_losses.register_fake
+def _(rows, reduction):
+    lse = rows.lse
+    return Losses(lse.new_empty(lse.shape if reduction.reduction == "none" else ())), Slopes(torch.empty_like(lse))
 
 
 class _MarginLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, compute, lse, logit, counted, scale, reduction, backend):
-        losses, slope = compute(lse, logit, counted, scale, reduction, backend)
-        ctx.mark_non_differentiable(slope)
-        ctx.set_materialize_grads(False)
-        ctx.scale = scale
-        ctx.save_for_backward(slope, counted, lse, logit)
-        return losses, slope
+    def forward(ctx, compute, objects, lse, logit, counted):
+        losses, slopes = compute(*objects)
+        ctx.scale = objects[1].scale
+        ctx.save_for_backward(slopes.slope, counted, lse, logit)
+        return losses.loss, slopes
 
     @staticmethod
     def backward(ctx, grad, _):
-        if grad is None:
-            return (None,) * 7
         slope, counted, lse, logit = ctx.saved_tensors
         lse_grad = torch.where(counted, grad * slope, slope)  # where grad may be infinite and slope is 0
         if torch.is_grad_enabled():
             lse_grad = FirstDerivative.apply(lse_grad, lse, logit)
-        return None, lse_grad, -ctx.scale * lse_grad, None, None, None, None
+        return None, None, lse_grad, -ctx.scale * lse_grad, None
+
+
+margin_losses.differentiable(_MarginLosses)
 
 
 class FirstDerivative(torch.autograd.Function):
@@ -317,9 +313,6 @@ class FirstDerivative(torch.autograd.Function):
         return grad.view_as(grad)
 
     backward = staticmethod(_no_second_derivative)
-
-
-differentiable(_MARGIN_LOSSES, _MarginLosses)
 
 
 @library.custom_op("cosface_kernels::sample_classes", mutates_args=())

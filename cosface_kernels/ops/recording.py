@@ -15,7 +15,7 @@ import torch
 from ..distributed import dtensors
 from . import class_tables, formats, operators
 from .operands import Options, TableFactors, Vectors
-from .operators import in_rows, zeros_for_none
+from .operators import in_rows
 from .recorded_gradient import write_gradient
 from .seen import Seen, change_of
 from .slabs import KEPT_ANYWAY
@@ -189,8 +189,7 @@ class _Record(torch.autograd.Function):
                 hard=problem.hard,
             )
         )
-        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors.of_table]
-        ctx.set_materialize_grads(False)
+        ctx.options = options
         return tuple(torch.zeros_like(vector) for vector in vectors.of_table)
 
     @staticmethod
@@ -199,7 +198,7 @@ class _Record(torch.autograd.Function):
         held, no_gradients = _Held(*ctx.saved_tensors), (None,) * len(ctx.needs_input_grad)
         if change := change_of(ctx.seen, *ctx.parameters, class_tables.row_scale(ctx.parameters[0])):
             raise RuntimeError(f"the class table was {change} between forward and backward")
-        grads = Vectors(*zeros_for_none(grads, ctx.shapes, held.total), feature_length=None)
+        grads = Vectors(*grads, feature_length=None)
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
         factors = TableFactors.of(held.labels.clone(), held, grads, held.hard)
         seen = [*ctx.seen, *Seen.all(held.index)]

@@ -1,86 +1,85 @@
 """Registration, differentiation and calls of the operators."""
 
 import functools
+import itertools
 
 import torch
-from torch import Tensor, library
+from torch import library
 
 from .operands import schema, split
 
 LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
 
 
-def register(name, signature, implementation):
-    """Register torch.ops.cosface_kernels.<name> and return it. Does the same as library.custom_op, whose register_autograd looks
-    up each argument's default in each call, and these have many. torch.compile does not trace into it, as with custom_op.
-    """
-    LIBRARY.define(name + signature, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, torch._disable_dynamo(implementation), "CompositeExplicitAutograd")
-    operator = getattr(torch.ops.cosface_kernels, name).default
-    operator.implementation = implementation
-    return operator
+class Operator:
+    """The operator torch.ops.cosface_kernels.<name>, called with objects of the classes `takes`, and giving those of `gives`.
 
-
-def register_named(name, implementation, takes, gives):
-    """The same for an implementation whose arguments are objects of the classes `takes`, and whose results are of `gives`."""
-
-    def flat(*arguments):
-        return sum(implementation(*split(arguments, takes)), ())
-
-    return register(name, schema(takes, gives), flat)
-
-
-def register_fake(name, takes):
-    """Register a function of objects of the classes `takes` as what the operator gives for tensors without numbers."""
-
-    def register(function):
-        library.register_fake(f"cosface_kernels::{name}", lambda *flat: function(*split(flat, takes)), lib=LIBRARY)
-
-    return register
-
-
-def differentiable(operator, function):
-    """Make the operator an autograd Function where a gradient may be wanted, as custom_op does.
-
-    function: its forward takes, before the operator's arguments, the callable that computes its results below autograd.
+    PyTorch sees their fields, one after another. Does the same as library.custom_op, whose register_autograd looks up each
+    argument's default in each call, and these have many. torch.compile does not trace into it, as with custom_op.
+    inputs: how many of the objects, the first ones, hold tensors that no other operator of a step has seen.
     """
 
-    def with_autograd(compute):
-        def below_autograd(*inputs):
+    def __init__(self, name, takes, gives, implementation, inputs=1):
+        self.takes, self.gives, self.implementation, self.inputs, self.function = takes, gives, implementation, inputs, None
+        LIBRARY.define(name + schema(takes, gives), tags=torch.Tag.pt2_compliant_tag)
+        LIBRARY.impl(name, torch._disable_dynamo(self._flat(implementation)), "CompositeExplicitAutograd")
+        self.name, self.operator = f"cosface_kernels::{name}", getattr(torch.ops.cosface_kernels, name).default
+
+    def __call__(self, *objects):
+        """Call it, past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see that."""
+        if _only_autograd_sees(_joined(objects[: self.inputs])):
+            return self._with_autograd(self.implementation, *objects)
+        return self._dispatched(*objects)
+
+    def register_fake(self, function):
+        """Register what the operator gives for tensors without numbers."""
+        library.register_fake(self.name, self._flat(function), lib=LIBRARY)
+
+    def differentiable(self, function):
+        """Make the operator an autograd Function where a gradient of its inputs may be wanted, as custom_op does.
+
+        Forward of `function` takes the callable that computes the results below autograd, the objects, and the tensors of the
+        inputs. It returns the fields of the first of the results, which alone have gradients, and the other results.
+        """
+        self.function = function
+        LIBRARY.impl(self.operator, self._flat(functools.partial(self._with_autograd, self._dispatched)), "Autograd")
+
+    def _flat(self, function):
+        return lambda *flat: _joined(function(*split(flat, self.takes)))
+
+    def _dispatched(self, *objects):
+        return split(self.operator(*_joined(objects)), self.gives)
+
+    def _with_autograd(self, compute, *objects):
+        def below_autograd(*objects):
             with torch._C._AutoDispatchBelowAutograd():
-                return compute(*inputs)
+                return compute(*objects)
 
-        def call(*inputs):
-            if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
-                return function.apply(below_autograd, *inputs)
-            return below_autograd(*inputs)
-
-        return call
-
-    LIBRARY.impl(operator, with_autograd(operator), "Autograd")
-    operator.past_dispatcher = with_autograd(operator.implementation)
+        if self.function and torch.is_grad_enabled():
+            tensors, first = _joined(objects[: self.inputs]), self.gives[0]
+            if torch._C._any_requires_grad(*tensors):
+                results, count = self.function.apply(below_autograd, objects, *tensors), len(first._fields)
+                return first._make(results[:count]), *results[count:]
+        return below_autograd(*objects)
 
 
-def call(operator, *inputs):
-    """operator(*inputs), past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see the call."""
-    return (operator.past_dispatcher if _only_autograd_sees(inputs) else operator)(*inputs)
+def _joined(objects):
+    return tuple(itertools.chain.from_iterable(objects))
 
 
 # The dispatch keys that a thread adds to those of the tensors, where no mode, transform or trace is active.
 _THREAD_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect).add(torch._C.DispatchKey.ADInplaceOrView)
-_CONSTANTS = {float, int, bool, str, torch.dtype, type(None)}  # an operator's other arguments
 
 
 @functools.cache
-def _plain_keys(device_type):
-    return torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device_type))
+def _plain_keys(device):
+    return torch._C._dispatch_keys(torch.empty(0, dtype=torch.float32, device=device))
 
 
-def _only_autograd_sees(inputs):
+def _only_autograd_sees(tensors):
     """False if an operator's call is traced or profiled, or its tensors are of a subclass, transformed or negative views."""
     if torch.compiler.is_compiling() or torch._C._dispatch_tls_local_include_set() != _THREAD_KEYS:
         return False
     if torch.autograd._profiler_enabled():  # else a profile would not name the operators
         return False
-    tensors = (each for each in inputs if type(each) not in _CONSTANTS and isinstance(each, Tensor))
-    return all(torch._C._dispatch_keys(each) == _plain_keys(each.device.type) for each in tensors)
+    return all(each is None or torch._C._dispatch_keys(each) == _plain_keys(each.device) for each in tensors)
