@@ -7,7 +7,8 @@ from torch import Tensor
 from typing_extensions import Required, Unpack
 
 from . import positives, validation
-from .loss import Inputs, LossOptions, Statistics, differentiable_in_scale, loss_of_table, negatives
+from .before_margin import Inputs, LossOptions, check_inputs, differentiable_in_scale, negatives
+from .loss import Statistics, loss_of_table
 from .margins import CosFace, HardNegatives, Margin, NormSoftmax
 from .validation import Backend, MemoryBudget, Reduction
 
@@ -115,7 +116,9 @@ def cosine_lse(
         *(NormSoftmax(), scale, True, 1),
         **{"ignore_index": ignore_index, "memory_budget": memory_budget, "backend": backend, "return_statistics": return_largest},
     )
-    found = negatives(Inputs(features, weight, labels), options)
+    inputs = Inputs(features, weight, labels)
+    check_inputs(inputs, options)
+    found = negatives(inputs, options)
     lse = differentiable_in_scale(found.lse, scale, found.slope)
     vectors = torch.where(found.counted, lse, 0.0), found.product
     return (*vectors, *found.known_largest()) if return_largest else vectors

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 from . import validation
-from .loss import class_indices
 from .ops import operators
+from .positives import class_indices
 
 
 def sample_classes(labels: Tensor, num_classes: int, rate: float, *, seed: int = 0, step: int = 0) -> Tensor:

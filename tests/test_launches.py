@@ -88,7 +88,7 @@ def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows,
     monkeypatch.setattr(slabs, "slab_rows", lambda *arguments: rows)
     monkeypatch.setattr(backends, "unusable", lambda *arguments: None)
     monkeypatch.setattr(
-        "cosface_kernels.loss.product_dtype", lambda *arguments: torch.bfloat16
+        "cosface_kernels.before_margin.product_dtype", lambda *arguments: torch.bfloat16
     )  # there is no autocast for "meta"
     monkeypatch.setattr(triton_backend, "accumulated", product)
     monkeypatch.setattr(triton_backend, "in_parts", parts)

@@ -18,7 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils.checkpoint import checkpoint
 
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin_softmax_loss, reference, sample_classes
-from cosface_kernels.loss import Inputs, loss_of_table
+from cosface_kernels.before_margin import Inputs
+from cosface_kernels.loss import loss_of_table
 from cosface_kernels.margins import AdaFace, CosFace, NormSoftmax, Softmax
 from cosface_kernels.ops import operators, sampled_classes, slabs, value_checks
 from cosface_kernels.ops.operands import Needs, Options, Problem

@@ -26,10 +26,10 @@ from selection import slab_loop_when, slow_when
 from torch import library
 
 from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, ShardedCosFaceLoss, ShardedMarginSoftmaxLoss, margins, reference
+from cosface_kernels.before_margin import Inputs, LossOptions, negatives
 from cosface_kernels.compat import insightface
 from cosface_kernels.heads import data_parallel
 from cosface_kernels.heads.over_ranks import FOREIGN, IGNORED, INVALID, _labels_here
-from cosface_kernels.loss import Inputs, LossOptions, negatives
 from cosface_kernels.margins import NormSoftmax
 from cosface_kernels.ops.operands import Needs, Options, Problem
 

@@ -15,10 +15,11 @@ import torch
 from torch.distributed.tensor import DTensor, Shard
 
 from .. import margins, validation
+from ..before_margin import product_dtype
 from ..distributed import dtensors
 from ..distributed.ranks import ONE_PROCESS
-from ..loss import class_indices, product_dtype
 from ..ops import backends, formats, recording, value_checks
+from ..positives import class_indices
 from ..sampling import with_hard_classes
 from . import data_parallel, float8, logits
 from .gathered import FOREIGN, Batch

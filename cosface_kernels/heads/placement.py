@@ -8,8 +8,9 @@ over_ranks.py has the placements over several ranks, with the same methods.
 import torch
 
 from .. import validation
+from ..before_margin import OneShard, replaced
 from ..distributed import dtensors
-from ..loss import WholeTable, class_indices, replaced
+from ..positives import class_indices
 from ..sampling import with_hard_classes
 from . import agreement, data_parallel, float8, logits
 
@@ -65,7 +66,7 @@ class Whole:
             weight, bias = (data_parallel.with_dense_gradient(each, head) for each in (inputs.weight, inputs.bias))
             inputs = replaced(inputs, classes=classes, weight=weight, bias=bias)
             options = replaced(options, sample_correction=correction)
-        return inputs, options, WholeTable()
+        return inputs, options, OneShard()
 
     def logits(self, head, table, features):
         validation.check_features(features, table[0])

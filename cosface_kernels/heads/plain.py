@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import margins, positives, theory, validation
+from ..before_margin import Inputs, LossOptions, default_scale
 from ..distributed import dtensors
-from ..loss import Inputs, LossOptions, Statistics, default_scale, loss_of_table
+from ..loss import Statistics, loss_of_table
 from ..margins.hard_negatives import HardNegatives
 from ..ops import class_tables, formats, recording
 from ..sampling import classes_of_step, correction
@@ -323,16 +324,13 @@ class MarginSoftmaxLoss(nn.Module):
 
     def _loss(self, features, labels, label_weights, return_statistics):
         table, options = self._table(), self._loss_options(return_statistics)
-        weight, bias, parameters = self._trained(table)
         inputs = Inputs(
             features=features,
-            weight=weight,
             labels=labels,
-            bias=bias,
             label_weights=label_weights,
             class_weight=self.class_weight,
-            parameters=parameters,
             row_scale=self._row_scale(),
+            **self._own_rows(table),
         )
         inputs, options, shards = self.placement.batch(self, table, inputs, options)
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
@@ -456,13 +454,16 @@ class MarginSoftmaxLoss(nn.Module):
         """True if only some of the classes take part in this step."""
         return self.sample_rate < 1 and self.training
 
-    def _trained(self, table):
-        """(weight, bias, parameters): this process's rows; the table itself if only a fused optimiser can train it, or None."""
+    def _own_rows(self, table):
+        """The Inputs of this process's rows of the table: `parameters` too if only a fused optimiser can train it."""
         if recording.pending(table[0]) is not None or table[0].dtype == formats.FLOAT8:
             with torch.no_grad():
-                return *self.placement.rows(table), table
+                weight, bias = self.placement.rows(table)
+            return {"weight": weight, "bias": bias, "parameters": table}
         weight, bias = self.placement.rows(table)
-        return weight if self._format_of(weight) == "float32" else class_tables.refused(weight, weight.detach()), bias, None
+        if self._format_of(weight) != "float32":
+            weight = class_tables.refused(weight, weight.detach())
+        return {"weight": weight, "bias": bias}
 
     def _row_scale(self):
         """The scales of this process's rows (R,), beside a float8 weight."""
