@@ -22,8 +22,10 @@ class Operator:
     def __init__(self, name, takes, gives, implementation, inputs=1):
         self.takes, self.gives, self.implementation, self.inputs, self.function = takes, gives, implementation, inputs, None
         LIBRARY.define(name + schema(takes, gives), tags=torch.Tag.pt2_compliant_tag)
-        LIBRARY.impl(name, torch._disable_dynamo(self._flat(implementation)), "CompositeExplicitAutograd")
+        flat = self._flat(implementation)
+        LIBRARY.impl(name, torch._disable_dynamo(flat), "CompositeExplicitAutograd")
         self.name, self.operator = f"cosface_kernels::{name}", getattr(torch.ops.cosface_kernels, name).default
+        self.operator.implementation = flat  # a dispatch mode sees by it what the operator does
 
     def __call__(self, *objects):
         """Call it, past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see that."""
