@@ -126,7 +126,7 @@ def warn_if_out_of_bounds(num_classes: int, embedding_size: int, scale: float, m
     """
     needed, room = min_scale(num_classes), max_margin(num_classes, embedding_size)
     validation.check_scale(scale)
-    validation.check_margin(margin)
+    validation.check_number("margin", margin)
     scale, margin = float(scale), float(margin)
     faults = []
     if scale < needed and not _is_rounding(scale, needed):

@@ -21,7 +21,7 @@ INDEX = slice(0, 64)
 
 def stored(dtype, rows=64, size=37):
     """(buffer, scale) of a format, zeros."""
-    return torch.zeros(rows, size, dtype=dtype), torch.zeros(rows) if formats.has_scales(dtype) else None
+    return torch.zeros(rows, size, dtype=dtype), torch.zeros(rows) if dtype.itemsize == 1 else None
 
 
 def rounded(dtype, rows, key=1, stream=0):

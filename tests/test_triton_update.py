@@ -40,7 +40,7 @@ def of_many_magnitudes(size, seed, rows=ROWS, exponents=(-6, 2)):
 def stored(dtype, values, squared=False):
     """(buffer, scale) that hold about these values, or their squares."""
     buffer = torch.zeros(values.shape, dtype=dtype, device=DEVICE)
-    scale = torch.zeros(len(values), device=DEVICE) if formats.has_scales(dtype) else None
+    scale = torch.zeros(len(values), device=DEVICE) if dtype.itemsize == 1 else None
     values = values.square() if squared else values
     bits = formats.random_bits(9, torch.arange(len(values), device=DEVICE), values.shape[1], 0)
     if formats.is_rounded(dtype):
@@ -316,7 +316,7 @@ def test_each_number_is_read_once_and_written_once(rule, table, states, wanted, 
     triton_update.update(
         part, slice(0, ROWS), of_many_magnitudes(size, 1), normalize=True, unscale=torch.tensor(2.0), targets=targets
     )
-    scales = 2 * 4 * sum(formats.has_scales(dtype) for dtype in (table, *states))
+    scales = 2 * 4 * sum(dtype.itemsize == 1 for dtype in (table, *states))
     search = 8 * (num_targets.bit_length() + 1)
     beside = ROWS * (scales + search + 9) + targets[1].nbytes
     assert wanted * ROWS * size <= moved["bytes"] <= wanted * ROWS * size + beside

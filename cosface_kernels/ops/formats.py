@@ -33,11 +33,6 @@ def is_rounded(dtype):
     return dtype.itemsize < 4
 
 
-def has_scales(dtype):
-    """True if each row of this format has a scale beside it, float32."""
-    return dtype.itemsize == 1
-
-
 def read(buffer, scale, index):
     """Decode the rows at index (a slice or a tensor). For a slice of a float format that is a view of the buffer."""
     if buffer.dtype == FLOAT8:

@@ -189,16 +189,12 @@ class Fused(torch.optim.Optimizer):
         for key, state in state_dict["state"].items():
             if key not in params:
                 raise ValueError(f"state must be of a parameter that param_groups has, {ids}, got one of {key!r}")
-            for name, value in state.items():
+            for name in state:
                 if name.removesuffix("_scale") not in (*self._STATE, *table_state.COUNTS):
                     raise ValueError(
                         f"{name} is no state of {type(self).__name__}, which has {[*self._STATE]}: another optimiser's"
                     )
-                table_state.check_state(name, value, params[key])
-                if name in table_state.COUNTS:
-                    table_state.check_count(name, value)
-                if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
-                    raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
+                table_state.check_state(state, name, params[key], waits=True)
         super().load_state_dict({**state_dict, "state": {}})
         for group in self.param_groups:  # torch.optim's own state has fewer options
             for name, value in self.defaults.items():

@@ -50,13 +50,11 @@ def check_rows(parameter, group, state):
     wide = wide_dtype(parameter.dtype)
     for name, value in state.items():
         try:
-            check_state(name, value, parameter)
+            check_state(state, name, parameter)
             if value.dim() and (value.device != parameter.device or not dtensors.local(value).is_contiguous()):
                 raise ValueError(
                     f"{name} must be contiguous on {parameter.device}, got strides {value.stride()} on {value.device}"
                 )
-            if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
-                raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
         except (TypeError, ValueError) as error:
             message = (
                 f"{error}: the table or its state was replaced; make the optimiser again (head.grow and head.remove keep both)"
@@ -76,17 +74,19 @@ def check_whole(state):
         )
 
 
-def check_state(name, value, parameter):
-    """Check a buffer: it has its parameter's shape (a scale: one number for each row), and is sharded as the parameter is."""
-    shape = () if name in COUNTS else parameter.shape[:1] if name.endswith("_scale") else parameter.shape
+def check_state(state, name, parameter, waits=False):
+    """Check a buffer: it has its parameter's shape (a scale: one number for each row), and is sharded as the parameter is; codes
+    have their scales. waits: whether to check a count on a GPU too, for whose value the host waits.
+    """
+    value, shape = state[name], () if name in COUNTS else parameter.shape[:1] if name.endswith("_scale") else parameter.shape
     validation.check_read(name, tuple(shape), value)
     if value.shape != shape:
         raise ValueError(
             f"{name} must have shape {tuple(shape)} for the table of {tuple(parameter.shape)}, got {tuple(value.shape)}"
         )
     if name in COUNTS:
-        if value.device.type == "cpu":  # elsewhere asking would wait for the device
-            check_count(name, value)
+        if waits or value.device.type == "cpu":
+            _check_count(name, value)
         return
     codes = torch.uint8 if name == "exp_avg_sq" else torch.int8
     dtypes = (torch.float32,) if name.endswith("_scale") else (torch.float32, torch.float64, torch.bfloat16, codes)
@@ -94,9 +94,11 @@ def check_state(name, value, parameter):
         raise ValueError(f"{name} must be one of {dtypes}, got {value.dtype}")
     if dtensors.is_sharded(value) != dtensors.is_sharded(parameter):
         raise ValueError(f"{name} must be sharded where the table is: use load_checkpoint, which shards what was plain")
+    if value.dtype in formats.LARGEST_CODE and f"{name}_scale" not in state:
+        raise ValueError(f"{name} is {value.dtype}, so there must be a {name}_scale")
 
 
-def check_count(name, value):
+def _check_count(name, value):
     """Check a count's value: a whole number of at least 0."""
     counted = None if value.dtype == torch.bool or value.is_complex() else value.item()
     if counted is None or not 0 <= counted < float("inf") or counted != int(counted):

@@ -26,7 +26,6 @@ from .options import (
     check_fields,
     check_ignore_index,
     check_label_smoothing,
-    check_margin,
     check_margins,
     check_options,
     check_reduction,

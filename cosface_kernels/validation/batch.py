@@ -25,8 +25,7 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1, clas
             f"labels must have shape (N,) = ({features.shape[0]},), one class index for each row of features, "
             f"got {tuple(labels.shape)}{hint}"
         )
-    if labels.device != features.device:
-        raise ValueError(f"labels must be on the device of features ({features.device}), got {labels.device}")
+    tensors.check_device("labels", labels, "features", features.device)
     if classes is not None:
         _check_classes(classes, features)
     tensors.check_one_kind(features=features, weight=weight, labels=labels, bias=bias, classes=classes)
@@ -46,8 +45,7 @@ def check_features(features, weight):
         raise ValueError(
             f"features must have the embedding size of weight, D = {weight.shape[1]}, got shape {tuple(features.shape)}"
         )
-    if weight.device != features.device:
-        raise ValueError(f"weight must be on the device of features ({features.device}), got {weight.device}")
+    tensors.check_device("weight", weight, "features", features.device)
 
 
 def _check_bias(bias, weight):
@@ -57,8 +55,7 @@ def _check_bias(bias, weight):
         raise TypeError(f"bias must have the dtype of weight, {wanted}, got {bias.dtype}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must have a number for each row of weight, shape ({len(weight)},), got {tuple(bias.shape)}")
-    if bias.device != weight.device:
-        raise ValueError(f"bias must be on the device of weight ({weight.device}), got {bias.device}")
+    tensors.check_device("bias", bias, "weight", weight.device)
 
 
 def check_labels(labels):
@@ -73,17 +70,14 @@ def _check_classes(classes, features):
     tensors.check_integers("classes", "(M,)", classes)
     if classes.dim() != 1 or classes.shape[0] < 1:
         raise ValueError(f"classes must have shape (M,), at least one class, got {tuple(classes.shape)}")
-    if classes.device != features.device:
-        raise ValueError(f"classes must be on the device of features ({features.device}), got {classes.device}")
+    tensors.check_device("classes", classes, "features", features.device)
 
 
 def check_positives(labels, weights, features, most):
     """Check labels (N, K) of any integer dtype and their weights (N, K) of any float dtype."""
     tensors.check_dense("features", "(N, D)", features)
     tensors.check_integers("labels", "(N, K)", labels)
-    tensors.check_dense("label_weights", "(N, K)", weights)
-    if weights.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"label_weights must be float16, bfloat16, float32 or float64, got {weights.dtype}")
+    tensors.check_floats("label_weights", "(N, K)", weights)
     num_rows = features.shape[0] if features.dim() else 0
     if labels.dim() != 2 or labels.shape[0] != num_rows or not 1 <= labels.shape[1] <= most:
         raise ValueError(
@@ -92,8 +86,7 @@ def check_positives(labels, weights, features, most):
     if weights.shape != labels.shape:
         raise ValueError(f"label_weights must have the shape of labels, {tuple(labels.shape)}, got {tuple(weights.shape)}")
     for name, tensor in (("labels", labels), ("label_weights", weights)):
-        if tensor.device != features.device:
-            raise ValueError(f"{name} must be on the device of features ({features.device}), got {tensor.device}")
+        tensors.check_device(name, tensor, "features", features.device)
 
 
 def check_row_scale(weight, row_scale):
@@ -118,13 +111,11 @@ def check_class_weight(class_weight, num_classes, device=None, label_smoothing=0
     """Check weights (C,), or None."""
     if class_weight is None:
         return
-    tensors.check_dense("class_weight", f"(C,) = ({num_classes},)", class_weight)
-    if class_weight.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"class_weight must be float16, bfloat16, float32 or float64, got {class_weight.dtype}")
+    tensors.check_floats("class_weight", f"(C,) = ({num_classes},)", class_weight)
     if class_weight.shape != (num_classes,):
         raise ValueError(f"class_weight must have shape (C,) = ({num_classes},), got {tuple(class_weight.shape)}")
-    if device is not None and class_weight.device != device:
-        raise ValueError(f"class_weight must be on the device of features ({device}), got {class_weight.device}")
+    if device is not None:
+        tensors.check_device("class_weight", class_weight, "features", device)
     if label_smoothing:
         raise ValueError(
             "class_weight and label_smoothing exclude each other: F.cross_entropy then weights every class's term, which the "
@@ -139,14 +130,11 @@ def check_correction(correction, classes, device):
     if classes is None:
         raise ValueError("sample_correction may be a tensor with classes alone, one number for each, got classes = None")
     shape = f"(M,) = ({len(classes)},)"
-    tensors.check_dense("sample_correction", shape, correction)
+    tensors.check_floats("sample_correction", shape, correction)
     tensors.check_one_kind(classes=classes, sample_correction=correction)
-    if correction.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"sample_correction must be float16, bfloat16, float32 or float64, got {correction.dtype}")
     if correction.shape != classes.shape:
         raise ValueError(f"sample_correction must have shape {shape}, one number for each class, got {tuple(correction.shape)}")
-    if correction.device != device:
-        raise ValueError(f"sample_correction must be on the device of weight ({device}), got {correction.device}")
+    tensors.check_device("sample_correction", correction, "weight", device)
     if correction.requires_grad:
         raise ValueError("sample_correction must need no gradient: pass sample_correction.detach()")
 
@@ -168,9 +156,7 @@ def check_hard_classes(hard_classes, num_classes):
     if hard_classes is None:
         return
     shape = f"(C, k), C = {num_classes}"
-    tensors.check_dense("hard_classes", shape, hard_classes)
-    if hard_classes.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"hard_classes must have an integer dtype, got {hard_classes.dtype}")
+    tensors.check_integers("hard_classes", shape, hard_classes)
     if hard_classes.dim() != 2 or hard_classes.shape[0] != num_classes or not hard_classes.shape[1]:
         raise ValueError(
             f"hard_classes must have shape {shape}, k classes to be drawn along with each, got {tuple(hard_classes.shape)}"

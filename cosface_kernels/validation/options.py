@@ -27,7 +27,7 @@ def check_options(*, scale, ignore_index, memory_budget, backend, reduction="non
     check_reduction(reduction)
     check_ignore_index(ignore_index)
     check_memory_budget(memory_budget)
-    check_backend(backend)
+    check_choice("backend", backend, BACKENDS)
 
 
 def check_scale(scale, features=None):
@@ -74,10 +74,6 @@ def check_memory_budget(memory_budget):
         raise ValueError(f"memory_budget must be 0 bytes or more, got {memory_budget}")
 
 
-def check_backend(backend):
-    check_choice("backend", backend, BACKENDS)
-
-
 def check_label_smoothing(label_smoothing, centers_per_class):
     check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
@@ -87,10 +83,6 @@ def check_label_smoothing(label_smoothing, centers_per_class):
             "label_smoothing needs the mean of all logits, which of sub-centres only a second pass would find: "
             f"centers_per_class must be 1, got {centers_per_class}"
         )
-
-
-def check_margin(margin):
-    check_number("margin", margin)
 
 
 def check_margins(margin):

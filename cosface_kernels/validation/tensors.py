@@ -66,6 +66,17 @@ def check_one_kind(**tensors):
         raise TypeError(f"all tensors must be fake, or none, got a FakeTensor for {' and '.join(fake)} alone")
 
 
+def check_floats(name, shape, tensor):
+    check_dense(name, shape, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+
+
+def check_device(name, tensor, other, device):
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of {other} ({device}), got {tensor.device}")
+
+
 def check_integers(name, shape, tensor):
     check_dense(name, shape, tensor)
     if tensor.dtype not in INTEGER_DTYPES:
