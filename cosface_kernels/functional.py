@@ -181,23 +181,11 @@ def cosface_loss(
     """
     validation.check_scale(scale)
     validation.check_margins(margin)
-    return margin_softmax_loss(  # type: ignore[call-overload, no-any-return]
-        features,
-        weight,
-        labels,
-        margin=CosFace(margin),
-        scale=scale,
-        reduction=reduction,
-        ignore_index=ignore_index,
-        memory_budget=memory_budget,
-        backend=backend,
-        classes=classes,
-        sample_correction=sample_correction,
-        label_smoothing=label_smoothing,
-        class_weight=class_weight,
-        return_statistics=return_statistics,
-        negatives=negatives,
+    options = LossOptions(
+        *(CosFace(margin), scale, None, 1, reduction, sample_correction),
+        *(ignore_index, memory_budget, backend, return_statistics, label_smoothing, negatives),
     )
+    return loss_of_table(Inputs(features, weight, labels, None, classes, None, class_weight), options)
 
 
 @overload

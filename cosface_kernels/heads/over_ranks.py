@@ -57,7 +57,7 @@ class OverRanks(Whole):
         def told():
             raise error
 
-        ranks.exchange("the exchange of batch sizes", told, len(Told._fields), self.local(head.weight).device)
+        Told.agreed(ranks, told, self.local(head.weight).device)
 
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, Batch) of all ranks' rows with this rank's rows of the table."""
@@ -81,9 +81,7 @@ class OverRanks(Whole):
             label_columns = 0 if inputs.label_weights is None else inputs.label_weights.shape[1]
             return Told.of(head, features, statistics=options.return_statistics, label_columns=label_columns)
 
-        counts, needs_gradient = Told.agreed(
-            ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device)
-        )
+        counts, needs_gradient = Told.agreed(ranks, told, weight.device)
         if needs_gradient and not features.requires_grad:
             features = features.detach().requires_grad_()
         features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
@@ -120,7 +118,7 @@ class OverRanks(Whole):
             validation.check_k(k, head.num_classes)
             return Told.of(head, features, k)
 
-        counts, _ = Told.agreed(ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device))
+        counts, _ = Told.agreed(ranks, told, weight.device)
         return self._nearest(head, head, rows, ranks.gather(features, counts), counts, k)
 
     def _nearest(self, head, kind, rows, gathered, counts, k):
@@ -177,7 +175,7 @@ class OverRanks(Whole):
             check(weight if len(weight) else _with_zeros(weight, head.centers_per_class))
             return Told.of(head, features)
 
-        counts, _ = Told.agreed(ranks.exchange("the exchange of batch sizes", told, len(Told._fields), weight.device))
+        counts, _ = Told.agreed(ranks, told, weight.device)
         labels = ranks.gather(class_indices(labels), counts)
         first, count = self.first_class(head, head.weight), len(weight) // head.centers_per_class
         places = _labels_here(labels, head.ignore_index, head.num_classes, first, count)

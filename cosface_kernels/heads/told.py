@@ -38,9 +38,12 @@ class Told(NamedTuple):
         return cls(len(features), dtype, grad_mode, options, needs_gradient, k, statistics, label_columns)
 
     @classmethod
-    def agreed(cls, everyone):
-        """(rows of each rank, True if any needs the gradient of its features). Raises unless all ranks have the same options."""
-        told = cls(*zip(*everyone, strict=True))
+    def agreed(cls, ranks, of_this_rank, device):
+        """(rows of each rank, True if any needs the gradient of its features). Raises unless all ranks have the same options.
+
+        of_this_rank() -> Told; what it raises on one rank, all raise.
+        """
+        told = cls(*zip(*ranks.exchange("the exchange of batch sizes", of_this_rank, len(cls._fields), device), strict=True))
         options = "num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)"
         grad_modes = "gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same"
         for what, values in (

@@ -22,7 +22,7 @@ import tempfile
 import warnings
 import zipfile
 from contextlib import ExitStack, contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -311,16 +311,9 @@ def _save_safetensors(name, table, file):
 
 def _rows(tables, start, stop, *, column_major):
     """Rows start to stop of the concatenated tables, (stop - start, D): the one copy."""
-    shape, dtype = (stop - start, tables[0].shape[1]), tables[0].dtype
-    rows = torch.empty(shape[::-1] if column_major else shape, dtype=dtype, device="cpu")
-    rows = rows.T if column_major else rows
-    first = 0
-    for table in tables:
-        low, high = max(start, first), min(stop, first + len(table))
-        if low < high:
-            rows[low - start : high - start] = table[low - first : high - first]
-        first += len(table)
-    return rows
+    firsts = accumulate(map(len, tables), initial=0)
+    parts = [table[max(start - first, 0) : max(stop - first, 0)] for table, first in zip(tables, firsts, strict=False)]
+    return torch.cat([part.T for part in parts], 1).T if column_major else torch.cat(parts)
 
 
 def _reason(error):

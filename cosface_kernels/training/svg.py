@@ -26,19 +26,17 @@ def _legend(names):
     return f'<p class="legend">{"".join(entries)}</p>' if len(names) > 1 else ""
 
 
-def density(columns, x_title, y_title, low=-1.0, high=1.0):
-    """Histograms over time, each column darker where more numbers are: [(x, [count of each bin from low to high])]."""
+def density(columns, x_title, y_title):
+    """Histograms over time, each column darker where more numbers are: [(x, [count of each bin from -1 to 1])]."""
     columns = _merged(columns, 60)
-    x, y = _Axis([0, columns[-1][0]], False), _Axis([low, high], False)
+    x, y = _Axis([0, columns[-1][0]], False), _Axis([-1, 1], False)
     body, before = [], 0
     for at, counts in columns:
         left, right = x.at(before, LEFT, WIDTH - RIGHT), x.at(at, LEFT, WIDTH - RIGHT)
         before, most = at, max(counts) or 1
         for number, count in enumerate(counts):
             if count:
-                top, bottom = (
-                    y.at(low + (high - low) * edge / len(counts), HEIGHT - BOTTOM, TOP) for edge in (number + 1, number)
-                )
+                top, bottom = (y.at(2 * edge / len(counts) - 1, HEIGHT - BOTTOM, TOP) for edge in (number + 1, number))
                 shape = f'x="{left:.1f}" y="{top:.1f}" width="{right - left + 0.3:.1f}" height="{bottom - top + 0.3:.1f}"'
                 body.append(f'<rect class="fill s0" fill-opacity="{0.08 + 0.92 * count / most:.2f}" {shape}/>')
     return _chart(x, y, x_title, y_title, body)
