@@ -16,7 +16,7 @@ def confusions(head, k):
     def check():
         validation.check_k(k, head.num_classes - 1, "the number of other classes")
 
-    placement, centers = head.placement, head.centers_per_class
+    placement, centers = head.placement.here(head.weight), head.centers_per_class
     weight, size = placement.rows((head.weight, None))[0].detach(), ROWS * centers
     first, cosines_of = placement.first_class(head, head.weight), logits.Cosines(centers, head._row_scale())
     found, table = [], Table(weight, row_scale=head._row_scale())

@@ -23,7 +23,7 @@ from ..positives import class_indices
 from ..sampling import with_hard_classes
 from . import data_parallel, float8, logits
 from .gathered import FOREIGN, Batch
-from .placement import Whole
+from .placement import WHOLE, Whole
 from .told import Told
 
 # Labels as the operator of one shard gets them, beside FOREIGN: ignored, and a number outside [0, C).
@@ -31,10 +31,13 @@ IGNORED, INVALID = -100, -2
 
 
 class OverRanks(Whole):
-    """A placement with some of the rows, and a part of the batch, on each rank; a single process has all of both.
+    """A placement with some of the rows, and a part of the batch, on each rank. In a single process calls go by WHOLE.
 
     A subclass defines the rows: empty, local, ranks, and first_class(head, weight), the number of this rank's first class.
     """
+
+    def here(self, weight):
+        return WHOLE if self.ranks(weight) is ONE_PROCESS else self
 
     def enter(self, head):
         if self.ranks(head.weight).size > 1:
@@ -50,20 +53,15 @@ class OverRanks(Whole):
 
     def refuse(self, head, error):
         """Raise it on every rank, in place of the exchange with which their calls begin."""
-        ranks = self.ranks(head.weight)
-        if ranks is ONE_PROCESS:
-            raise error
 
         def told():
             raise error
 
-        Told.agreed(ranks, told, self.local(head.weight).device)
+        Told.agreed(self.ranks(head.weight), told, self.local(head.weight).device)
 
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, Batch) of all ranks' rows with this rank's rows of the table."""
         ranks = self.ranks(table[0])
-        if ranks is ONE_PROCESS:
-            return super().batch(head, table, inputs, options)
         features, weight, bias, parameters = inputs.features, inputs.weight, inputs.bias, inputs.parameters
         num_classes_here = len(weight) // head.centers_per_class
         if not num_classes_here:
@@ -103,14 +101,10 @@ class OverRanks(Whole):
         return inputs, options._replace(margin=margin, ignore_index=IGNORED), batch
 
     def logits(self, head, table, features):
-        if self.ranks(table[0]) is ONE_PROCESS:
-            return super().logits(head, table, features)
         raise NotImplementedError("a sharded head has no logits, which would be N x C; topk has each row's largest")
 
     def topk(self, head, table, features, k):
         ranks = self.ranks(table[0])
-        if ranks is ONE_PROCESS:
-            return super().topk(head, table, features, k)
         rows = weight, _ = self.rows(table)
 
         def told():
@@ -137,8 +131,6 @@ class OverRanks(Whole):
 
     def rounds(self, head, check, k, count):
         ranks = self.ranks(head.weight)
-        if ranks is ONE_PROCESS:
-            return super().rounds(head, check, k, count)
 
         def told():
             check()
@@ -150,14 +142,10 @@ class OverRanks(Whole):
         return max(counts)
 
     def nearest(self, head, kind, table, rows, k):
-        if self.ranks(head.weight) is ONE_PROCESS:
-            return super().nearest(head, kind, table, rows, k)
         counts = self._counts(head, rows)
         return self._nearest(head, kind, table, self.ranks(head.weight).gather(rows, counts), counts, k)
 
     def everyones(self, head, rows):
-        if self.ranks(head.weight) is ONE_PROCESS:
-            return rows
         return self.ranks(head.weight).gather(rows, self._counts(head, rows))
 
     def _counts(self, head, rows):
@@ -167,8 +155,6 @@ class OverRanks(Whole):
 
     def looked_up(self, head, check, features, labels, found):
         ranks = self.ranks(head.weight)
-        if ranks is ONE_PROCESS:
-            return super().looked_up(head, check, features, labels, found)
         weight = self.local(head.weight)
 
         def told():

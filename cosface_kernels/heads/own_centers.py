@@ -25,7 +25,7 @@ def own_cosines(head, features, labels):
         by_class = (len(weight) // centers, centers)
         return of_rows(features, weight.unflatten(0, by_class), places, None if scale is None else scale.unflatten(0, by_class))
 
-    return head.placement.looked_up(head, check, features, labels, found)
+    return head.placement.here(head.weight).looked_up(head, check, features, labels, found)
 
 
 def of_rows(features, table, labels, scale=None):

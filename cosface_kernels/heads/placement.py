@@ -29,6 +29,10 @@ class Whole:
         """Fill the table with its initial values."""
         float8.fill(head.weight, head.weight_scale, head.draw)
 
+    def here(self, weight):
+        """The placement that a call goes by: this one, or WHOLE where a single process holds all rows of what would be shards."""
+        return self
+
     def local(self, tensor):
         """This process's rows of a parameter."""
         return tensor
@@ -108,3 +112,6 @@ class Whole:
 
     def extra_repr(self, head):
         return ""
+
+
+WHOLE = Whole()

@@ -19,9 +19,7 @@ from ..ops import class_tables, formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
 from . import confusions, float8, grow, margin_buffers, own_centers
-from .placement import Whole
-
-WHOLE = Whole()
+from .placement import WHOLE, Whole
 
 
 class MarginSoftmaxLoss(nn.Module):
@@ -316,7 +314,7 @@ class MarginSoftmaxLoss(nn.Module):
             validation.check_call(features, labels, others, named)
             labels, label_weights = positives.merged(labels, label_weights, self.ignore_index, features)
         except (TypeError, ValueError, IndexError) as error:
-            self.placement.refuse(self, error)
+            self.placement.here(self.weight).refuse(self, error)
         asked = features, labels, label_weights, return_statistics
         if torch.compiler.is_compiling() and recording.pending(self._parameters.get("weight")) is not None:
             return self._recorded_loss(*asked)
@@ -332,7 +330,7 @@ class MarginSoftmaxLoss(nn.Module):
             row_scale=self._row_scale(),
             **self._own_rows(table),
         )
-        inputs, options, shards = self.placement.batch(self, table, inputs, options)
+        inputs, options, shards = self.placement.here(table[0]).batch(self, table, inputs, options)
         loss = loss_of_table(inputs, options, shards=shards, state=self._statistics(), training=self.training)
         if inputs.classes is not None:
             self.sample_step += 1
@@ -345,7 +343,8 @@ class MarginSoftmaxLoss(nn.Module):
 
     def logits(self, features: Tensor) -> Tensor:
         """The logits without margin, s cos_nj, (N, C) float32 (float64), materialised and differentiable: for small C."""
-        return self.placement.logits(self, self._table(), features)
+        table = self._table()
+        return self.placement.here(table[0]).logits(self, table, features)
 
     @torch.no_grad()
     def topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -356,7 +355,8 @@ class MarginSoftmaxLoss(nn.Module):
         Raises:
             TypeError, ValueError: k is no int, negative, or larger than the number of classes.
         """
-        return self.placement.topk(self, self._table(), features, k)
+        table = self._table()
+        return self.placement.here(table[0]).topk(self, table, features, k)
 
     def confusions(self, k: int) -> tuple[Tensor, Tensor]:
         """(cosines, classes), each (C, k): the k other classes whose rows are nearest to each class's, descending, of sub-centres
