@@ -9,6 +9,7 @@ import torch
 from .. import margins
 
 PREFIX = "margin_"
+GIVEN = "class_weight", "hard_classes"  # a head's other buffers of numbers that its caller gave
 
 
 def write(head, given):
@@ -48,14 +49,15 @@ def by_class(head):
 
 
 def restore(head, before):
-    """After head._apply: statistics are float32 at least, in bfloat16 a mean of 20 ignores changes below 0.06; the numbers of
-    fields keep their values, which `to_empty` would lose.
+    """After head._apply: floats are float32 at least, since in bfloat16 a mean of 20 ignores changes below 0.06, and numbers that
+    were given keep their values, which `to_empty` would lose.
     """
     for name, value in before.items():
         moved = head._buffers[name]
-        narrow = moved.is_floating_point() and moved.dtype.itemsize < 4
-        if narrow or (name.startswith(PREFIX) and not value.is_meta):
-            setattr(head, name, value.to(moved.device, torch.promote_types(moved.dtype, torch.float32)))
+        is_float, is_given = moved.is_floating_point(), name.startswith(PREFIX) or name in GIVEN
+        if (is_given and not value.is_meta) or (is_float and moved.dtype.itemsize < 4):
+            dtype = torch.promote_types(moved.dtype, torch.float32) if is_float else moved.dtype
+            head._buffers[name] = value.to(moved.device, dtype)
 
 
 def _first_value(value, device):

@@ -1,8 +1,6 @@
 """MarginSoftmaxLoss: the class table and its loss as a module, for every margin."""
 
-import math
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, overload
 
@@ -12,17 +10,17 @@ from torch.optim import Optimizer
 
 from .. import margins, positives, theory, validation
 from ..before_margin import Inputs, LossOptions, default_scale
-from ..distributed import dtensors
 from ..loss import Statistics, loss_of_table
 from ..margins.hard_negatives import HardNegatives
 from ..ops import class_tables, formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
-from . import confusions, float8, grow, margin_buffers, own_centers
+from . import confusions, grow, own_centers
+from .attributes import Attributes
 from .placement import WHOLE, Whole
 
 
-class MarginSoftmaxLoss(nn.Module):
+class MarginSoftmaxLoss(Attributes):
     """`margin_softmax_loss` with a learned class table, and the running statistics of margins that have any.
 
         head = MarginSoftmaxLoss(512, 1_000_000, margin=ArcFace(0.5))
@@ -68,11 +66,6 @@ class MarginSoftmaxLoss(nn.Module):
             see `theory.warn_if_out_of_bounds`.
     """
 
-    scale: float | Tensor
-    log_scale: nn.Parameter | None
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    _is_fully_sharded = False
     if TYPE_CHECKING:
 
         @overload
@@ -158,145 +151,12 @@ class MarginSoftmaxLoss(nn.Module):
         placement.enter(self)
         self.reset_parameters()
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        hard_classes = state_dict.get(f"{prefix}hard_classes")
-        if hard_classes is not None:  # also of another k
-            self.hard_classes = hard_classes
-        float8.convert(self, state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        name = f"{prefix}weight"
-        # strict=False is not told to this method. Without the parameter torch.nn.utils.parametrize makes the weight.
-        if name not in state_dict and "weight" in self._parameters:
-            alike = [key for key, value in state_dict.items() if getattr(value, "shape", None) == self.weight.shape]
-            hint = f"; {alike} there have its shape: rename the one that is meant" if alike else ""
-            warnings.warn(f"the state dict has no {name}, so the class table keeps its present values{hint}", stacklevel=4)
-
-    def _learn_scale(self, device):
-        """Turn the number `scale` into the parameter log_scale."""
-        if isinstance(self.scale, Tensor):
-            raise ValueError(
-                f"learnable_scale=True makes a parameter of a number, got scale = {validation.shown(self.scale)}: an "
-                "nn.Parameter is learnt without it"
-            )
-        self._first_scale = self.__dict__.pop("scale")
-        self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float32, device=device))
-
-    def __getattr__(self, name):
-        """nn.Module looks for parameters here, and so is the scale made of one."""
-        if name == "scale" and self._learns_scale():
-            return self.log_scale.exp()
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            validation.check_attribute(type(self).__name__, name)
-            raise
-
-    def __setattr__(self, name, value):
-        if name in ("s", "m"):
-            validation.check_attribute(type(self).__name__, name)
-        if name in ("margin", "negatives"):  # nn.Module would make a tensor that is a Parameter one of its own
-            object.__setattr__(self, name, value)
-            return
-        if name in ("weight", "bias") and type(self.placement) is Whole and dtensors.is_sharded(value):
-            self.__dict__["_is_fully_sharded"] = True  # fully_shard, which gathers it for forward
-        if name == "hard_classes" and value is not None:
-            validation.check_hard_classes(value, self.num_classes)
-            value = value.to(value.device if self.weight.is_meta else self.weight.device, torch.int32, copy=True)
-        if name == "scale" and self._learns_scale():
-            validation.check_scale(value)
-            validation.check_scale(float(value))
-            with torch.no_grad():
-                self.log_scale.fill_(math.log(value))
-            return
-        if name == "scale" and not isinstance(value, nn.Parameter):
-            self.__dict__.get("_parameters", {}).pop("scale", None)  # nn.Module lets no number take a parameter's place
-        super().__setattr__(name, value)
-
-    def _learns_scale(self):
-        return "log_scale" in self.__dict__.get("_parameters", {})
-
     def _callers_level(self):
         """The stacklevel of the first caller outside the constructors of subclasses."""
         frame, level = sys._getframe(1), 1
         while frame.f_locals.get("self") is self:
             frame, level = frame.f_back, level + 1
         return level
-
-    def __setstate__(self, state):
-        super().__setstate__(state)
-        class_tables.register(self)
-
-    @property
-    def margin(self) -> margins.Margin:
-        """The margin, also to set: see margin_buffers.py."""
-        return self._margin_refused[0] if self._margin_refused else self._as_given(self._margin())
-
-    @margin.setter
-    def margin(self, margin: margins.Margin) -> None:
-        margin_buffers.write(self, margin)
-
-    @property
-    def sample_rate(self) -> float:
-        """The share of the classes that take part in a training step; it may be set at any time."""
-        return self._sample_rate
-
-    @sample_rate.setter
-    def sample_rate(self, sample_rate: float) -> None:
-        validation.check_rate("sample_rate", sample_rate)
-        self._sample_rate = sample_rate
-        if sample_rate < 1 and "sample_step" not in self._buffers:
-            self._begin_sampling()
-
-    def _begin_sampling(self):
-        self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
-
-    @property
-    def negatives(self) -> HardNegatives | None:
-        """The HardNegatives, or None. Setting them registers and removes buffers of running statistics, as a margin does."""
-        return self._negatives
-
-    @negatives.setter
-    def negatives(self, negatives: HardNegatives | None) -> None:
-        margins.hard_negatives.check_kind(negatives)
-        self._negatives = negatives
-        margin_buffers.write(self, self.margin)
-
-    def _states(self):
-        """The first values of the running statistics of margin and negatives, by name."""
-        return {**self._margin().state, **(self._negatives.state if self._negatives else {})}
-
-    def _margin(self):
-        """The margin as a Margin. It may have been set since construction, also to something else."""
-        return margin_buffers.read(self)
-
-    @staticmethod
-    def _as_margin(given):
-        """The Margin for a value that `head.margin` was set to."""
-        margins.check_kind(given)
-        return given
-
-    @staticmethod
-    def _as_given(margin):
-        """The value that `head.margin` returns for a Margin."""
-        return margin
-
-    @property
-    def embedding_size(self) -> int:
-        """D, the numbers of a row."""
-        return self.weight.shape[1]
-
-    @property
-    def normalize_weight(self) -> bool:
-        """True if the rows of the table are divided by their norms."""
-        return self._margin().normalize_weight
-
-    @property
-    def table_format(self) -> TableFormat:
-        """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
-        return self._format_of(self.weight)
-
-    def _format_of(self, weight):
-        return self._table_format if weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"
 
     def forward(
         self,
@@ -483,41 +343,6 @@ class MarginSoftmaxLoss(nn.Module):
     def _statistics(self):
         """Running statistics of margin and negatives, by name."""
         return {name: getattr(self, name) for name in self._states()}
-
-    def _apply(self, function, recurse=True):
-        """Move and convert, but keep the margin's buffers and log_scale float32 at least, and numbers of fields as they are."""
-        before, log_scale = margin_buffers.values(self), self._parameters.get("log_scale")
-        class_weight, hard_classes = self.class_weight, self.hard_classes
-        log_scale = None if log_scale is None else log_scale.data
-        row_scale = self.weight_scale
-        super()._apply(function, recurse)
-        if row_scale is not None:
-            float8.restore(self, row_scale)
-        margin_buffers.restore(self, before)
-        if log_scale is not None and self.log_scale.dtype.itemsize < 4:
-            self.log_scale.data = log_scale.to(self.log_scale.device)
-        if class_weight is not None and not class_weight.is_meta:
-            self.class_weight = class_weight.to(
-                self.class_weight.device, torch.promote_types(self.class_weight.dtype, torch.float32)
-            )
-        if hard_classes is not None and not hard_classes.is_meta:
-            self._buffers["hard_classes"] = hard_classes.to(self.hard_classes.device)
-        return self
-
-    def extra_repr(self) -> str:
-        def unusual(**usual):
-            found = {name: getattr(self, name) if name != "bias" else self.bias is not None for name in usual}
-            return "".join(f", {name}={value}" for name, value in found.items() if value != usual[name])
-
-        shape = f"{self.weight.shape[1]}, {self.num_classes}"
-        sampling = unusual(table_format="float32", sample_rate=1.0, sample_seed=0, sample_correction=False, label_smoothing=0.0)
-        form = unusual(bias=False, normalize_features=self._margin().normalize_features, centers_per_class=1, negatives=None)
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            learnt = ", learnable_scale=True" if self._learns_scale() else ""
-            scale = f"{'meta' if scale.is_meta else format(scale.item(), '.6g')}{learnt}"
-        loss = f"scale={scale}, margin={validation.shown(self.margin)}, reduction={self.reduction!r}"
-        return f"{shape}, {loss}{sampling}{self.placement.extra_repr(self)}{form}"
 
 
 def _table_dtype(table_format, dtype):
