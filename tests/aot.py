@@ -79,7 +79,6 @@ def launches(chip, calls):
             named = {**dict(zip(kernel.arg_names, arguments, strict=False)), **keywords}
             described = " ".join(f"{name}={_described(value, name in keywords)}" for name, value in named.items())
             found[compiled] = Launch(kernel.fn.__name__, keywords, described, compiled)
-        return compiled
 
     with contextlib.ExitStack() as stack:
         for owner, name, value in (

@@ -118,7 +118,7 @@ def test_every_class_is_in_one_part(monkeypatch, num_rows, classes):
     monkeypatch.setattr(triton_attend, "attend_features", Kernel())
     low = torch.empty(num_rows, 64, dtype=torch.bfloat16, device="meta")
     constants = {"BLOCK_N": 64, "BLOCK_C": 32, "DESCRIPTORS": False, "SIZE": 64}
-    plan = type("Plan", (), {"log2_scale": 1.0, "shift": 0.0})
+    plan = type("Plan", (), {"log2_scale": 1.0, "shift": 0.0, "slab": 4096})
     features = triton_attend.Features(low, 64, None, plan, constants)
     parts = features.parts(torch.empty(classes, 64, device="meta"), 0, classes)
     ((programs, blocks_each, block),) = launched

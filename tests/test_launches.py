@@ -13,7 +13,7 @@ from conftest import HAS_GPU
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks import host_time
-from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, cosface_loss, margins
 from cosface_kernels.ops import backends, slabs, value_checks
 
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -143,3 +143,75 @@ def test_launches_of_a_fused_step(kind, launches, small_slabs):
         counts[count, table_format] = launches.counts.total()
     assert counts[1, "float32"] == counts[1, "bfloat16"]
     assert counts[2, "bfloat16"] - counts[1, "bfloat16"] == 3 + 2, counts
+
+
+def test_a_launcher_chooses_for_whole_slabs_once():
+    """In place of Triton: a kernel that tells what it was asked for, and what was launched without asking."""
+    launcher_of = pytest.importorskip("cosface_kernels.ops.backends.triton_launch").Launcher
+    asked, launched = [], []
+
+    class Chosen:
+        def __getitem__(self, programs):
+            return lambda *arguments: launched.append((programs, arguments))
+
+    class Kernel:
+        arg_names = ("rows", "size", "RAGGED", "BLOCK")
+
+        def __getitem__(self, programs):
+            return lambda *arguments, **constants: asked.append((programs, arguments, constants)) or Chosen()
+
+    launch, constants = launcher_of(Kernel(), BLOCK=64, num_warps=4), {"BLOCK": 64, "num_warps": 4}
+    for rows, whole in (("a", True), ("b", True), ("c", True), ("d", False), ("e", True)):
+        launch(7, rows, 512, whole=whole, RAGGED=not whole)
+    assert asked == [((7,), (rows, 512), {**constants, "RAGGED": ragged}) for rows, ragged in (("a", False), ("d", True))]
+    assert launched == [((7, 1, 1), (rows, 512, False, 64)) for rows in "bce"]
+
+
+def _unaligned(weight):
+    return torch.cat([weight.flatten()[:1], weight.flatten()])[1:].view(weight.shape)
+
+
+ATTEND = {"attend_features": {}, "attend_table": {"DESCRIPTORS": True}}
+WHOLE = {  # a head's options, what becomes of its table, forms
+    "kept": ({"memory_budget": 2**30}, None, {}),
+    "unaligned": ({"memory_budget": 0}, _unaligned, {}),
+    "transposed": ({"scale": 1000.0}, lambda weight: weight.T.contiguous().T, {}),
+    "bias": ({"margin": margins.Softmax()}, None, {}),
+    "sampled": ({"sample_rate": 0.8}, None, {}),
+    "centers": ({"centers_per_class": 3}, None, {}),
+    "float8": ({"table_format": "float8"}, None, {}),
+    "attend": ({"memory_budget": 0}, None, ATTEND),
+    "updated by attend": ({"memory_budget": 0, "table_format": "bfloat16"}, None, ATTEND),
+}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
+@pytest.mark.parametrize("case", WHOLE)
+def test_whole_slabs_are_launched_alike(case, launches, monkeypatch, small_slabs):
+    """A compiled kernel stands for arguments of one dtype and alignment, where numbers are 1, and where they divide by 16."""
+    launch, forms = (pytest.importorskip(f"cosface_kernels.ops.backends.triton_{name}") for name in ("launch", "forms"))
+    options, changed, asked = WHOLE[case]
+    found, call, launches.computes = {}, launch.Launcher.__call__, False
+
+    def described(value):
+        if hasattr(value, "block_shape"):
+            return *described(value.base), *value.block_shape
+        if isinstance(value, torch.Tensor):
+            return value.dtype, value.data_ptr() % 16 == 0
+        return (type(value), value % 16 == 0, value == 1) if isinstance(value, int) else (type(value),)
+
+    def recorded(launcher, programs, *arguments, whole=False, **constants):
+        if whole:
+            found.setdefault(launcher, []).append((tuple(map(described, arguments)), constants))
+        call(launcher, programs, *arguments, whole=whole, **constants)
+
+    monkeypatch.setattr(launch.Launcher, "__call__", recorded)
+    head = MarginSoftmaxLoss(70, 509, **{"margin": margins.CosFace(), "backend": "triton", **options})
+    if changed:
+        head.weight = torch.nn.Parameter(changed(head.weight.detach()))
+    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9) if "table_format" in options else None
+    with forms.using(**asked):
+        head(torch.ones(5, 70).requires_grad_(), torch.arange(5)).backward()
+        if optimizer:
+            optimizer.step()
+    assert len(found) >= 3 and all(len(alike) >= 2 and alike == alike[:1] * len(alike) for alike in found.values()), found

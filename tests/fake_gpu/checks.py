@@ -6,12 +6,15 @@ Kernels run nowhere, so results are garbage; every line of Python and C++, every
 import copy
 import ctypes
 import os
+from collections import Counter
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss, sample_classes
 from cosface_kernels.margins import AdaFace, ArcFace, CosFace, LSoftmax, Softmax
+from cosface_kernels.ops import slabs
 
 os.environ["USE_PYTORCH_KERNEL_CACHE"] = "0"  # of what it compiles itself
 RUNTIME = ctypes.CDLL("libcudart.so.13")
@@ -86,6 +89,37 @@ def test_launches_of_a_million_classes():
     kernels = {what.removeprefix("kernel "): number for what, number in found.items() if what.startswith("kernel ")}
     assert kernels["exponentials"] == kernels["normalize_rows"] == kernels["add_pull"] == kernels["project_rows"] == slabs
     assert sum(kernels.values()) == 4 * slabs + 6
+
+
+@pytest.mark.parametrize("table_format", [None, "float32", "bfloat16"])  # None: no fused optimiser
+def test_triton_is_asked_once_for_all_whole_slabs(table_format, monkeypatch):
+    """What it is asked to launch is every kernel of the slab loop, and its first, whole and last launches of a call."""
+    asked, ask = Counter(), JITFunction.run
+
+    def counting(kernel, *arguments, **keywords):
+        asked[kernel.fn.__name__] += 1
+        return ask(kernel, *arguments, **keywords)
+
+    monkeypatch.setattr(JITFunction, "run", counting)
+    monkeypatch.setattr(slabs, "slab_rows", lambda *arguments: 1024)
+    found, launched = [], []
+    for count in (4, 12):
+        head = CosFaceLoss(512, 1024 * count - 3, table_format=table_format or "float32", memory_budget=0, device="cuda")
+        optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9) if table_format else None
+        features, labels = batch()
+
+        def step(head=head, optimizer=optimizer, features=features, labels=labels):
+            head(features, labels).backward()
+            if optimizer:
+                optimizer.step()
+
+        step()
+        asked.clear()
+        kernels = counted(step)  # two steps
+        found.append(dict(asked))
+        launched.append(kernels["kernel exponentials"])
+    assert found[0] == found[1]
+    assert launched == [8, 24]
 
 
 def test_capture_does_nothing_that_a_graph_cannot():

@@ -24,6 +24,7 @@ from ..slabs import ceil_div
 from . import triton_exponentials, triton_forms, triton_kernels, triton_update
 from .triton_exponentials import add_sums, in_slab, operand, own_tile
 from .triton_kernels import FUSE, project, targets_share, unit_and_inverse
+from .triton_launch import Launcher
 
 SIZE_MIN, SIZE_MAX = 64, 512
 # Programs that fill a GPU; the most parts that the classes are cut into.
@@ -116,6 +117,7 @@ class Features:
         """low (N, width(size)): x̂ in plan.dtype."""
         self.low, self.size, self.targets, self.plan, self.constants = low, size, targets, plan, constants
         self.partial = self._parts = None
+        self._attend = Launcher(attend_features, **constants)
 
     def parts(self, unit, start, stop):
         """(parts, N, D) float32 whose sum is E ŵ of the slab; its row sums are added to `partial` (a row or two a part, N)."""
@@ -130,11 +132,12 @@ class Features:
             sums = self.partial, self._parts[:parts]
             hopper().features(self.low, unit[:classes], self.targets, *sums, start, self.plan.log2_scale, self.plan.shift)
             return self._parts[:parts]
-        attend_features[(row_tiles * parts,)](
+        self._attend(
+            row_tiles * parts,
             *(self.low, _rows(unit[:classes], constants, "BLOCK_C"), self.targets, self.partial, self._parts),
             *(num_rows, classes, self.size, start, ceil_div(class_tiles, parts), self.plan.log2_scale, self.plan.shift),
+            whole=classes == self.plan.slab,
             RAGGED=classes % constants["BLOCK_C"] != 0,
-            **constants,
         )
         return self._parts[:parts]
 
@@ -148,26 +151,24 @@ def backward(low, size, table, factors, plan, sink, constants):
     # No mask in the kernel's loop: it would cost the registers that the product needs.
     padding = 0, -num_rows % constants["BLOCK_N"]
     targets, row_scale = F.pad(factors.targets, padding, value=-1), F.pad(factors.row_scale, padding)
-    sums = factors.target_rows, factors.target_sums
-    parts, projection = sink.device_update(), {"normalize": True, "targets": sums, "unscale": factors.unscale}
+    update = triton_update.of_slabs(sink, table, factors, plan)
+    constants = {**constants, "SEARCH_STEPS": num_targets.bit_length(), "FEW": few, "PROJECT": update is None}
+    attend = Launcher(attend_table, **constants)
     for _, start, stop in plan.slabs(table):
         rows, out = table.rows(start, stop), sink.room(start, stop)
         if out.dtype != torch.float32 and room is None:
             room = torch.empty(slab, size, dtype=torch.float32, device=low.device)
-        attend_table[(ceil_div(stop - start, constants["BLOCK_R"]),)](
-            *(rows, source, targets, row_scale, factors.unscale, *sums, unit, out if room is None else room, out),
-            *(stop - start, num_rows, size, num_targets, start, plan.log2_scale, plan.shift, *rows.stride()),
-            SEARCH_STEPS=num_targets.bit_length(),
-            FEW=few,
-            PROJECT=parts is None,
-            **constants,
+        attend(
+            ceil_div(stop - start, constants["BLOCK_R"]),
+            *(rows, source, targets, row_scale, factors.unscale, factors.target_rows, factors.target_sums, unit),
+            *(out if room is None else room, out, stop - start, num_rows, size, num_targets, start),
+            *(plan.log2_scale, plan.shift, *rows.stride()),
+            whole=stop - start == plan.slab,
         )
-        if parts is None:
+        if update is None:
             sink.put(start, stop, out)
-            continue
-        place = slice(start, stop) if table.index is None else table.index[start:stop]
-        for part, column in parts:  # dŵ is in `out`, which is float32 where an update takes it
-            triton_update.update(part, place, out, column=column, start=start, **projection)
+        else:
+            update(start, stop, out)  # dŵ is in `out`, which is float32 where an update takes it
 
 
 def _rows(matrix, constants, block):

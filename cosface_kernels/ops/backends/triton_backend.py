@@ -24,6 +24,7 @@ from . import (
     triton_update,
 )
 from .products import accumulated, in_parts
+from .triton_launch import Launcher
 
 row_functions = triton_rows
 # Columns are padded to this: the matmul needs no mask along D, and every row starts aligned.
@@ -72,7 +73,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     if need_largest:
         slab.find_largest()
     lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    pull_sum, pull_grid = None, (ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),)
+    pull_sum, add_pull = None, Launcher(triton_kernels.add_pull, **PULL_BLOCK)
     row_sum = torch.zeros(size, dtype=torch.float64, device=x.device) if need_row_sum else None
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
@@ -97,17 +98,13 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             if not features:
                 columns = unit if size == unit.shape[1] else unit[:, :size]
                 parts = in_parts(e, columns, pull_parts(num_rows, size, unit.shape[0]))
-            triton_kernels.add_pull[pull_grid](
-                parts,
-                pull_sum,
-                total if last else None,
-                pull if last else None,
-                num_rows * size,
-                size,
+            add_pull(
+                ceil_div(pull.numel(), PULL_BLOCK["BLOCK"]),
+                *(parts, pull_sum, total if last else None, pull if last else None, num_rows * size, size),
+                whole=not first and not last,
                 PARTS=parts.shape[0],
                 FIRST=first,
                 LAST=last,
-                **PULL_BLOCK,
             )
     return Sums(lse, shift, total, pull, kept, Largest.of_parts(*slab.largest) if need_largest else None, row_sum)
 
@@ -125,8 +122,8 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
         partial = slab.partial()
     num_targets, blocks = factors.target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
-    parts, targets = sink.device_update(), (factors.target_rows, factors.target_sums)
-    projection = {"normalize": table.normalize, "targets": targets, "unscale": factors.unscale}
+    project = Launcher(triton_kernels.project_rows, **constants)
+    update = triton_update.of_slabs(sink, table, factors, plan)
     for index, start, stop in plan.slabs(table):
         out = sink.room(start, stop)
         # dŵ is written into dW's memory if that has its dtype and width: project_rows reads a row before it writes it.
@@ -143,26 +140,15 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
             grad = accumulated((e if width == stop - start else e[:, : stop - start]).T, scaled, room)
         if factors.common is not None:
             grad[:, :size] += factors.common
-        if parts is not None:
-            place = slice(start, stop) if table.index is None else table.index[start:stop]
-            for part, column in parts:
-                triton_update.update(part, place, grad, column=column, start=start, **projection)
+        if update is not None:
+            update(start, stop, grad)
             continue
         rows = table.rows(start, stop)
-        triton_kernels.project_rows[(ceil_div(stop - start, blocks["BLOCK_R"]),)](
-            rows,
-            grad,
-            factors.unscale,
-            factors.target_rows,
-            factors.target_sums,
-            out,
-            stop - start,
-            size,
-            num_targets,
-            start,
-            *rows.stride(),
-            grad.shape[1],
-            **constants,
+        project(
+            ceil_div(stop - start, blocks["BLOCK_R"]),
+            *(rows, grad, factors.unscale, factors.target_rows, factors.target_sums, out),
+            *(stop - start, size, num_targets, start, *rows.stride(), grad.shape[1]),
+            whole=stop - start == plan.slab,
         )
         sink.put(start, stop, out)
 
@@ -197,7 +183,10 @@ class _Slab:
             "enable_fp_fusion": plan.shift is not None,
             **self.config,
         }
-        self._row_constants = {"NORMALIZE": table.normalize, **triton_kernels.row_blocks(low.shape[1])}
+        self._normalize = Launcher(
+            triton_kernels.normalize_rows, NORMALIZE=table.normalize, **triton_kernels.row_blocks(low.shape[1])
+        )
+        self._launchers = {}  # of kernels with a product
         self._unit = self._scratch = None
         self.largest = None, None
         self.hard = hard
@@ -220,8 +209,10 @@ class _Slab:
         if self._unit is None:
             self._unit = self.low.new_empty(slab, size_padded)
         unit = self._unit if width == slab else self._unit[:width]
-        triton_kernels.normalize_rows[(ceil_div(width, self._row_constants["BLOCK_R"]),)](
-            *(rows, unit, stop - start, width, rows.shape[1], *rows.stride(), size_padded), **self._row_constants
+        self._normalize(
+            ceil_div(width, self._normalize.constants["BLOCK_R"]),
+            *(rows, unit, stop - start, width, rows.shape[1], *rows.stride(), size_padded),
+            whole=stop - start == slab,
         )
         return unit
 
@@ -296,11 +287,13 @@ class _Slab:
         num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
         if num_rows:
             unit = self._source(unit, "BLOCK_C", self.config["BLOCK_K"])
-            kernel[(self.row_tiles * ceil_div(width, tile),)](
+            if kernel not in self._launchers:
+                self._launchers[kernel] = Launcher(kernel, **self._constants, **constants)
+            self._launchers[kernel](
+                self.row_tiles * ceil_div(width, tile),
                 *(self._low, unit, self.targets, num_rows, stop - start, size_padded, start, self._factor, *epilogue),
+                whole=stop - start == self.plan.slab,
                 RAGGED=(stop - start) % tile != 0,
-                **constants,
-                **self._constants,
             )
 
 

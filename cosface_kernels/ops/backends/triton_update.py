@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..slabs import ceil_div
 from .triton_kernels import project, targets_share, unit_and_inverse
+from .triton_launch import Launcher
 
 # Elements that one program holds, and how many a warp: of the gradient, the row and each state it holds one at a time.
 BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 32)
@@ -30,20 +31,30 @@ def blocks(size):
     return {"BLOCK_R": max(1, BLOCK_ELEMENTS // block_d), "BLOCK_D": block_d, "num_warps": num_warps}
 
 
-def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=None, targets=(None, None)):
+def launcher(size):
+    """What launches the steps of a call, for rows of `size` numbers."""
+    # Without fusion: the bits that PyTorch's operators have, wherever rows are encoded.
+    return Launcher(update_rows, **blocks(size), enable_fp_fusion=False)
+
+
+def update(
+    part, index, grad, *, column=0, start=0, normalize=False, unscale=None, targets=(None, None), launch=None, whole=False
+):
     """One step of a rules.Part, for the rows at index: a slice, or int64 positions (R,).
 
     grad (R, >= column + D) float32: their gradient, from `column` on. If unscale is given, grad is dw̃, the other arguments are
-    those of backends.backward, and `start` is the position of the slab's first row.
+    those of backends.backward, and `start` is the position of the slab's first row. launch: the call's `launcher`; whole: whether
+    this is one of its whole slabs.
     """
     num_rows, size, rule = grad.shape[0], part.rows.shape[1], part.rule
     first, second, *_ = *part.states, (None, None), (None, None)
     target_rows, target_sums = targets
     is_slice, num_targets = isinstance(index, slice), 0 if target_rows is None else target_rows.shape[0]
-    numbers, config = rule.numbers(), blocks(size)
+    numbers, launch = rule.numbers(), launch or launcher(size)
     rows = part.rows if part.row_scale is None else part.rows.view(torch.int8)  # a chip below 8.9 takes no pointer to e4m3
     if num_rows:
-        update_rows[(ceil_div(num_rows, config["BLOCK_R"]),)](
+        launch(
+            ceil_div(num_rows, launch.constants["BLOCK_R"]),
             *(grad[:, column:], rows, part.row_scale, *first, *second, None if is_slice else index, unscale, target_rows),
             *(None if target_sums is None else target_sums[:, column:], part.skip, rule.step),
             *(num_rows, size, num_targets, index.start if is_slice else start, part.first_row, grad.stride(0)),
@@ -51,11 +62,34 @@ def update(part, index, grad, *, column=0, start=0, normalize=False, unscale=Non
             *numbers,
             *(math.log(decay) if decay else -math.inf for decay in (numbers.first_decay, numbers.second_decay)),
             part.max_row_norm,
+            whole=whole,
             NORMALIZE=normalize,
             SEARCH_STEPS=num_targets.bit_length(),
-            enable_fp_fusion=False,  # the bits that PyTorch's operators have, wherever rows are encoded
-            **config,
         )
+
+
+def of_slabs(sink, table, factors, plan):
+    """A function of start, stop and dw̃ of a slab that steps with it what a sink updates; None for a sink that wants dW.
+
+    table, factors, plan: as for backends.backward.
+    """
+    parts = sink.device_update()
+    if parts is None:
+        return None
+    projection = {
+        "normalize": table.normalize,
+        "unscale": factors.unscale,
+        "targets": (factors.target_rows, factors.target_sums),
+    }
+    launchers = [launcher(part.rows.shape[1]) for part, _ in parts]
+
+    def update_slab(start, stop, grad):
+        place = slice(start, stop) if table.index is None else table.index[start:stop]
+        for (part, column), launch in zip(parts, launchers, strict=True):
+            bound = {"launch": launch, "whole": stop - start == plan.slab}
+            update(part, place, grad, column=column, start=start, **projection, **bound)
+
+    return update_slab
 
 
 def _signed(word):
