@@ -1,9 +1,5 @@
 """Checkpoints of a module and its optimisers, written by W ranks and read by any other number, whole or not at all."""
 
-import io
-import pickle
-import random
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,10 +14,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from ..distributed.ranks import ONE_PROCESS, world
-from . import files, names, optimizer_state
+from . import files, names, optimizer_state, random_states
 from .files import CorruptCheckpointError, HashedFiles, latest_checkpoint
 from .metadata import METADATA, CheckedReader, read_metadata
 from .pieces import PiecewiseSavePlanner, RowsLoadPlanner
+from .plain_data import packed, unpacked
 
 __all__ = ["CorruptCheckpointError", "latest_checkpoint", "load_checkpoint", "save_checkpoint"]
 
@@ -139,7 +136,7 @@ def load_checkpoint(
     for each, found in optimizers.values():
         optimizer_state.apply(each, *found)
     if shared["world_size"] == ranks.size:
-        _set_random_state(own["random"])
+        random_states.restore(own["random"])
     elif ranks.rank == 0:
         warnings.warn(
             f"{folder} was saved by {shared['world_size']} ranks and is loaded by {ranks.size}: random number generators were "
@@ -175,47 +172,14 @@ def _contents(module, optimizer, extra):
     for name, each in optimizer_state.by_name(optimizer).items():
         found, shared["optimizers"][name] = optimizer_state.flatten(f"optimizer/{name}", each, module)
         tensors |= found
-    small = {f"rank_{ranks.rank}.pt": _packed("extra", {"random": _random_state(), "extra": extra})}
-    shared = _packed("an option of an optimizer, or extra state of module,", shared)
+    small = {f"rank_{ranks.rank}.pt": packed("extra", {"random": random_states.states(), "extra": extra})}
+    shared = packed("an option of an optimizer, or extra state of module,", shared)
     return tensors, small | ({"shared.pt": shared} if ranks.rank == 0 else {})
 
 
 def _is_in_place(name, value):
     """True if a value of module.state_dict() is a tensor of the module, and not a result of get_extra_state."""
     return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
-
-
-def _packed(what, value):
-    """torch.save's bytes of plain data."""
-    try:
-        return _round_trip(value)
-    except _NOT_PLAIN as error:
-        raise TypeError(
-            f"{what} must be plain data, Python's own numbers and strings, tensors, or tuples, lists, dicts of them: "
-            f"{_not_plain(value)}"
-        ) from error
-
-
-_NOT_PLAIN = (pickle.PickleError, AttributeError, TypeError)
-
-
-def _round_trip(value):
-    """torch.save's bytes of a value. Raises if they cannot be loaded again."""
-    stream = io.BytesIO()
-    torch.save(value, stream)
-    torch.load(io.BytesIO(stream.getvalue()), weights_only=True)
-    return stream.getvalue()
-
-
-def _not_plain(value, path=""):
-    """The place and the type of the first part of a value that cannot be loaded again."""
-    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
-    for key, child in children:
-        try:
-            _round_trip(child)
-        except _NOT_PLAIN:
-            return _not_plain(child, f"{path}[{key!r}]")
-    return f"{path} is of {type(value)}"
 
 
 def _write(temporary, tensors, small):
@@ -239,26 +203,15 @@ def _read(folder, manifest):
     """Read everything but the tensors: DCP's metadata, the data that all ranks share, and this rank's own."""
     _check_named(folder, manifest, {METADATA, "shared.pt", "rank_0.pt"})
     metadata = read_metadata(folder, manifest)
-    shared = _unpacked(folder / "shared.pt", lambda found: _is_shared(found, metadata.state_dict_metadata))
+    shared = unpacked(folder / "shared.pt", lambda found: _is_shared(found, metadata.state_dict_metadata))
     own = f"rank_{world().rank if shared['world_size'] == world().size else 0}.pt"
     _check_named(folder, manifest, {own})
-    return metadata, shared, _unpacked(folder / own, _is_own)
+    return metadata, shared, unpacked(folder / own, _is_own)
 
 
 def _check_named(folder, manifest, needed):
     if missing := sorted(needed - manifest.keys()):
         raise CorruptCheckpointError(f"{folder / files.MANIFEST} is damaged: it has no {missing}")
-
-
-def _unpacked(path, is_right):
-    """The data that `_packed` made. Raises CorruptCheckpointError if it has another form."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no file of torch.save may fail in any way
-        raise CorruptCheckpointError(f"{path} is no save_checkpoint's: it is no plain data of torch.save's") from error
-    if not is_right(found):
-        raise CorruptCheckpointError(f"{path} is no save_checkpoint's: it lacks a part, or has one of another type")
-    return found
 
 
 def _is_shared(found, saved):
@@ -274,15 +227,7 @@ def _is_shared(found, saved):
 def _is_own(found):
     """True if a value has an `extra`, and states that this process's random number generators accept."""
     try:
-        state = found["random"]
-        torch.Generator().set_state(state["torch"])
-        random.Random().setstate(state["python"])
-        if "cuda" in state and torch.cuda.is_available():
-            torch.Generator("cuda").set_state(state["cuda"])
-        if "numpy" in state:
-            import numpy
-
-            numpy.random.RandomState().set_state(state["numpy"])
+        random_states.restore(found["random"], tries=True)
         return "extra" in found
     except Exception:  # each generator has errors of its own
         return False
@@ -377,25 +322,3 @@ def _run_dcp(function, tensors, **options):
             error = failure.failures[failed][0]
             error.failed_rank = failed
             raise error from None
-
-
-def _random_state():
-    """The states of this rank's random number generators."""
-    state = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    if "numpy" in sys.modules:
-        name, keys, *rest = sys.modules["numpy"].random.get_state()
-        state["numpy"] = (name, keys.tolist(), *rest)
-    return state
-
-
-def _set_random_state(state):
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-    if "numpy" in state:
-        import numpy
-
-        numpy.random.set_state(state["numpy"])
