@@ -29,8 +29,9 @@ class Operator:
 
     def __call__(self, *objects):
         """Call it, past PyTorch's dispatcher, slow with many arguments, where nothing but autograd would see that."""
-        if _only_autograd_sees(_joined(objects[: self.inputs])):
-            return self._with_autograd(self.implementation, *objects)
+        tensors = _joined(objects[: self.inputs])
+        if _only_autograd_sees(tensors):
+            return self._with_autograd(self.implementation, objects, tensors)
         return self._dispatched(*objects)
 
     def register_fake(self, function):
@@ -40,11 +41,11 @@ class Operator:
     def differentiable(self, function):
         """Make the operator an autograd Function where a gradient of its inputs may be wanted, as custom_op does.
 
-        Forward of `function` takes the callable that computes the results below autograd, the objects, and the tensors of the
-        inputs. It returns the fields of the first of the results, which alone have gradients, and the other results.
+        Forward of `function` takes the callable that computes the results, the objects, and the tensors of the inputs. It returns
+        the fields of the first of the results, which alone have gradients, and the other results.
         """
         self.function = function
-        LIBRARY.impl(self.operator, self._flat(functools.partial(self._with_autograd, self._dispatched)), "Autograd")
+        LIBRARY.impl(self.operator, self._flat(self._above_autograd), "Autograd")
 
     def _flat(self, function):
         return lambda *flat: _joined(function(*split(flat, self.takes)))
@@ -52,17 +53,18 @@ class Operator:
     def _dispatched(self, *objects):
         return split(self.operator(*_joined(objects)), self.gives)
 
-    def _with_autograd(self, compute, *objects):
-        def below_autograd(*objects):
-            with torch._C._AutoDispatchBelowAutograd():
-                return compute(*objects)
+    def _above_autograd(self, *objects):
+        return self._with_autograd(self._below_autograd, objects, _joined(objects[: self.inputs]))
 
-        if self.function and torch.is_grad_enabled():
-            tensors, first = _joined(objects[: self.inputs]), self.gives[0]
-            if torch._C._any_requires_grad(*tensors):
-                results, count = self.function.apply(below_autograd, objects, *tensors), len(first._fields)
-                return first._make(results[:count]), *results[count:]
-        return below_autograd(*objects)
+    def _below_autograd(self, *objects):
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._dispatched(*objects)
+
+    def _with_autograd(self, compute, objects, tensors):
+        if self.function and torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors):
+            results, count = self.function.apply(compute, objects, *tensors), len(self.gives[0]._fields)
+            return self.gives[0]._make(results[:count]), *results[count:]
+        return compute(*objects)
 
 
 def _joined(objects):
@@ -84,4 +86,7 @@ def _only_autograd_sees(tensors):
         return False
     if torch.autograd._profiler_enabled():  # else a profile would not name the operators
         return False
-    return all(each is None or torch._C._dispatch_keys(each) == _plain_keys(each.device) for each in tensors)
+    for each in tensors:
+        if each is not None and torch._C._dispatch_keys(each) != _plain_keys(each.device):
+            return False
+    return True
