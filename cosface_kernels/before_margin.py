@@ -132,7 +132,7 @@ def problem_of(inputs, options, foreign_index, hard=None):
             weight=weight,
             bias=bias,
             labels=class_indices(inputs.labels),
-            index=_rows_of(classes, centers, len(weight)),
+            index=_rows_of(classes, centers, weight.shape[0]),
             own_scale=scale.detach().to("cpu", torch.float64) if is_tensor else None,
             hard=hard,
             correction=_correction_of_rows(options.sample_correction, centers, wide_dtype(dtype)),
@@ -199,7 +199,7 @@ class OneShard:
 
     def classes(self, inputs, options):
         """(the class of each row (N,), the number of classes) in the whole table."""
-        return class_indices(inputs.labels), len(inputs.weight) // options.centers_per_class
+        return class_indices(inputs.labels), inputs.weight.shape[0] // options.centers_per_class
 
     def largest(self, found):
         """Largest of the whole table."""

@@ -227,7 +227,7 @@ def _target_logit(margin, product, lengths, terms):
     length = math.prod(lengths) if lengths else None
     logit = _called(margin, product, length, terms)
     _check_rows("psi", margin, logit, product.shape)
-    logit = logit.to(product.dtype)
+    logit = logit if logit.dtype == product.dtype else logit.to(product.dtype)
     refuse_transforms(logit)
     return logit
 

@@ -16,7 +16,7 @@ MOST = 32  # classes to a row
 def class_indices(labels):
     """Labels as int64. A uint64 beyond that range becomes the largest int64: it must not wrap to a class or ignore_index."""
     if labels.dtype != torch.uint64:
-        return labels.long()
+        return labels if labels.dtype == torch.int64 else labels.long()
     wrapped = labels.view(torch.int64)
     return torch.where(wrapped < 0, torch.iinfo(torch.int64).max, wrapped)
 

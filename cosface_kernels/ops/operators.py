@@ -157,7 +157,7 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
     """Gradients of x, weight and bias from those of negative_lse's vectors: one operator, so no second derivative misses one."""
     options = with_scale(problem, options)
     x, table = problem.x, _table(problem, options)
-    x_grad, weight_grad, bias_grad = x.new_empty(0), problem.weight.new_empty(0), problem.weight.new_empty(0)
+    x_grad = weight_grad = bias_grad = None
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         if needs.need_x_grad:
             functions = _row_functions(backends.choose(options.backend, x.device, options.dtype), table, options, problem.labels)
@@ -167,8 +167,9 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
         if needs.need_table_grad:
             gradient = TableGradient.of(table)
             write_table_gradient(gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
-            weight_grad, bias_grad = gradient.weight, bias_grad if gradient.bias is None else gradient.bias
-    return (Gradients(x_grad, weight_grad, bias_grad),)
+            weight_grad, bias_grad = gradient.weight, gradient.bias
+    grads = zip((x_grad, weight_grad, bias_grad), (x, problem.weight, problem.weight), strict=True)
+    return (Gradients(*(like.new_empty(0) if grad is None else grad for grad, like in grads)),)
 
 
 def write_table_gradient(sink, table, factors, options):
@@ -178,7 +179,7 @@ def write_table_gradient(sink, table, factors, options):
     plan = make_plan(unit, table, options, keep=True)
     with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
         slab_factors = _row_functions(backend, table, options, factors.labels).slab_factors(factors, table, options)
-        hard = factors.hard if len(factors.hard) else None
+        hard = factors.hard if factors.hard.shape[0] else None
         backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
 
 

@@ -21,7 +21,7 @@ _spare = []
 def empty(shape, dtype, device):
     """torch.empty, from the pool for a large tensor on a CPU, which then cannot be resized in place."""
     nbytes = math.prod(shape) * dtype.itemsize
-    if device.type != "cpu" or nbytes < LARGE:
+    if nbytes < LARGE or device.type != "cpu":
         return torch.empty(shape, dtype=dtype, device=device)
     return _take(nbytes).lend(nbytes).view(dtype).view(shape)
 

@@ -22,9 +22,10 @@ def check_dense(name, shape, tensor):
     # Tensors of torch.compile and vmap have no address.
     if type(tensor) not in PLAIN_TENSORS or torch.compiler.is_compiling() or _is_transformed(tensor):
         return
-    last = tensor.storage_offset() + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    stored = tensor.untyped_storage().nbytes()
-    if tensor.numel() and stored < (last + 1) * tensor.element_size():
+    stored, span = tensor.untyped_storage().nbytes(), tensor.numel()
+    if span and not tensor.is_contiguous():
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if span and stored < (tensor.storage_offset() + span) * tensor.element_size():
         raise ValueError(
             f"{name} must have its numbers in memory, got shape {tuple(tensor.shape)} over a storage of {stored} bytes"
         )

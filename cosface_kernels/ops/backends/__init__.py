@@ -63,7 +63,7 @@ def choose(name, device, dtype):
     """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
     if name == "auto":
         name = _fastest(device, dtype)
-        name = "torch" if unusable(name, device, dtype) else name
+        return _module("torch" if unusable(name, device, dtype) else name)
     why = unusable(name, device, dtype)
     if why:
         raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
@@ -112,7 +112,8 @@ def _cpu_unusable(device, dtype):
         return f"it needs tensors on the CPU, these are on {device.type}"
     if dtype == torch.float64:
         return "its kernels compute in float32 and bfloat16, not float64"
-    return f"its native library cannot be used: {cpu_library.unavailable()}" if cpu_library.unavailable() else None
+    why = cpu_library.unavailable()
+    return f"its native library cannot be used: {why}" if why else None
 
 
 def _has_triton():

@@ -101,9 +101,11 @@ def _in_one_call(x, table, targets, plan, hard):
 
 def _forward_in_one_call(x, table, targets, plan, need_pull):
     num_rows, size = x.shape
-    shift = torch.full((num_rows,), plan.shift, dtype=torch.float32, device="cpu")
-    total = torch.empty_like(shift)
-    pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device="cpu")
+    shift, total, pull = (
+        x.new_full((num_rows,), plan.shift),
+        x.new_empty(num_rows),
+        x.new_empty(num_rows if need_pull else 0, size),
+    )
     kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
     loop = Loop.of(x, table, targets, shift, kept, plan)
     cpu_kernels.kernels(plan.dtype).forward(loop, total, pull if need_pull else None)

@@ -216,11 +216,11 @@ class Kernels:
 
     def backward(self, loop, factors, grad, step):
         """factors: a batch_rows.SlabFactors; grad: float32 or bfloat16, or None with a step, which applies it."""
-        (num_rows, size), classes, threads = loop.x.shape, len(loop.table), torch.get_num_threads()
+        (num_rows, size), classes, threads = loop.x.shape, loop.table.shape[0], torch.get_num_threads()
         if step is not None:
             step.check(0, classes, size)
             threads = min(threads, step.threads)
-        num_targets = len(factors.target_rows)
+        num_targets = factors.target_rows.shape[0]
         self._table.call(
             "backward",
             threads,
@@ -236,7 +236,7 @@ class Kernels:
         )
 
     def _loop(self, direction, loop, threads, flag):
-        (num_rows, size), classes = loop.x.shape, len(loop.table)
+        (num_rows, size), classes = loop.x.shape, loop.table.shape[0]
         numbers = self._room[direction](num_rows, size, loop.slab, threads, flag=flag)
         room = torch.empty(numbers, dtype=torch.float32, device="cpu")
         filled = cpu_library.filled(
@@ -253,7 +253,7 @@ class Kernels:
             threads=threads,
             classes=classes,
             kept_classes=loop.kept_classes,
-            kept_numbers=len(loop.kept),
+            kept_numbers=loop.kept.shape[0],
             products_of_thread=PRODUCTS_OF_THREAD,
             log2_scale=loop.log2_scale,
             is_bfloat16=loop.table.dtype == torch.bfloat16,

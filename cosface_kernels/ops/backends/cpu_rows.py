@@ -19,7 +19,7 @@ def enter(x, table, labels, options, wide):
         return batch_rows.enter(x, table, labels, options, wide)
     (num_rows, size), classes = x.shape, weight.shape[0]
     x, labels = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous(), labels.contiguous()
-    targets, unit = torch.empty_like(labels), torch.empty(num_rows, size, dtype=torch.float32, device="cpu")
+    targets, unit = labels.new_empty(num_rows), x.new_empty(num_rows, size, dtype=torch.float32)
     target_unit, inverse_norm, product = unit.new_empty(num_rows, 1, size), unit.new_empty(num_rows), unit.new_empty(num_rows, 1)
     cpu_kernels.batch_kernels().call(
         "enter",
@@ -46,7 +46,7 @@ def losses(lse, logit, counted, scale, reduction):
     """See batch_rows.losses."""
     lse, logit, counted = lse.contiguous(), logit.contiguous(), counted.contiguous()
     num_rows, is_reduced = lse.shape[0], reduction != "none"
-    losses, slopes = lse.new_empty(() if is_reduced else num_rows), torch.empty_like(lse)
+    losses, slopes = lse.new_empty(() if is_reduced else num_rows), lse.new_empty(num_rows)
     cpu_kernels.batch_kernels().call(
         "losses",
         lse=floats("log-sum-exps", lse, num_rows),
@@ -65,7 +65,7 @@ def losses(lse, logit, counted, scale, reduction):
 def x_gradient(grads, saved, scale, shape, dtype):
     """See batch_rows.x_gradient."""
     num_rows, size = shape
-    grad = torch.empty(num_rows, size, dtype=dtype if dtype in TABLE_DTYPES else torch.float32, device="cpu")
+    grad = saved.unit.new_empty(num_rows, size, dtype=dtype if dtype in TABLE_DTYPES else torch.float32)
     lse_grad, product_grad, inverse_norm = grads.lse.contiguous(), grads.product.contiguous(), saved.inverse_norm.contiguous()
     unit, target_unit, pull = saved.unit.contiguous(), saved.target_unit.contiguous(), saved.pull.contiguous()
     cpu_kernels.batch_kernels().call(
@@ -82,7 +82,7 @@ def x_gradient(grads, saved, scale, shape, dtype):
         scale=scale,
         grad_is_bfloat16=dtype == torch.bfloat16,
     )
-    return grad.to(dtype)
+    return grad if grad.dtype == dtype else grad.to(dtype)
 
 
 def slab_factors(factors, table, options):
@@ -94,9 +94,9 @@ def slab_factors(factors, table, options):
     threads = torch.get_num_threads() if is_bfloat16 else 0
     labels, unit, total = factors.labels.contiguous(), factors.unit.contiguous(), factors.total.contiguous()
     lse_grad, product_grad = factors.lse_grad.contiguous(), factors.product_grad.contiguous()
-    targets, target_rows, slots = torch.empty_like(labels), torch.empty_like(labels), labels.new_empty(4 * num_rows)
-    row_scale, target_sums, unscale = torch.empty_like(total), torch.empty_like(unit), total.new_empty(())
-    scratch = unit.new_empty(threads, size)
+    targets, target_rows, slots = labels.new_empty(num_rows), labels.new_empty(num_rows), labels.new_empty(4 * num_rows)
+    row_scale, unscale = total.new_empty(num_rows), total.new_empty(())
+    target_sums, scratch = unit.new_empty(num_rows, size), unit.new_empty(threads, size)
     cpu_kernels.batch_kernels().call(
         "slab_factors",
         labels=integers("labels", labels, num_rows),
