@@ -349,7 +349,7 @@ def main():
     few = "--few" in sys.argv
     for chip in [int(argument) for argument in sys.argv[1 + few :]] or sorted(compiled_facts.TENSOR_CORE):
         left = kernels(chip, few) | configurations(chip)
-        with compiled_facts.remembered(f"sm_{chip}", forget=not few):
+        with compiled_facts.remembered(f"triton-{triton.__version__}/sm_{chip}", forget=not few):
             for launch in launches(chip, calls(chip, few)):
                 left -= {launch.kernel, *(config for config in left if set(config) <= launch.numbers.items())}
                 found = {"chip": chip, "name": launch.kernel, "arguments": launch.arguments, **launch.compiled.facts}
