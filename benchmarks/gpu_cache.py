@@ -2,7 +2,7 @@
 
 Triton finds a kernel by its source, its options, the chip and Triton's own files and ptxas; by no path and no driver. So run this
 with the Triton of the GPU's machine, take DIR along, and set TRITON_CACHE_DIR to it there. prepared.json in it names that Triton;
-the stage `probe` of benchmarks.gpu_check compares. Compiled are the launches of tests/aot.py and those of the stages
+the stage `probe` of benchmarks.gpu_check compares. Compiled are the launches of tests/aot.py and those of the stages `smoke`,
 `exponentials`, `steps`, `forms` and `gluon`; of each kernel only what runs is kept.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 from .source import ROOT
 
@@ -45,7 +46,7 @@ def fill(folder, chip):
     from triton.runtime.cache import triton_key
 
     count = 0
-    for launch in aot.launches(chip, itertools.chain(aot.calls(chip), [tiles, *whole_steps()])):
+    for launch in aot.launches(chip, itertools.chain(aot.calls(chip), [smoke, tiles, *whole_steps()])):
         count += 1
         print(f"{count:>4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
     for path in folder.rglob("*"):
@@ -56,6 +57,21 @@ def fill(folder, chip):
     (folder / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {count} kernels for sm_{chip}, {size / 1e6:.1f} MB, triton {facts['triton']}, key {key[:8]}")
+
+
+def smoke():
+    """Launch what the stage of that name does: where a case names no slab, one of all classes, as a GPU has."""
+    import torch
+
+    from cosface_kernels.ops import slabs
+
+    from .gpu_check import smoke, stages
+
+    whole = {"SLAB_CLASSES_MIN": 2**20, "SLAB_CLASSES_MAX": 2**20}
+    with mock.patch.multiple(slabs, **whole):
+        for row in smoke.smoke(stages.SMOKE, torch.device("cpu")):
+            if "error" in row:
+                raise RuntimeError(row)
 
 
 def tiles():

@@ -415,6 +415,7 @@ def test_a_prepared_cache(tmp_path):
     pytest.importorskip("triton")
     few = "import itertools, sys; sys.path.insert(0, 'tests'); import aot; calls = aot.calls; from benchmarks import gpu_cache"
     few += "; from benchmarks.gpu_check import stages; stages.TILES = stages.TILES[:1]; stages.OPTIONS = []"
+    few += "; stages.SMOKE = stages.SMOKE[:1]"
     few += "; aot.calls = lambda chip: itertools.islice(calls(chip), 1); steps = gpu_cache.whole_steps"
     few += "; gpu_cache.whole_steps = lambda: steps()[:1]; raise SystemExit(gpu_cache.main(sys.argv[1:]))"
     variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": source.search_path()}
