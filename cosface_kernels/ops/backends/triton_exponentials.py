@@ -78,8 +78,11 @@ def cosine_tile(
         x_row = x + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
         unit_row = unit + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
     cosine = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    # A path around the loop would set the sums before the last wait for a wgmma, and ptxas would make each wgmma wait.
-    tl.assume(D_padded > 0)
+    dtype: tl.constexpr = x.dtype if DESCRIPTORS else x.dtype.element_ty
+    if dtype.primitive_bitwidth == 16:
+        # A path around the loop would set the sums before the last wait for a wgmma, and ptxas would make each wgmma wait. In
+        # float32, compiled for 10.0, it spills without that path.
+        tl.assume(D_padded > 0)
     for k in tl.range(0, D_padded, BLOCK_K):
         left = x.load([first_row, k]) if DESCRIPTORS else tl.load(x_row + k)
         right = unit.load([first_column, k]) if DESCRIPTORS else tl.load(unit_row + k)
