@@ -164,22 +164,22 @@ def negatives(inputs, options, foreign_index=None, hard=None):
         Needs(needs_slope, False, options.return_statistics),
     )
     product, target_length = vectors.product, None if margin.normalize_weight else vectors.target_length
-    feature_length = None if options.normalize_features else vectors.feature_length
-    slope = (saved.unit * saved.pull).sum(1) if needs_slope else None
     counted = class_indices(inputs.labels) != int(options.ignore_index)
     if counted.dim() == 2:
-        return Negatives(vectors.lse, product, target_length, feature_length, None, slope, saved.unit, counted.any(1), largest)
-    if options.centers_per_class > 1:  # the gradient goes to the nearest centre alone
-        nearest = product.argmax(1, keepdim=True)
-        product = product.gather(1, nearest)
-        target_length = None if target_length is None else target_length.gather(1, nearest)
+        counted = counted.any(1)
+    else:
+        if options.centers_per_class > 1:  # the gradient goes to the nearest centre alone
+            nearest = product.argmax(1, keepdim=True)
+            product = product.gather(1, nearest)
+            target_length = None if target_length is None else target_length.gather(1, nearest)
+        product, target_length = product.squeeze(1), None if target_length is None else target_length.squeeze(1)
     return Negatives(
         lse=vectors.lse,
-        product=product.squeeze(1),
-        target_length=None if target_length is None else target_length.squeeze(1),
-        feature_length=feature_length,
+        product=product,
+        target_length=target_length,
+        feature_length=None if options.normalize_features else vectors.feature_length,
         product_sum=vectors.product_sum if options.label_smoothing else None,
-        slope=slope,
+        slope=(saved.unit * saved.pull).sum(1) if needs_slope else None,
         unit=saved.unit,
         counted=counted,
         largest=largest,
@@ -213,7 +213,7 @@ class OneShard:
         """The sum over the processes of a vector (N,) without gradient, 0 for rows whose class another one holds."""
         return vector
 
-    def of_all_shards(self, num_classes, num_sampled, device):
+    def of_all_shards(self, num_classes, num_sampled):
         """(number of classes in the whole table, number of them that take part)."""
         return num_classes, num_sampled
 

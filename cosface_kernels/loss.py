@@ -169,9 +169,8 @@ def _corrected_for_sampling(lse, inputs, options, shards):
     """lse (N,) plus log((C - 1) / (M - 1)), negatives over summed negatives; unchanged where none was summed."""
     if isinstance(options.sample_correction, Tensor) or not options.sample_correction or inputs.classes is None:
         return lse
-    weight, classes = inputs.weight, inputs.classes
-    num_classes = weight.shape[0] // options.centers_per_class
-    num_classes, num_sampled = shards.of_all_shards(num_classes, classes.shape[0], weight.device)
+    here = inputs.weight.shape[0] // options.centers_per_class, inputs.classes.shape[0]
+    num_classes, num_sampled = shards.of_all_shards(*here)
     return lse + (math.log((num_classes - 1) / (num_sampled - 1)) if num_sampled > 1 else 0.0)
 
 
@@ -190,7 +189,7 @@ def _smoothing(logit, found, inputs, options, shards):
     if inputs.classes is None:
         _, num_classes = shards.classes(inputs, options)
     else:
-        _, num_classes = shards.of_all_shards(0, len(inputs.classes), logit.device)
+        _, num_classes = shards.of_all_shards(0, len(inputs.classes))
     mean = (found.product_sum - found.product + logit) / num_classes
     return options.label_smoothing * (options.scale * (logit - mean))  # ε s would be rounded to a scale of 16 bits
 

@@ -76,10 +76,10 @@ class Batch:
         """The sum over the ranks of a vector (N,) without gradient."""
         return self.ranks.add(vector)
 
-    def of_all_shards(self, num_classes, num_sampled, device):
+    def of_all_shards(self, num_classes, num_sampled):
         """(C, M) of the whole table, from the number of classes in this shard and of those that take part."""
         numbers = [num_classes, num_sampled] if self.holds_classes else [0, 0]
-        return self.ranks.add(torch.tensor(numbers, dtype=torch.int64, device=device)).tolist()
+        return self.ranks.add(torch.tensor(numbers, dtype=torch.int64, device=self.labels.device)).tolist()
 
     def own(self, vector):
         """A vector (N,) that depends on the features alone, or None. Only the rank that brought a row gets its gradient."""

@@ -84,14 +84,17 @@ def class_tensors(margin):
 
 def row_tensors(margin, num_rows):
     """The fields of a margin that are tensors with a number for each of a batch's rows, by name; none of `by_class` is."""
-    named = {field.name: getattr(margin, field.name) for field in fields(margin) if field.name not in margin.by_class}
-    return {name: each for name, each in named.items() if isinstance(each, Tensor) and each.shape[:1] == (num_rows,)}
+    return {name: each for name, each in _other_tensors(margin).items() if each.shape[:1] == (num_rows,)}
 
 
 def other_lengths(margin, num_rows):
     """{name: shape} of the fields of a margin that are tensors, neither of `by_class` nor with a number for each of the rows."""
+    return {name: each.shape for name, each in _other_tensors(margin).items() if each.shape not in ((), (num_rows,))}
+
+
+def _other_tensors(margin):
     values = {field.name: getattr(margin, field.name) for field in fields(margin) if field.name not in margin.by_class}
-    return {name: each.shape for name, each in values.items() if isinstance(each, Tensor) and each.shape not in ((), (num_rows,))}
+    return {name: each for name, each in values.items() if isinstance(each, Tensor)}
 
 
 def replaced(margin, values):

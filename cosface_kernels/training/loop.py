@@ -114,7 +114,7 @@ class Run:
             raise ConfigError(
                 f"data: {config.data} has {len(self.source)} images, fewer than batch_size={config.batch_size}: lower that"
             )
-        self.total, self.epoch_steps = steps * config.epochs, steps
+        self.total = steps * config.epochs
         self.margin = model.margin_of(config.margin)
         model.check_margin_warmup(config, self.margin)
         self.model = model.Model(config, self.source.num_classes, self.device, self.ranks)
