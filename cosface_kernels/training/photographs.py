@@ -17,7 +17,7 @@ from torch import nn
 
 from ..checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from ..distributed.ranks import ONE_PROCESS
-from . import backbones, evaluate, pairs, recipes, verification
+from . import backbones, evaluate, pairs, recipes
 from .config import Config
 from .data import batches, open_source, prepare
 from .embed import embed
@@ -113,10 +113,7 @@ def score(network, listed):
     """recipes.Scores of pairs.Pairs, as a dict: no ranks."""
     encoded = [image for template in listed.templates for image in template]
     scores = evaluate.scores_of(listed, embed(network, encoded, PAPER.image_size, "concat"))
-    steps = verification.Steps.of(scores[listed.same], scores[~listed.same])
-    tar = {exponent: rate and rate.tar for exponent in (3, 4) for rate in [verification.tar_at_far(steps, exponent)]}
-    accuracy = float(np.mean(verification.folds(scores, listed.same).accuracies))
-    return recipes.Scores(accuracy, None, tar[3], tar[4], verification.equal_error_rate(steps)[0])._asdict()
+    return recipes.scores_of(scores[listed.same], scores[~listed.same], scores, listed.same)._asdict()
 
 
 def read(paths, images=None):

@@ -53,8 +53,8 @@ class Scores(NamedTuple):
     """Rates of a trained network on the identities of the test, shares of 1."""
 
     accuracy: float  # of pairs, half of them genuine, in ten folds: what LFW and YTF ask
-    rank1: float  # what MegaFace's identification asks
-    tar_1e3: float  # TAR at FAR 1e-3, MegaFace's verification at a FAR that this many pairs resolve
+    rank1: float | None  # what MegaFace's identification asks
+    tar_1e3: float | None  # TAR at FAR 1e-3, MegaFace's verification at a FAR that this many pairs resolve
     tar_1e4: float | None  # at 1e-4, where they resolve that
     eer: float
 
@@ -204,14 +204,16 @@ def score(net, data, seed=0):
     random = np.random.default_rng(seed)
     count = min(PAIRS, len(genuine), len(impostors))
     drawn = [random.choice(scores, count, replace=False) for scores in (genuine, impostors)]
+    rank1 = identification.cmc(identification.search(rows, labels, others))[0]
+    return scores_of(genuine, impostors, np.stack(drawn, 1).ravel(), np.tile([True, False], count), rank1)
+
+
+def scores_of(genuine, impostors, scores, same, rank1=None):
+    """Scores by the scores of all pairs, and for the accuracy by those of some in their order and whether each is genuine."""
     steps = verification.Steps.of(genuine, impostors)
-    return Scores(
-        accuracy=float(np.mean(verification.folds(np.stack(drawn, 1).ravel(), np.tile([True, False], count)).accuracies)),
-        rank1=identification.cmc(identification.search(rows, labels, others))[0],
-        tar_1e3=verification.tar_at_far(steps, 3).tar,
-        tar_1e4=(rate := verification.tar_at_far(steps, 4)) and rate.tar,
-        eer=verification.equal_error_rate(steps)[0],
-    )
+    tar_1e3, tar_1e4 = (rate and rate.tar for rate in (verification.tar_at_far(steps, exponent) for exponent in (3, 4)))
+    accuracy = float(np.mean(verification.folds(scores, same).accuracies))
+    return Scores(accuracy, rank1, tar_1e3, tar_1e4, verification.equal_error_rate(steps)[0])
 
 
 def _embeddings(net, images):

@@ -129,19 +129,15 @@ def write(run):
         count = len(set(found.points["labels"]))
         caption = f"embeddings of {count} identities, on the three directions with {found.points['share']:.0%} of their squares"
         charts.append((caption, svg.sphere(found.points["points"], found.points["labels"])))
-    parts = [
-        _heading(found.name, found.settings["data"]),
-        "<h2>Numbers</h2>",
-        _table({key: [value] for key, value in found.numbers().items()}),
-    ]
-    parts += [_charts(charts), "<h2>Settings</h2>", f"<pre>{escape((found.folder / 'config.yaml').read_text())}</pre>"]
-    return _page(found.folder / "report.html", found.name, parts)
+    settings_text = escape((found.folder / "config.yaml").read_text())
+    rows = {what: [text] for what, text in found.numbers().items()}
+    after = f"<h2>Settings</h2><pre>{settings_text}</pre>"
+    return _page(found.folder / "report.html", found.name, found.settings["data"], rows, charts, after=after)
 
 
 def page(path, title, subtitle, numbers, charts):
     """Write one page of {what: text} and [(caption, SVG)], and return its path."""
-    table = _table({what: [text] for what, text in numbers.items()})
-    return _page(Path(path), title, [_heading(title, subtitle), "<h2>Numbers</h2>", table, _charts(charts)])
+    return _page(Path(path), title, subtitle, {what: [text] for what, text in numbers.items()}, charts)
 
 
 def compare(runs, out):
@@ -160,9 +156,8 @@ def compare(runs, out):
     rows = {key: [each.get(key, "") for each in numbers] for key in dict.fromkeys(key for each in numbers for key in each)}
     values = {key: [each.settings.get(key) for each in found] for key in settings.FIELDS if key != "out"}
     differing = {key: [json.dumps(each) for each in row] for key, row in values.items() if any(each != row[0] for each in row)}
-    parts = [_heading("Comparison", ", ".join(names)), "<h2>Numbers</h2>", _table(rows, names), _charts(charts)]
-    parts += ["<h2>Settings that differ</h2>", _table(differing, names) if differing else "<p>none</p>"]
-    return _page(Path(out), "Comparison", parts), rows, names
+    after = f"<h2>Settings that differ</h2>{_table(differing, names) if differing else '<p>none</p>'}"
+    return _page(Path(out), "Comparison", ", ".join(names), rows, charts, names, after), rows, names
 
 
 @torch.no_grad()
@@ -180,10 +175,6 @@ def keep_sphere(run, backbone, source, device):
     write_text(Path(run) / "sphere.json", json.dumps(record | {"share": (values[-3:].sum() / values.sum()).item()}))
 
 
-def _heading(title, subtitle):
-    return f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p>"
-
-
 def _table(rows, names=()):
     head = f"<tr><th></th>{''.join(f'<th>{escape(name)}</th>' for name in names)}</tr>" if names else ""
     body = (
@@ -192,14 +183,11 @@ def _table(rows, names=()):
     return f"<table>{head}{''.join(body)}</table>"
 
 
-def _charts(charts):
-    figures = "".join(f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>" for caption, chart in charts)
-    return f'<h2>Curves</h2><div class="charts">{figures}</div>'
-
-
-def _page(path, title, parts):
+def _page(path, title, subtitle, rows, charts, names=(), after=""):
+    """Write a page of {what: texts of the runs `names`} and [(caption, SVG)], and return its path."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    write_text(
-        path, f'<!doctype html><html lang="en"><head>{head}<style>{_style()}</style></head><body>{"".join(parts)}</body></html>\n'
-    )
+    numbers = f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p><h2>Numbers</h2>{_table(rows, names)}"
+    figures = "".join(f"<figure><figcaption>{escape(caption)}</figcaption>{chart}</figure>" for caption, chart in charts)
+    body = f'{numbers}<h2>Curves</h2><div class="charts">{figures}</div>{after}'
+    write_text(path, f'<!doctype html><html lang="en"><head>{head}<style>{_style()}</style></head><body>{body}</body></html>\n')
     return path
