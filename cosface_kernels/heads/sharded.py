@@ -11,8 +11,7 @@ from typing_extensions import Unpack
 from .. import validation
 from ..margins import Margin
 from ..validation import Device
-from .cosface import CosFaceLoss
-from .options import OPTIONS, HeadOptions
+from .cosface import OPTIONS, CosFaceLoss, HeadOptions
 from .over_ranks import OverMesh
 from .plain import MarginSoftmaxLoss
 

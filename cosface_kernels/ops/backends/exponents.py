@@ -1,11 +1,14 @@
 """Exponents and exponentials of a slab in plain PyTorch: for the torch backend, and for what no kernel computes.
 
+    sub-centres       a class has K consecutive rows, and only the one nearest to x counts: the others' exponents are -inf
+    hard negatives    where a product c of row n passes τ_n, g(c) = p0_n + p1_n c + p2_n c² takes its place. E of g(c) is summed;
+                      E g'(c) is kept and multiplied, so that both gradients are what they would be without g
+
 Kernels take the exponential while a product is in registers. For sub-centres, several classes to a row and corrections of
 sampled classes they write all of a slab's exponents in float32 instead, and what is here does the rest.
 """
 
-from . import centers
-from . import hard as hard_products
+import torch
 
 
 def finished(products, table, start, hard, factor, dim):
@@ -13,9 +16,9 @@ def finished(products, table, start, hard, factor, dim):
 
     start: the slab's first position. dim: that of the classes, 1, or 0 for (B, N). Of sub-centres all but the nearest are -inf.
     """
-    products, slope = centers.nearest(products, table.centers, dim), None
+    products, slope = _nearest(products, table.centers, dim), None
     if hard is not None:
-        products, slope = hard_products.changed(products, hard, dim)
+        products, slope = _changed(products, hard, dim)
     if factor != 1.0:
         products.mul_(factor)
     if table.correction is not None:
@@ -28,3 +31,34 @@ def exponentials(products, shift, *rest):
     exponents, slope = finished(products, *rest)
     e = exponents.sub_(shift.unsqueeze(rest[-1])).exp2_()
     return e, e if slope is None else e * slope
+
+
+def _nearest(exponents, centers, dim):
+    """The exponents, all but the largest of each class set to -inf; the first of equal ones stays.
+
+    Exponents are compared, because far more exponentials are equal after rounding.
+
+    A loop over the K centres: an argmax along so short a dimension takes ten times as long on a CPU.
+    """
+    if centers == 1:
+        return exponents
+    parts = exponents.unflatten(dim, (-1, centers)).unbind(dim + 1)
+    largest = parts[0]
+    for part in parts[1:]:
+        largest = torch.maximum(largest, part)
+    wanted = torch.ones_like(largest, dtype=torch.bool)
+    for part in parts:
+        kept = wanted & ((part == largest) | part.isnan())
+        part.masked_fill_(~kept, -torch.inf)
+        wanted &= ~kept
+    return exponents
+
+
+def _changed(products, hard, dim):
+    """(g(c), g'(c)) of products with rows along the other dimension than dim; hard: (N, 4), (τ, p0, p1, p2) of each row."""
+    threshold, p0, p1, p2 = (column.unsqueeze(dim) for column in hard.unbind(1))
+    is_hard = products > threshold
+    return (
+        torch.where(is_hard, p0 + products * (p1 + products * p2), products),
+        torch.where(is_hard, p1 + 2 * p2 * products, 1.0),
+    )
