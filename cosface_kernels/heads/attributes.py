@@ -8,20 +8,14 @@ from torch import Tensor, nn
 
 from .. import margins, validation
 from ..distributed import dtensors
-from ..margins.hard_negatives import HardNegatives
 from ..ops import class_tables, formats
-from ..validation import TableFormat
 from . import float8, margin_buffers
 from .placement import Whole
 
 
 class Attributes(nn.Module):
-    """Base class of MarginSoftmaxLoss, whose constructor makes them."""
+    """Base class of MarginSoftmaxLoss, whose constructor makes them, and whose own properties are what its users see."""
 
-    scale: float | Tensor
-    log_scale: nn.Parameter | None
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     _is_fully_sharded = False
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
@@ -85,40 +79,8 @@ class Attributes(nn.Module):
         super().__setstate__(state)
         class_tables.register(self)
 
-    @property
-    def margin(self) -> margins.Margin:
-        """The margin, also to set: see margin_buffers.py."""
-        return self._margin_refused[0] if self._margin_refused else self._as_given(self._margin())
-
-    @margin.setter
-    def margin(self, margin: margins.Margin) -> None:
-        margin_buffers.write(self, margin)
-
-    @property
-    def sample_rate(self) -> float:
-        """The share of the classes that take part in a training step; it may be set at any time."""
-        return self._sample_rate
-
-    @sample_rate.setter
-    def sample_rate(self, sample_rate: float) -> None:
-        validation.check_rate("sample_rate", sample_rate)
-        self._sample_rate = sample_rate
-        if sample_rate < 1 and "sample_step" not in self._buffers:
-            self._begin_sampling()
-
     def _begin_sampling(self):
         self.register_buffer("sample_step", torch.zeros((), dtype=torch.int64, device=self.weight.device))
-
-    @property
-    def negatives(self) -> HardNegatives | None:
-        """The HardNegatives, or None. Setting them registers and removes buffers of running statistics, as a margin does."""
-        return self._negatives
-
-    @negatives.setter
-    def negatives(self, negatives: HardNegatives | None) -> None:
-        margins.hard_negatives.check_kind(negatives)
-        self._negatives = negatives
-        margin_buffers.write(self, self.margin)
 
     def _states(self):
         """The first values of the running statistics of margin and negatives, by name."""
@@ -138,21 +100,6 @@ class Attributes(nn.Module):
     def _as_given(margin):
         """The value that `head.margin` returns for a Margin."""
         return margin
-
-    @property
-    def embedding_size(self) -> int:
-        """D, the numbers of a row."""
-        return self.weight.shape[1]
-
-    @property
-    def normalize_weight(self) -> bool:
-        """True if the rows of the table are divided by their norms."""
-        return self._margin().normalize_weight
-
-    @property
-    def table_format(self) -> TableFormat:
-        """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
-        return self._format_of(self.weight)
 
     def _format_of(self, weight):
         return self._table_format if weight.dtype == formats.TABLE_FORMATS[self._table_format] else "float32"

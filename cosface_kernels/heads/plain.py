@@ -15,7 +15,7 @@ from ..margins.hard_negatives import HardNegatives
 from ..ops import class_tables, formats, recording
 from ..sampling import classes_of_step, correction
 from ..validation import Backend, Device, MemoryBudget, Reduction, TableFormat
-from . import confusions, grow, own_centers
+from . import confusions, grow, margin_buffers, own_centers
 from .attributes import Attributes
 from .placement import WHOLE, Whole
 
@@ -66,6 +66,10 @@ class MarginSoftmaxLoss(Attributes):
             see `theory.warn_if_out_of_bounds`.
     """
 
+    scale: float | Tensor
+    log_scale: nn.Parameter | None
+    weight: nn.Parameter
+    bias: nn.Parameter | None
     if TYPE_CHECKING:
 
         @overload
@@ -157,6 +161,53 @@ class MarginSoftmaxLoss(Attributes):
         while frame.f_locals.get("self") is self:
             frame, level = frame.f_back, level + 1
         return level
+
+    @property
+    def margin(self) -> margins.Margin:
+        """The margin, also to set: see margin_buffers.py."""
+        return self._margin_refused[0] if self._margin_refused else self._as_given(self._margin())
+
+    @margin.setter
+    def margin(self, margin: margins.Margin) -> None:
+        margin_buffers.write(self, margin)
+
+    @property
+    def sample_rate(self) -> float:
+        """The share of the classes that take part in a training step; it may be set at any time."""
+        return self._sample_rate
+
+    @sample_rate.setter
+    def sample_rate(self, sample_rate: float) -> None:
+        validation.check_rate("sample_rate", sample_rate)
+        self._sample_rate = sample_rate
+        if sample_rate < 1 and "sample_step" not in self._buffers:
+            self._begin_sampling()
+
+    @property
+    def negatives(self) -> HardNegatives | None:
+        """The HardNegatives, or None. Setting them registers and removes buffers of running statistics, as a margin does."""
+        return self._negatives
+
+    @negatives.setter
+    def negatives(self, negatives: HardNegatives | None) -> None:
+        margins.hard_negatives.check_kind(negatives)
+        self._negatives = negatives
+        margin_buffers.write(self, self.margin)
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the numbers of a row."""
+        return self.weight.shape[1]
+
+    @property
+    def normalize_weight(self) -> bool:
+        """True if the rows of the table are divided by their norms."""
+        return self._margin().normalize_weight
+
+    @property
+    def table_format(self) -> TableFormat:
+        """The format that the constructor was given; "float32" if the table has another dtype now, as after head.float()."""
+        return self._format_of(self.weight)
 
     def forward(
         self,
