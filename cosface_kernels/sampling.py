@@ -11,9 +11,10 @@ from .positives import class_indices
 def sample_classes(labels: Tensor, num_classes: int, rate: float, *, seed: int = 0, step: int = 0) -> Tensor:
     """The classes that take part in a step: those of the labels, and others drawn at random.
 
-    M = rate C in all, rounded, or P if that is more; P is the number of different classes among the labels. Each other class is
-    drawn with probability (M - P) / (C - P). A pure function of its arguments, on one kind of device: a run resumed at the same
-    step draws the same classes. On a GPU it waits for the device only if N > M, because then P may be more than M.
+    M = rate C in all, rounded, or the smaller of N and C if that is more: so there is room for the classes of any labels, and
+    nothing waits for a GPU. Each class that is no label's is drawn with probability (M - P) / (C - P), P being the number of
+    different classes among the labels. A pure function of its arguments, on one kind of device: a run resumed at the same step
+    draws the same classes.
 
     Args:
         labels: (N,), any integer dtype. Numbers outside [0, C) are ignored.
@@ -22,7 +23,7 @@ def sample_classes(labels: Tensor, num_classes: int, rate: float, *, seed: int =
         seed, step: ints from 0 on. The draw is a function of both.
 
     Returns:
-        (max(P, M),) int64, ascending, on the device of labels: the `classes` of `margin_softmax_loss`.
+        (M,) int64, ascending, on the device of labels: the `classes` of `margin_softmax_loss`.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape or value.

@@ -66,7 +66,8 @@ def sampled_like_one_process(name, correction, num_classes=NUM_CLASSES, num_labe
             here, by_class = drawn[-1]
             dist.all_gather_object(parts, (held[here], by_class) if len(held) else (held, torch.zeros(0)))
             num_certain = world.shard(certain.bincount(minlength=num_classes)).count_nonzero()
-            assert len(parts[world.rank][0]) == min(max(num_certain, round(0.2 * len(held)), 1), len(held))
+            most = len(labels) * (3 if hard else 1)
+            assert len(parts[world.rank][0]) == min(max(most, round(0.2 * len(held)), 1), len(held))
             if hard and correction and len(held) > len(here) > num_certain:
                 share = math.log((len(held) - num_certain) / (len(here) - num_certain))
                 assert_close(by_class.sum(), torch.tensor(share * (len(here) - num_certain)), 1e-5)

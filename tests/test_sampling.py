@@ -71,7 +71,7 @@ def source(request, device, monkeypatch):
 def drawn_plainly(labels, num_classes, rate, seed, step):
     """The draw as sampled_classes.draw defines it, on the host."""
     positives = labels[(labels >= 0) & (labels < num_classes)].unique().tolist()
-    count = max(sampled_classes.wanted(num_classes, rate) - len(positives), 0)
+    count = max(1, round(rate * num_classes), min(len(labels), num_classes)) - len(positives)
     population, others = num_classes - len(positives), []
     if count:
         bits = sampled_classes.random_bits(labels.device, seed, step, count + 1).tolist()
@@ -92,13 +92,11 @@ def test_draws_are_as_described(num_rows, num_classes, rate, device, source):
         assert found.tolist() == expected and len(set(expected)) == len(expected)
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 100])
-def test_nothing_is_asked_of_the_device(num_rows, monkeypatch):
+@pytest.mark.parametrize("num_rows, size", [(0, 100), (1, 100), (100, 100), (101, 101), (1000, 1000), (5000, 1000)])
+def test_nothing_is_asked_of_the_device(num_rows, size):
     """A tensor of the meta device has nothing to answer with."""
     labels, step = (torch.empty(shape, dtype=torch.int64, device="meta") for shape in (num_rows, ()))
-    assert sampled_classes.draw(labels, 1000, 0.1, 5, step).shape == (100,)
-    with pytest.raises(RuntimeError, match="meta"):
-        sampled_classes.draw(torch.empty(101, dtype=torch.int64, device="meta"), 1000, 0.1, 5, step)
+    assert sampled_classes.draw(labels, 1000, 0.1, 5, step).shape == (size,)
 
 
 def test_hashed_bits_are_splitmix64():
@@ -131,7 +129,8 @@ def test_marginals(device, source):
     (1000, 0.1, [], 100),
     (1000, 1e-9, [7], 1),
     (1000, 1e-9, [], 1),
-    (10, 0.2, [4, 4, 2, 8, 9, 0], 5),  # more classes in the batch than were asked for
+    (10, 0.2, [4, 4, 2, 8, 9, 0], 6),  # more rows in the batch than classes were asked for
+    (3, 0.1, [2, 2, 2, 2, 2, 2], 3),
     (10, 1, [4], 10),
     (1, 0.5, [0, 0], 1),
     (10, 0.5, [-100, 10, 2**62, -(2**63), 3], 5),
@@ -168,7 +167,6 @@ def test_sample_is_a_function_of_seed_step_and_labels(device):
 
 @pytest.mark.parametrize("num_rows", [0, 1, 300])
 def test_opcheck_of_the_draw(num_rows, device):
-    """300 rows of up to 300 classes: how many take part is not known beforehand."""
     labels = torch.arange(num_rows, device=device) * 7 % 1000
     library.opcheck(operators.sample_classes, (labels, torch.tensor(3, device=device), 1000, 0.1, 5, True))
 
@@ -553,7 +551,7 @@ def test_head_samples_in_training_alone(kind, device):
     whole = sampled_head(device, kind, ignore_index=2, sample_rate=1.0)
     for step, (features, labels) in enumerate(batches(device)):
         labels[:3] = 2  # ignored, so no class of this step
-        classes = sample_classes(labels[3:], 300, 0.2, seed=5, step=step)
+        classes = sample_classes(torch.where(labels == 2, -1, labels), 300, 0.2, seed=5, step=step)
         assert head.sample_step == step
         loss = head(features, labels)
         inputs = Inputs(features, whole.weight, labels, whole.bias, classes)
@@ -630,16 +628,11 @@ def test_a_refused_call_is_no_step():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compile(kind, device):
-    """Every step in one graph as eager, its gradient too, which is computed when the step has moved on; but in a batch of more
-    rows than classes are asked for, whose sample's size is not known beforehand."""
+    """Every step in one graph as eager, its gradient too, which is computed when the step has moved on."""
     torch._dynamo.reset()
     eager, head = sampled_head(device, kind), sampled_head(device, kind)
-    whole, broken = (torch.compile(head, fullgraph=fullgraph, backend="aot_eager") for fullgraph in (True, False))
+    whole = torch.compile(head, fullgraph=True, backend="aot_eager")
     for features, labels in batches(device):
-        if len(labels) > 60:
-            with pytest.raises(torch._dynamo.exc.UserError):
-                whole(features, labels)
-            continue
         results = []
         for call, module in ((whole, head), (eager, eager)):
             x = features.clone().requires_grad_()
@@ -648,8 +641,6 @@ def test_compile(kind, device):
         for ours, wanted in zip(*results, strict=True):
             torch.testing.assert_close(ours, wanted, rtol=0, atol=16 * 2**-23 * float(wanted.abs().max() if len(labels) else 0))
     assert head.sample_step == eager.sample_step
-    features, labels = make("uniform", 150, 300, 16)[::2]
-    assert torch.equal(broken(features.to(device), labels.to(device)), eager(features.to(device), labels.to(device)))
 
 
 @pytest.mark.parametrize("use_reentrant, compiled", [(False, False), (True, False), (False, True)])

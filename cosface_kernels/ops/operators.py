@@ -330,8 +330,7 @@ def sample_classes(labels: Tensor, step: Tensor, num_classes: int, rate: float, 
 
 @sample_classes.register_fake
 def _(labels, step, num_classes, rate, seed, step_moves):
-    most = sampled_classes.wanted(num_classes, rate)
-    size = most if labels.shape[0] <= most else library.get_ctx().new_dynamic_size()
+    size = sampled_classes.wanted(labels.shape[0], num_classes, rate)
     return torch.empty(size, dtype=torch.int64, device=labels.device)
 
 

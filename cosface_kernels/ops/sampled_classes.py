@@ -1,4 +1,4 @@
-"""Draws the classes of a step: all positives (own classes of the batch), and others up to M, each equally likely.
+"""Draws the M classes of a step: all positives (own classes of the batch), and others, each equally likely.
 
 The C - P others are numbered 0 .. C - P - 1 and cut into strata, as many as are drawn. One number is drawn from each stratum, and
 a random offset, modulo C - P, is added to all: it evens out that strata have two sizes and fixed ends.
@@ -6,7 +6,7 @@ a random offset, modulo C - P, is added to all: it evens out that strata have tw
     | · x · · | x · · · | · · x · |        · a class, x one that is drawn, | the end of a stratum
 
 O(M) work and memory for M classes, whatever C is; only the batch's labels are sorted. The number P of different labels is known
-on their device alone, and nothing waits for it: arrays have the largest length that P allows, and end in NOTHING.
+on their device alone, and nothing waits for it: M is at least the most that P may be, and arrays of fewer numbers end in NOTHING.
 """
 
 import torch
@@ -17,18 +17,14 @@ NOTHING = 2**62  # more than any class
 
 
 def draw(labels, num_classes, rate, seed, step):
-    """(max(P, M),) classes, ascending: the P among labels (N,), and others up to M = rate C. step: 0-dim int64.
-
-    With N <= M the length is M, and nothing waits for the device.
-    """
-    num_rows, most = len(labels), wanted(num_classes, rate)
+    """(M,) classes, ascending: the P among labels (N,), and M - P others. step: 0-dim int64."""
+    num_rows, size = len(labels), wanted(len(labels), num_classes, rate)
     positives, num_positives = _distinct(labels, num_classes)
-    size = most if num_rows <= most else max(most, int(num_positives))
-    count = (most - num_positives).clamp(min=0)
-    slot, rank = (torch.arange(length, dtype=torch.int64, device=labels.device) for length in (num_rows, most))
+    count = size - num_positives
+    slot, rank = (torch.arange(length, dtype=torch.int64, device=labels.device) for length in (num_rows, size))
     is_positive, is_other = slot < num_positives, rank < count
     ranks = torch.where(
-        is_other, _ranks(num_classes - num_positives, count, random_bits(labels.device, seed, step, most + 1)), NOTHING
+        is_other, _ranks(num_classes - num_positives, count, random_bits(labels.device, seed, step, size + 1)), NOTHING
     )
     # Another class is its rank plus the positives below it; positive i has positives[i] - i others below it.
     below = torch.searchsorted(torch.where(is_positive, positives - slot, NOTHING), ranks, right=True)
@@ -39,9 +35,9 @@ def draw(labels, num_classes, rate, seed, step):
     return classes[:size]
 
 
-def wanted(num_classes, rate):
-    """M, how many classes are drawn at this rate."""
-    return max(1, round(rate * num_classes))
+def wanted(num_rows, num_classes, rate):
+    """M, how many classes are drawn at this rate: enough for any labels of so many rows."""
+    return max(1, round(rate * num_classes), min(num_rows, num_classes))
 
 
 def _distinct(labels, num_classes):

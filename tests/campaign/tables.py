@@ -54,7 +54,7 @@ def sample(case, labels, rate):
     classes = sample_classes(torch.tensor(certain, dtype=torch.int64), num_classes, rate, seed=seed)
     drawn = classes.tolist()
     assert drawn == sorted({*drawn}) and must <= {*drawn} <= {*range(num_classes)}, "not the classes of the labels, ascending"
-    wanted = min(max(len(must), round(rate * num_classes), 1), num_classes)
+    wanted = min(max(len(certain), round(rate * num_classes), 1), num_classes)
     assert len(drawn) == wanted, f"{len(drawn)} classes, not {wanted}"
     return Sample(classes, _by_class(case, classes, torch.tensor(certain, dtype=torch.int64), must))
 
