@@ -9,6 +9,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import margins, validation
 
+# The options of a head that must be the same on all ranks.
+SHARED = (
+    *("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing"),
+    *("negatives", "sample_rate", "sample_correction", "training"),
+)
 _checksums = WeakTensorKeyDictionary()  # of a margin's tensors: (version, checksum)
 
 
@@ -26,10 +31,7 @@ class Told(NamedTuple):
 
     @classmethod
     def of(cls, head, features, k=0, statistics=False, label_columns=0):
-        names = ("num_classes", "scale", "reduction", "normalize_features", "ignore_index", "ddp_average", "label_smoothing")
-        names = *names, "negatives"
-        sampling = ("sample_rate", "sample_correction", "training")
-        values = [getattr(head, name) for name in (*names, *sampling)]
+        values = [getattr(head, name) for name in SHARED]
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
         values.append(head.hard_classes is None)
         options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())

@@ -111,9 +111,6 @@ class Order:
             for piece in own[:, self.rank]:
                 yield epoch, piece
 
-    def __len__(self):
-        return (self.total - self.start) * self.pieces
-
 
 class _Batches(Dataset):
     def __init__(self, source, config):

@@ -105,9 +105,6 @@ class Order:
             random = np.random.default_rng([self.seed, step])
             yield step, self.kept[recipes.batch(random, self.members, PAPER.identities, PAPER.images)]
 
-    def __len__(self):
-        return self.steps - self.start
-
 
 def score(network, listed):
     """recipes.Scores of pairs.Pairs, as a dict: no ranks."""

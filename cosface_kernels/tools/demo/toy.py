@@ -45,9 +45,7 @@ class Training(NamedTuple):
 
 class Trained(NamedTuple):
     result: Result
-    features: torch.Tensor  # (N, 2), of the training images
-    labels: torch.Tensor  # (N,)
-    weight: torch.Tensor  # (8, 2)
+    training: Training
 
 
 class SoftmaxLoss(nn.Module):
@@ -95,7 +93,7 @@ def _train_margin(margin, device, seed, epoch_done):
     done = train(partial(_head, margin), device, seed, EPOCHS, epoch_done=epoch_done)
     name = "softmax" if margin is None else f"LMCL, m = {margin:g}"
     gap, angle = smallest_gap(done.features, done.labels), intra_class_angle(done.features, done.labels)
-    return Trained(Result(name, gap, angle, done.held_out_accuracy), done.features, done.labels, done.head.weight.detach().cpu())
+    return Trained(Result(name, gap, angle, done.held_out_accuracy), done)
 
 
 def _head(margin):
@@ -187,7 +185,7 @@ def draw(trained):
     for column, each in enumerate(trained):
         plane, circle = (figure.add_subplot(2, len(trained), row * len(trained) + column + 1, aspect="equal") for row in (0, 1))
         plane.set_title(each.result.loss, fontsize=13)
-        limit = 1.05 * each.features.abs().max().item()
+        limit = 1.05 * each.training.features.abs().max().item()
         plane.set(xlim=(-limit, limit), ylim=(-limit, limit))
         plane.tick_params(labelsize=8)
         circle.set(xlim=(-1.32, 1.32), ylim=(-1.32, 1.32))
@@ -196,14 +194,14 @@ def draw(trained):
             f"gap {each.result.smallest_gap:.1f}°, within identity {each.result.intra_class_angle:.1f}°", y=-0.08, fontsize=11
         )
         for identity in range(IDENTITIES):
-            _draw_identity(plane, circle, each, identity)
+            _draw_identity(plane, circle, each.training, identity)
     return figure
 
 
-def _draw_identity(plane, circle, each, identity):
+def _draw_identity(plane, circle, training, identity):
     color = f"C{identity}"
-    features = each.features[each.labels == identity]
-    unit, direction = F.normalize(features), F.normalize(each.weight[identity], dim=0)
+    features = training.features[training.labels == identity]
+    unit, direction = F.normalize(features), F.normalize(training.head.weight[identity].detach().cpu(), dim=0)
     plane.scatter(*features.T, s=5, color=color, alpha=0.6, linewidths=0)
     circle.plot([0, direction[0]], [0, direction[1]], color=color, linewidth=1.2)
     circle.scatter(*unit.T, s=22, color=color, alpha=0.35, linewidths=0)
