@@ -226,6 +226,23 @@ def test_what_the_machine_lacks_is_a_line(monkeypatch, tmp_path):
     assert found["status"] == "skipped" and found["line"] == "one is left out; no ncu" and not found["rows"]
 
 
+def test_races_are_looked_for_in_calls_that_are_there(monkeypatch, tmp_path):
+    """The sanitizer is a script that writes down what it was asked for; the calls are those of the script that it is given."""
+    tool, asked = tmp_path / "tool", []
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho "========= RACECHECK SUMMARY: 1 hazard"\nexit 9\n')
+    tool.chmod(0o755)
+    monkeypatch.setattr(commands, "_tool", lambda name: str(tool))
+    monkeypatch.setattr(commands.gpu, "device", lambda: CPU)
+    (row,) = commands.sanitizer(next(stage for stage in stages.PLAN if stage.name == "racecheck").cases())
+    assert row["error"] == "exit status 9" and row["lines"] == ["========= RACECHECK SUMMARY: 1 hazard"]
+    options, calls = (tmp_path / "asked").read_text().split("benchmarks.gpu_check.smoke")
+    assert "--tool racecheck" in options and "--kernel-name kns=exponential --kernel-name kns=attend" in options
+    smoke = importlib.import_module("benchmarks.gpu_check.smoke")
+    monkeypatch.setattr(smoke, "smoke", lambda cases: asked.extend(cases) or [{"wrong": False}])
+    assert smoke.main(calls.split()) == 0
+    assert {case["size"] for case in asked} == {512} and any("forms" in case for case in asked) and len(asked) == 4
+
+
 def test_rows_of_a_killed_stage(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1, "seconds": []}\n{"a": 2, "seconds": []}\n{"a": 1, "seconds": [3.0]}\n{"a": 3, "sec')

@@ -58,11 +58,12 @@ def results(path):
 
 
 def sanitizer(cases):
-    """compute-sanitizer over the calls of the stage smoke. Without PyTorch's cache each tensor is an allocation of its own."""
+    """compute-sanitizer over calls of the stage smoke. Without PyTorch's cache each tensor is an allocation of its own."""
     gpu.device()
     for case in cases:
         command = [_tool("compute-sanitizer"), "--tool", case["tool"], "--error-exitcode", "9", "--print-limit", "20"]
-        command += [sys.executable, "-m", "benchmarks.gpu_check.smoke"]
+        command += [option for name in case.get("kernels", ()) for option in ("--kernel-name", f"kns={name}")]
+        command += [sys.executable, "-m", "benchmarks.gpu_check.smoke", *map(str, case.get("calls", ()))]
         variables = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         run = subprocess.run(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         print(run.stdout, flush=True)

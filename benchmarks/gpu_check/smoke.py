@@ -1,6 +1,6 @@
 """The first minute: does the GPU answer, what machine is it, and does every kernel do what float64 does?
 
-python -m benchmarks.gpu_check.smoke      the calls of the stage alone, as the stages memcheck and initcheck run them
+python -m benchmarks.gpu_check.smoke [I ...]      the calls of the stage, or these of them, as the sanitizer's stages run them
 """
 
 import copy
@@ -154,9 +154,9 @@ def _table(head):
     return copy.deepcopy(head).double().weight.detach().cpu()
 
 
-def main():
-    wrong = False
-    for row in smoke(stages.SMOKE):
+def main(numbers=None):
+    wrong, numbers = False, sys.argv[1:] if numbers is None else numbers
+    for row in smoke([stages.SMOKE[int(number)] for number in numbers] or stages.SMOKE):
         print(json.dumps(row), flush=True)
         wrong |= bool(row.get("wrong") or row.get("error"))
     return int(wrong)

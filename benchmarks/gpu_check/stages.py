@@ -31,6 +31,12 @@ SMOKE = [
     {"rows": 300, "classes": 1111, "size": 256, "precision": "bfloat16", "slab": 512, "budget": "none", "forms": ATTEND},
     {"rows": 128, "classes": 1024, "size": 512, "precision": "bfloat16", "budget": "none", "forms": ATTEND},
 ]
+# What shares memory between the threads of a block, at the widest tiles. All launches of a call would take minutes.
+RACES = {
+    "tool": "racecheck",
+    "kernels": ["exponential", "attend"],
+    "calls": [i for i, case in enumerate(SMOKE) if case["size"] == 512 and "precision" in case and "graph" not in case],
+}
 OPTIONS = [{"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVES": True}]  # of the first two tiles
 TILES = [("128x128x64", 8, 3), ("128x256x64", 8, 4), ("128x128x64", 8, 4), ("128x128x64", 4, 3), ("128x256x64", 8, 3)]
 WAVE = 8448  # classes: 64 for each of 132 processors, so that tiles of any N that is a multiple of 256 fill whole waves
@@ -154,6 +160,7 @@ PLAN = [
     *(Stage(f"peer {name}", 25, "rivals", "rival", _peer(name)) for name in PEERS),
     Stage("float32", 25, "rivals", "rival", _float32),
     Stage("initcheck", 40, "commands", "sanitizer", lambda: [{"tool": "initcheck"}]),
+    Stage("racecheck", 30, "commands", "sanitizer", lambda: [RACES]),
     Stage("profile", 30, "steps", "profile", _profile),
     Stage("ncu", 40, "commands", "ncu", files=True),
     Stage("training", 60, "large", "train", _training),
