@@ -15,7 +15,7 @@ from cases import check_accuracy, draws, evaluate, make
 
 from cosface_kernels import cosface_loss
 from cosface_kernels.ops import backends
-from cosface_kernels.ops.backends import cpu_backend, cpu_kernels, cpu_library
+from cosface_kernels.ops.backends import cpu_kernels, cpu_library, cpu_loop
 from cosface_kernels.optim import rules
 from cosface_kernels.tools import info
 
@@ -262,7 +262,7 @@ def test_the_loop_in_one_call_has_the_bits_of_a_call_for_each_step(instruction_s
         for in_one_call in (True, False):
             with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 if not in_one_call:
-                    patch.setattr(cpu_backend, "MOST_IN_ONE_CALL", 0)
+                    patch.setattr(cpu_loop, "MOST_IN_ONE_CALL", 0)
                 inputs = features, weight.to(weight_dtype), labels, torch.ones(())
                 loss = functools.partial(cosface_loss, backend="cpu", memory_budget=budget)
                 results.append(evaluate(loss, *inputs))

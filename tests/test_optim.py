@@ -25,7 +25,7 @@ from cosface_kernels.distributed import ranks
 from cosface_kernels.heads import float8
 from cosface_kernels.margins import ArcFace, Softmax
 from cosface_kernels.ops import class_tables, formats, recording, slabs
-from cosface_kernels.ops.backends import cpu_backend, cpu_library
+from cosface_kernels.ops.backends import cpu_library, cpu_loop
 from cosface_kernels.optim import rules, table_state
 
 SIZE, NUM_CLASSES, ROWS = 20, 300, 9  # three slabs, the last one short; not a multiple of any vector
@@ -1533,7 +1533,7 @@ def test_an_interrupted_step_is_said_until_the_table_is_another(error, backend, 
     version = head.weight._version
     with monkeypatch.context() as patch:
         patch.setattr(slabs.Plan, "slabs", interrupted)
-        patch.setattr(cpu_backend, "MOST_IN_ONE_CALL", 0)
+        patch.setattr(cpu_loop, "MOST_IN_ONE_CALL", 0)
         with pytest.raises(error):
             optimizer.step()
     assert head.weight._version > version  # a graph from before has another table

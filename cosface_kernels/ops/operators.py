@@ -44,17 +44,9 @@ def _negative_lse(problem, options, needs):
     options = with_scale(problem, options)
     table = _table(problem, options)
     value_checks.check_index(table)
-    value_checks.check_labels(problem.labels, table.num_classes, options.ignore_index, options.foreign_index)
-    value_checks.check_sampled(problem.labels, table, options)
-    value_checks.check_correction(table)
     x = problem.x
-    plan = make_plan(x, table, options, keep=needs.need_table_grad)
-    backend = backends.choose(options.backend, x.device, options.dtype)
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
-        entered = _row_functions(backend, table, options, problem.labels).enter(x, table, problem.labels, options, plan.wide)
-        wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
-        wanted["hard"] = problem.hard
-        sums = backend.forward(entered.unit, table, entered.targets, plan, **wanted)
+        entered, sums = _entered_and_summed(problem, table, options, needs)
         product = entered.product
         row_sum = product.new_empty(0) if sums.row_sum is None else sums.row_sum.to(product.dtype)
         product_sum = (entered.unit * row_sum).sum(1) if options.sums_products else product.new_empty(0)
@@ -76,6 +68,22 @@ def _negative_lse(problem, options, needs):
     return Vectors(sums.lse, product, target_length, product_sum, feature_length), saved, largest
 
 
+def _entered_and_summed(problem, table, options, needs):
+    """(Entered, Sums) of a backend."""
+    x, labels = problem.x, problem.labels
+    backend = backends.choose(options.backend, x.device, options.dtype)
+    plan = make_plan(x, table, options, keep=needs.need_table_grad)
+    rows, one_call = _row_functions(backend, table, options, labels)
+    if one_call and not needs.need_largest and problem.hard is None and one_call.takes(x, table, plan):
+        return one_call.forward(x, table, labels, options, plan, needs.need_x_grad)
+    value_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
+    value_checks.check_sampled(labels, table, options)
+    value_checks.check_correction(table)
+    entered = rows.enter(x, table, labels, options, plan.wide)
+    wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
+    return entered, backend.forward(entered.unit, table, entered.targets, plan, **wanted, hard=problem.hard)
+
+
 def with_scale(problem, options):
     """The options, with the scale of the problem if that has one."""
     if problem.own_scale is None:
@@ -91,12 +99,12 @@ def _table(problem, options):
 
 
 def _row_functions(backend, table, options, labels):
-    """The backend's own row functions, for cosines over a whole table of floats that it reads in place with one row to a class,
-    one class to a row and no sum of products; else the module batch_rows.
+    """(The backend's own row functions, its in_one_call or None), for cosines over a whole table of floats that it reads in place
+    with one row to a class, one class to a row and no sum of products; else (the module batch_rows, None).
     """
     plain = options.cosines and table.centers == 1 and table.index is None and labels.dim() == 1 and not options.sums_products
     plain = plain and table.row_scale is None
-    return backend.row_functions if plain else batch_rows
+    return (backend.row_functions, getattr(backend, "in_one_call", None)) if plain else (batch_rows, None)
 
 
 negative_lse = Operator("negative_lse", (Problem, Options, Needs), (Vectors, Saved, Largest), _negative_lse)
@@ -160,8 +168,9 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
     x_grad = weight_grad = bias_grad = None
     with torch._C._DisableAutocast(), torch.cuda.device_of(x):
         if needs.need_x_grad:
-            functions = _row_functions(backends.choose(options.backend, x.device, options.dtype), table, options, problem.labels)
-            x_grad = functions.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
+            backend = backends.choose(options.backend, x.device, options.dtype)
+            rows, _ = _row_functions(backend, table, options, problem.labels)
+            x_grad = rows.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
             if not options.normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
                 x_grad = torch.where(batch_rows.ignored(problem.labels, options.ignore_index)[:, None], 0.0, x_grad)
         if needs.need_table_grad:
@@ -177,9 +186,13 @@ def write_table_gradient(sink, table, factors, options):
     unit = factors.unit
     backend = backends.choose(options.backend, unit.device, options.dtype)
     plan = make_plan(unit, table, options, keep=True)
+    rows, one_call = _row_functions(backend, table, options, factors.labels)
+    hard = factors.hard if factors.hard.shape[0] else None
     with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
-        slab_factors = _row_functions(backend, table, options, factors.labels).slab_factors(factors, table, options)
-        hard = factors.hard if factors.hard.shape[0] else None
+        one_call = one_call if hard is None and one_call and one_call.takes(unit, table, plan) else None
+        if one_call and one_call.backward(factors, table, options, plan, sink):
+            return
+        slab_factors = rows.slab_factors(factors, table, options)
         backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
 
 

@@ -173,7 +173,7 @@ void slab_factors(const SlabFactors &given, int threads) {
     }
 }
 
-// In cpu_library.py's order.
+// In cpu_library.py's order, and batch.h's.
 constexpr Kernel KERNELS[] = {KERNEL<Enter, enter>, KERNEL<Losses, losses>, KERNEL<XGradient, x_gradient>,
                               KERNEL<SlabFactors, slab_factors>};
 

@@ -54,4 +54,9 @@ struct SlabFactors {
     bool is_bfloat16;
 };
 
+// In the order of the table.
+enum { ENTER, LOSSES, X_GRADIENT, SLAB_FACTORS };
+
 }  // namespace
+
+EXPORT(const Kernel *, batch_kernels)();

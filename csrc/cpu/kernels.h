@@ -93,33 +93,36 @@ struct Sizes {
 
 // The operands of loop.h's two.
 template <class Number> struct Loop {
-    const float *x;          // (N, D)
-    const void *table;       // (classes, D)
-    const int64_t *targets;  // (N,), -1 for none
-    const float *shifts;     // (N,)
-    Number *kept;            // (kept_numbers,), (kept_classes, N) exponentials of the first slabs and then zeros
-    float *room;             // of so many numbers as `room` says
+    const void *table;      // (classes, D)
+    const int64_t *labels;  // (N,)
+    float *unit;            // x̂ (N, D), which forward writes
+    float *shifts;          // (N,), which forward writes
+    Number *kept;           // (kept_numbers,), (kept_classes, N) exponentials of the first slabs and then zeros
+    float *room;            // of so many numbers as `room` says
     Sizes of;
-    int64_t classes, kept_classes, kept_numbers, products_of_thread;
-    float log2_scale;
+    int64_t classes, kept_classes, kept_numbers, products_of_thread, ignore_index;
+    float scale, log2_scale;
     bool is_bfloat16;
 };
 
 template <class Number> struct Forward {
     Loop<Number> loop;
-    float *totals;  // (N,)
-    float *pull;    // (N, D), or null
+    const void *x;                    // (N, D)
+    float *target_unit;               // (N, D)
+    float *inverse_norms, *products;  // (N,)
+    float *totals;                    // (N,)
+    float *pull;                      // (N, D), or null
+    int64_t *unknown;                 // how many labels are of no class; unless 0, all that follows is left out
+    int64_t foreign_index;
+    float shift;
+    bool x_is_bfloat16;
 };
 
 template <class Number> struct Backward {
     Loop<Number> loop;
-    const float *row_scales;        // (N,)
-    const int64_t *target_classes;  // (num_targets,), ascending
-    const float *target_sums;       // (num_targets, D)
-    void *grad;                     // (classes, D), or null if the step consumes it
-    const Step *step;               // or null
-    int64_t num_targets;
-    double unscale;
+    const float *lse_grads, *product_grads, *totals;  // (N,)
+    void *grad;                                       // (classes, D), or null if the step consumes it
+    const Step *step;                                 // or null
     bool grad_is_bfloat16;
 };
 

@@ -23,6 +23,7 @@ sink (table.Sink) takes the rows of every slab.
 
 A backend never holds more than a slab of anything N x C or C x D, beyond what is kept and the gradient itself. It is
 deterministic: no atomics, every sum in a fixed order. `row_functions` is the module batch_rows, or one with its four functions.
+`in_one_call`, where there is one, does rows and slab loop together for what they are for: `takes`, `forward`, `backward`.
 To add a backend: a module <name>_backend with these three names, <name> in validation.BACKENDS, and in `unusable` the reasons why
 it cannot run; the tests then hold it to the same rule as the others.
 """

@@ -2,7 +2,7 @@
 
 Per slab: normalize, exponentials (matmul, exponential and row sums in one), accumulate U += E w̃; in backward the first two again
 where E was not kept, then table_gradient (matmul, projection and the targets' share in one). E is stored transposed, (B, N).
-For the commonest problem the loop itself is one native call each way, csrc/cpu/loop.h, with the same bits.
+For the commonest problem cpu_loop.py does all that in one native call each way, with the same bits.
 Memory beyond the results: one slab each of w̃ and E, each in the two layouts that the products read, and x twice.
 """
 
@@ -14,20 +14,15 @@ import torch.nn.functional as F
 from .. import page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from ..table import TableGradient
-from . import Sums, cpu_kernels, cpu_library, cpu_rows, exponents, several
-from .cpu_kernels import Loop, Pieces, Product
+from . import Sums, cpu_kernels, cpu_library, cpu_loop, cpu_rows, exponents, several
+from .cpu_kernels import Pieces, Product
 
-row_functions = cpu_rows
+row_functions, in_one_call = cpu_rows, cpu_loop
 SMALLEST = torch.finfo(torch.float64).tiny
-# N C D of a loop in one call, at most: Ctrl-C waits for it, some seconds on one core.
-MOST_IN_ONE_CALL = 2**35
 
 
 def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
-    if _in_one_call(x, table, targets, plan, hard) and not (need_largest or need_row_sum):
-        return _forward_in_one_call(x, table, targets, plan, need_pull)
     slab = _Slab(x, table, targets, plan, hard)
     shift = _shift(slab, plan, num_rows)
     if need_largest:
@@ -57,11 +52,6 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
 def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     num_rows, size = x.shape
     update = sink.native_update()
-    is_stored_in_place = isinstance(sink, TableGradient) and sink.weight.dtype in cpu_library.TABLE_DTYPES
-    in_one_call = _in_one_call(x, table, factors.targets, plan, hard) and factors.common is None
-    if in_one_call and (update or is_stored_in_place):
-        loop = Loop.of(x, table, factors.targets, shift, kept, plan)
-        return cpu_kernels.kernels(plan.dtype).backward(loop, factors, None if update else sink.weight, update)
     slab = _Slab(x, table, factors.targets, plan, hard)
     scaled = slab.panels(num_rows, size)
     slab.kernels.column_panels((x * factors.row_scale[:, None]).to(plan.dtype), num_rows, size, scaled)
@@ -91,25 +81,6 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
         )
         if not update:
             sink.put(start, stop, out)
-
-
-def _in_one_call(x, table, targets, plan, hard):
-    """True for not too many cosines with rows that the kernels read in place, one to a class, and one class to a row."""
-    is_plain = plan.shift is not None and hard is None and targets.dim() == 1 and table.centers == 1 and table.index is None
-    return is_plain and cpu_rows.is_readable(table.weight) and table.num_rows * x.numel() <= MOST_IN_ONE_CALL
-
-
-def _forward_in_one_call(x, table, targets, plan, need_pull):
-    num_rows, size = x.shape
-    shift, total, pull = (
-        x.new_full((num_rows,), plan.shift),
-        x.new_empty(num_rows),
-        x.new_empty(num_rows if need_pull else 0, size),
-    )
-    kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
-    loop = Loop.of(x, table, targets, shift, kept, plan)
-    cpu_kernels.kernels(plan.dtype).forward(loop, total, pull if need_pull else None)
-    return Sums.of(shift, total, pull, kept, None, None)
 
 
 class _Slab:

@@ -38,24 +38,6 @@ class Pieces(NamedTuple):
     places: torch.Tensor | None  # and the place of that
 
 
-class Loop(NamedTuple):
-    """The operands of the loop over all slabs, forward and backward."""
-
-    x: torch.Tensor  # (N, D)
-    table: torch.Tensor  # (C, D)
-    targets: torch.Tensor  # (N,)
-    shift: torch.Tensor  # (N,)
-    kept: torch.Tensor  # (any number,)
-    slab: int  # B
-    kept_classes: int  # whose exponentials are kept
-    log2_scale: float
-
-    @classmethod
-    def of(cls, x, table, targets, shift, kept, plan):
-        kept_classes = min(plan.kept_slabs * plan.slab, table.num_rows)
-        return cls(x, table.weight, targets, shift, kept, plan.slab, kept_classes, plan.log2_scale)
-
-
 class Kernels:
     """The kernels of csrc/cpu for one number type and instruction set. Tensors are (rows, columns) or panels of them, checked
     against the sizes; None is null; the number of threads is PyTorch's.
@@ -65,7 +47,7 @@ class Kernels:
         self.dtype = dtype
         self.operand, self.sum_classes, self.scratch_numbers = cpu_library.sizes(dtype, instruction_set)
         self._room = {each: cpu_library.room(each, dtype, instruction_set) for each in ("forward", "backward")}
-        self._table = cpu_library.KernelTable(f"kernels_{cpu_library.NUMBERS[dtype]}", instruction_set)
+        self.table = cpu_library.KernelTable(f"kernels_{cpu_library.NUMBERS[dtype]}", instruction_set)
 
     def panel_words(self, summed, columns):
         """The number of int32 of a matrix whose products are summed along `summed` numbers, packed into panels of its columns."""
@@ -197,7 +179,7 @@ class Kernels:
         )
 
     def add_up(self, partial, pieces, num_rows, totals):
-        self._table.call(
+        self.table.call(
             "add_up",
             1,
             partial=floats("partial results", partial, pieces * num_rows),
@@ -206,60 +188,9 @@ class Kernels:
             num_rows=num_rows,
         )
 
-    def forward(self, loop, totals, pull):
-        """pull (N, D), or None."""
-        num_rows, size = loop.x.shape
-        fields = self._loop("forward", loop, torch.get_num_threads(), pull is not None)
-        self._table.call(
-            "forward", loop=fields, totals=floats("totals", totals, num_rows), pull=floats("pull", pull, num_rows * size)
-        )
-
-    def backward(self, loop, factors, grad, step):
-        """factors: a batch_rows.SlabFactors; grad: float32 or bfloat16, or None with a step, which applies it."""
-        (num_rows, size), classes, threads = loop.x.shape, loop.table.shape[0], torch.get_num_threads()
-        if step is not None:
-            step.check(0, classes, size)
-            threads = min(threads, step.threads)
-        num_targets = factors.target_rows.shape[0]
-        self._table.call(
-            "backward",
-            threads,
-            loop=self._loop("backward", loop, threads, loop.kept_classes < classes),
-            row_scales=floats("row scales", factors.row_scale, num_rows),
-            target_classes=integers("target rows", factors.target_rows, num_targets),
-            target_sums=floats("target sums", factors.target_sums, num_targets * size),
-            grad=None if step else rows_of_table("the gradient", grad, classes * size),
-            step=step.address if step else None,
-            num_targets=num_targets,
-            unscale=float(factors.unscale),
-            grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
-        )
-
-    def _loop(self, direction, loop, threads, flag):
-        (num_rows, size), classes = loop.x.shape, loop.table.shape[0]
-        numbers = self._room[direction](num_rows, size, loop.slab, threads, flag=flag)
-        room = torch.empty(numbers, dtype=torch.float32, device="cpu")
-        filled = cpu_library.filled(
-            cpu_library.LOOP,
-            x=floats("features", loop.x, num_rows * size),
-            table=rows_of_table("weight", loop.table, classes * size),
-            targets=integers("targets", loop.targets, num_rows),
-            shifts=floats("shift", loop.shift, num_rows),
-            kept=self._numbers("kept exponentials", loop.kept, num_rows * loop.kept_classes),
-            room=floats("room", room, numbers),
-            num_rows=num_rows,
-            size=size,
-            slab=loop.slab,
-            threads=threads,
-            classes=classes,
-            kept_classes=loop.kept_classes,
-            kept_numbers=loop.kept.shape[0],
-            products_of_thread=PRODUCTS_OF_THREAD,
-            log2_scale=loop.log2_scale,
-            is_bfloat16=loop.table.dtype == torch.bfloat16,
-        )
-        filled._room = room  # lives as long
-        return filled
+    def loop_room(self, direction, *sizes):
+        """The memory that csrc/cpu/loop.h's "forward" or "backward" divides among its steps; sizes: N, D, B, threads, a flag."""
+        return torch.empty(self._room[direction](*sizes), dtype=torch.float32, device="cpu")
 
     def _exponents(self, product):
         num_rows, classes, size = product.num_rows, product.classes, product.size
@@ -295,7 +226,7 @@ class Kernels:
     def _call(self, name, products, *, threads=None, **fields):
         """products: how many multiplications the kernel does, or could do while it moves its numbers."""
         threads = min(threads or torch.get_num_threads(), max(products // PRODUCTS_OF_THREAD, 1))
-        self._table.call(name, threads, **fields)
+        self.table.call(name, threads, **fields)
 
 
 @functools.cache

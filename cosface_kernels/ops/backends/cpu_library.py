@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 14
+INTERFACE = 15
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -149,9 +149,9 @@ def _structure(*fields, pointers="", sizes="", double="", floats="", bools=""):
 EXPONENTS = _structure(pointers="x_panels unit targets", sizes="num_rows classes size first_class", floats="log2_scale")
 SIZES = _structure(sizes="num_rows size slab threads")
 LOOP = _structure(
-    pointers="x table targets shifts kept room",
-    sizes="num_rows size slab threads classes kept_classes kept_numbers products_of_thread",
-    floats="log2_scale",
+    pointers="table labels unit shifts kept room",
+    sizes="num_rows size slab threads classes kept_classes kept_numbers products_of_thread ignore_index",
+    floats="scale log2_scale",
     bools="is_bfloat16",
 )
 # The arguments of each kernel, in the order of kernels.cpp's KERNELS.
@@ -171,14 +171,14 @@ _SLAB = {
         bools="is_bfloat16 normalized grad_is_bfloat16",
     ),
     "add_up": _structure(pointers="partial totals", sizes="pieces num_rows"),
-    "forward": _structure(("loop", LOOP), pointers="totals pull"),
-    "backward": _structure(
+    "forward": _structure(
         ("loop", LOOP),
-        pointers="row_scales target_classes target_sums grad step",
-        sizes="num_targets",
-        double="unscale",
-        bools="grad_is_bfloat16",
+        pointers="x target_unit inverse_norms products totals pull unknown",
+        sizes="foreign_index",
+        floats="shift",
+        bools="x_is_bfloat16",
     ),
+    "backward": _structure(("loop", LOOP), pointers="lse_grads product_grads totals grad step", bools="grad_is_bfloat16"),
 }
 # The structures of batch.cpp.
 _BATCH = {
@@ -251,10 +251,10 @@ def sizes(dtype, instruction_set):
 
 
 def room(direction, dtype, instruction_set):
-    """A function of N, D, B, threads and a flag: the floats of room of csrc/cpu/loop.h's "forward" or "backward"."""
+    """A function of N, D, B, threads and loop.h's flag: the floats of room of csrc/cpu/loop.h's "forward" or "backward"."""
     numbers = getattr(_load()[0], f"cosface_{direction}_room_{NUMBERS[dtype]}_{instruction_set}")
     numbers.argtypes, numbers.restype = [SIZES, ctypes.c_bool], _SIZE
-    return functools.lru_cache(lambda *sizes, flag: numbers(SIZES(*sizes), flag))
+    return functools.lru_cache(lambda *sizes: numbers(SIZES(*sizes[:-1]), sizes[-1]))
 
 
 def padded(columns):

@@ -18,7 +18,7 @@ def enter(x, table, labels, options, wide):
     if not is_readable(weight):
         return batch_rows.enter(x, table, labels, options, wide)
     (num_rows, size), classes = x.shape, weight.shape[0]
-    x, labels = (x if x.dtype in TABLE_DTYPES else x.float()).contiguous(), labels.contiguous()
+    x, labels = readable(x), labels.contiguous()
     targets, unit = labels.new_empty(num_rows), x.new_empty(num_rows, size, dtype=torch.float32)
     target_unit, inverse_norm, product = unit.new_empty(num_rows, 1, size), unit.new_empty(num_rows), unit.new_empty(num_rows, 1)
     cpu_kernels.batch_kernels().call(
@@ -120,6 +120,11 @@ def slab_factors(factors, table, options):
         is_bfloat16=is_bfloat16,
     )
     return SlabFactors(targets, row_scale, unscale, target_rows, target_sums)
+
+
+def readable(x):
+    """Features as the kernels read them."""
+    return (x if x.dtype in TABLE_DTYPES else x.float()).contiguous()
 
 
 def is_readable(weight):
