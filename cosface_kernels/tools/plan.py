@@ -136,16 +136,9 @@ def plan(training, device):
 
 def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices, **common):
     """Every valid combination of these options: torch.optim's optimisers take float32 and all classes."""
-    choices = {
-        "devices": devices,
-        "sample_rate": sample_rates,
-        "optimizer": optimizers,
-        "table_format": table_formats,
-        "state_format": state_formats,
-    }
-    found = {}
-    for values in itertools.product(*choices.values()):
-        training = Training(**common, **dict(zip(choices, values, strict=True)))
+    found, names = {}, ("devices", "sample_rate", "optimizer", "table_format", "state_format")
+    for values in itertools.product(devices, sample_rates, optimizers, table_formats, state_formats):
+        training = Training(**common, **dict(zip(names, values, strict=True)))
         if not OPTIMIZERS[training.optimizer].states:
             training = training._replace(state_format="float32")
         formats_and_rate = training.table_format, training.state_format, training.sample_rate
@@ -203,12 +196,8 @@ def report(arguments):
         state_formats=arguments.state_format or STATES,
         sample_rates=arguments.sample_rate or (1.0, 0.1),
         devices=arguments.devices or [number for number in (1, 2, 4, 8) if number <= most],
-        identities=arguments.identities,
-        dim=arguments.dim,
-        batch=arguments.batch,
-        precision=arguments.precision,
         device_type=device_type,
-        hard_classes=arguments.hard_classes,
+        **{name: getattr(arguments, name) for name in ("identities", "dim", "batch", "precision", "hard_classes")},
     )
     if not found:
         raise ValueError("torch.optim's optimizers go with float32 for table and state and a sample rate of 1")

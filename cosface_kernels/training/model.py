@@ -116,17 +116,13 @@ def margin_of(text):
 
 def optimizers(config, model):
     """{"backbone": ..., "head": ...}; the table's is fused unless config.fused is false."""
-    if config.optimizer == "sgd":
-        options = {"lr": config.lr, "momentum": config.momentum, "weight_decay": config.weight_decay}
-        plain, fused = torch.optim.SGD, FusedSGD
-    else:
-        options = {"lr": config.lr, "weight_decay": config.weight_decay}
-        plain, fused = torch.optim.AdamW, FusedAdamW
-    table = (
-        fused(model.head.parameters(), **options, state_format=config.state_format, seed=config.seed) if config.fused else None
-    )
-    trained = [each for each in model.backbone.parameters() if each.requires_grad]
-    return {"backbone": plain(trained, **options), "head": table or plain(model.head.parameters(), **options)}
+    is_sgd = config.optimizer == "sgd"
+    plain, fused = (torch.optim.SGD, FusedSGD) if is_sgd else (torch.optim.AdamW, FusedAdamW)
+    options = {"lr": config.lr, "weight_decay": config.weight_decay} | ({"momentum": config.momentum} if is_sgd else {})
+    of_fused = {"state_format": config.state_format, "seed": config.seed}
+    table, trained = model.head.parameters(), [each for each in model.backbone.parameters() if each.requires_grad]
+    head = fused(table, **options, **of_fused) if config.fused else plain(table, **options)
+    return {"backbone": plain(trained, **options), "head": head}
 
 
 def learning_rate(config, step, total):
