@@ -22,7 +22,7 @@ from .source import ROOT
 STEPS = {"steps", "forms", "gluon"}
 # In place of the stages': a first slab, one between and a last one of cut blocks, all divisible by 16; and a form's check,
 # divisible by 8. No program has a single block of a slab, which Triton would compile for.
-CLASSES_AND_SLABS = [(2 * 3072 + 1040, 3072), (3080, 3080)]
+CLASSES_AND_SLABS = [(2 * 3072 + 1040, 3072), (3080, 3200)]
 DROPPED = {".ttir", ".ttgir", ".llir", ".source", ".ptx"}
 
 

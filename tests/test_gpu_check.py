@@ -434,7 +434,7 @@ def test_a_prepared_cache(tmp_path):
     few += "; from benchmarks.gpu_check import stages; stages.TILES = stages.TILES[:1]; stages.OPTIONS = []"
     few += "; stages.SMOKE = stages.SMOKE[:1]"
     few += "; aot.calls = lambda chip: itertools.islice(calls(chip), 1); steps = gpu_cache.whole_steps"
-    few += "; gpu_cache.whole_steps = lambda: steps()[:1]; raise SystemExit(gpu_cache.main(sys.argv[1:]))"
+    few += "; gpu_cache.whole_steps = lambda: steps()[:2]; raise SystemExit(gpu_cache.main(sys.argv[1:]))"
     variables = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": source.search_path()}
     run = subprocess.run(
         [sys.executable, "-c", few, str(tmp_path)], cwd=source.ROOT, env=variables, capture_output=True, text=True
