@@ -226,6 +226,23 @@ def test_what_the_machine_lacks_is_a_line(monkeypatch, tmp_path):
     assert found["status"] == "skipped" and found["line"] == "one is left out; no ncu" and not found["rows"]
 
 
+@pytest.mark.slow
+def test_a_suite_that_is_stopped_leaves_what_it_found(monkeypatch, tmp_path):
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    mark = "import time, pytest\npytestmark = pytest.mark.gpu\n"
+    (tests / "test_it.py").write_text(
+        mark + "def test_wrong(): assert 0\ndef test_right(): pass\ndef test_long(): time.sleep(60)\n"
+    )
+    monkeypatch.setattr(commands, "ROOT", tmp_path)
+    monkeypatch.setattr(commands, "SUITE_SECONDS", 6)
+    monkeypatch.setattr(commands.gpu, "device", lambda: CPU)
+    monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: name == "pytest" or None)  # no workers
+    (row,) = commands.suite([{}], tmp_path)
+    assert row["failure"] == 1 and row["passed"] and row["error"] == "pytest ended with 2, asked to after 6 s"
+    assert [name for name, _ in row["failures"]] == ["tests.test_it::test_wrong"]
+
+
 def test_races_are_looked_for_in_calls_that_are_there(monkeypatch, tmp_path):
     """The sanitizer is a script that writes down what it was asked for; the calls are those of the script that it is given."""
     tool, asked = tmp_path / "tool", []
