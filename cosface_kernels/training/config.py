@@ -177,7 +177,7 @@ def _value(key, value, where):
         low, high = metadata["range"]
         if not all(isinstance(each, str | bool) or (low <= each <= high and math.isfinite(each)) for each in numbers):
             raise ValueError
-    except (TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ConfigError(f"{key} must be {_named(kind, metadata)}, got {value!r} in {where}") from None
     if metadata["choices"] and found not in metadata["choices"]:
         raise ConfigError(f"{key} must be one of {', '.join(metadata['choices'])}, got {value!r} in {where}")
@@ -190,10 +190,7 @@ def _converted(kind, value):
             raise TypeError
         return value
     if kind is bool:
-        found = value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
-        if found is None:
-            raise ValueError
-        return found
+        return {"true": True, "false": False}[str(value).lower()]
     if typing.get_origin(kind) is list:
         parts = value.strip("[]").split(",") if isinstance(value, str) else value
         return [_converted(float, part) for part in parts]

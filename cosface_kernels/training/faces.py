@@ -198,10 +198,6 @@ def _grains(seed):
 def _grain(size, seed, identities, images):
     """Noise float32 (N, 3, size, size): windows, at hashed places, over a quarter of a million normal numbers."""
     grains, count = _grains(seed), 3 * size * size
-    table = (
-        np.tile(grains, -(-count // len(grains)) + 1)[: len(grains) + count]
-        if count > len(grains)
-        else np.concatenate([grains, grains[:count]])
-    )
+    table = np.concatenate([grains, grains.take(np.arange(count), mode="wrap")])
     starts = (mix(seed, _GRAIN, identities, images) % np.uint64(len(grains))).astype(np.int64)
     return np.stack([table[start : start + count] for start in starts]).reshape(len(starts), 3, size, size)
