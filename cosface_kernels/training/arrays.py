@@ -92,6 +92,11 @@ def read_json(path):
         return None
 
 
+def whole_lines(path):
+    """The lines of a file, bytes, without a last one that a kill cut short; none where there is no file."""
+    return Path(path).read_bytes().split(b"\n")[:-1] if Path(path).exists() else []
+
+
 def write_json(path, record):
     """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(record, indent=1, allow_nan=False) + "\n")

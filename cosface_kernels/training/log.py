@@ -3,12 +3,13 @@
 import json
 import math
 import time
+from itertools import takewhile
 
 import torch
 from tqdm import tqdm
 
 from ..ops.memory import peak_bytes
-from .arrays import write_text
+from .arrays import whole_lines, write_text
 
 BINS = 40  # of the histograms, over cosines from -1 to 1
 
@@ -122,12 +123,8 @@ class Log:
 def _truncate(path, step):
     """Leave the lines of the first `step` steps; what came after the checkpoint is computed again."""
     if path.exists():
-        kept = []
-        for line in path.read_text().splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        write_text(path, "".join(kept))
+        kept = takewhile(lambda line: json.loads(line)["step"] <= step, whole_lines(path))
+        write_text(path, "".join(f"{line.decode()}\n" for line in kept))
 
 
 def _tensorboard(out):

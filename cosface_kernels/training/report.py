@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from . import config as settings
 from . import data, svg
-from .arrays import read_json, write_text
+from .arrays import read_json, whole_lines, write_text
 
 CURVES = {"loss": "loss", "target_cosine": "cosine with the own class", "negative_cosine": "hardest negative cosine"}
 LIGHT = "--page: #fcfcfb; --text: #1c1d1f; --soft: #5f6368; --rule: #dcdcd8; "
@@ -62,9 +62,7 @@ class Found:
         self.name = self.folder.resolve().name
         self.settings = settings.read(self.folder / "config.yaml")
         self.environment = read_json(self.folder / "environment.json") or {}
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        self.metrics = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may have cut the last one short
+        self.metrics = [json.loads(line) for line in whole_lines(self.folder / "metrics.jsonl")]
         self.points = read_json(self.folder / "sphere.json")
         found = {path.stem: read_json(path) for path in sorted(self.folder.glob("*.json"))}
         kinds = "verification", "identification"

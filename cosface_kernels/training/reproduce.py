@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from . import photographs, recipes
-from .arrays import write_text
+from .arrays import whole_lines, write_text
 
 MARGINS = (0.0, 0.1, 0.2, 0.3, 0.35, 0.45)
 OURS = f"LMCL, m = {recipes.MARGIN}"
@@ -82,9 +82,9 @@ def _key(line):
 
 
 def read(path):
-    """The whole lines of results.jsonl; a last one that was cut short by a kill is none."""
+    """The results of the whole lines of results.jsonl."""
     results = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.exists() else [], 1):
+    for number, line in enumerate(whole_lines(path), 1):
         try:
             results.append(json.loads(line))
             _key(results[-1])
