@@ -112,7 +112,7 @@ template <class Number> struct Forward {
     float *inverse_norms, *products;  // (N,)
     float *totals;                    // (N,)
     float *pull;                      // (N, D), or null
-    int64_t *unknown;                 // how many labels are of no class; unless 0, all that follows is left out
+    int64_t *unknown;                 // how many labels are of no class, whose rows are NaN
     int64_t foreign_index;
     float shift;
     bool x_is_bfloat16;

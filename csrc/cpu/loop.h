@@ -193,7 +193,6 @@ template <class Number> void forward(const Forward<Number> &in, int given_thread
     const int64_t num_rows = loop.of.num_rows, size = loop.of.size, width = width_of(size);
     const ForwardRoom<Number> room(loop.room, loop.of, in.pull);
     *in.unknown = enter_batch(in, room.targets, threads);
-    if (*in.unknown) return;
     for (int64_t n = 0; n < num_rows; n++) loop.shifts[n] = in.shift;
     pack_rows(loop, room.x, room.exponentials.x_panels, threads);
     memset(room.totals, 0, num_rows * sizeof(double));
