@@ -48,8 +48,10 @@ def hard_classes(case):
 def sample(case, labels, rate):
     """The Sample of a step, for the labels (N,) or (N, K) of its batch, checked against what sample_classes promises."""
     hard, num_classes, seed = hard_classes(case), case["classes"], case["seed"]
-    known = [label for label in labels.flatten().tolist() if label >= 0]
-    certain = known + ([] if hard is None else hard[known].flatten().tolist())
+    certain = labels.flatten()
+    if hard is not None:
+        certain = torch.cat([certain, torch.where(certain[:, None] >= 0, hard[certain.clamp(min=0)], -1).flatten()])
+    certain = certain.tolist()
     must = {j for j in certain if j >= 0}
     classes = sample_classes(torch.tensor(certain, dtype=torch.int64), num_classes, rate, seed=seed)
     drawn = classes.tolist()
