@@ -65,9 +65,7 @@ def load_backbone(run):
         CorruptCheckpointError: a file of the checkpoint is damaged.
     """
     run = Path(run)
-    if not (run / "config.yaml").exists():
-        raise FileNotFoundError(f"{run} is no run: it has no config.yaml, which `cosface train out={run}` writes")
-    config = settings.parse([str(run / "config.yaml")])
+    config = settings.parse([str(settings.of_run(run))])
     found = latest_checkpoint(run / "checkpoints")
     if found is None:
         raise FileNotFoundError(f"{run} has no checkpoint yet: `cosface train --resume out={run}` goes on with it")

@@ -131,6 +131,14 @@ def read(path):
     return {key: _value(key, value, path) for key, value in (found or {}).items()}
 
 
+def of_run(folder):
+    """The path of a run's config.yaml. FileNotFoundError: the folder is no run."""
+    path = Path(folder) / "config.yaml"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is no run: it has no config.yaml, which `cosface train out={folder}` writes")
+    return path
+
+
 def resolved(config):
     """The config with every null that has a value by the data; what goes together is checked."""
     if not config.data or not config.out:

@@ -57,10 +57,8 @@ class Found:
 
     def __init__(self, folder):
         self.folder = Path(folder)
-        if not (self.folder / "config.yaml").exists():
-            raise FileNotFoundError(f"{folder} is no run: it has no config.yaml, which `cosface train out={folder}` writes")
+        self.settings = settings.read(settings.of_run(folder))
         self.name = self.folder.resolve().name
-        self.settings = settings.read(self.folder / "config.yaml")
         self.environment = read_json(self.folder / "environment.json") or {}
         self.metrics = [json.loads(line) for line in whole_lines(self.folder / "metrics.jsonl")]
         self.points = read_json(self.folder / "sphere.json")
