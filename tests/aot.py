@@ -216,7 +216,11 @@ def _forms(chip):
             yield asking(call._replace(scale=100.0), exponentials=options)
     for dtypes in ((FLOAT16, BFLOAT16), (BFLOAT16, FLOAT16), (FLOAT32, BFLOAT16)):
         yield asking(Call(size=300, dtypes=dtypes, autocast=True), attend_features={}, attend_table={})
-    yield asking(Step(512, "bfloat16", memory_budget=0), attend_features={}, attend_table={})
+    for size, table_format, (state_format, kind) in itertools.product(
+        (64, 128, 256, 512), formats.TABLE_FORMATS, (("float32", FusedSGD), ("int8", FusedAdamW))
+    ):
+        if size == 512 or (table_format == "bfloat16" and kind is FusedAdamW):
+            yield asking(Step(size, table_format, state_format, kind, memory_budget=0), attend_table={})
     if chip == 90:
         for dtype, num_classes, size in ((BFLOAT16, 2 * SLAB, 512), (FLOAT16, 2 * SLAB + 89, 301)):
             call = Call(num_rows=131, num_classes=num_classes, size=size, dtypes=(dtype, dtype))

@@ -8,14 +8,14 @@ import torch
 from cases import check_accuracy, draws, evaluate, make
 from selection import HAS_GPU
 
-from cosface_kernels import cosface_loss, margin_softmax_loss
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss
 from cosface_kernels.margins import CosFace, Softmax
 from cosface_kernels.ops import backends
 
 if backends.unusable("triton", torch.device("cuda" if HAS_GPU else "cpu")):
     pytest.skip("needs triton", allow_module_level=True)
 
-from cosface_kernels.ops.backends import triton_attend, triton_backend, triton_forms, triton_kernels
+from cosface_kernels.ops.backends import triton_attend, triton_backend, triton_forms, triton_kernels, triton_update
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 BOTH = {"attend_features": {}, "attend_table": {}}
@@ -134,6 +134,48 @@ def test_every_padded_size(size, precision):
     with triton_forms.using(**BOTH):
         inputs = draws("hard", (67, 131, size), precision, precision, backend="triton")
         check_accuracy("triton", inputs, device=DEVICE, memory_budget=0)
+
+
+def _stepped(kind, table_format, state_format, sample_rate, forms):
+    """The numbers of the table, and its state, after two steps."""
+    torch.manual_seed(0)
+    options = {"memory_budget": 0, "table_format": table_format, "sample_rate": sample_rate, "device": DEVICE}
+    head = CosFaceLoss(50, 131, backend="triton", **options)
+    optimizer = kind(head.parameters(), lr=0.1, state_format=state_format, **({"momentum": 0.9} if kind is FusedSGD else {}))
+    for seed in range(2):
+        features, _, labels = make("uniform", 5, 131, 50, seed=seed)
+        head(features.to(DEVICE).requires_grad_(), labels.to(DEVICE)).backward()
+        with triton_forms.using(**forms):
+            optimizer.step()
+    states = optimizer.state[head.weight].values()
+    return head.double().weight.detach(), [state for state in states if torch.is_tensor(state) and state.shape == (131, 50)]
+
+
+@pytest.mark.parametrize("kind, table_format, state_format, sample_rate", [
+    (FusedSGD, "bfloat16", "int8", 1.0),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (FusedSGD, "float32", "float32", 0.6),
+        (FusedAdamW, "float32", "float32", 1.0),
+        (FusedAdamW, "float8", "int8", 1.0),
+        (FusedAdamW, "bfloat16", "bfloat16", 0.6),
+    ]),
+])  # fmt: skip
+def test_rows_are_stepped_where_their_gradient_is_made(kind, table_format, state_format, sample_rate, monkeypatch):
+    """As by the slab loop and its kernel, with the same random bits: of numbers that are rounded the gradients' last bits decide
+    one in fifty at most, and that by one spacing.
+    """
+    table, states = _stepped(kind, table_format, state_format, sample_rate, {})
+    monkeypatch.setattr(triton_update, "launcher", None)  # of the kernel that only steps
+    found, found_states = _stepped(kind, table_format, state_format, sample_rate, {"attend_table": {}})
+    assert len(states) == (2 if kind is FusedAdamW else 1)
+    pairs = [(found, table), *zip(found_states, states, strict=True)]
+    if table_format == "float32":
+        # An exponent is up to 92 and rounded, which v has twice.
+        assert all((one - other).norm() <= 2 * 92 * 2.0**-24 * other.norm() for one, other in pairs)
+    else:
+        spacing = {"bfloat16": 2.0**-7, "float8": 2.0**-2}[table_format]
+        assert ((found - table).abs() <= spacing * table.abs().clamp(min=2.0**-6)).all()
+        assert all((one == other).sum() >= 0.98 * one.numel() for one, other in pairs)
 
 
 def test_the_committed_table_of_forms_can_be_read():

@@ -5,7 +5,8 @@
     attend_features     Q = x̂, KV = ŵ of a slab: row sums of E, and E ŵ. Classes are split over programs, each of which writes its
                         part; finish_sums and add_pull of triton_kernels.py add the parts in their order
     attend_table        Q = ŵ, KV = x̂ with E's columns times row_scale: a program makes whole rows of dŵ, and after them of
-                        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, from the raw rows and back to the gradient's
+                        dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, from the raw rows and back to the gradient's, or a
+                        fused optimiser's step with them, as triton_update.py
 
 No N x B matrix is stored, and no tile is transposed in registers: the second kernel computes ŵ x̂ᵀ. No atomics.
 
@@ -29,8 +30,8 @@ from .triton_launch import Launcher
 SIZE_MIN, SIZE_MAX = 64, 512
 # Programs that fill a GPU; the most parts that the classes are cut into.
 PROGRAMS, PARTS_MAX = 128, 16
-# Numbers of the table's rows that a program holds at a time, before and after its products.
-ROW_ELEMENTS = 4096
+# Numbers of the table's rows that a thread holds at a time, before and after the products.
+ROW_NUMBERS = 16
 # By padded size: rows of Q, rows of KV, warps, stages. Compiled for that chip, none spills and no wgmma waits for the one before;
 # with more rows of x̂ attend_table does one or the other.
 HOPPER = {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2), 512: (64, 64, 8, 2)}
@@ -147,13 +148,12 @@ def backward(low, size, table, factors, plan, sink, constants):
     num_rows, slab, num_targets = low.shape[0], min(plan.slab, table.num_rows), factors.target_rows.shape[0]
     unit, room = low.new_empty(slab, low.shape[1]), None
     source = _rows(low, constants, "BLOCK_N")
-    few = min(constants["BLOCK_R"], ROW_ELEMENTS // low.shape[1])
+    few = min(constants["BLOCK_R"], ROW_NUMBERS * 32 * constants["num_warps"] // low.shape[1])
     # No mask in the kernel's loop: it would cost the registers that the product needs.
     padding = 0, -num_rows % constants["BLOCK_N"]
     targets, row_scale = F.pad(factors.targets, padding, value=-1), F.pad(factors.row_scale, padding)
-    update = triton_update.of_slabs(sink, table, factors, plan)
-    constants = {**constants, "SEARCH_STEPS": num_targets.bit_length(), "FEW": few, "PROJECT": update is None}
-    attend = Launcher(attend_table, **constants)
+    part = next((part for part, _ in sink.device_update() or ()), None)  # a table of cosines has no bias
+    attend = Launcher(attend_table, **constants, SEARCH_STEPS=num_targets.bit_length(), FEW=few)
     for _, start, stop in plan.slabs(table):
         rows, out = table.rows(start, stop), sink.room(start, stop)
         if out.dtype != torch.float32 and room is None:
@@ -163,12 +163,11 @@ def backward(low, size, table, factors, plan, sink, constants):
             *(rows, source, targets, row_scale, factors.unscale, factors.target_rows, factors.target_sums, unit),
             *(out if room is None else room, out, stop - start, num_rows, size, num_targets, start),
             *(plan.log2_scale, plan.shift, *rows.stride()),
+            *triton_update.of_part(part, slice(start, stop) if table.index is None else table.index[start:stop]),
             whole=stop - start == plan.slab,
         )
-        if update is None:
+        if part is None:
             sink.put(start, stop, out)
-        else:
-            update(start, stop, out)  # dŵ is in `out`, which is float32 where an update takes it
 
 
 def _rows(matrix, constants, block):
@@ -232,7 +231,7 @@ def attend_features(
     tl.store(part_ptr + place[:, None] * D + column[None, :], pull, mask=live[:, None] & (column < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("key_low", "key_high"))
 def attend_table(
     rows_ptr,  # (R, D) raw rows of the table, any float dtype
     x,  # (N, SIZE) x̂, or its descriptor
@@ -243,7 +242,7 @@ def attend_table(
     target_sum_ptr,  # (T, D) float32, a row's sum in the first slot that it has
     unit_ptr,  # (R, SIZE) room for ŵ, in x̂'s dtype
     grad_ptr,  # (R, D) float32 room for dŵ; may be out_ptr
-    out_ptr,  # (R, D) contiguous rows of the weight's gradient
+    out_ptr,  # (R, D) contiguous rows of the weight's gradient, where nothing is stepped
     R,
     N,
     D,
@@ -253,6 +252,30 @@ def attend_table(
     shift,
     stride_row,
     stride_column,
+    table_ptr,  # None where nothing is stepped; it and what follows are triton_update.update_rows'
+    table_scale_ptr,
+    first_ptr,
+    first_scale_ptr,
+    second_ptr,
+    second_scale_ptr,
+    index_ptr,
+    skip_ptr,
+    step_ptr,
+    first_of_shard,
+    key_low,
+    key_high,
+    lr,
+    weight_decay,
+    sign,
+    nesterov,
+    eps,
+    first_decay,
+    second_decay,
+    first_rate,
+    second_rate,
+    log_first,
+    log_second,
+    max_row_norm,
     SEARCH_STEPS: tl.constexpr,  # 2^SEARCH_STEPS > T
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -261,7 +284,6 @@ def attend_table(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     FEW: tl.constexpr,  # rows held beside others, a divisor of BLOCK_R
-    PROJECT: tl.constexpr,  # otherwise dŵ is all that is wanted
 ):
     # A tile of raw rows beside one of the gradient would spill: those rows come a few at a time, and what is made of them goes
     # through memory, where it stays in L2. A barrier makes it visible to the program's other threads.
@@ -285,16 +307,25 @@ def attend_table(
         e = tl.where(target[None, :] == row.to(tl.int32)[:, None], 0.0, e).to(unit_ptr.dtype.element_ty)
         grad = tl.dot(operand(e, UPCAST), rows, grad, input_precision=PRECISION)
     tl.store(grad_ptr + row[:, None] * D + column[None, :], grad, mask=(row < R)[:, None] & (column < D)[None, :])
-    if PROJECT:
-        tl.debug_barrier()
-    for few in tl.range(0, BLOCK_R if PROJECT else 0, FEW):
+    tl.debug_barrier()
+    for few in tl.range(0, BLOCK_R, FEW):
         some = first_of_tile + few + tl.arange(0, FEW)
         inside = (some < R)[:, None] & (column < D)[None, :]
         place = some[:, None] * D + column[None, :]
-        exact, inverse = unit_and_inverse(load_raw(rows_ptr, some, R, D, stride_row, stride_column, SIZE))
+        raw = load_raw(rows_ptr, some, R, D, stride_row, stride_column, SIZE)
+        exact, inverse = unit_and_inverse(raw)
         out = project(exact, inverse, tl.load(grad_ptr + place, mask=inside, other=0.0)) * tl.load(unscale_ptr)
         out += targets_share(target_row_ptr, target_sum_ptr, some + first_row, inside, column, T, D, SEARCH_STEPS)
-        tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+        if table_ptr is None:
+            tl.store(out_ptr + place, out.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            changed, live = triton_update.rows_to_step(some, first_row, R, index_ptr, skip_ptr)
+            triton_update.step(
+                *(out, raw, changed, live, live[:, None] & (column < D)[None, :], column, D, table_ptr, table_scale_ptr),
+                *(first_ptr, first_scale_ptr, second_ptr, second_scale_ptr, step_ptr, first_of_shard, key_low, key_high),
+                *(lr, weight_decay, sign, nesterov, eps, first_decay, second_decay, first_rate, second_rate),
+                *(log_first, log_second, max_row_norm),
+            )
 
 
 @triton.jit

@@ -21,6 +21,7 @@ from .triton_launch import Launcher
 
 # Elements that one program holds, and how many a warp: of the gradient, the row and each state it holds one at a time.
 BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 32)
+PART_ARGUMENTS = 24  # of a kernel, from table_ptr to max_row_norm
 GOLDEN, OTHER = tl.constexpr(0x9E3779B9), tl.constexpr(0x85EBCA6B)
 
 
@@ -46,26 +47,35 @@ def update(
     those of backends.backward, and `start` is the position of the slab's first row. launch: the call's `launcher`; whole: whether
     this is one of its whole slabs.
     """
-    num_rows, size, rule = grad.shape[0], part.rows.shape[1], part.rule
-    first, second, *_ = *part.states, (None, None), (None, None)
+    num_rows, size = grad.shape[0], part.rows.shape[1]
     target_rows, target_sums = targets
-    is_slice, num_targets = isinstance(index, slice), 0 if target_rows is None else target_rows.shape[0]
-    numbers, launch = rule.numbers(), launch or launcher(size)
-    rows = part.rows if part.row_scale is None else part.rows.view(torch.int8)  # a chip below 8.9 takes no pointer to e4m3
+    num_targets, launch = 0 if target_rows is None else target_rows.shape[0], launch or launcher(size)
     if num_rows:
         launch(
             ceil_div(num_rows, launch.constants["BLOCK_R"]),
-            *(grad[:, column:], rows, part.row_scale, *first, *second, None if is_slice else index, unscale, target_rows),
-            *(None if target_sums is None else target_sums[:, column:], part.skip, rule.step),
-            *(num_rows, size, num_targets, index.start if is_slice else start, part.first_row, grad.stride(0)),
-            *(0 if target_sums is None else target_sums.stride(0), _signed(part.key), _signed(part.key >> 32)),
-            *numbers,
-            *(math.log(decay) if decay else -math.inf for decay in (numbers.first_decay, numbers.second_decay)),
-            part.max_row_norm,
+            *(grad[:, column:], unscale, target_rows, None if target_sums is None else target_sums[:, column:]),
+            *(num_rows, size, num_targets, index.start if isinstance(index, slice) else start),
+            *(grad.stride(0), 0 if target_sums is None else target_sums.stride(0)),
+            *of_part(part, index),
             whole=whole,
             NORMALIZE=normalize,
             SEARCH_STEPS=num_targets.bit_length(),
         )
+
+
+def of_part(part, index):
+    """A rules.Part and the rows of it at index, as the kernels that step take them; None: what they take for no step."""
+    if part is None:
+        return (None,) * PART_ARGUMENTS
+    first, second, *_ = *part.states, (None, None), (None, None)
+    rows = part.rows if part.row_scale is None else part.rows.view(torch.int8)  # a chip below 8.9 takes no pointer to e4m3
+    numbers = part.rule.numbers()
+    return (
+        *(rows, part.row_scale, *first, *second, None if isinstance(index, slice) else index, part.skip, part.rule.step),
+        *(part.first_row, _signed(part.key), _signed(part.key >> 32), *numbers),
+        *(math.log(decay) if decay else -math.inf for decay in (numbers.first_decay, numbers.second_decay)),
+        part.max_row_norm,
+    )
 
 
 def of_slabs(sink, table, factors, plan):
@@ -100,6 +110,15 @@ def _signed(word):
 @triton.jit(do_not_specialize=("key_low", "key_high"))
 def update_rows(
     grad_ptr,  # (R, stride_grad) float32: Eᵀ diag(row_scale) x, or without unscale the gradient itself
+    unscale_ptr,  # 0-dim float32
+    target_row_ptr,  # (T,) int64 ascending
+    target_sum_ptr,  # (T, stride_sum) float32, a row's sum in the first slot that it has
+    R,
+    D,
+    T,
+    first_row,  # of the table, and the place of grad's first row among those that target_row counts
+    stride_grad,
+    stride_sum,
     table_ptr,  # (C, D) float32, bfloat16, or int8 that are the bits of e4m3
     table_scale_ptr,  # (C,) float32 beside e4m3, else None
     first_ptr,  # (C, D) m, float32, bfloat16 or int8; None where the rule has none
@@ -107,18 +126,9 @@ def update_rows(
     second_ptr,  # (C, D) v, float32, bfloat16 or uint8
     second_scale_ptr,
     index_ptr,  # (R,) int64 distinct rows of the table; None: those from first_row on
-    unscale_ptr,  # 0-dim float32
-    target_row_ptr,  # (T,) int64 ascending
-    target_sum_ptr,  # (T, stride_sum) float32, a row's sum in the first slot that it has
     skip_ptr,  # bool (0-dim): where true nothing changes; None: it is known that all does
     step_ptr,  # 0-dim float32: t of adamw; None for sgd
-    R,
-    D,
-    T,
-    first_row,  # of the table, and the place of grad's first row among those that target_row counts
     first_of_shard,  # of the table in the whole one, whose others are on other ranks
-    stride_grad,
-    stride_sum,
     key_low,
     key_high,
     lr,
@@ -140,13 +150,8 @@ def update_rows(
 ):
     slot = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
-    live = slot < R
-    if skip_ptr is not None:
-        live = live & (tl.load(skip_ptr).to(tl.int32) == 0)
+    row, live = rows_to_step(slot, first_row, R, index_ptr, skip_ptr)
     inside = live[:, None] & (column < D)[None, :]
-    row = first_row + slot
-    if index_ptr is not None:
-        row = tl.load(index_ptr + slot, mask=live, other=0)
     place = row[:, None] * D  # its columns are 32-bit numbers, which take fewer registers
 
     table = load(table_ptr + place + column[None, :], table_scale_ptr, row, live, inside, 0)
@@ -157,20 +162,72 @@ def update_rows(
     if unscale_ptr is not None:
         share = targets_share(target_row_ptr, target_sum_ptr, slot + first_row, inside, column, T, stride_sum, SEARCH_STEPS)
         grad = grad * tl.load(unscale_ptr) + share
+    step(
+        *(grad, table, row, live, inside, column, D, table_ptr, table_scale_ptr, first_ptr, first_scale_ptr),
+        *(second_ptr, second_scale_ptr, step_ptr, first_of_shard, key_low, key_high, lr, weight_decay, sign, nesterov, eps),
+        *(first_decay, second_decay, first_rate, second_rate, log_first, log_second, max_row_norm),
+    )
 
+
+@triton.jit
+def rows_to_step(slot, first_row, R, index_ptr, skip_ptr):
+    """(rows of the table, whether they change) of a slab's slots (R,) int64."""
+    live = slot < R
+    if skip_ptr is not None:
+        live = live & (tl.load(skip_ptr).to(tl.int32) == 0)
+    row = first_row + slot
+    if index_ptr is not None:
+        row = tl.load(index_ptr + slot, mask=live, other=0)
+    return row, live
+
+
+@triton.jit
+def step(
+    grad,  # (R, D) float32 of the loss
+    table,  # (R, D) float32, the rows as they were; the other arguments are update_rows'
+    row,
+    live,
+    inside,
+    column,
+    D,
+    table_ptr,
+    table_scale_ptr,
+    first_ptr,
+    first_scale_ptr,
+    second_ptr,
+    second_scale_ptr,
+    step_ptr,
+    first_of_shard,
+    key_low,
+    key_high,
+    lr,
+    weight_decay,
+    sign,
+    nesterov,
+    eps,
+    first_decay,
+    second_decay,
+    first_rate,
+    second_rate,
+    log_first,
+    log_second,
+    max_row_norm,
+):
+    """Write the rows and their state."""
+    place = row[:, None] * D
     if max_row_norm is not None:
         grad *= shortening(grad, max_row_norm)[:, None]
     grad *= sign
     words = random_words((row + first_of_shard)[:, None], column[None, :], key_low, key_high)
     if step_ptr is not None:
-        step = tl.load(step_ptr)
+        count = tl.load(step_ptr)
         first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, 1)
         second = load(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside, 2)
         # As torch.lerp: exact where a β is 0.
         first = tl.where(first_rate < 0.5, first + first_rate * (grad - first), grad - first_decay * (grad - first))
         second = second_decay * second + second_rate * grad * grad
-        size = lr / one_minus_power(log_first, step)
-        length = tl.sqrt(second) / tl.sqrt(one_minus_power(log_second, step)) + eps
+        size = lr / one_minus_power(log_first, count)
+        length = tl.sqrt(second) / tl.sqrt(one_minus_power(log_second, count)) + eps
         table = table - lr * weight_decay * table
         table -= size * (first / length)
         store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, 1)
