@@ -89,7 +89,10 @@ def launches(chip, calls):
             (slabs, "SLAB_CLASSES_MAX", SLAB),
             (base.Fused, "_part", _decided_there),
             (rules.Part, "apply", triton_update.update),
-            (base.Fused, "_finite", lambda *arguments: torch.tensor(True)),  # what is only compiled computes nothing
+            # What is only compiled computes nothing, and needs no products.
+            (base.Fused, "_finite", lambda *arguments: torch.tensor(True)),
+            (triton_backend, "in_parts", lambda left, right, parts: torch.empty(parts, len(left), right.shape[1])),
+            (triton_backend, "accumulated", _room),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         triton.runtime.driver.set_active(Chip(chip))
@@ -317,6 +320,10 @@ class Step:
 def _decided_there(*arguments, part=base.Fused._part):
     """On a GPU the device alone knows whether a step is skipped."""
     return part(*arguments)._replace(skip=torch.zeros((), dtype=torch.bool))
+
+
+def _room(left, right, out=None):
+    return torch.empty(len(left), right.shape[1]) if out is None else out
 
 
 def _unaligned(tensor):
