@@ -3,7 +3,7 @@
 Triton finds a kernel by its source, its options, the chip and Triton's own files and ptxas; by no path and no driver. So run this
 with the Triton of the GPU's machine, take DIR along, and set TRITON_CACHE_DIR to it there. prepared.json in it names that Triton;
 the stage `probe` of benchmarks.gpu_check compares. Compiled are the launches of tests/aot.py and those of the stages `smoke`,
-`exponentials`, `steps`, `forms` and `gluon`; of each kernel only what runs is kept.
+`exponentials`, `steps`, `forms` and `gluon`; of each kernel only what runs is kept, and nothing that these do not launch.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import importlib.metadata
 import itertools
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from unittest import mock
@@ -34,29 +35,33 @@ def main(argv=None):
     )
     arguments = parser.parse_args(argv)
     # Triton reads these once, when it is imported.
-    os.environ.update(TRITON_CACHE_DIR=str(arguments.folder.resolve()), TRITON_INTERPRET="0")
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    fill(arguments.folder, arguments.chip)
+    folder = arguments.folder.resolve()
+    os.environ.update(TRITON_CACHE_DIR=str(folder), TRITON_INTERPRET="0")
+    folder.mkdir(parents=True, exist_ok=True)
+    fill(folder, arguments.chip)
     return 0
 
 
 def fill(folder, chip):
     sys.path.insert(0, str(ROOT / "tests"))
     import aot
-    from triton.runtime.cache import triton_key
+    from triton.runtime.cache import get_cache_manager, triton_key
 
-    count = 0
+    kept = set()
     for launch in aot.launches(chip, itertools.chain(aot.calls(chip), [smoke, tiles, *whole_steps()])):
-        count += 1
-        print(f"{count:>4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
-    for path in folder.rglob("*"):
+        kept.add(Path(get_cache_manager(launch.compiled.hash).cache_dir))
+        print(f"{len(kept):>4} {launch.kernel}", end="\r", file=sys.stderr, flush=True)
+    for group in folder.glob("*/__grp__*.json"):
+        if group.parent not in kept:
+            shutil.rmtree(group.parent)
+    for path in itertools.chain(*(place.iterdir() for place in kept)):
         if path.suffix in DROPPED:
             path.unlink()
     key = hashlib.sha256(triton_key().encode()).hexdigest()
-    facts = {"triton": importlib.metadata.version("triton"), "triton_key": key, "chip": chip, "kernels": count}
+    facts = {"triton": importlib.metadata.version("triton"), "triton_key": key, "chip": chip, "kernels": len(kept)}
     (folder / "prepared.json").write_text(json.dumps(facts, indent=1) + "\n")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    print(f"{folder}: {count} kernels for sm_{chip}, {size / 1e6:.1f} MB, triton {facts['triton']}, key {key[:8]}")
+    print(f"{folder}: {len(kept)} kernels for sm_{chip}, {size / 1e6:.1f} MB, triton {facts['triton']}, key {key[:8]}")
 
 
 def smoke():
