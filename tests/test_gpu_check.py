@@ -445,8 +445,11 @@ class TestWork:
 
 @pytest.mark.slow
 def test_a_prepared_cache(tmp_path):
-    """Holds what runs, and names the Triton that made it."""
+    """Holds what runs and is launched, and names the Triton that made it."""
     pytest.importorskip("triton")
+    (tmp_path / "of_another_source").mkdir()
+    (tmp_path / "of_another_source" / "__grp__normalize_rows.json").write_text("{}")
+    (tmp_path / "not_tritons").mkdir()
     few = "import itertools, sys; sys.path.insert(0, 'tests'); import aot; calls = aot.calls; from benchmarks import gpu_cache"
     few += "; from benchmarks.gpu_check import stages; stages.TILES = stages.TILES[:1]; stages.OPTIONS = []"
     few += "; stages.SMOKE = stages.SMOKE[:1]"
@@ -460,4 +463,5 @@ def test_a_prepared_cache(tmp_path):
     facts = json.loads((tmp_path / "prepared.json").read_text())
     assert facts["kernels"] == len(list(tmp_path.rglob("*.cubin"))) > 5 and len(facts["triton_key"]) == 64
     assert not [path for path in tmp_path.rglob("*") if path.suffix in {".ttir", ".ptx", ".llir"}]
+    assert (tmp_path / "not_tritons").exists() and not (tmp_path / "of_another_source").exists()
     assert f"{facts['kernels']} kernels for sm_90" in run.stdout
