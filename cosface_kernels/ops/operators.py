@@ -10,6 +10,8 @@ of the lengths are projected together with others: for w̃_{y_n} with the rows o
     ∂A_n/∂x̃_n = s Σ_j p_nj w̃_j = s pull_n          ∂A_n/∂w̃_j = s p_nj x̃_n,       p_nj = E_nj / total_n
 """
 
+import contextlib
+
 import torch
 from torch import Tensor, library
 
@@ -45,7 +47,7 @@ def _negative_lse(problem, options, needs):
     table = _table(problem, options)
     value_checks.check_index(table)
     x = problem.x
-    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
+    with torch._C._DisableAutocast(), _device_of(x):
         entered, sums = _entered_and_summed(problem, table, options, needs)
         product = entered.product
         row_sum = product.new_empty(0) if sums.row_sum is None else sums.row_sum.to(product.dtype)
@@ -82,6 +84,14 @@ def _entered_and_summed(problem, table, options, needs):
     entered = rows.enter(x, table, labels, options, plan.wide)
     wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
     return entered, backend.forward(entered.unit, table, entered.targets, plan, **wanted, hard=problem.hard)
+
+
+def _device_of(tensor):
+    """Context manager in which a GPU's tensor is on the current device."""
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else _HERE
+
+
+_HERE = contextlib.nullcontext()
 
 
 def with_scale(problem, options):
@@ -143,7 +153,7 @@ def _(problem, options, needs):
 def _target_products(problem, options, ranked):
     """(Targets,) of a Problem, without gradient, for what must know them before the slabs."""
     x, table = problem.x, _table(problem, options)
-    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
+    with torch._C._DisableAutocast(), _device_of(x):
         entered = batch_rows.enter(x, table, problem.labels, options, wide_dtype(options.dtype))
         largest = entered.unit.new_empty(len(x), 0)
         if ranked.count:
@@ -165,35 +175,37 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
     """Gradients of x, weight and bias from those of negative_lse's vectors: one operator, so no second derivative misses one."""
     options = with_scale(problem, options)
     x, table = problem.x, _table(problem, options)
-    x_grad = weight_grad = bias_grad = None
-    with torch._C._DisableAutocast(), torch.cuda.device_of(x):
+    backend, x_grad = backends.choose(options.backend, x.device, options.dtype), x.new_empty(0)
+    weight_grad = bias_grad = None
+    with torch._C._DisableAutocast(), _device_of(x):
         if needs.need_x_grad:
-            backend = backends.choose(options.backend, x.device, options.dtype)
             rows, _ = _row_functions(backend, table, options, problem.labels)
             x_grad = rows.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
             if not options.normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
                 x_grad = torch.where(batch_rows.ignored(problem.labels, options.ignore_index)[:, None], 0.0, x_grad)
         if needs.need_table_grad:
             gradient = TableGradient.of(table)
-            write_table_gradient(gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
+            _write_slabs(backend, gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
             weight_grad, bias_grad = gradient.weight, gradient.bias
-    grads = zip((x_grad, weight_grad, bias_grad), (x, problem.weight, problem.weight), strict=True)
-    return (Gradients(*(like.new_empty(0) if grad is None else grad for grad, like in grads)),)
+    weight_grad = problem.weight.new_empty(0) if weight_grad is None else weight_grad
+    return (Gradients(x_grad, weight_grad, problem.weight.new_empty(0) if bias_grad is None else bias_grad),)
 
 
 def write_table_gradient(sink, table, factors, options):
-    """Write dW and db slab by slab into a table.Sink."""
-    unit = factors.unit
-    backend = backends.choose(options.backend, unit.device, options.dtype)
+    """Write dW and db slab by slab into a table.Sink, without an operator: a step of a fused optimiser."""
+    with torch._C._DisableAutocast():
+        _write_slabs(backends.choose(options.backend, factors.unit.device, options.dtype), sink, table, factors, options)
+
+
+def _write_slabs(backend, sink, table, factors, options):
+    unit, hard = factors.unit, factors.hard if factors.hard.shape[0] else None
     plan = make_plan(unit, table, options, keep=True)
     rows, one_call = _row_functions(backend, table, options, factors.labels)
-    hard = factors.hard if factors.hard.shape[0] else None
-    with torch._C._DisableAutocast():  # a fused optimiser's step comes here without an operator
-        one_call = one_call if hard is None and one_call and one_call.takes(unit, table, plan) else None
-        if one_call and one_call.backward(factors, table, options, plan, sink):
-            return
-        slab_factors = rows.slab_factors(factors, table, options)
-        backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
+    whole = one_call and hard is None and one_call.takes(unit, table, plan)
+    if whole and one_call.backward(factors, table, options, plan, sink):
+        return
+    slab_factors = rows.slab_factors(factors, table, options)
+    backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
 
 
 negative_lse_backward = Operator(
@@ -282,7 +294,7 @@ def _margin_losses(rows, reduction):
     "mean": over the counted rows, 0 where there are none.
     """
     lse, logit, counted = rows
-    with torch.cuda.device_of(lse):
+    with _device_of(lse):
         functions = backends.choose(reduction.backend, lse.device, lse.dtype).row_functions
         losses, slopes = functions.losses(lse, logit, counted, reduction.scale, reduction.reduction)
     return Losses(losses), Slopes(slopes)

@@ -136,12 +136,12 @@ def kept_size(features, table, dtype, memory_budget, slab):
 
     None: that of `automatic_budget`.
     """
+    num_rows, classes = features.shape[0], table.num_rows
     if memory_budget is None:
-        gradient = table.num_rows * table.weight.shape[1] * table.weight.element_size()
+        gradient = classes * table.weight.shape[1] * table.weight.element_size()
         memory_budget = automatic_budget(gradient, total_memory(features.device))
-    num_rows = features.shape[0]
-    slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), ceil_div(table.num_rows, slab))
-    return slabs, num_rows * min(slabs * slab, aligned(table.num_rows))
+    slabs = min(memory_budget // (max(num_rows, 1) * slab * dtype.itemsize), ceil_div(classes, slab))
+    return slabs, num_rows * min(slabs * slab, aligned(classes))
 
 
 def automatic_budget(gradient, memory):
