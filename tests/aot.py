@@ -339,12 +339,12 @@ def _every_other(tensor):
 
 
 def kernels(chip, few=False):
-    """Every kernel of the package that the chip may launch, or does unasked: its other functions take no pointers."""
+    """Every kernel of the package that the chip may launch, or does unasked: its other functions are called by these."""
     modules = [triton_exponentials, triton_kernels, triton_rows, triton_update]
     modules += [] if few else [triton_attend, *[triton_hopper] * (chip == 90)]
-    functions = [function for module in modules for function in vars(module).values()]
-    found = [function for function in functions if isinstance(function, JITFunction)]
-    return {function.fn.__name__ for function in found if any(name.endswith("_ptr") for name in function.arg_names)}
+    functions = [function for module in modules for function in vars(module).values() if isinstance(function, JITFunction)]
+    called = {name for function in functions for name in function.fn.__code__.co_names}
+    return {function.fn.__name__ for function in functions} - called
 
 
 def configurations(chip):
