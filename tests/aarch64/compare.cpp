@@ -1,8 +1,8 @@
 // Compares the kernels of each instruction set with the same in double, where neither Python nor PyTorch is: under user-mode
 // emulation.   compare libcosface_cpu.so SET ...
 //
-// One slab, forward and backward: E, its row sums, U = Σ_j E_nj ŵ_j, dW, and dW applied by SGD; exp2 and the rounding to bfloat16
-// for every kind of float. A result may be as far from the exact one as roundings explain: of the exponent in float32, of operands
+// One slab, forward and backward: E, its row sums, U = Σ_j E_nj ŵ_j, dW, and dW applied by SGD; the loop over two slabs, one of them
+// kept, from raw features to dW; exp2 and the rounding to bfloat16 for every kind of float. A result may be as far from the exact one as roundings explain: of the exponent in float32, of operands
 // and of E in the precision of the products; and 3 times as far as the portable kernels' result.
 
 #include <dlfcn.h>
@@ -156,6 +156,97 @@ template <class Number> struct Problem {
     }
 };
 
+// The loop of csrc/cpu/loop.h: x̂_n·ŵ_{y_n}, totals, the pull, and dW from the gradients g of the log-sum-exps and p of the products.
+template <class Number> struct Loops {
+    static constexpr int64_t SLAB = 128, IGNORED = -100;
+    static constexpr float SCALE = 64;
+    int64_t n, c, d;
+    std::vector<float> x, table, g, p;
+    std::vector<int64_t> labels;
+
+    struct Found {
+        Numbers products, totals, pull, grad;
+    };
+
+    Loops(int64_t n, int64_t c, int64_t d) : n(n), c(c), d(d), table(c * d) {
+        for (float &each : table) each = random_number();
+        for (int64_t i = 0; i < n; i++) {
+            labels.push_back(i % 5 == 4 ? IGNORED : i * 3 % (c / 2));  // some twice
+            g.push_back(random_number()), p.push_back(random_number());
+            if (labels[i] == IGNORED) g[i] = p[i] = 0;
+            for (int64_t k = 0; k < d; k++) x.push_back(3 * table[i * 7 % c * d + k] + random_number());
+        }
+    }
+
+    Numbers unit_rows(const std::vector<float> &rows, bool is_rounded) const {
+        Numbers unit(rows.size());
+        for (size_t first = 0; first < rows.size(); first += d) {
+            double norm = 0;
+            for (int64_t k = 0; k < d; k++) norm += (double)rows[first + k] * rows[first + k];
+            for (int64_t k = 0; k < d; k++) {
+                const float number = (float)(rows[first + k] / sqrt(norm));
+                unit[first + k] = is_rounded ? read(rounded_to<Number>(number)) : number;
+            }
+        }
+        return unit;
+    }
+
+    Found exact() const {
+        Found found{Numbers(n), Numbers(n), Numbers(n * d), Numbers(c * d)};
+        Numbers x_hat = unit_rows(x, false), w_hat = unit_rows(table, false), e(c * n), unit_grad(c * d), low_x = unit_rows(x, true);
+        const Numbers low_w = unit_rows(table, true);
+        for (int64_t i = 0; i < n; i++) {
+            if (labels[i] == IGNORED)
+                for (int64_t k = 0; k < d; k++) x_hat[i * d + k] = low_x[i * d + k] = 0;
+            for (int64_t j = 0; j < c; j++) {
+                double cosine = 0;
+                for (int64_t k = 0; k < d; k++) cosine += low_x[i * d + k] * low_w[j * d + k];
+                found.totals[i] += e[j * n + i] = labels[i] == j ? 0 : ::exp2(LOG2_SCALE * cosine - SHIFT);
+                for (int64_t k = 0; k < d; k++) {
+                    found.pull[i * d + k] += e[j * n + i] * low_w[j * d + k];
+                    found.products[i] += labels[i] == j ? x_hat[i * d + k] * w_hat[j * d + k] : 0;
+                }
+            }
+            for (int64_t j = 0; j < c; j++)
+                for (int64_t k = 0; k < d; k++)
+                    unit_grad[j * d + k] += (SCALE * g[i] * e[j * n + i] / found.totals[i] + (labels[i] == j ? p[i] : 0)) * x_hat[i * d + k];
+            for (int64_t k = 0; k < d; k++) found.pull[i * d + k] /= found.totals[i];
+        }
+        for (int64_t j = 0; j < c; j++) {
+            double along = 0, norm = 0;
+            for (int64_t k = 0; k < d; k++) {
+                along += unit_grad[j * d + k] * w_hat[j * d + k];
+                norm += (double)table[j * d + k] * table[j * d + k];
+            }
+            for (int64_t k = 0; k < d; k++) found.grad[j * d + k] = (unit_grad[j * d + k] - along * w_hat[j * d + k]) / sqrt(norm);
+        }
+        return found;
+    }
+
+    Found computed(const std::string &set) const {
+        const std::string kind = sizeof(Number) == 2 ? "bfloat16" : "float";
+        const Kernel *kernel = symbol<const Kernel *()>("kernels_" + kind + "_" + set)();
+        const Sizes of{n, d, SLAB, THREADS};
+        auto room = [&](const std::string &direction) {
+            return std::vector<float>(symbol<int64_t(Sizes, bool)>(direction + "_room_" + kind + "_" + set)(of, true), NAN);
+        };
+        std::vector<float> forward_room = room("forward"), backward_room = room("backward"), unit(n * d), shifts(n), target_unit(n * d);
+        std::vector<float> inverse_norms(n), products(n), totals(n), pull(n * d), grad(c * d);
+        std::vector<Number> kept(SLAB * n);
+        int64_t unknown;
+        Loop<Number> loop{table.data(), labels.data(), unit.data(), shifts.data(), kept.data(), forward_room.data(), of, c, SLAB,
+                          SLAB * n, 1, IGNORED, SCALE, LOG2_SCALE, false};
+        const Forward<Number> forward{loop, x.data(), target_unit.data(), inverse_norms.data(), products.data(), totals.data(),
+                                      pull.data(), &unknown, IGNORED, SHIFT, false};
+        kernel[8].function(&forward, THREADS);
+        loop.room = backward_room.data();
+        const Backward<Number> backward{loop, g.data(), p.data(), totals.data(), grad.data(), nullptr, false};
+        kernel[9].function(&backward, THREADS);
+        auto wide = [](const std::vector<float> &numbers) { return Numbers(numbers.begin(), numbers.end()); };
+        return {wide(products), wide(totals), wide(pull), wide(grad)};
+    }
+};
+
 static double relative_error(const Numbers &got, const Numbers &exact) {
     double error = 0, size = 0;
     for (size_t i = 0; i < exact.size(); i++) error += (got[i] - exact[i]) * (got[i] - exact[i]), size += exact[i] * exact[i];
@@ -188,6 +279,23 @@ template <class Number> static void compare(const std::string &set, int64_t n, i
     one("U", &Results::pull, stored);
     one("dW", &Results::grad, stored);
     one("SGD", &Results::stepped, stored);
+}
+
+template <class Number> static void compare_loops(const std::string &set, int64_t n, int64_t c, int64_t d) {
+    const bool low = sizeof(Number) == 2;
+    const Loops<Number> loops(n, c, d);
+    const auto exact = loops.exact(), portable = loops.computed("portable"), got = loops.computed(set);
+    const double exponent = LOG2_SCALE * M_LN2 * (sqrt(d) + 1) * 0x1p-24 + (low ? LOG2_SCALE * M_LN2 * 0x1p-9 / d : 0);
+    const std::string name = set + (low ? " bfloat16 loop's " : " float32 loop's ");
+    auto one = [&](const char *what, Numbers Loops<Number>::Found::*field, double roundings) {
+        const double reference = relative_error(portable.*field, exact.*field);
+        judge(name + what, relative_error(got.*field, exact.*field), fmin(roundings, 3 * reference + 0x1p-24));
+    };
+    one("products", &Loops<Number>::Found::products, 0x1p-22);
+    one("totals", &Loops<Number>::Found::totals, exponent + 0x1p-22);
+    one("pull", &Loops<Number>::Found::pull, 2 * exponent + (low ? 0x1p-8 : 0x1p-22));
+    // Of E and of a x̂, each in the precision of the products.
+    one("dW", &Loops<Number>::Found::grad, 2 * exponent + (low ? 0x1p-7 : 0x1p-22));
 }
 
 static void elementary(const std::string &set) {
@@ -226,6 +334,7 @@ int main(int count, char **arguments) {
         for (int64_t n : {16, 37}) {  // whole panels and tiles, and none
             const int64_t c = n == 16 ? 144 : 151, d = n == 16 ? 64 : 71;
             compare<float>(set, n, c, d), compare<bfloat16>(set, n, c, d);
+            compare_loops<float>(set, n, c, d), compare_loops<bfloat16>(set, n, c, d);
         }
     }
     if (failures) fprintf(stderr, "%d results are wrong\n", failures);
