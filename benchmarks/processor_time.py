@@ -10,9 +10,8 @@ import statistics
 
 import torch
 
-from cosface_kernels import CosFaceLoss, FusedSGD
-
 from . import harness, measure
+from .fused_formats import step_of
 from .peers import PLAIN, inputs, peers, step
 from .record import keep, parser, say
 
@@ -60,20 +59,9 @@ def _losses(shape, found):
 
 def _steps(format):
     """Seconds of steps that train a table and momentum of this format."""
-    num_rows, num_classes, size = STEP
     gc.collect()
-    head = CosFaceLoss(size, num_classes, table_format=format)
-    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format=format)
-    features, labels = torch.randn(num_rows, size, requires_grad=True), torch.randint(num_classes, (num_rows,))
-
-    def whole():
-        with torch.autocast("cpu", torch.bfloat16, enabled=format == "bfloat16"):
-            loss = head(features, labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return [measure.processor_seconds(whole) for _ in range(TURNS + 1)][1:]
+    step = step_of(format, *STEP)
+    return [measure.processor_seconds(step) for _ in range(TURNS + 1)][1:]
 
 
 def table(record):
