@@ -115,11 +115,10 @@ docs: .venv/.docs-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
-# Compiles for a GPU machine what a visit launches there: DIR is taken along. GPU_PYTHON has that machine's Triton.
-GPU_PYTHON ?= $(BIN)/python
-gpu-cache: $(READY)
-	@test -n "$(DIR)" || { echo "usage: make gpu-cache DIR=folder [GPU_PYTHON=python with the GPU machine's triton]"; exit 1; }
-	$(GPU_PYTHON) -m benchmarks.gpu_cache $(DIR)
+# Compiles what a visit to a GPU launches, with the GPU machine's Triton: DIR is taken along.
+gpu-cache: $(GPU)/.ready
+	@test -n "$(DIR)" || { echo "usage: make gpu-cache DIR=folder"; exit 1; }
+	$(ON_FAKE) FAKE_DEVICES=0 $(GPU)/bin/python -m benchmarks.gpu_cache $(DIR)
 
 bench: $(READY)
 	$(BIN)/cosface bench
