@@ -124,6 +124,8 @@ def calls(chip, few=False):
     if chip == 90:
         yield from _formats()
         yield from _shapes(few)
+    else:
+        yield Step(512, "bfloat16")  # where nothing attends, in a kernel of its own
 
 
 def _tiles(cases):
