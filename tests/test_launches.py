@@ -180,6 +180,7 @@ WHOLE = {  # a head's options, what becomes of its table, forms
     "sampled": ({"sample_rate": 0.8}, None, {}),
     "centers": ({"centers_per_class": 3}, None, {}),
     "float8": ({"table_format": "float8"}, None, {}),
+    "statistics": ({"scale": 1000.0, "centers_per_class": 3, "negatives": margins.MVSoftmax()}, None, {}),
     "attend": ({"memory_budget": 0}, None, ATTEND),
     "updated by attend": ({"memory_budget": 0, "table_format": "bfloat16"}, None, ATTEND),
 }
@@ -211,7 +212,8 @@ def test_whole_slabs_are_launched_alike(case, launches, monkeypatch, small_slabs
         head.weight = torch.nn.Parameter(changed(head.weight.detach()))
     optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9) if "table_format" in options else None
     with forms.using(**asked):
-        head(torch.ones(5, 70).requires_grad_(), torch.arange(5)).backward()
+        loss = head(torch.ones(5, 70).requires_grad_(), torch.arange(5), return_statistics=case == "statistics")
+        (loss[0] if case == "statistics" else loss).backward()
         if optimizer:
             optimizer.step()
     assert len(found) >= 3 and all(len(alike) >= 2 and alike == alike[:1] * len(alike) for alike in found.values()), found

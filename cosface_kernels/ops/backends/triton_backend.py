@@ -224,6 +224,7 @@ class _Slab:
     def find_largest(self):
         """From now on `largest` is (values, positions) of the largest products so far, each (tiles, N)."""
         self.largest = self.partial(torch.float32), self.partial(torch.int64)
+        self._launchers = {}  # those before were compiled without
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Add row sums of E to `partial`; write E into `store` (N, width) if given, zero past `stop`."""
