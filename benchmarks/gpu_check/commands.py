@@ -1,6 +1,7 @@
 """Stages that are other programs: the tests, the sanitizer and the profiler. They stay in the stage's process group."""
 
 import collections
+import contextlib
 import importlib.util
 import os
 import re
@@ -15,8 +16,8 @@ from . import gpu
 from .ends import Skip
 
 WORKERS = 12
-# Then pytest is asked to end, for which its workers have ten seconds of the stage's 150, and leaves suite.xml.
-SUITE_SECONDS = 125
+# Of the stage's 150: then pytest is asked to end, and leaves suite.xml; and how long it may wait for its workers to do so.
+SUITE_SECONDS, SUITE_GRACE = 125, 15
 SECONDS_PER_TEST = 60
 KERNELS = "exponential|exponents|maxima|attend|normalize|project|add_pull|finish|sum_targets|update|rows"
 
@@ -50,7 +51,10 @@ def suite(cases, out):
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)
             stopped = f", asked to after {SUITE_SECONDS} s"
-        status = process.wait()  # as long as the stage may take
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SUITE_GRACE)
+            process.kill()
+        status = process.wait()
     found = results(out / "suite.xml") if (out / "suite.xml").exists() else {}
     yield {"kind": "suite", **found, **({"error": f"pytest ended with {status}{stopped}"} if status else {})}
 
