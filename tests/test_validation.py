@@ -288,10 +288,13 @@ def test_topk_and_sampling_of_no_numbers_in_memory(kind):
         CosFaceLoss(3, 5).remove(make(torch.tensor([0, 4])))
 
 
-def test_fake_tensors_alone_have_a_fake_loss():
+def test_fake_tensors_alone_have_a_fake_loss_and_gradients():
     mode = FakeTensorMode()
-    tensors = torch.ones(4, 3), torch.ones(5, 3), torch.tensor([0, 4, 2, 2])
-    assert cosface_loss(*map(mode.from_tensor, tensors), reduction="none").shape == (4,)
+    tensors = torch.ones(4, 3, requires_grad=True), torch.ones(5, 3, requires_grad=True), torch.tensor([0, 4, 2, 2])
+    features, weight, labels = map(mode.from_tensor, tensors)
+    loss = cosface_loss(features, weight, labels, reduction="none")
+    grads = torch.autograd.grad(loss.sum(), (features, weight))
+    assert loss.shape == (4,) and [grad.shape for grad in grads] == [(4, 3), (5, 3)]
 
 
 NUMBERS = {

@@ -233,8 +233,9 @@ class _NegativeLse(torch.autograd.Function):
         wanted = _wanted(ctx)
         needs = Needs(needs.need_x_grad or wanted.x, needs.need_table_grad or wanted.weight or wanted.bias, needs.need_largest)
         vectors, saved, largest = compute(problem, options, needs)
+        ctx.set_materialize_grads(False)  # autograd's own zeros are no fake tensors where the others are
         ctx.save_for_backward(*problem, *saved)
-        ctx.options = options
+        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors]
         return *vectors, saved, largest
 
     @staticmethod
@@ -243,7 +244,9 @@ class _NegativeLse(torch.autograd.Function):
         problem, saved = split(ctx.saved_tensors, (Problem, Saved))
         wanted = _wanted(ctx)
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
-        (grads,) = negative_lse_backward(Vectors._make(came_back[:-2]), problem, saved, ctx.options, needs)
+        shaped = zip(came_back[:-2], ctx.shapes, strict=True)
+        grads = Vectors._make(saved.total.new_zeros(shape) if grad is None else grad for grad, shape in shaped)
+        (grads,) = negative_lse_backward(grads, problem, saved, ctx.options, needs)
         if problem.index is not None:
             grads = grads._replace(
                 weight=in_rows(problem.index, grads.weight, problem.weight),
