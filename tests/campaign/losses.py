@@ -299,12 +299,17 @@ def _of_classes(plain, classes, ignored):
 
 
 def _far_from_jumps(case, features, weight, labels):
-    """(N,) which rows have no angle so near a jump of ψ that rounding says on which side it is."""
+    """(N,) which rows have no angle so near a jump of ψ, and no class with two centres so alike, that rounding decides."""
     row, distance = ROWS[case["margin"]], 0.1 if is_low(case) else 1e-3
     x, w = F.normalize(features.double()), F.normalize(weight.double())
     angles = (x[:, None] * w.unflatten(0, (-1, row.centers))[labels]).sum(2).clamp(-1, 1).acos()
     jumps = [[*row.jumps(norm)] or [torch.inf] for norm in features.double().norm(dim=1).tolist()]
-    return (angles[:, :, None] - torch.tensor(jumps, dtype=torch.float64)[:, None]).abs().amin((1, 2)) > distance
+    far = (angles[:, :, None] - torch.tensor(jumps, dtype=torch.float64)[:, None]).abs().amin((1, 2)) > distance
+    if row.centers > 1:
+        products = x @ (weight.double() if "weight" in row.raw else w).T
+        nearest = products.unflatten(1, (-1, row.centers)).topk(2, dim=2).values
+        far &= (nearest[..., 0] - nearest[..., 1]).amin(1) > 1e-5 * products.abs().amax(1)
+    return far
 
 
 def _least_number(dtype):
