@@ -298,6 +298,7 @@ def attend_table(
     column = tl.arange(0, SIZE)
     unit = operand(tl.load(unit_ptr + tl.minimum(row, R - 1)[:, None] * SIZE + column[None, :]), UPCAST)
     grad = tl.zeros((BLOCK_R, SIZE), tl.float32)
+    tl.assume(N > 0)  # as cosine_tile of triton_exponentials.py has it
     for first in tl.range(0, N, BLOCK_N):
         rows = load_rows(x, first, N, SIZE, BLOCK_N, DESCRIPTORS, UPCAST)
         sample = first + tl.arange(0, BLOCK_N)
