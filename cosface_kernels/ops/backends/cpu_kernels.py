@@ -54,24 +54,10 @@ class Kernels:
         return ceil_div(summed, 4 // self.operand.itemsize) * padded(columns)
 
     def row_panels(self, rows, num_rows, size, panels):
-        self._call(
-            "row_panels",
-            PRODUCTS_OF_NUMBER * num_rows * size,
-            rows=self._numbers("rows", rows, num_rows * size),
-            panels=self._panels(panels, size, num_rows),
-            num_rows=num_rows,
-            size=size,
-        )
+        self._pack("row_panels", rows, num_rows, size, self._panels(panels, size, num_rows))
 
     def column_panels(self, rows, num_rows, size, panels):
-        self._call(
-            "column_panels",
-            PRODUCTS_OF_NUMBER * num_rows * size,
-            rows=self._numbers("rows", rows, num_rows * size),
-            panels=self._panels(panels, num_rows, size),
-            num_rows=num_rows,
-            size=size,
-        )
+        self._pack("column_panels", rows, num_rows, size, self._panels(panels, num_rows, size))
 
     def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
         """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
@@ -191,6 +177,10 @@ class Kernels:
     def loop_room(self, direction, *sizes):
         """The memory that csrc/cpu/loop.h's "forward" or "backward" divides among its steps; sizes: N, D, B, threads, a flag."""
         return torch.empty(self._room[direction](*sizes), dtype=torch.float32, device="cpu")
+
+    def _pack(self, name, rows, num_rows, size, panels):
+        rows = self._numbers("rows", rows, num_rows * size)
+        self._call(name, PRODUCTS_OF_NUMBER * num_rows * size, rows=rows, panels=panels, num_rows=num_rows, size=size)
 
     def _exponents(self, product):
         num_rows, classes, size = product.num_rows, product.classes, product.size
