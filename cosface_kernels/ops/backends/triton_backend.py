@@ -224,20 +224,17 @@ class _Slab:
     def find_largest(self):
         """From now on `largest` is (values, positions) of the largest products so far, each (tiles, N)."""
         self.largest = self.partial(torch.float32), self.partial(torch.int64)
-        self._launchers = {}  # those before were compiled without
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Add row sums of E to `partial`; write E into `store` (N, width) if given, zero past `stop`."""
         if self.writes_exponents:
             self._from_exponents(unit, start, stop, shift, partial, store)
-        elif store is None:
-            self._launch(
-                triton_exponentials.exponential_sums, unit, start, stop, shift, partial, *self.largest, self._hard_columns
-            )
-        else:
-            out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if self._halves else 1))
-            epilogue = shift, partial, *self.largest, self._hard_columns, out, unit.shape[0]
-            self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=self._halves)
+            return
+        halves, out = self._halves and store is not None, None
+        if store is not None:
+            out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if halves else 1))
+        epilogue = shift, partial, *self.largest, self._hard_columns, out, unit.shape[0]
+        self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=halves)
 
     def attended(self, start, stop, row_scale, out):
         """dŵ (rows, D padded) by triton_hopper, into `out` if given."""
@@ -288,9 +285,10 @@ class _Slab:
         num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
         if num_rows:
             unit = self._source(unit, "BLOCK_C", self.config["BLOCK_K"])
-            if kernel not in self._launchers:
-                self._launchers[kernel] = Launcher(kernel, **self._constants, **constants)
-            self._launchers[kernel](
+            key = kernel, *(each is None for each in epilogue)  # one without memory for a result is another
+            if key not in self._launchers:
+                self._launchers[key] = Launcher(kernel, **self._constants, **constants)
+            self._launchers[key](
                 self.row_tiles * ceil_div(width, tile),
                 *(self._low, unit, self.targets, num_rows, stop - start, size_padded, start, self._factor, *epilogue),
                 whole=stop - start == self.plan.slab,

@@ -1,9 +1,8 @@
 """The product k x w̃ᵀ of a slab with an epilogue on its tiles while they are in registers: one kernel for each epilogue.
 
-    exponential_sums    row sums of E = 2^{k x w̃ᵀ - shift}, E[n, y_n] = 0
-    exponentials        the same, and E itself
-    maxima              row maxima of the exponents k x w̃ᵀ, for the shift of logits without a bound
-    exponents           the exponents themselves, in float32, for classes of several rows
+    exponentials    row sums of E = 2^{k x w̃ᵀ - shift}, E[n, y_n] = 0, and where it is given memory for it E itself
+    maxima          row maxima of the exponents k x w̃ᵀ, for the shift of logits without a bound
+    exponents       the exponents themselves, in float32, for classes of several rows
 
 Sums and maxima of a tile are added to those of the slabs before, one float64 for each row and tile; exponents of a row's target
 and past the slab's end count as -inf. Cosines are never stored. No atomics. All but maxima also find each row's largest product
@@ -58,8 +57,6 @@ def add_sums(partial, part, row, N, first_class, sums):
 def cosine_tile(
     x,
     unit,
-    first_row,
-    first_column,
     N,
     B,
     D_padded,
@@ -71,9 +68,13 @@ def cosine_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """x w̃ᵀ (BLOCK_N, BLOCK_C). Past the edges rows and columns repeat the last valid one, or are zeros from a descriptor."""
+    """(x w̃ᵀ (BLOCK_N, BLOCK_C), tile of classes, first row, rows, first column, columns) of a program. Past the edges rows and
+    columns repeat the last valid one, or are zeros from a descriptor."""
+    first_row, tile = own_tile(N, BLOCK_N)
+    first_column = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first_column + tl.arange(0, BLOCK_C)
     if not DESCRIPTORS:
-        row, column, step = first_row + tl.arange(0, BLOCK_N), first_column + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
+        step = tl.arange(0, BLOCK_K)
         unit_row = tl.minimum(column, B - 1) if RAGGED else column
         x_row = x + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
         unit_row = unit + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
@@ -87,7 +88,7 @@ def cosine_tile(
         left = x.load([first_row, k]) if DESCRIPTORS else tl.load(x_row + k)
         right = unit.load([first_column, k]) if DESCRIPTORS else tl.load(unit_row + k)
         cosine = tl.dot(operand(left, UPCAST), operand(right, UPCAST).T, cosine, input_precision=PRECISION)
-    return cosine
+    return cosine, tile, first_row, row, first_column, column
 
 
 @triton.jit
@@ -165,7 +166,7 @@ def store_tile(tile, out, first_row, first_column, N, stride, RAGGED: tl.constex
 
 
 @triton.jit
-def exponential_sums(
+def exponentials(
     x,  # (N, D_padded) rows to multiply, or their descriptor
     unit,  # (>= B, D_padded) unit class rows of the slab, or their descriptor
     target_ptr,  # (N,) int64 class, -1 for none
@@ -179,6 +180,9 @@ def exponential_sums(
     largest_ptr,  # (tiles, N) float32, and
     position_ptr,  # (tiles, N) int64, as see_largest has them; or None
     hard_ptr,  # (4, N) float32, or None
+    out,  # (N, stride_out) E, or its descriptor, or None; columns B .. stride_out become 0
+    stride_out,
+    HALVES: tl.constexpr,
     RAGGED: tl.constexpr,  # whether BLOCK_C does not divide B
     PRECISION: tl.constexpr,  # of float32 products: "ieee" or "tf32"
     UPCAST: tl.constexpr,
@@ -187,49 +191,8 @@ def exponential_sums(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    first_row, tile = own_tile(N, BLOCK_N)
-    first = tile * BLOCK_C
-    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
-    cosine = cosine_tile(
-        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
-    )
-    if largest_ptr is not None:
-        see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
-    e, _ = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, hard_ptr, row, column, N, B, first_class, RAGGED)
-    add_sums(partial_ptr, tile, row, N, first_class, tl.sum(e, 1))
-
-
-@triton.jit
-def exponentials(
-    x,
-    unit,
-    target_ptr,
-    N,
-    B,
-    D_padded,
-    first_class,
-    log2_scale,
-    shift_ptr,
-    partial_ptr,
-    largest_ptr,
-    position_ptr,
-    hard_ptr,
-    out,  # (N, stride_out) E, or its descriptor; columns B .. stride_out become 0
-    stride_out,
-    HALVES: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    first_row, tile = own_tile(N, BLOCK_N)
-    first = tile * BLOCK_C
-    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
-    cosine = cosine_tile(
-        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
+    cosine, tile, first_row, row, first, column = cosine_tile(
+        x, unit, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     if largest_ptr is not None:
         see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
@@ -250,7 +213,8 @@ def exponentials(
         e, stored = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, hard_ptr, row, column, N, B, first_class, RAGGED)
         sums = tl.sum(e, 1)
     add_sums(partial_ptr, tile, row, N, first_class, sums)
-    store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
+    if out is not None:
+        store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
 
 
 @triton.jit
@@ -274,11 +238,8 @@ def maxima(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    first_row, tile = own_tile(N, BLOCK_N)
-    first = tile * BLOCK_C
-    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
-    cosine = cosine_tile(
-        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
+    cosine, tile, first_row, row, first, column = cosine_tile(
+        x, unit, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     dropped = left_out(target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
     if hard_ptr is not None:
@@ -312,11 +273,8 @@ def exponents(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    first_row, tile = own_tile(N, BLOCK_N)
-    first = tile * BLOCK_C
-    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
-    cosine = cosine_tile(
-        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
+    cosine, tile, first_row, row, first, column = cosine_tile(
+        x, unit, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     if largest_ptr is not None:
         see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, CENTERS)
