@@ -57,6 +57,8 @@ def add_sums(partial, part, row, N, first_class, sums):
 def cosine_tile(
     x,
     unit,
+    first_row,
+    first_column,
     N,
     B,
     D_padded,
@@ -68,13 +70,9 @@ def cosine_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """(x w̃ᵀ (BLOCK_N, BLOCK_C), tile of classes, first row, rows, first column, columns) of a program. Past the edges rows and
-    columns repeat the last valid one, or are zeros from a descriptor."""
-    first_row, tile = own_tile(N, BLOCK_N)
-    first_column = tile * BLOCK_C
-    row, column = first_row + tl.arange(0, BLOCK_N), first_column + tl.arange(0, BLOCK_C)
+    """x w̃ᵀ (BLOCK_N, BLOCK_C). Past the edges rows and columns repeat the last valid one, or are zeros from a descriptor."""
     if not DESCRIPTORS:
-        step = tl.arange(0, BLOCK_K)
+        row, column, step = first_row + tl.arange(0, BLOCK_N), first_column + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_K)
         unit_row = tl.minimum(column, B - 1) if RAGGED else column
         x_row = x + tl.minimum(row, N - 1).to(tl.int64)[:, None] * D_padded + step[None, :]
         unit_row = unit + unit_row.to(tl.int64)[:, None] * D_padded + step[None, :]
@@ -88,7 +86,7 @@ def cosine_tile(
         left = x.load([first_row, k]) if DESCRIPTORS else tl.load(x_row + k)
         right = unit.load([first_column, k]) if DESCRIPTORS else tl.load(unit_row + k)
         cosine = tl.dot(operand(left, UPCAST), operand(right, UPCAST).T, cosine, input_precision=PRECISION)
-    return cosine, tile, first_row, row, first_column, column
+    return cosine
 
 
 @triton.jit
@@ -191,8 +189,11 @@ def exponentials(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    cosine, tile, first_row, row, first, column = cosine_tile(
-        x, unit, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     if largest_ptr is not None:
         see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
@@ -238,8 +239,11 @@ def maxima(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    cosine, tile, first_row, row, first, column = cosine_tile(
-        x, unit, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     dropped = left_out(target_ptr, row, column, N, B, first_class, RAGGED, CENTERS)
     if hard_ptr is not None:
@@ -273,8 +277,11 @@ def exponents(
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    cosine, tile, first_row, row, first, column = cosine_tile(
-        x, unit, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
+    first_row, tile = own_tile(N, BLOCK_N)
+    first = tile * BLOCK_C
+    row, column = first_row + tl.arange(0, BLOCK_N), first + tl.arange(0, BLOCK_C)
+    cosine = cosine_tile(
+        x, unit, first_row, first, N, B, D_padded, RAGGED, PRECISION, UPCAST, DESCRIPTORS, BLOCK_N, BLOCK_C, BLOCK_K
     )
     if largest_ptr is not None:
         see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, CENTERS)
