@@ -68,16 +68,8 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
             slab.exponentials(start, stop, shift, e, None)
         out = None if update else sink.room(start, stop, out_dtype)
         slab.kernels.table_gradient(
-            *(e, num_rows, scaled, slab.rows(start, stop), stop - start, size),
-            normalized=table.normalize,
-            unscale=float(factors.unscale),
-            first_class=start,
-            target_rows=factors.target_rows,
-            target_sums=factors.target_sums,
-            common=common,
-            scratch=slab.scratch,
-            grad=out,
-            step=update,
+            *(e, scaled, slab.rows(start, stop), factors, common),
+            **{"first_class": start, "normalized": table.normalize, "scratch": slab.scratch, "grad": out, "step": update},
         )
         if not update:
             sink.put(start, stop, out)

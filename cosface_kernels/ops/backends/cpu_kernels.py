@@ -113,29 +113,11 @@ class Kernels:
             size=size,
         )
 
-    def table_gradient(
-        self,
-        e,
-        num_rows,
-        x_panels,
-        weight,
-        classes,
-        size,
-        *,
-        normalized,
-        unscale,
-        first_class,
-        target_rows,
-        target_sums,
-        common,
-        scratch,
-        grad,
-        step,
-    ):
-        """weight, grad: float32 or bfloat16; common (padded(size),) or None; scratch (threads, scratch_numbers). With a step,
-        which applies the gradient, grad is None.
+    def table_gradient(self, e, x_panels, rows, factors, common, *, first_class, normalized, scratch, grad, step):
+        """e (B, N), or more rows; rows, grad (B, D): float32 or bfloat16; factors: SlabFactors; common: theirs, (padded(D),);
+        scratch (threads, scratch_numbers). With a step, which applies the gradient, grad is None.
         """
-        threads = len(scratch)
+        (classes, size), num_rows, num_targets, threads = rows.shape, e.shape[1], len(factors.target_rows), len(scratch)
         if step is not None:
             step.check(first_class, classes, size)
             threads = min(threads, step.threads)
@@ -145,10 +127,10 @@ class Kernels:
             threads=threads,
             e=self._numbers("exponentials", e, classes * num_rows),
             x_panels=self._panels(x_panels, num_rows, size),
-            table=rows_of_table("weight", weight, classes * size),
-            target_classes=integers("target rows", target_rows, len(target_rows)),
-            target_sums=floats("target sums", target_sums, len(target_rows) * size),
-            common=None if common is None else floats("the common row", common, padded(size)),
+            table=rows_of_table("weight", rows, classes * size),
+            target_classes=integers("target rows", factors.target_rows, num_targets),
+            target_sums=floats("target sums", factors.target_sums, num_targets * size),
+            common=floats("the common row", common, padded(size)),
             scratch=floats("scratch", scratch, threads * self.scratch_numbers(num_rows, size)),
             grad=None if step else rows_of_table("the gradient", grad, classes * size),
             step=step.address if step else None,
@@ -156,10 +138,10 @@ class Kernels:
             classes=classes,
             size=size,
             first_class=first_class,
-            num_targets=len(target_rows),
+            num_targets=num_targets,
             scratch_size=scratch.shape[1],
-            unscale=unscale,
-            is_bfloat16=weight.dtype == torch.bfloat16,
+            unscale=float(factors.unscale),
+            is_bfloat16=rows.dtype == torch.bfloat16,
             normalized=normalized,
             grad_is_bfloat16=step is None and grad.dtype == torch.bfloat16,
         )
