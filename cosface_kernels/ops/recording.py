@@ -14,7 +14,7 @@ import torch
 
 from ..distributed import dtensors
 from . import class_tables, formats, operators
-from .operands import Options, TableFactors, Vectors
+from .operands import Options, Problem, Saved, TableFactors, Vectors, split
 from .operators import in_rows
 from .recorded_gradient import write_gradient
 from .seen import Seen, change_of
@@ -159,50 +159,28 @@ def _recorded(parameters, vectors, saved, problem, options):
     return Vectors(*of_table, vectors.feature_length)
 
 
-class _Held(NamedTuple):
-    """The tensors that backward records."""
-
-    labels: torch.Tensor
-    index: torch.Tensor | None
-    correction: torch.Tensor | None
-    unit: torch.Tensor
-    shift: torch.Tensor
-    total: torch.Tensor
-    kept: torch.Tensor
-    hard: torch.Tensor | None
-
-
 class _Record(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, bias, vectors, saved, problem, options):
         # The parameters themselves: activation checkpointing and other hooks of saved tensors would return copies.
         ctx.parameters, ctx.seen = (weight, bias), Seen.all(weight, bias, problem.row_scale)
-        ctx.save_for_backward(
-            *_Held(
-                labels=problem.labels,
-                index=problem.index,
-                correction=problem.correction,
-                unit=saved.unit,
-                shift=saved.shift,
-                total=saved.total,
-                kept=saved.kept,
-                hard=problem.hard,
-            )
-        )
+        # Not what a record has no use for, or holds as `seen`.
+        problem = problem._replace(x=None, weight=None, bias=None, own_scale=None, row_scale=None)
+        ctx.save_for_backward(*problem, *saved._replace(target_unit=None, inverse_norm=None, pull=None, row_sum=None))
         ctx.options = options
         return tuple(torch.zeros_like(vector) for vector in vectors.of_table)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        held, no_gradients = _Held(*ctx.saved_tensors), (None,) * len(ctx.needs_input_grad)
+        (problem, saved), no_gradients = split(ctx.saved_tensors, (Problem, Saved)), (None,) * len(ctx.needs_input_grad)
         if change := change_of(ctx.seen, *ctx.parameters, class_tables.row_scale(ctx.parameters[0])):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         grads = Vectors(*grads, feature_length=None)
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
-        factors = TableFactors.of(held.labels.clone(), held, grads, held.hard)
-        seen = [*ctx.seen, *Seen.all(held.index)]
-        record = Record(ctx.options, held.index, held.correction, factors, seen, ctx.needs_input_grad[:2])
+        factors = TableFactors.of(problem.labels.clone(), saved, grads, problem.hard)
+        seen = [*ctx.seen, *Seen.all(problem.index)]
+        record = Record(ctx.options, problem.index, problem.correction, factors, seen, ctx.needs_input_grad[:2])
         returned = [node is not None and _is_returned(node) for node, _ in ctx.next_functions]  # of tensors: not of no bias
         if any(returned):
             return *_gradients(ctx.parameters, record, returned), *no_gradients[len(returned) :]
