@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from .. import page_pool
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, cpu_kernels, cpu_library, cpu_loop, cpu_rows, exponents, several
+from . import Sums, cpu_kernels, cpu_library, cpu_loop, cpu_rows, exponents
 from .cpu_kernels import Pieces, Product
 
 row_functions, in_one_call = cpu_rows, cpu_loop
@@ -173,8 +173,8 @@ class _Slab:
         if self._exponents is None:
             self._exponents = self.empty(self.plan.slab, self.num_rows)
         self.maxima(start, stop, self._exponents)
-        exponents = self._exponents[: stop - start]
-        return exponents if self.several is None else several.leave_out(exponents, self.several, start, 0)
+        found = self._exponents[: stop - start]
+        return found if self.several is None else exponents.leave_out(found, self.several, start, 0)
 
     def largest_exponents(self, start, stop):
         """The largest exponent of each row in pieces (pieces, N)."""

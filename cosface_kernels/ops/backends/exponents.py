@@ -4,8 +4,9 @@
     hard negatives    where a product c of row n passes τ_n, g(c) = p0_n + p1_n c + p2_n c² takes its place. E of g(c) is summed;
                       E g'(c) is kept and multiplied, so that both gradients are what they would be without g
 
-Kernels take the exponential while a product is in registers. For sub-centres, several classes to a row and corrections of
-sampled classes they write all of a slab's exponents in float32 instead, and what is here does the rest.
+Kernels take the exponential while a product is in registers, and leave out one class a row. For sub-centres, several classes to
+a row and corrections of sampled classes they write all of a slab's exponents in float32 instead, and what is here does the rest:
+what is left out becomes -inf before the exponential, so that nothing is subtracted from a sum.
 """
 
 import torch
@@ -31,6 +32,20 @@ def exponentials(products, shift, *rest):
     exponents, slope = finished(products, *rest)
     e = exponents.sub_(shift.unsqueeze(rest[-1])).exp2_()
     return e, e if slope is None else e * slope
+
+
+def leave_out(slab, targets, start, dim):
+    """Set slab[n, targets[n, k] - start] = -inf in place for those inside; targets (N, K): rows of the table, anywhere, -1 for
+    none; dim: that of the classes, 1, or 0 for (B, N).
+    """
+    columns = targets - start
+    inside = (columns >= 0) & (columns < slab.shape[dim])
+    # The smaller of two numbers, so that a target outside, which changes nothing, may share a place with one inside.
+    bound = torch.where(inside, -torch.inf, torch.inf).to(slab.dtype)
+    columns = torch.where(inside, columns, 0)
+    if dim == 0:
+        columns, bound = columns.T, bound.T
+    return slab.scatter_reduce_(dim, columns, bound, "amin")
 
 
 def _nearest(exponents, centers, dim):

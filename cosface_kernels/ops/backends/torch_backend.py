@@ -12,7 +12,7 @@ from .. import batch_rows, page_pool
 from ..normalize import project
 from ..operands import Largest
 from ..slabs import aligned
-from . import Sums, exponents, several
+from . import Sums, exponents
 from .products import accumulated, cosines
 
 row_functions = batch_rows
@@ -72,7 +72,7 @@ def _unit(table, start, stop, plan):
 def _products(low, unit, columns, table):
     """x w̃ᵀ (N, B) in plan.wide, -inf at targets; columns: each row's target counted from the slab's first row."""
     if columns.dim() == 2:
-        return several.leave_out(cosines(low, unit), columns, 0, 1)
+        return exponents.leave_out(cosines(low, unit), columns, 0, 1)
     return without_targets(cosines(low, unit), columns, table.centers)
 
 

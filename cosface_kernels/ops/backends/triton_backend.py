@@ -12,17 +12,7 @@ import torch
 
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import (
-    Sums,
-    exponents,
-    several,
-    triton_attend,
-    triton_exponentials,
-    triton_forms,
-    triton_kernels,
-    triton_rows,
-    triton_update,
-)
+from . import Sums, exponents, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
 from .products import accumulated, in_parts
 from .triton_launch import Launcher
 
@@ -250,7 +240,7 @@ class _Slab:
         epilogue = *self.largest, out, unit.shape[0]
         self._launch(triton_exponentials.exponents, unit, start, stop, *epilogue, CENTERS=self.table.centers)
         out = out[:, : stop - start]
-        return out if self.several is None else several.leave_out(out, self.several, start, 1)
+        return out if self.several is None else exponents.leave_out(out, self.several, start, 1)
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
         """The same from all exponents in float32."""
