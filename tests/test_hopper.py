@@ -54,10 +54,10 @@ def test_features(emulated, num_rows, classes, parts, dtype):
         torch.full((2 * parts, num_rows), torch.nan, dtype=torch.float64),
         torch.full((parts, num_rows, 512), torch.nan),
     )
-    total = 0
+    total, launch = 0, triton_hopper.launcher(TABLE=False)
     for start in (0, first):  # the first one fills `partial`
         unit = unit_rows(classes, generator, dtype)
-        triton_hopper.features(low, unit, targets, partial, room, start, LOG2_SCALE, SHIFT)
+        triton_hopper.features(launch, low, unit, targets, partial, room, start, LOG2_SCALE, SHIFT, False)
         e = exact(low, unit, targets[:, None] - start == torch.arange(classes))
         total = total + e.sum(1)
         bound = e @ unit.double().abs() * torch.finfo(dtype).eps + 1e-6
@@ -73,7 +73,7 @@ def test_table(emulated, num_rows, classes, dtype):
     low, unit, first = unit_rows(num_rows, generator, dtype), unit_rows(classes, generator, dtype), 40
     targets = torch.randint(-1, classes + 60, (num_rows,), generator=generator)
     column_scale, out = torch.randn(num_rows, generator=generator), torch.full((classes, 512), torch.nan)
-    triton_hopper.table(unit, low, targets, column_scale, out, first, LOG2_SCALE, SHIFT)
+    triton_hopper.table(triton_hopper.launcher(TABLE=True), unit, low, targets, column_scale, out, first, LOG2_SCALE, SHIFT, True)
     e = exact(unit, low, targets - first == torch.arange(classes)[:, None]) * column_scale.double()
     bound = e.abs() @ low.double().abs() * torch.finfo(dtype).eps + 1e-6
     assert ((out.double() - e @ low.double()).abs() <= bound).all()

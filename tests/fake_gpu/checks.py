@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss, sample_classes
 from cosface_kernels.margins import AdaFace, ArcFace, CosFace, LSoftmax, Softmax
 from cosface_kernels.ops import slabs
+from cosface_kernels.ops.backends import triton_forms
 
 os.environ["USE_PYTORCH_KERNEL_CACHE"] = "0"  # of what it compiles itself
 RUNTIME = ctypes.CDLL("libcudart.so.13")
@@ -91,8 +92,16 @@ def test_launches_of_a_million_classes():
     assert sum(kernels.values()) == 4 * slabs + 6
 
 
-@pytest.mark.parametrize("table_format", [None, "float32", "bfloat16"])  # None: no fused optimiser
-def test_triton_is_asked_once_for_all_whole_slabs(table_format, monkeypatch):
+@pytest.mark.parametrize(
+    "table_format, product, forms",  # None: no fused optimiser
+    [
+        (None, "exponentials", {}),
+        ("float32", "exponentials", {}),
+        ("bfloat16", "exponentials", {}),
+        (None, "attend", {"attend_features": {"GLUON": True}, "attend_table": {"GLUON": True}}),
+    ],
+)
+def test_triton_is_asked_once_for_all_whole_slabs(table_format, product, forms, monkeypatch):
     """What it is asked to launch is every kernel of the slab loop, and its first, whole and last launches of a call."""
     asked, ask = Counter(), JITFunction.run
 
@@ -109,7 +118,8 @@ def test_triton_is_asked_once_for_all_whole_slabs(table_format, monkeypatch):
         features, labels = batch()
 
         def step(head=head, optimizer=optimizer, features=features, labels=labels):
-            head(features, labels).backward()
+            with triton_forms.using(**forms), torch.autocast("cuda", torch.bfloat16):
+                head(features, labels).backward()
             if optimizer:
                 optimizer.step()
 
@@ -117,7 +127,7 @@ def test_triton_is_asked_once_for_all_whole_slabs(table_format, monkeypatch):
         asked.clear()
         kernels = counted(step)  # two steps
         found.append(dict(asked))
-        launched.append(kernels["kernel exponentials"])
+        launched.append(kernels[f"kernel {product}"])
     assert found[0] == found[1]
     assert launched == [8, 24]
 

@@ -118,7 +118,8 @@ class Features:
         """low (N, width(size)): x̂ in plan.dtype."""
         self.low, self.size, self.targets, self.plan, self.constants = low, size, targets, plan, constants
         self.partial = self._parts = None
-        self._attend = Launcher(attend_features, **constants)
+        gluon = constants.get("GLUON", False)
+        self._attend = hopper().launcher(TABLE=False) if gluon else Launcher(attend_features, **constants)
 
     def parts(self, unit, start, stop):
         """(parts, N, D) float32 whose sum is E ŵ of the slab; its row sums are added to `partial` (a row or two a part, N)."""
@@ -130,8 +131,8 @@ class Features:
             self._parts = torch.empty(parts, num_rows, self.size, dtype=torch.float32, device=self.low.device)
             self.partial = torch.empty(parts * (1 + gluon), num_rows, dtype=torch.float64, device=self.low.device)
         if gluon:
-            sums = self.partial, self._parts[:parts]
-            hopper().features(self.low, unit[:classes], self.targets, *sums, start, self.plan.log2_scale, self.plan.shift)
+            slab = self.low, unit[:classes], self.targets, self.partial, self._parts[:parts], start
+            hopper().features(self._attend, *slab, self.plan.log2_scale, self.plan.shift, classes == self.plan.slab)
             return self._parts[:parts]
         self._attend(
             row_tiles * parts,

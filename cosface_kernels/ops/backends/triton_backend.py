@@ -230,8 +230,10 @@ class _Slab:
         """dŵ (rows, D padded) by triton_hopper, into `out` if given."""
         if out is None:
             out = torch.empty(stop - start, self.low.shape[1], dtype=torch.float32, device=self.low.device)
-        unit, plan = self.unit(start, stop)[: stop - start], self.plan
-        triton_attend.hopper().table(unit, self.low, self.targets, row_scale, out, start, plan.log2_scale, plan.shift)
+        unit, plan, hopper = self.unit(start, stop)[: stop - start], self.plan, triton_attend.hopper()
+        launch = self._launchers.setdefault(hopper.attend, hopper.launcher(TABLE=True))
+        slab = unit, self.low, self.targets, row_scale, out, start
+        hopper.table(launch, *slab, plan.log2_scale, plan.shift, stop - start == plan.slab)
         return out
 
     def exponents(self, unit, start, stop):

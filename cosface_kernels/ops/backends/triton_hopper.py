@@ -33,6 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..slabs import ceil_div
+from .triton_launch import Launcher
 
 SIZE = 512
 # Rows of Q and of a block of KV; columns of a half of either.
@@ -43,29 +44,34 @@ WARPS, REGISTERS = gl.constexpr([4, 4]), gl.constexpr([240, 240])
 LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
-def features(low, unit, targets, partial, parts, first, log2_scale, shift):
+def launcher(TABLE):
+    """What launches the kernel of `features` or of `table` for the slabs of a call."""
+    return Launcher(attend, TABLE=TABLE, num_warps=4)
+
+
+def features(launch, low, unit, targets, partial, parts, first, log2_scale, shift, whole):
     """Write E ŵ of a slab's unit rows (B, 512) into parts (P, N, D), and add E's row sums to partial (2 P, N)."""
     count, num_rows, size = parts.shape
     pairs = ceil_div(ceil_div(unit.shape[0], PAIR), count)
-    attend[(ceil_div(num_rows, ROWS.value) * count,)](
+    launch(
+        ceil_div(num_rows, ROWS.value) * count,
         *(_source(low), _source(unit), targets, None, partial, parts),
         *(num_rows, unit.shape[0], size, first, pairs, log2_scale, shift),
-        TABLE=False,
-        num_warps=4,
+        whole=whole,
     )
 
 
-def table(unit, low, targets, column_scale, out, first, log2_scale, shift):
+def table(launch, unit, low, targets, column_scale, out, first, log2_scale, shift, whole):
     """Write dŵ of a slab's unit rows (B, 512) into out (B, D). targets (N,): classes; column_scale (N,)."""
     (classes, size), num_rows = out.shape, low.shape[0]
     targets = targets - first
     targets = torch.where((targets >= 0) & (targets < classes), targets, -1).int()
     padding = 0, -num_rows % PAIR  # no mask in the loop
-    attend[(ceil_div(classes, ROWS.value),)](
+    launch(
+        ceil_div(classes, ROWS.value),
         *(_source(unit), _source(low), F.pad(targets, padding, value=-1), F.pad(column_scale, padding), None, out),
         *(classes, num_rows, size, 0, ceil_div(num_rows, PAIR), log2_scale, shift),
-        TABLE=True,
-        num_warps=4,
+        whole=whole,
     )
 
 
