@@ -11,6 +11,8 @@ from selection import HAS_GPU
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss
 from cosface_kernels.margins import CosFace, Softmax
 from cosface_kernels.ops import backends
+from cosface_kernels.ops.slabs import Plan
+from cosface_kernels.ops.table import Table
 
 if backends.unusable("triton", torch.device("cuda" if HAS_GPU else "cpu")):
     pytest.skip("needs triton", allow_module_level=True)
@@ -77,6 +79,15 @@ def test_served_by_the_slab_loop(attended, case):
     with triton_forms.using(**BOTH):
         results(**options)
     assert not attended
+
+
+@pytest.mark.parametrize("kernel", triton_attend.BLOCKS)
+@pytest.mark.parametrize("size, served", [(301, False), (304, True), (200, False), (208, True), (100, True)])
+def test_hoppers_widest_tiles_have_whole_blocks_of_16_columns(kernel, size, served, monkeypatch):
+    monkeypatch.setattr(triton_kernels, "capability", lambda device: (9, 0))
+    x, table, plan = torch.empty(3, size), Table(torch.empty(5, size)), Plan(92.0, 4.0, torch.bfloat16, 256, 0, 0)
+    with triton_forms.using(**BOTH):
+        assert (triton_attend.constants(kernel, x, table, torch.zeros(3), plan) is not None) == served
 
 
 def test_a_frozen_table_needs_no_second_pass_and_frozen_features_no_sum(attended):

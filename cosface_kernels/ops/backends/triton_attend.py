@@ -73,9 +73,9 @@ def constants(kernel, x, table, targets, plan, *, common=None, **needs):
     if common is not None:
         return None  # no slab of dŵ to add to
     shapes = _shapes(kernel, plan.dtype, capability)
-    # At other D ptxas has each wgmma of so wide a tile wait for the one before.
-    waits = kernel == "attend_table" and capability[0] == 9 and width(size) == 512 and size % 16 and plan.dtype != torch.float32
-    if width(size) not in shapes or waits:
+    # At other D so wide a tile spills, or ptxas has each wgmma wait for the one before.
+    odd = capability[0] == 9 and width(size) >= 256 and size % 16 and plan.dtype != torch.float32
+    if width(size) not in shapes or odd:
         return None
     if plan.dtype == torch.float32:
         asked = {**asked, "DESCRIPTORS": False}  # spills
