@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import harness, measure, peers, predictions, source, tables
 from benchmarks.gpu_check import __main__ as command
-from benchmarks.gpu_check import commands, forms, runner, stages, watch
+from benchmarks.gpu_check import commands, forms, report, runner, stages, watch
 from benchmarks.gpu_check.ends import LostDevice, Skip
 from cosface_kernels import margins
 from cosface_kernels.ops import slabs
@@ -58,6 +58,7 @@ def test_dry_run(capsys, tmp_path):
         assert fastest <= row["seconds"][0] <= slowest
     assert tables.main([str(tmp_path / "gpu_check.json")]) == 0
     printed = capsys.readouterr().out
+    assert printed.count("| fastest |") == 2 and printed.count("| slab | 4096 | 512 | C 1000000, budget none, slab ") == 2
     assert "| WRONG |" not in printed and printed.count("| as predicted |") > 100
     assert json.loads((tmp_path / "forms.json").read_text())["compared"]
     assert len(list(tmp_path.iterdir())) <= 8
@@ -294,6 +295,19 @@ def test_forms_are_those_that_were_right_and_faster():
     attend = {"kernel": "attend_table", "num_rows": [1025, None], "size": [257, 512], "options": {"DESCRIPTORS": True}}
     exponentials = {"kernel": "exponentials", "num_rows": [1, None], "size": [65, 128], "options": blocks}
     assert found == [{**exponentials, **facts}, {**attend, **facts}]
+
+
+def test_slabs_are_compared_for_each_shape_and_budget():
+    def row(slab, seconds, **facts):
+        case = {"kind": "step", "rows": 512, "classes": 9, "size": 64, "budget": "all", "slab": slab, "graph": True}
+        return {**case, "seconds": [seconds], **facts}
+
+    rows = [row(0, 2.0), row(8448, 1.0), row(16896, 0.1, wrong=True), row(33792, 0.1, graph=False), row(8448, 0.1, budget="none")]
+    found = {"stages": {"steps": entry("done", rows=rows), "forms": entry("done", rows=[row(0, 0.1, forms={})])}}
+    (slab,) = forms.slabs(found)
+    assert slab["options"] == {"C": 9, "budget": "all", "slab": 8448} and slab["faster_by"] == 0.5
+    printed = "\n".join(report.decisions({**found, "dry_run": True}))
+    assert "| slab | 512 | 64 | C 9, budget all, slab 8448 | 1e+03 | 2e+03 | 50.0 |" in printed
 
 
 def test_results_of_the_suite(tmp_path):

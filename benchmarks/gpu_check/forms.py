@@ -15,7 +15,7 @@ def table(record):
     """The table of forms for a record of gpu_check."""
     stages = record["stages"]
     probe = next(iter(stages.get("probe", {}).get("rows", [])), {})
-    measured = [row for entry in stages.values() for row in entry["rows"] if row.get("seconds") and not _bad(row)]
+    measured = _measured(record)
     compared = [*_exponentials(measured), *_attend(measured)]
     rows = [
         {
@@ -32,8 +32,19 @@ def table(record):
     return {"measured": ", ".join(map(str, [*told, commit, command])), "rows": rows, "compared": compared}
 
 
-def _bad(row):
-    return row.get("error") or row.get("wrong")
+def slabs(record):
+    """The fastest rows of a slab for each shape and budget, beside the package's own."""
+    rows = [row for row in _measured(record) if "slab" in row and "forms" not in row and row.get("graph")]
+    for (n, c, d, budget), group in _groups(rows, lambda row: (row["rows"], row["classes"], row["size"], row["budget"])):
+        own = next((row for row in group if not row["slab"]), None)
+        best = min(group, key=_seconds)
+        if own and len(group) > 1:
+            yield _compared("slab", n, d, {"C": c, "budget": budget, "slab": best["slab"] or "as it is"}, best, own)
+
+
+def _measured(record):
+    rows = [row for entry in record["stages"].values() for row in entry["rows"]]
+    return [row for row in rows if row.get("seconds") and not row.get("error") and not row.get("wrong")]
 
 
 def _exponentials(measured):

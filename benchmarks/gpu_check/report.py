@@ -1,6 +1,8 @@
-"""Markdown of a record: how each stage ended, and every time beside its prediction."""
+"""Markdown of a record: how each stage ended, what was fastest, and every time beside its prediction."""
 
 import statistics
+
+from . import forms
 
 HIDDEN = {
     "kind",
@@ -26,11 +28,21 @@ def markdown(record):
         spread = (_spread(conditions.get(key)) for key in ("sm_mhz", "power_w"))
         throttled = ", ".join(conditions.get("throttled", []))
         yield f"| {name} | {ended} | {entry.get('seconds', 0):.0f} | {' | '.join(spread)} | {throttled} |"
+    yield from decisions(record)
     for name, entry in record["stages"].items():
         rows = [row for row in entry["rows"] if row.get("seconds") or row.get("error") or row.get("line")]
         if rows:
             yield f"\n| {name} | ms | predicted, ms | | peak, MB |\n| --- | --- | --- | --- | --- |"
             yield from map(_line, rows)
+
+
+def decisions(record):
+    """The fastest tile, form and slab of each shape beside the package's own, of those that were right."""
+    yield "\n| fastest | N | D | | ms | as it is, ms | less time, % |\n| --- | --- | --- | --- | --- | --- | --- |"
+    for each in (*forms.table(record)["compared"], *forms.slabs(record)):
+        options = ", ".join(f"{name} {value}" for name, value in each["options"].items()) or "by default"
+        times = " | ".join(f"{1e3 * each[key]:.3g}" for key in ("seconds", "own_seconds"))
+        yield f"| {each['kernel']} | {each['rows']} | {each['size']} | {options} | {times} | {100 * each['faster_by']:.1f} |"
 
 
 def _line(row):

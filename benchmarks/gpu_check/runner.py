@@ -18,7 +18,7 @@ import time
 from .. import predictions
 from ..record import say, write_json
 from ..source import ROOT, commit, search_path
-from . import forms, stages, watch
+from . import forms, report, stages, watch
 from .ends import LostDevice, Skip
 
 GRACE = 3.0  # seconds between an interrupt and a kill
@@ -60,6 +60,7 @@ def check(plan, out, *, seconds, resume=None, dry_run=False, patience=1.0):
     record["complete"] = True
     write_json(out / "gpu_check.json", record)
     write_json(out / "forms.json", forms.table(record))
+    print("\n".join(report.decisions(record)))
     print(f"gpu_check: {out / 'gpu_check.json'}")
     return int(any(entry["status"] not in ("done", "skipped") for entry in record["stages"].values()))
 
