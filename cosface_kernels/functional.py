@@ -50,12 +50,7 @@ class MarginArguments(LossArguments, total=False):
 
 @overload
 def cosine_lse(
-    features: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    *,
-    return_largest: Literal[False] = ...,
-    **options: Unpack[LseArguments],
+    features: Tensor, weight: Tensor, labels: Tensor, *, return_largest: Literal[False] = ..., **options: Unpack[LseArguments]
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def cosine_lse(

@@ -249,8 +249,7 @@ class _NegativeLse(torch.autograd.Function):
         (grads,) = negative_lse_backward(grads, problem, saved, ctx.options, needs)
         if problem.index is not None:
             grads = grads._replace(
-                weight=in_rows(problem.index, grads.weight, problem.weight),
-                bias=in_rows(problem.index, grads.bias, problem.bias),
+                weight=in_rows(problem.index, grads.weight, problem.weight), bias=in_rows(problem.index, grads.bias, problem.bias)
             )
         grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
         return None, None, *grads, *[None] * (len(problem) - len(grads))

@@ -28,10 +28,7 @@ def read_embeddings(path):
     for start in range(0, len(found), CHUNK):
         rows = found[start : start + CHUNK].astype(np.float64)
         short = np.abs(rows).max(1) < TINY_NORM
-        for wrong, what in (
-            (~np.isfinite(rows).all(1), "not finite"),
-            (short, "all zeros, or nearly, and has no direction"),
-        ):
+        for wrong, what in ((~np.isfinite(rows).all(1), "not finite"), (short, "all zeros, or nearly, and has no direction")):
             if wrong.any():
                 place = start + int(wrong.argmax())
                 raise ValueError(f"{path}: row {place} is {what}; leave such rows out, and their labels")
