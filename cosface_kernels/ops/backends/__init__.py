@@ -63,8 +63,7 @@ NAMES = validation.BACKENDS[1:]  # each is a module of this package, <name>_back
 def choose(name, device, dtype):
     """The backend module called `name` ("auto": the fastest usable one) for tensors on `device` computed in `dtype`."""
     if name == "auto":
-        name = _fastest(device, dtype)
-        return _module("torch" if unusable(name, device, dtype) else name)
+        return _module(_fastest(device, dtype))
     why = unusable(name, device, dtype)
     if why:
         raise ValueError(f'backend "{name}" cannot be used here: {why}; backend="auto" picks one that can')
@@ -83,11 +82,11 @@ def _fastest(device, dtype):
                 f'backend="auto" is "triton" on a GPU, and {NO_TRITON}; backend="torch" computes without it, slower',
                 name="triton",
             )
-        return "triton"
+        return "torch" if unusable("triton", device, dtype) else "triton"
     if device.type != "cpu":
         return "torch"
     _warn_of_a_missing_library()
-    return "cpu" if cpu_library.has_vectors() else "torch"
+    return "cpu" if cpu_library.has_vectors() and dtype != torch.float64 else "torch"
 
 
 @functools.cache
