@@ -157,8 +157,8 @@ class Kernels:
         )
 
     def loop_room(self, direction, *sizes):
-        """The memory that csrc/cpu/loop.h's "forward" or "backward" divides among its steps; sizes: N, D, B, threads, a flag."""
-        return torch.empty(self._room[direction](*sizes), dtype=torch.float32, device="cpu")
+        """The floats that csrc/cpu/loop.h's "forward" or "backward" divides among its steps; sizes: N, D, B, threads, a flag."""
+        return self._room[direction](*sizes)
 
     def _pack(self, name, rows, num_rows, size, panels):
         rows = self._numbers("rows", rows, num_rows * size)

@@ -61,6 +61,14 @@ def rows_of_table(name, tensor, count):
     return pointer(name, tensor, torch.bfloat16 if tensor.dtype == torch.bfloat16 else torch.float32, count)
 
 
+class Count(ctypes.c_int64):
+    """A number that native code writes: its `value`."""
+
+    @property
+    def address(self):
+        return ctypes.addressof(self)
+
+
 class _Buffer(ctypes.Structure):
     """csrc/cpu/update.h's Buffer."""
 

@@ -27,8 +27,8 @@ def forward(x, table, labels, options, plan, need_pull):
     target_unit, pull = unit.new_empty(num_rows, 1, size), unit.new_empty(num_rows if need_pull else 0, size)
     inverse_norm, product, shift = unit.new_empty(num_rows), unit.new_empty(num_rows, 1), unit.new_empty(num_rows)
     total, kept = unit.new_empty(num_rows), page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
-    kernels, threads, unknown = cpu_kernels.kernels(plan.dtype), torch.get_num_threads(), labels.new_empty(())
-    room = kernels.loop_room("forward", num_rows, size, plan.slab, threads, need_pull)
+    kernels, threads, unknown = cpu_kernels.kernels(plan.dtype), torch.get_num_threads(), cpu_library.Count()
+    room = unit.new_empty(kernels.loop_room("forward", num_rows, size, plan.slab, threads, need_pull))
     kernels.table.call(
         "forward",
         threads,
@@ -39,12 +39,12 @@ def forward(x, table, labels, options, plan, need_pull):
         products=floats("products", product, num_rows),
         totals=floats("totals", total, num_rows),
         pull=floats("pull", pull, num_rows * size) if need_pull else None,
-        unknown=integers("unknown labels", unknown, 1),
+        unknown=unknown.address,
         foreign_index=options.ignore_index if options.foreign_index is None else options.foreign_index,
         shift=plan.shift,
         x_is_bfloat16=x.dtype == torch.bfloat16,
     )
-    if unknown.item():
+    if unknown.value:
         value_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
     return Entered(None, unit, inverse_norm, target_unit, product), Sums.of(shift, total, pull, kept, None, None)
 
@@ -63,7 +63,8 @@ def backward(factors, table, options, plan, sink):
     if step:
         step.check(0, classes, size)
         threads = min(threads, step.threads)
-    room = kernels.loop_room("backward", num_rows, size, plan.slab, threads, plan.kept_slabs * plan.slab < classes)
+    recomputes = plan.kept_slabs * plan.slab < classes
+    room = unit.new_empty(kernels.loop_room("backward", num_rows, size, plan.slab, threads, recomputes))
     kernels.table.call(
         "backward",
         threads,
