@@ -47,7 +47,7 @@ def _negative_lse(problem, options, needs):
     table = _table(problem, options)
     value_checks.check_index(table)
     x = problem.x
-    with torch._C._DisableAutocast(), _device_of(x):
+    with _no_autocast(), _device_of(x):
         entered, sums = _entered_and_summed(problem, table, options, needs)
         product = entered.product
         row_sum = product.new_empty(0) if sums.row_sum is None else sums.row_sum.to(product.dtype)
@@ -84,6 +84,11 @@ def _entered_and_summed(problem, table, options, needs):
     entered = rows.enter(x, table, labels, options, plan.wide)
     wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
     return entered, backend.forward(entered.unit, table, entered.targets, plan, **wanted, hard=problem.hard)
+
+
+def _no_autocast():
+    """Context manager without autocast."""
+    return torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else _HERE
 
 
 def _device_of(tensor):
@@ -153,7 +158,7 @@ def _(problem, options, needs):
 def _target_products(problem, options, ranked):
     """(Targets,) of a Problem, without gradient, for what must know them before the slabs."""
     x, table = problem.x, _table(problem, options)
-    with torch._C._DisableAutocast(), _device_of(x):
+    with _no_autocast(), _device_of(x):
         entered = batch_rows.enter(x, table, problem.labels, options, wide_dtype(options.dtype))
         largest = entered.unit.new_empty(len(x), 0)
         if ranked.count:
@@ -175,9 +180,9 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
     """Gradients of x, weight and bias from those of negative_lse's vectors: one operator, so no second derivative misses one."""
     options = with_scale(problem, options)
     x, table = problem.x, _table(problem, options)
-    backend, x_grad = backends.choose(options.backend, x.device, options.dtype), x.new_empty(0)
-    weight_grad = bias_grad = None
-    with torch._C._DisableAutocast(), _device_of(x):
+    backend = backends.choose(options.backend, x.device, options.dtype)
+    x_grad = weight_grad = bias_grad = None
+    with _no_autocast(), _device_of(x):
         if needs.need_x_grad:
             rows, _ = _row_functions(backend, table, options, problem.labels)
             x_grad = rows.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
@@ -187,13 +192,14 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
             gradient = TableGradient.of(table)
             _write_slabs(backend, gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
             weight_grad, bias_grad = gradient.weight, gradient.bias
+    x_grad = x.new_empty(0) if x_grad is None else x_grad
     weight_grad = problem.weight.new_empty(0) if weight_grad is None else weight_grad
     return (Gradients(x_grad, weight_grad, problem.weight.new_empty(0) if bias_grad is None else bias_grad),)
 
 
 def write_table_gradient(sink, table, factors, options):
     """Write dW and db slab by slab into a table.Sink, without an operator: a step of a fused optimiser."""
-    with torch._C._DisableAutocast():
+    with _no_autocast():
         _write_slabs(backends.choose(options.backend, factors.unit.device, options.dtype), sink, table, factors, options)
 
 
@@ -245,7 +251,7 @@ class _NegativeLse(torch.autograd.Function):
         wanted = _wanted(ctx)
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
         shaped = zip(came_back[:-2], ctx.shapes, strict=True)
-        grads = Vectors._make(saved.total.new_zeros(shape) if grad is None else grad for grad, shape in shaped)
+        grads = Vectors._make(_zeros(saved.total, shape) if grad is None else grad for grad, shape in shaped)
         (grads,) = negative_lse_backward(grads, problem, saved, ctx.options, needs)
         if problem.index is not None:
             grads = grads._replace(
@@ -253,6 +259,11 @@ class _NegativeLse(torch.autograd.Function):
             )
         grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
         return None, None, *grads, *[None] * (len(problem) - len(grads))
+
+
+def _zeros(like, shape):
+    """Zeros; without the operator that fills them where there are none, as in most calls."""
+    return like.new_empty(shape) if 0 in shape else like.new_zeros(shape)
 
 
 def _wanted(ctx):
