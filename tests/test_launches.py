@@ -174,6 +174,7 @@ def _unaligned(weight):
 ATTEND = {"attend_features": {}, "attend_table": {"DESCRIPTORS": True}}
 WHOLE = {  # a head's options, what becomes of its table, forms
     "kept": ({"memory_budget": 2**30}, None, {}),
+    "frozen features, half of it kept": ({"memory_budget": 2 * 128 * 5 * 4}, None, {}),
     "unaligned": ({"memory_budget": 0}, _unaligned, {}),
     "transposed": ({"scale": 1000.0}, lambda weight: weight.T.contiguous().T, {}),
     "bias": ({"margin": margins.Softmax()}, None, {}),
@@ -207,12 +208,13 @@ def test_whole_slabs_are_launched_alike(case, launches, monkeypatch, small_slabs
         call(launcher, programs, *arguments, whole=whole, **constants)
 
     monkeypatch.setattr(launch.Launcher, "__call__", recorded)
-    head = MarginSoftmaxLoss(70, 509, **{"margin": margins.CosFace(), "backend": "triton", **options})
+    head = MarginSoftmaxLoss(70, 637, **{"margin": margins.CosFace(), "backend": "triton", **options})
     if changed:
         head.weight = torch.nn.Parameter(changed(head.weight.detach()))
     optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9) if "table_format" in options else None
     with forms.using(**asked):
-        loss = head(torch.ones(5, 70).requires_grad_(), torch.arange(5), return_statistics=case == "statistics")
+        features = torch.ones(5, 70).requires_grad_("frozen" not in case)
+        loss = head(features, torch.arange(5), return_statistics=case == "statistics")
         (loss[0] if case == "statistics" else loss).backward()
         if optimizer:
             optimizer.step()
