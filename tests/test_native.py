@@ -94,12 +94,11 @@ def emptied(tensor):
 def test_a_tensor_that_is_not_what_a_kernel_takes_is_refused(unfit):
     kernels, rule = cpu_kernels.Kernels(torch.float32, "portable"), rules.SGD(0.1, 0.9, 0.01, False, False)
     room = torch.full((8, 37), 7.0)
-    scratch = torch.empty(torch.get_num_threads(), kernels.scratch_numbers(8, 37))
     with pytest.raises(RuntimeError, match="native code wants 296 or more contiguous numbers of torch"):
-        kernels.normalize(room, 8, 37, True, scratch, unfit, None)
+        kernels.normalize(room, 8, 37, True, unfit, None)
     if unfit.dtype != torch.bfloat16:  # which a table may be
         with pytest.raises(RuntimeError, match="native code wants"):
-            kernels.normalize(unfit, 8, 37, True, scratch, room, None)
+            kernels.normalize(unfit, 8, 37, True, room, None)
         with pytest.raises(RuntimeError, match="native code"):
             rules.Part(room, [(unfit, None)], rule, 1, 0, None).native_update()
     assert (room == 7).all()

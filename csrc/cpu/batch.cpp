@@ -23,15 +23,16 @@ constexpr int64_t PARALLEL_NUMBERS = 1 << 16;
 // Row n of a matrix over its norm, as floats; returns 1 / its norm. In double: a row of one number is then exactly 1 or -1, and its
 // gradient exactly 0.
 inline double unit_row(const void *rows, bool is_bfloat16, int64_t n, int64_t size, float *to) {
-    const float *row = table_rows(rows, is_bfloat16, size, n, n + 1, to);
-    const double inverse = inverse_norm(row, size);
-    int64_t d = 0;
-    for (; d + LANES / 2 <= size; d += LANES / 2) {
-        const Pieces unit = __builtin_convertvector(widen(row + d) * inverse, Pieces);
-        memcpy(to + d, &unit, sizeof unit);
-    }
-    for (; d < size; d++) to[d] = (float)(row[d] * inverse);
-    return inverse;
+    return with_rows(rows, is_bfloat16, n * size, [=](const auto *row) {
+        const double inverse = inverse_norm(row, size);
+        int64_t d = 0;
+        for (; d + LANES / 2 <= size; d += LANES / 2) {
+            const Pieces unit = __builtin_convertvector(widen(row + d) * inverse, Pieces);
+            memcpy(to + d, &unit, sizeof unit);
+        }
+        for (; d < size; d++) to[d] = (float)(widened(row[d]) * inverse);
+        return inverse;
+    });
 }
 
 inline void fill_row(float *row, int64_t size, float value) {
@@ -166,10 +167,10 @@ void slab_factors(const SlabFactors &given, int threads) {
             const float *unit = in.unit + slots[i].row * size, product_grad = in.product_grads[slots[i].row];
             for (int64_t d = 0; d < size; d++) sum[d] += product_grad * unit[d];
         }
-        float *room = in.scratch + omp_get_thread_num() * size;
-        const float *row = table_rows(in.table, in.is_bfloat16, size, target, target + 1, room);
-        const double inverse = inverse_norm(row, size);
-        project(row, sum, size, true, inverse, component(row, sum, size, Factor(inverse)), 1, nullptr, sum);
+        with_rows(in.table, in.is_bfloat16, target * size, [=](const auto *row) {
+            const double inverse = inverse_norm(row, size);
+            project(row, sum, size, true, inverse, component(row, sum, size, Factor(inverse)), 1, nullptr, sum);
+        });
     }
 }
 

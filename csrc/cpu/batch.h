@@ -48,7 +48,6 @@ struct SlabFactors {
     int64_t *targets, *target_rows;                      // (N,)
     float *row_scales, *target_sums, *unscale;           // (N,), (N, D), one number
     Slot *slots;                                         // (2 N,) of room
-    float *scratch;                                      // (threads, D), of a table in bfloat16
     int64_t num_rows, size, classes, ignore_index;
     float scale;
     bool is_bfloat16;

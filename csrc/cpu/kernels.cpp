@@ -60,11 +60,10 @@ template <class Number> void column_panels(const ColumnPanels<Number> &given, in
         column_panel(in.rows, in.num_rows, in.size, in.size, p, in.panels + p * words * PANEL);
 }
 
-// Floats of scratch for each thread: dw̃, rows of the table, rows of E.
+// Floats of scratch for each thread: dw̃, rows of E.
 inline int64_t scratch_of_gradient(int64_t size) { return CACHED_CLASSES * ceil_div(size, PANEL) * PANEL; }
-inline int64_t scratch_of_rows(int64_t size) { return CACHED_CLASSES * ceil_div(size, LANES) * LANES; }
 inline int64_t scratch_numbers(int64_t num_rows, int64_t size) {
-    return scratch_of_gradient(size) + scratch_of_rows(size) + scratch_of_rows(num_rows);
+    return scratch_of_gradient(size) + CACHED_CLASSES * ceil_div(num_rows, LANES) * LANES;
 }
 
 template <class Number> void normalize(const Normalize<Number> &given, int threads) {
@@ -73,22 +72,25 @@ template <class Number> void normalize(const Normalize<Number> &given, int threa
 #pragma omp parallel for num_threads(threads) firstprivate(in)
     for (int64_t first = 0; first < in.classes; first += CACHED_CLASSES) {
         const int64_t last = smaller(first + CACHED_CLASSES, in.classes);
-        float *room = in.scratch + omp_get_thread_num() * in.scratch_size;
-        const float *weight = table_rows(in.table, in.is_bfloat16, size, first, last, room);
-        // All norms first, so that no row waits for the root and division of the row before.
-        Factor factors[CACHED_CLASSES];
-        for (int64_t j = 0; j < last - first; j++) factors[j] = Factor(in.normalized ? inverse_norm(weight + j * size, size) : 1.0);
-        for (int64_t j = 0; j < last - first; j++) {
-            const Factor factor = factors[j];
-            Operand<Number> *row = in.unit + (first + j) * size;
-            by_lanes(size, [&](int64_t d, int64_t count) {
-                store_operands<Number>(row + d, factor * load_lanes(weight + j * size + d, count), count);
-            });
-        }
-        for (int64_t q = 0; in.panels && q < ceil_div(size, PANEL); q++) {
-            uint32_t *panel = in.panels + q * words + first / PER_WORD<Number> * PANEL;
-            column_panel(in.unit + first * size, last - first, size, size, q, panel);
-        }
+        with_rows(in.table, in.is_bfloat16, first * size, [&](const auto *weight) {
+            // All norms first, so that no row waits for the root and division of the row before.
+            Factor factors[CACHED_CLASSES];
+            for (int64_t j = 0; j < last - first; j++) factors[j] = Factor(in.normalized ? inverse_norm(weight + j * size, size) : 1.0);
+            for (int64_t word = first; word < last; word += PER_WORD<Number>) {
+                const int64_t classes = smaller(PER_WORD<Number>, last - word);
+                Operand<Number> *rows = in.unit + word * size;
+                for (int64_t j = 0; j < classes; j++) {
+                    const Factor factor = factors[word - first + j];
+                    const auto *row = weight + (word - first + j) * size;
+                    by_lanes(size, [&](int64_t d, int64_t count) {
+                        store(rows + j * size + d, as_operand<Number>(factor * load_lanes(row + d, count)), count);
+                    });
+                }
+                // At once, while they are in the first-level cache: rows lie so that few of them fit into it.
+                for (int64_t q = 0; in.panels && q < ceil_div(size, PANEL); q++)
+                    column_panel(rows, classes, size, size, q, in.panels + q * words + word / PER_WORD<Number> * PANEL);
+            }
+        });
     }
 }
 
@@ -210,8 +212,8 @@ template <class Number, bool LARGEST, bool HARD> void exponentials_and(const Exp
                     of_word[i] = is_target ? Vector{} : e;
                     largest.see(j + i, v, product, is_target);
                     sum[v] += of_word[i];
-                    of_word[i] = hard.times_slope(v, product, of_word[i]);
-                    if (out.e && n < num_rows) store(out.e + (j + i) * num_rows + n, of_word[i], num_rows - n);
+                    of_word[i] = as_operand<Number>(hard.times_slope(v, product, of_word[i]));
+                    if (out.e && n < num_rows) store_operand(out.e + (j + i) * num_rows + n, of_word[i], num_rows - n);
                 }
                 if (panel) put_words<Number>(panel + j / PER_WORD<Number> * PANEL + v * LANES, of_word);
             }
@@ -355,8 +357,8 @@ inline void unit_gradients(const TableGradient<Number> &in, int64_t first, int64
 }
 
 // dw of classes first .. last, rows of `stride` in `out`, which may be unit_grad.
-template <class Number>
-inline void project_block(const TableGradient<Number> &in, int64_t first, int64_t last, const float *weight, const float *unit_grad,
+template <class Number, class Weight>
+inline void project_block(const TableGradient<Number> &in, int64_t first, int64_t last, const Weight *weight, const float *unit_grad,
                           float *out, int64_t stride) {
     const int64_t size = in.size, width = ceil_div(size, PANEL) * PANEL, count = last - first;
     // Norms and components are long dependency chains: compute those of all rows first, so that no row waits for the one before.
@@ -378,14 +380,14 @@ inline void project_block(const TableGradient<Number> &in, int64_t first, int64_
 // dw of classes first .. last, stored or applied; room: this thread's scratch.
 template <class Number> inline void gradient_block(const TableGradient<Number> &in, int64_t first, int64_t last, float *room) {
     const int64_t size = in.size;
-    float *unit_grad = room, *rows = room + scratch_of_gradient(size);
-    unit_gradients(in, first, last, rows + scratch_of_rows(size), unit_grad);
-    const float *weight = table_rows(in.table, in.is_bfloat16, size, first, last, rows);
+    float *unit_grad = room;
+    unit_gradients(in, first, last, room + scratch_of_gradient(size), unit_grad);
     // If the gradient is not stored, or not in float32, its rows overwrite those of dw̃.
     const bool in_place = in.step || in.grad_is_bfloat16;
     float *out = in_place ? unit_grad : (float *)in.grad + first * size;
     const int64_t stride = in_place ? ceil_div(size, PANEL) * PANEL : size;
-    project_block(in, first, last, weight, unit_grad, out, stride);
+    with_rows(in.table, in.is_bfloat16, first * size,
+              [&](const auto *weight) { project_block(in, first, last, weight, unit_grad, out, stride); });
     if (in.step) {
         const int thread = omp_get_thread_num();
         JOIN(update_rows, INSTRUCTION_SET)(in.step, out, stride, nullptr, in.first_class + first, last - first, thread);
@@ -422,7 +424,7 @@ EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
 // The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h, batch.h or update.h.
-EXPORT(int, interface)() { return 15; }
+EXPORT(int, interface)() { return 16; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }

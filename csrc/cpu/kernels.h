@@ -21,10 +21,9 @@ template <class Number> struct ColumnPanels {
 
 template <class Number> struct Normalize {
     const void *table;  // (classes, size)
-    float *scratch;     // (threads, scratch_size)
     Operand<Number> *unit;
     uint32_t *panels;  // of unit's columns, or null
-    int64_t classes, size, scratch_size;
+    int64_t classes, size;
     bool is_bfloat16, normalized;
 };
 

@@ -59,7 +59,6 @@ template <class Number> struct ExponentialsRoom {
 
 template <class Number> struct ForwardRoom {
     Room room;
-    float *scratch;
     Number *x;
     ExponentialsRoom<Number> exponentials;
     int64_t *targets;
@@ -67,8 +66,7 @@ template <class Number> struct ForwardRoom {
     uint32_t *e_panels, *unit_panels;
 
     ForwardRoom(float *start, const Sizes &of, bool pulls)
-        : room{start}, scratch(room.take<float>(of.threads * scratch_numbers(of.num_rows, of.size))),
-          x(room.take<Number>(sizeof(Number) == 2 ? of.num_rows * of.size : 0)), exponentials(room, of),
+        : room{start}, x(room.take<Number>(sizeof(Number) == 2 ? of.num_rows * of.size : 0)), exponentials(room, of),
           targets(room.take<int64_t>(of.num_rows)), totals(room.take<double>(of.num_rows)),
           pull(room.take<double>(pulls ? of.num_rows * width_of(of.size) : 0)),
           e_panels(room.panels<Number>(of.slab, pulls ? of.num_rows : 0)),
@@ -149,11 +147,9 @@ inline void pack_scaled_rows(const Loop<Number> &in, const float *factors, Numbe
 // E of a slab to e and to its panels, where given, and its sums to room.partial.
 template <class Number>
 inline void exponentials_of(const Loop<Number> &in, const Slab &slab, const ExponentialsRoom<Number> &room, const int64_t *targets,
-                            float *scratch, uint32_t *unit_panels, Number *e, uint32_t *e_panels, int threads) {
+                            uint32_t *unit_panels, Number *e, uint32_t *e_panels, int threads) {
     const int64_t num_rows = in.of.num_rows, size = in.of.size;
-    normalize(Normalize<Number>{rows_of(in, slab), scratch, room.unit, unit_panels, slab.classes, size,
-                                scratch_numbers(num_rows, size), in.is_bfloat16, true},
-              threads);
+    normalize(Normalize<Number>{rows_of(in, slab), room.unit, unit_panels, slab.classes, size, in.is_bfloat16, true}, threads);
     const Exponents<Number> of{room.x_panels, room.unit, targets, num_rows, slab.classes, size, slab.first, in.log2_scale};
     exponentials(Exponentials<Number>{of, in.shifts, e, e_panels, room.partial, nullptr, nullptr, nullptr}, threads);
 }
@@ -181,7 +177,7 @@ template <class Number> inline float factors_of(const Backward<Number> &in, cons
     float unscale;
     of_batch(SLAB_FACTORS,
              SlabFactors{loop.labels, in.lse_grads, in.product_grads, in.totals, loop.unit, loop.table, room.targets,
-                         room.target_classes, room.row_scales, room.target_sums, &unscale, room.slots, room.scratch,
+                         room.target_classes, room.row_scales, room.target_sums, &unscale, room.slots,
                          loop.of.num_rows, loop.of.size, loop.classes, loop.ignore_index, loop.scale, loop.is_bfloat16},
              threads);
     return unscale;
@@ -202,7 +198,7 @@ template <class Number> void forward(const Forward<Number> &in, int given_thread
     each_slab(loop.classes, loop.of.slab, [&](const Slab &slab) {
         Number *e = kept_of(loop, slab);
         uint32_t *e_panels = in.pull ? room.e_panels : nullptr, *unit_panels = in.pull ? room.unit_panels : nullptr;
-        exponentials_of(loop, slab, room.exponentials, room.targets, room.scratch, unit_panels, e, e_panels, threads);
+        exponentials_of(loop, slab, room.exponentials, room.targets, unit_panels, e, e_panels, threads);
         add_up(AddUp{room.exponentials.partial, room.totals, pieces_of(slab.classes), num_rows}, 1);
         if (in.pull) accumulate(Accumulate<Number>{e_panels, unit_panels, room.pull, num_rows, slab.classes, size}, threads);
     });
@@ -228,7 +224,7 @@ template <class Number> void backward(const Backward<Number> &in, int given_thre
         const Number *e = kept_of(loop, slab);
         if (!is_kept(loop, slab)) {
             uint32_t *const none = nullptr;
-            exponentials_of(loop, slab, room.exponentials, room.targets, room.scratch, none, room.e, none, threads);
+            exponentials_of(loop, slab, room.exponentials, room.targets, none, room.e, none, threads);
             e = room.e;
         }
         const int64_t grad_bytes = in.grad_is_bfloat16 ? sizeof(bfloat16) : sizeof(float);

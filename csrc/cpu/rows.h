@@ -1,4 +1,4 @@
-// One row of the class table, in float32 of any magnitude: its norm, and the projection of its gradient.
+// One row of the class table, float32 of any magnitude or bfloat16: its norm, and the projection of its gradient.
 
 #pragma once
 
@@ -30,7 +30,7 @@ struct Factor {
 };
 
 // 1 / ‖row‖, 0 for a row without direction, NaN for an infinite one. In double: the square of 1e20 is no float.
-inline double inverse_norm(const float *row, int64_t size) {
+template <class Number> inline double inverse_norm(const Number *row, int64_t size) {
     Doubles sums[2] = {};
     int64_t d = 0;
     for (; d + LANES <= size; d += LANES) {
@@ -40,21 +40,19 @@ inline double inverse_norm(const float *row, int64_t size) {
         }
     }
     double sum = 0;
-    for (; d < size; d++) sum += (double)row[d] * row[d];
+    for (; d < size; d++) sum += (double)widened(row[d]) * widened(row[d]);
     for (int i = 0; i < LANES / 2; i++) sum += sums[0][i] + sums[1][i];
     const double norm = sqrt(sum);
     return norm < TINY_NORM ? 0.0 : isinf(norm) ? NAN : 1.0 / norm;
 }
 
-// Rows first .. last of a table as floats: in place in a float32 table, else converted into room.
-inline const float *table_rows(const void *table, bool is_bfloat16, int64_t size, int64_t first, int64_t last, float *room) {
-    if (!is_bfloat16) return (const float *)table + first * size;
-    widen_row((const bfloat16 *)table + first * size, (last - first) * size, room);
-    return room;
+// body(the rows from number `first` on), float or bfloat16: widened as they are read.
+template <class Body> inline auto with_rows(const void *table, bool is_bfloat16, int64_t first, Body body) {
+    return is_bfloat16 ? body((const bfloat16 *)table + first) : body((const float *)table + first);
 }
 
 // ŵ·dw̃ of one class.
-inline float component(const float *row, const float *unit_grad, int64_t size, Factor normalize) {
+template <class Number> inline float component(const Number *row, const float *unit_grad, int64_t size, Factor normalize) {
     Vector sums = {};
     by_lanes(size, [&](int64_t d, int64_t count) {
         sums += normalize * load_lanes(row + d, count) * load_lanes(unit_grad + d, count);
@@ -65,7 +63,8 @@ inline float component(const float *row, const float *unit_grad, int64_t size, F
 }
 
 // dw of one class from dw̃ and, if the table is normalised, along = ŵ·dw̃; share: the targets' share, or null.
-inline void project(const float *row, const float *unit_grad, int64_t size, bool normalized, double inverse, float along,
+template <class Number>
+inline void project(const Number *row, const float *unit_grad, int64_t size, bool normalized, double inverse, float along,
                     double unscale, const float *share, float *grad) {
     const Factor normalize(inverse), factor(inverse * unscale);
     by_lanes(size, [&](int64_t d, int64_t count) {

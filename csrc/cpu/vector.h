@@ -40,8 +40,11 @@ typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Integers __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+// Half as many as a Vector has lanes.
 typedef float Pieces __attribute__((vector_size(2 * LANES)));
-typedef double Doubles __attribute__((vector_size(4 * LANES)));  // half as many as a Vector has lanes, from Pieces
+typedef uint32_t PieceWords __attribute__((vector_size(2 * LANES)));
+typedef uint16_t PieceHalves __attribute__((vector_size(LANES)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));
 
 struct bfloat16 {
     uint16_t bits;
@@ -68,12 +71,19 @@ template <class To, class From> inline To load(const From *from) {
     return to;
 }
 
-inline Doubles widen(const float *from) {
-#ifdef __AVX512F__
-    return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(from));  // GCC makes four instructions of the generic form
+// Intrinsics where GCC makes three to five instructions of the generic form.
+inline Doubles widen(Pieces x) {
+#if defined(__AVX512F__)
+    return (Doubles)_mm512_cvtps_pd((__m256)x);
+#elif defined(__AVX2__)
+    return (Doubles)_mm256_cvtps_pd((__m128)x);
 #else
-    return __builtin_convertvector(load<Pieces>(from), Doubles);
+    return __builtin_convertvector(x, Doubles);
 #endif
+}
+inline Doubles widen(const float *from) { return widen(load<Pieces>(from)); }
+inline Doubles widen(const bfloat16 *from) {
+    return widen((Pieces)(__builtin_convertvector(load<PieceHalves>(from), PieceWords) << 16));
 }
 inline Vector splat(float value) { return Vector{} + value; }
 inline Words splat(uint32_t value) { return Words{} + value; }
@@ -103,30 +113,62 @@ template <> inline Vector add_product<bfloat16>(Vector sum, Words a, Words b) {
 }
 #endif
 
-inline Vector widened(Halves x) { return (Vector)(__builtin_convertvector(x, Words) << 16); }
-
-// x rounded to bfloat16, to nearest even, as a float; NaN stays NaN.
-inline Vector nearest_bfloat16(Vector x) {
-    const Words bits = (Words)x;
-    return (Vector)((x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000) & 0xffff0000u);
+inline Words zero_extended(Halves x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (Words)_mm256_cvtepu16_epi32((__m128i)x);
+#else
+    return __builtin_convertvector(x, Words);
+#endif
 }
-template <class Number> inline Vector nearest(Vector x) { return x; }
-template <> inline Vector nearest<bfloat16>(Vector x) { return nearest_bfloat16(x); }
+inline Vector widened(Halves x) { return (Vector)(zero_extended(x) << 16); }
+inline float widened(bfloat16 x) {
+    const uint32_t word = (uint32_t)x.bits << 16;
+    return load<float>(&word);
+}
+inline float widened(float x) { return x; }
+
+// x rounded to bfloat16, to nearest even, in the upper halves; NaN stays NaN.
+inline Words rounded_halves(Vector x) {
+    const Words bits = (Words)x;
+    return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+}
+inline Halves upper_halves(Words x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // GCC takes four instructions for the generic form.
+    const __m256i order = _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                           2, 3, 6, 7, 10, 11, 14, 15, 0, 0, 0, 0, 0, 0, 0, 0);
+    return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(_mm256_shuffle_epi8((__m256i)x, order), 0x08));
+#else
+    return __builtin_convertvector(x >> 16, Halves);
+#endif
+}
 
 inline Halves to_bfloat16(Vector x) {
 #ifdef __AVX512BF16__
     return (Halves)_mm512_cvtneps_pbh((__m512)x);
 #else
-    return __builtin_convertvector((Words)nearest_bfloat16(x) >> 16, Halves);
+    return upper_halves(rounded_halves(x));
 #endif
 }
 
-// `count` floats, then zeros.
+// x as a sum of products reads it: rounded where bfloat16 is widened.
+template <class Number> inline Vector as_operand(Vector x) { return x; }
+template <> inline Vector as_operand<bfloat16>(Vector x) {
+    return IS_WIDENED<bfloat16> ? (Vector)(rounded_halves(x) & 0xffff0000u) : x;
+}
+
+// `count` numbers as floats, then zeros.
 inline Vector load_lanes(const float *from, int64_t count) {
     if (count >= LANES) return load<Vector>(from);
     Vector x = {};
     memcpy(&x, from, sizeof(float) * count);
     return x;
+}
+inline Vector load_lanes(const bfloat16 *from, int64_t count) {
+    if (count >= LANES) return widened(load<Halves>(from));
+    Halves x = {};
+    memcpy(&x, from, sizeof(bfloat16) * count);
+    return widened(x);
 }
 
 // body(first, how many) for each vector of a row; whole ones in a loop of their own, which has no branch.
@@ -149,41 +191,35 @@ inline void round_row(const float *from, int64_t count, bfloat16 *to) {
     by_lanes(count, [&](int64_t i, int64_t lanes) { store(to + i, load_lanes(from + i, lanes), lanes); });
 }
 
-// Rounded to Number, as operands.
-template <class Number> inline void store_operands(Operand<Number> *to, Vector x, int64_t count) {
-    store(to, IS_WIDENED<Number> ? nearest<Number>(x) : x, count);
+// The first `count` lanes of what as_operand gave.
+inline void store_operand(float *to, Vector x, int64_t count) { store(to, x, count); }
+inline void store_operand(bfloat16 *to, Vector x, int64_t count) {
+    if (IS_WIDENED<bfloat16>) store_lanes(to, upper_halves((Words)x), count);
+    else store(to, x, count);
 }
 
 // `count` bfloat16 as floats.
 inline void widen_row(const bfloat16 *from, int64_t count, float *to) {
-    by_lanes(count, [&](int64_t i, int64_t lanes) {
-        Halves halves = {};
-        if (lanes == LANES) halves = load<Halves>(from + i);
-        else memcpy(&halves, from + i, lanes * sizeof(bfloat16));
-        store(to + i, widened(halves), lanes);
-    });
+    by_lanes(count, [&](int64_t i, int64_t lanes) { store(to + i, load_lanes(from + i, lanes), lanes); });
 }
 
 inline Words pair(Halves low, Halves high) {
-    return __builtin_convertvector(low, Words) | __builtin_convertvector(high, Words) << 16;
+    return zero_extended(low) | zero_extended(high) << 16;
 }
 
-// A word of each lane: one operand, or two of bfloat16, the first in the low half.
-template <class Number> inline void put_words(uint32_t *to, const Vector *numbers) {
-    const Vector word = nearest<Number>(numbers[0]);
-    memcpy(to, &word, sizeof word);
-}
+// A word of each lane, of what as_operand gave: one operand, or two of bfloat16, the first in the low half.
+template <class Number> inline void put_words(uint32_t *to, const Vector *operands) { memcpy(to, operands, sizeof *operands); }
 
 #ifdef __AVX512BF16__
-template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *numbers) {
+template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *operands) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                                 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)numbers[1], (__m512)numbers[0]));
+    const __m512i words = _mm512_permutexvar_epi16(interleave, (__m512i)_mm512_cvtne2ps_pbh((__m512)operands[1], (__m512)operands[0]));
     memcpy(to, &words, sizeof words);
 }
 #elif defined(HAS_PAIRS)
-template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *numbers) {
-    const Words words = pair(to_bfloat16(numbers[0]), to_bfloat16(numbers[1]));
+template <> inline void put_words<bfloat16>(uint32_t *to, const Vector *operands) {
+    const Words words = pair(to_bfloat16(operands[0]), to_bfloat16(operands[1]));
     memcpy(to, &words, sizeof words);
 }
 #endif

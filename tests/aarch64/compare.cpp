@@ -126,7 +126,7 @@ template <class Number> struct Problem {
         run(0, &(const RowPanels<Number> &)RowPanels<Number>{x.data(), x_panels.data(), n, d});
         run(1, &(const ColumnPanels<Number> &)ColumnPanels<Number>{factors.data(), a_panels.data(), n, d});
         float *to = scratch.data();
-        const Normalize<Number> normalize{table.data(), to, operands, unit_panels.data(), c, d, room, false, true};
+        const Normalize<Number> normalize{table.data(), operands, unit_panels.data(), c, d, false, true};
         run(2, &normalize);
         const Exponents<Number> of{x_panels.data(), operands, targets.data(), n, c, d, 0, LOG2_SCALE};
         const Exponentials<Number> exponentials{of, shifts.data(), e.data(), e_panels.data(), partial.data()};

@@ -130,9 +130,7 @@ class _Slab:
         return (rows if rows.dtype in cpu_library.TABLE_DTYPES else rows.to(torch.float32)).contiguous()
 
     def normalize(self, start, stop, panels):
-        self.kernels.normalize(
-            *(self.rows(start, stop), stop - start, self.size, self.table.normalize, self.scratch, self.unit, panels)
-        )
+        self.kernels.normalize(*(self.rows(start, stop), stop - start, self.size, self.table.normalize, self.unit, panels))
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""

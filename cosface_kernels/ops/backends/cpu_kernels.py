@@ -59,19 +59,16 @@ class Kernels:
     def column_panels(self, rows, num_rows, size, panels):
         self._pack("column_panels", rows, num_rows, size, self._panels(panels, num_rows, size))
 
-    def normalize(self, weight, classes, size, normalized, scratch, unit, panels):
-        """weight: float32 or bfloat16; scratch (threads, scratch_numbers)."""
+    def normalize(self, weight, classes, size, normalized, unit, panels):
+        """weight: float32 or bfloat16."""
         self._call(
             "normalize",
             PRODUCTS_OF_NUMBER * classes * size,
-            threads=len(scratch),
             table=rows_of_table("weight", weight, classes * size),
-            scratch=floats("scratch", scratch, len(scratch) * self.scratch_numbers(0, size)),
             unit=self._operands("unit rows", unit, classes * size),
             panels=self._panels(panels, classes, size),
             classes=classes,
             size=size,
-            scratch_size=scratch.shape[1],
             is_bfloat16=weight.dtype == torch.bfloat16,
             normalized=normalized,
         )

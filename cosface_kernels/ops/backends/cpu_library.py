@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 15
+INTERFACE = 16
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -166,9 +166,7 @@ LOOP = _structure(
 _SLAB = {
     "row_panels": _structure(pointers="rows panels", sizes="num_rows size"),
     "column_panels": _structure(pointers="rows panels", sizes="num_rows size"),
-    "normalize": _structure(
-        pointers="table scratch unit panels", sizes="classes size scratch_size", bools="is_bfloat16 normalized"
-    ),
+    "normalize": _structure(pointers="table unit panels", sizes="classes size", bools="is_bfloat16 normalized"),
     "exponentials": _structure(("of", EXPONENTS), pointers="shifts e e_panels partial values places hard"),
     "maxima": _structure(("of", EXPONENTS), pointers="exponents partial values places hard", sizes="centers"),
     "accumulate": _structure(pointers="e_panels unit_panels pull", sizes="num_rows classes size"),
@@ -205,8 +203,7 @@ _BATCH = {
         bools="grad_is_bfloat16",
     ),
     "slab_factors": _structure(
-        pointers="labels lse_grads product_grads totals unit table "
-        "targets target_rows row_scales target_sums unscale slots scratch",
+        pointers="labels lse_grads product_grads totals unit table targets target_rows row_scales target_sums unscale slots",
         sizes="num_rows size classes ignore_index",
         floats="scale",
         bools="is_bfloat16",
@@ -248,7 +245,7 @@ def filled(structure, **fields):
 
 def sizes(dtype, instruction_set):
     """(dtype of operands for numbers of `dtype`, classes whose exponentials one partial sum adds, a function of N and D: the
-    floats of scratch that `normalize` and `table_gradient` need for each thread).
+    floats of scratch that `table_gradient` needs for each thread).
     """
     library, _ = _load()
     per_word = getattr(library, f"cosface_per_word_{NUMBERS[dtype]}_{instruction_set}")()

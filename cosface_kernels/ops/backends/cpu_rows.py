@@ -91,12 +91,11 @@ def slab_factors(factors, table, options):
     if not is_readable(weight):
         return batch_rows.slab_factors(factors, table, options)
     classes, is_bfloat16 = weight.shape[0], weight.dtype == torch.bfloat16
-    threads = torch.get_num_threads() if is_bfloat16 else 0
     labels, unit, total = factors.labels.contiguous(), factors.unit.contiguous(), factors.total.contiguous()
     lse_grad, product_grad = factors.lse_grad.contiguous(), factors.product_grad.contiguous()
     targets, target_rows, slots = labels.new_empty(num_rows), labels.new_empty(num_rows), labels.new_empty(4 * num_rows)
     row_scale, unscale = total.new_empty(num_rows), total.new_empty(())
-    target_sums, scratch = unit.new_empty(num_rows, size), unit.new_empty(threads, size)
+    target_sums = unit.new_empty(num_rows, size)
     cpu_kernels.batch_kernels().call(
         "slab_factors",
         labels=integers("labels", labels, num_rows),
@@ -111,7 +110,6 @@ def slab_factors(factors, table, options):
         target_sums=floats("target sums", target_sums, num_rows * size),
         unscale=floats("the scale of all rows", unscale, 1),
         slots=integers("slots", slots, 4 * num_rows),
-        scratch=floats("scratch", scratch, threads * size),
         num_rows=num_rows,
         size=size,
         classes=classes,
