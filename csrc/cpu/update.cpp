@@ -1,6 +1,6 @@
 // One optimiser step for rows of the class table, their gradient still in the cache: rows and state are decoded, updated and encoded
-// again, a row at a time. Compiled once for each instruction set; plain C boundary. ops/formats.py and optim/rules.py do the
-// same in PyTorch.
+// again, a row at a time; in one pass if all are bfloat16. Compiled once for each instruction set; plain C boundary. ops/formats.py and
+// optim/rules.py do the same in PyTorch.
 //
 //     sgd      g += λ w                m = μ m + g                          w -= η m,  nesterov: η (g + μ m)
 //     adamw    w -= η λ w              m = β1 m + (1 - β1) g                w -= η / c1 · m / (√v / c2 + ε)
@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "update.h"
+#include "vector.h"
 
 namespace {
 
@@ -26,17 +27,20 @@ inline uint32_t mixed(uint32_t word) {
     return word ^ word >> 16;
 }
 
-// 32 random bits for each column: 16 each for streams 0 and 1, or with `second` for 2 and 3.
-inline void random_words(uint32_t row_key, int64_t size, bool second, uint32_t *words) {
-    uint32_t column = row_key;  // + d · 0x9e3779b9, by addition
-#pragma omp simd linear(column : 0x9e3779b9u)
+// 32 random bits for a column: 16 each for streams 0 and 1; of these the 32 for streams 2 and 3.
+constexpr uint32_t OF_COLUMN = 0x9e3779b9;
+inline uint32_t second_word(uint32_t word) { return mixed(word ^ 0x85ebca6bu); }
+
+inline void random_words(uint32_t column, int64_t size, uint32_t *words) {
+#pragma omp simd linear(column : OF_COLUMN)
     for (int64_t d = 0; d < size; d++) {
         words[d] = mixed(column);
-        column += 0x9e3779b9u;
+        column += OF_COLUMN;
     }
-    if (!second) return;
+}
+inline void second_words(int64_t size, uint32_t *words) {
 #pragma omp simd
-    for (int64_t d = 0; d < size; d++) words[d] = mixed(words[d] ^ 0x85ebca6bu);
+    for (int64_t d = 0; d < size; d++) words[d] = second_word(words[d]);
 }
 
 // The 16 bits of a stream: of two streams that share a word the first has the upper ones.
@@ -47,17 +51,34 @@ inline uint32_t row_key(uint64_t key, uint64_t row) {
 }
 
 inline bool is_rounded(const Buffer &buffer) { return buffer.data && buffer.format != FLOAT32; }
+inline bool is_bfloat16(const Buffer &buffer) { return buffer.data && buffer.format == BFLOAT16; }
+
+// A row as the optimisers read and write it: floats, in place or decoded, or bfloat16, each number rounded by its random word.
+struct Floats {
+    float *row;
+
+    float read(int64_t d) const { return row[d]; }
+    void write(int64_t d, float number, uint32_t) const { row[d] = number; }
+};
+template <int STREAM> struct Rounded {
+    bfloat16 *row;
+
+    Rounded(const Buffer &buffer, int64_t number, int64_t size) : row((bfloat16 *)buffer.data + number * size) {}
+    float read(int64_t d) const { return widened(row[d]); }
+    void write(int64_t d, float number, uint32_t random) const {
+        const uint32_t word = load<uint32_t>(&number);
+        const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
+        row[d].bits = (uint16_t)((is_nan ? 0x7fc00000u : word + random_bits<STREAM>(random)) >> 16);
+    }
+};
 
 // A row as floats: in place if it is float32, else decoded into room.
 inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room) {
     if (from.format == FLOAT32) return (float *)from.data + row * size;
     if (from.format == BFLOAT16) {
-        const uint16_t *halves = (const uint16_t *)from.data + row * size;
+        const bfloat16 *numbers = (const bfloat16 *)from.data + row * size;
 #pragma omp simd
-        for (int64_t d = 0; d < size; d++) {
-            const uint32_t word = (uint32_t)halves[d] << 16;
-            memcpy(room + d, &word, sizeof word);
-        }
+        for (int64_t d = 0; d < size; d++) room[d] = widened(numbers[d]);
         return room;
     }
     const float scale = from.scale[row];
@@ -87,16 +108,6 @@ inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room)
         }
     }
     return room;
-}
-
-template <int STREAM> inline void to_bfloat16(const float *row, int64_t size, const uint32_t *random, uint16_t *halves) {
-#pragma omp simd
-    for (int64_t d = 0; d < size; d++) {
-        uint32_t word;
-        memcpy(&word, row + d, sizeof word);
-        word = (word & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : word + random_bits<STREAM>(random[d]);
-        halves[d] = (uint16_t)(word >> 16);
-    }
 }
 
 // The bits of the largest magnitude. They are ordered as the floats are, NaN last.
@@ -170,8 +181,11 @@ template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t si
 // random: the row's words, those of STREAM. Overwrites row with its square roots for UINT8_SQUARE.
 template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *row, const uint32_t *random) {
     uint8_t *codes = (uint8_t *)to.data + row_number * size;
-    if (to.format == BFLOAT16) to_bfloat16<STREAM>(row, size, random, (uint16_t *)to.data + row_number * size);
-    else if (to.format == INT8) to.scale[row_number] = to_codes<false, STREAM>(row, size, random, codes);
+    if (to.format == BFLOAT16) {
+        const Rounded<STREAM> rounded(to, row_number, size);
+#pragma omp simd
+        for (int64_t d = 0; d < size; d++) rounded.write(d, row[d], random[d]);
+    } else if (to.format == INT8) to.scale[row_number] = to_codes<false, STREAM>(row, size, random, codes);
     else if (to.format == FLOAT8) to.scale[row_number] = to_float8<STREAM>(row, size, random, codes);
     else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
 }
@@ -186,28 +200,41 @@ inline float signed_factor(const Step &h, int64_t size, const float *grad) {
     return norm > h.max_row_norm ? h.sign * (float)(h.max_row_norm / norm) : h.sign;
 }
 
-// Without momentum m is null. Two loops: the compiler does not vectorise one that tests m.
-inline void sgd(const Step &h, int64_t size, float factor, float *w, const float *grad, float *m) {
-    const bool nesterov = h.nesterov != 0;
-    const int64_t moved = m ? size : 0;
-#pragma omp simd
-    for (int64_t d = 0; d < moved; d++) {
-        const float g = factor * grad[d] + h.weight_decay * w[d];
-        m[d] = h.first_decay * m[d] + g;
-        w[d] -= h.lr * (nesterov ? g + h.first_decay * m[d] : m[d]);
+template <class W> inline void sgd(const Step &h, int64_t size, float factor, W w, const float *grad, uint32_t column) {
+#pragma omp simd linear(column : OF_COLUMN)
+    for (int64_t d = 0; d < size; d++) {
+        const float row = w.read(d);
+        w.write(d, row - h.lr * (factor * grad[d] + h.weight_decay * row), mixed(column));
+        column += OF_COLUMN;
     }
-#pragma omp simd
-    for (int64_t d = moved; d < size; d++) w[d] -= h.lr * (factor * grad[d] + h.weight_decay * w[d]);
 }
 
-inline void adamw(const Step &h, int64_t size, float factor, float *w, const float *grad, float *m, float *v) {
-#pragma omp simd
+template <class W, class M>
+inline void sgd(const Step &h, int64_t size, float factor, W w, const float *grad, M m, uint32_t column) {
+    const bool nesterov = h.nesterov != 0;
+#pragma omp simd linear(column : OF_COLUMN)
     for (int64_t d = 0; d < size; d++) {
-        const float g = factor * grad[d];
-        m[d] = h.first_decay * m[d] + h.first_rate * g;  // with β1 = 0 g to the bit
-        v[d] = h.second_decay * v[d] + h.second_rate * g * g;
-        const float kept = w[d] - h.lr * h.weight_decay * w[d];
-        w[d] = kept - h.lr / h.first_correction * (m[d] / (sqrtf(v[d]) / h.second_correction + h.eps));
+        const uint32_t word = mixed(column);
+        column += OF_COLUMN;
+        const float row = w.read(d), g = factor * grad[d] + h.weight_decay * row, momentum = h.first_decay * m.read(d) + g;
+        m.write(d, momentum, word);
+        w.write(d, row - h.lr * (nesterov ? g + h.first_decay * momentum : momentum), word);
+    }
+}
+
+template <class W, class M, class V>
+inline void adamw(const Step &h, int64_t size, float factor, W w, const float *grad, M m, V v, uint32_t column) {
+#pragma omp simd linear(column : OF_COLUMN)
+    for (int64_t d = 0; d < size; d++) {
+        const uint32_t word = mixed(column);
+        column += OF_COLUMN;
+        const float g = factor * grad[d], row = w.read(d);
+        const float mean = h.first_decay * m.read(d) + h.first_rate * g;  // with β1 = 0 g to the bit
+        const float square = h.second_decay * v.read(d) + h.second_rate * g * g;
+        const float kept = row - h.lr * h.weight_decay * row;
+        m.write(d, mean, word);
+        v.write(d, square, second_word(word));
+        w.write(d, kept - h.lr / h.first_correction * (mean / (sqrtf(square) / h.second_correction + h.eps)), word);
     }
 }
 
@@ -219,21 +246,32 @@ void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int
     float *room = step->scratch + thread * 4 * size;
     uint32_t *random = (uint32_t *)(room + 3 * size);
     const Buffer &table = step->table, &first_state = step->states[0], &second_state = step->states[1];
+    const bool is_sgd = step->rule == SGD;
+    const bool in_bfloat16 = is_bfloat16(table) && is_bfloat16(first_state) && (is_sgd || is_bfloat16(second_state));
     for (int64_t i = 0; i < rows; i++) {
         const int64_t row = index ? index[first + i] : first + i;
-        float *w = decode(table, row, size, room), *m = nullptr, *v = nullptr;
-        if (first_state.data) m = decode(first_state, row, size, room + size);
-        if (second_state.data) v = decode(second_state, row, size, room + 2 * size);
-        const float factor = signed_factor(*step, size, grad + i * stride);
-        if (step->rule == SGD) sgd(*step, size, factor, w, grad + i * stride, m);
-        else adamw(*step, size, factor, w, grad + i * stride, m, v);
         const uint32_t key = row_key(step->key, row + step->first_of_shard);
-        if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, false, random);
-        encode<0>(table, row, size, w, random);
-        if (m) encode<1>(first_state, row, size, m, random);
-        if (!v || !is_rounded(second_state)) continue;
-        random_words(key, size, true, random);
-        encode<2>(second_state, row, size, v, random);
+        const float *of_row = grad + i * stride;
+        const float factor = signed_factor(*step, size, of_row);
+        if (in_bfloat16) {  // the commonest formats of a large table, in one pass
+            const Rounded<0> w(table, row, size);
+            const Rounded<1> m(first_state, row, size);
+            if (is_sgd) sgd(*step, size, factor, w, of_row, m, key);
+            else adamw(*step, size, factor, w, of_row, m, Rounded<2>(second_state, row, size), key);
+            continue;
+        }
+        const Floats w{decode(table, row, size, room)};
+        const Floats m{first_state.data ? decode(first_state, row, size, room + size) : nullptr};
+        const Floats v{second_state.data ? decode(second_state, row, size, room + 2 * size) : nullptr};
+        if (!is_sgd) adamw(*step, size, factor, w, of_row, m, v, key);
+        else if (m.row) sgd(*step, size, factor, w, of_row, m, key);
+        else sgd(*step, size, factor, w, of_row, key);
+        if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, random);
+        encode<0>(table, row, size, w.row, random);
+        if (m.row) encode<1>(first_state, row, size, m.row, random);
+        if (!is_rounded(second_state)) continue;
+        second_words(size, random);
+        encode<2>(second_state, row, size, v.row, random);
     }
 }
 
