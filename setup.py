@@ -21,6 +21,7 @@ FLAGS = [
     "-O3",
     "-fopenmp",
     "-ffp-contract=fast",
+    "-falign-loops=64",  # a product's loop in as few lines of the instruction cache as it fits, wherever the linker puts it
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wno-psabi",
