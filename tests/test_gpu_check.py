@@ -236,11 +236,11 @@ def test_a_suite_that_is_stopped_leaves_what_it_found(monkeypatch, tmp_path):
         mark + "def test_wrong(): assert 0\ndef test_right(): pass\ndef test_long(): time.sleep(60)\n"
     )
     monkeypatch.setattr(commands, "ROOT", tmp_path)
-    monkeypatch.setattr(commands, "SUITE_SECONDS", 6)
+    monkeypatch.setattr(commands, "SUITE_SECONDS", 15)
     monkeypatch.setattr(commands.gpu, "device", lambda: CPU)
     monkeypatch.setattr(commands.importlib.util, "find_spec", lambda name: name == "pytest" or None)  # no workers
     (row,) = commands.suite([{}], tmp_path)
-    assert row["failure"] == 1 and row["passed"] and row["error"] == "pytest ended with 2, asked to after 6 s"
+    assert row["failure"] == 1 and row["passed"] and row["error"] == "pytest ended with 2, asked to after 15 s"
     assert [name for name, _ in row["failures"]] == ["tests.test_it::test_wrong"]
 
 
