@@ -14,6 +14,7 @@ demo: $(READY)
 
 # Two workers: the suite is built for two cores. Tests that share processes share a worker (xdist_group).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+unexport PYTHONDONTWRITEBYTECODE  # else every worker and every process of a test compiles all modules again
 
 # What is slow, and why: tests/selection.py.
 test: $(READY)
