@@ -62,6 +62,9 @@ def test_exp2_within_two_ulp(instruction_set):
     assert (got[x == -np.inf] == 0).all() and (got[x == np.inf] == np.inf).all()
 
 
+ADAMW = rules.AdamW(0.01, (0.9, 0.999), 1e-8, 0.01, False, torch.tensor(3.0))
+
+
 def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
     """fmod, which torch.remainder is made of, runs there; an MMX instruction makes its next result NaN."""
     monkeypatch.setattr(cpu_library, "available", lambda: (instruction_set,))
@@ -72,6 +75,22 @@ def test_the_x87_unit_is_left_as_it_was(instruction_set, monkeypatch):
         part = rules.Part(torch.ones(8, 37, dtype=table), states, rule, 1, 0, None)
         cpu_library.update(part.native_update(), torch.ones(8, 37), slice(0, 8))
         assert torch.remainder(torch.tensor([5.0, 4.0]), 3).tolist() == [2, 1]
+
+
+# Quiet with the smallest payload, with the largest, the same negative, and signalling ones.
+@pytest.mark.parametrize("word", [0x7FC00000, 0x7FFFFFFF, -0x400000, -1, 0x7F800001, -0x7FFFFF])
+def test_a_step_that_makes_nan_stores_nan(instruction_set, word, monkeypatch):
+    """In 16 bits too, where what is added for rounding could carry into the exponent or the sign of some."""
+    monkeypatch.setattr(cpu_library, "available", lambda: (instruction_set,))
+    grad = torch.ones(8, 37)
+    nan = torch.zeros(8, 37, dtype=torch.bool).index_fill(1, torch.tensor([0, 7, 36]), True)
+    grad.view(torch.int32)[nan] = word
+    for dtype in (torch.bfloat16, torch.float32):
+        for rule, count in ((rules.SGD(0.1, 0.9, 0.01, True, False), 1), (ADAMW, 2)):
+            states = [(torch.zeros(8, 37, dtype=dtype), None) for _ in range(count)]
+            part = rules.Part(torch.ones(8, 37, dtype=torch.bfloat16), states, rule, 1, 0, None)
+            cpu_library.update(part.native_update(), grad, slice(0, 8))
+            assert all(torch.equal(rows.isnan(), nan) for rows in (part.rows, *(state for state, _ in states)))
 
 
 def emptied(tensor):

@@ -66,9 +66,9 @@ template <int STREAM> struct Rounded {
     Rounded(const Buffer &buffer, int64_t number, int64_t size) : row((bfloat16 *)buffer.data + number * size) {}
     float read(int64_t d) const { return widened(row[d]); }
     void write(int64_t d, float number, uint32_t random) const {
-        const uint32_t word = load<uint32_t>(&number);
-        const bool is_nan = (word & 0x7fffffffu) > 0x7f800000u;
-        row[d].bits = (uint16_t)((is_nan ? 0x7fc00000u : word + random_bits<STREAM>(random)) >> 16);
+        // What is added must not carry into the sign of a NaN, which is quiet, as every result of arithmetic, and stays NaN without.
+        const uint32_t added = number == number ? random_bits<STREAM>(random) : 0;
+        row[d].bits = (uint16_t)(load<uint32_t>(&number) + added >> 16);
     }
 };
 
