@@ -86,7 +86,8 @@ def _only_autograd_sees(tensors):
         return False
     if torch.autograd._profiler_enabled():  # else a profile would not name the operators
         return False
-    for each in tensors:  # noqa: SIM110 (a generator takes as long as its checks)
-        if each is not None and torch._C._dispatch_keys(each) != _plain_keys(each.device):
+    keys_of, plain = torch._C._dispatch_keys, _plain_keys(tensors[0].device)  # those of most: a device is slow to look up
+    for each in tensors:
+        if each is not None and (keys := keys_of(each)) != plain and keys != _plain_keys(each.device):
             return False
     return True

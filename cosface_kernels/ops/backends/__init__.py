@@ -76,14 +76,15 @@ def _module(name):
 
 
 def _fastest(device, dtype):
-    if device.type == "cuda":
+    kind = device.type  # a new string each time
+    if kind == "cuda":
         if dtype != torch.float64 and not torch.version.hip and not _has_triton():
             raise ModuleNotFoundError(
                 f'backend="auto" is "triton" on a GPU, and {NO_TRITON}; backend="torch" computes without it, slower',
                 name="triton",
             )
         return "torch" if unusable("triton", device, dtype) else "triton"
-    if device.type != "cpu":
+    if kind != "cpu":
         return "torch"
     _warn_of_a_missing_library()
     return "cpu" if cpu_library.has_vectors() and dtype != torch.float64 else "torch"
