@@ -31,7 +31,7 @@ class Model(nn.Module):
         torch.manual_seed(config.seed)
         self.backbone = backbones.build(config.backbone, config.embedding_size, config.image_size)
         if ranks.size > 1 and config.sync_batchnorm:
-            self.backbone = synced(self.backbone)
+            sync_batchnorm(self.backbone)
         elif config.batch_size == config.accumulate * ranks.size:
             _check_alone(config, self.backbone)
         self.backbone.to(device)
@@ -153,18 +153,11 @@ def check_margin_warmup(config, margin):
         )
 
 
-def synced(module):
-    """The module with SyncedBatchNorm for each usual BatchNorm, of the same names."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and child.affine and child.track_running_stats and child.momentum:
-            new = SyncedBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            new.load_state_dict(child.state_dict())
-            for parameter, old in zip(new.parameters(), child.parameters(), strict=True):
-                parameter.requires_grad = old.requires_grad
-            setattr(module, name, new)
-        else:
-            synced(child)
-    return module
+def sync_batchnorm(module):
+    """Make each usual BatchNorm in the module a SyncedBatchNorm; its parameters and buffers stay as they are."""
+    for each in module.modules():
+        if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.affine and each.track_running_stats and each.momentum:
+            each.__class__ = SyncedBatchNorm
 
 
 class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
