@@ -197,8 +197,8 @@ def test_scores_of_photographs_are_those_of_eval(paper, photos, monkeypatch):
 def test_batches_are_functions_of_the_step(paper):
     """Two images of each of three people, also from the middle on; an image without a label is in none."""
     source = SimpleNamespace(labels=np.array([0, 1, -1, 1, 0, 2, 2, 2]), num_classes=3)
-    whole = [chosen.tolist() for _, chosen in photographs.Order(source, 7, 0, 5)]
-    assert [chosen.tolist() for _, chosen in photographs.Order(source, 7, 3, 5)] == whole[3:] and whole[0] != whole[1]
+    whole = [chosen.tolist() for _, chosen in photographs.order(source, 7, 0, 5)]
+    assert [chosen.tolist() for _, chosen in photographs.order(source, 7, 3, 5)] == whole[3:] and whole[0] != whole[1]
     assert all(np.bincount(source.labels[chosen]).tolist() == [2, 2, 2] for chosen in whole)
 
 

@@ -136,10 +136,10 @@ def test_order_is_the_same_on_any_number_of_processes():
             self.rank, self.size = rank, size
 
     options = config.Config(batch_size=8, accumulate=2, seed=3)
-    whole = [piece.tolist() for _, piece in data.Order(20, options, Ranks(0, 1), 0, 5)]
-    parts = [[piece.tolist() for _, piece in data.Order(20, options, Ranks(rank, 2), 0, 5)] for rank in range(2)]
+    whole = [piece.tolist() for _, piece in data.order(20, options, Ranks(0, 1), 0, 5)]
+    parts = [[piece.tolist() for _, piece in data.order(20, options, Ranks(rank, 2), 0, 5)] for rank in range(2)]
     assert whole == [[*first, *second] for first, second in zip(*parts, strict=True)]
-    resumed = [piece.tolist() for _, piece in data.Order(20, options, Ranks(0, 1), 3, 5)]
+    resumed = [piece.tolist() for _, piece in data.order(20, options, Ranks(0, 1), 3, 5)]
     assert whole[6:] == resumed
     assert len({*whole[0], *whole[1], *whole[2], *whole[3]}) == 16 and whole[0] != whole[4]
 

@@ -92,24 +92,18 @@ def prepare(images):
     return images.float() / 127.5 - 1
 
 
-class Order:
-    """The (epoch, indices) of each piece of each step, this rank's part of it: batch t is a function of seed and t alone."""
-
-    def __init__(self, count, config, ranks, start, total):
-        self.count, self.seed, self.batch, self.start, self.total = count, config.seed, config.batch_size, start, total
-        self.rank, self.size, self.pieces = ranks.rank, ranks.size, config.accumulate
-
-    def __iter__(self):
-        steps, epoch = self.count // self.batch, None
-        for step in range(self.start, self.total):
-            if epoch != step // steps:
-                epoch = step // steps
-                key = int(faces.mix(self.seed, epoch) >> np.uint64(1))
-                generator = torch.Generator().manual_seed(key)
-                order = torch.randperm(self.count, generator=generator, dtype=torch.int64, device="cpu").numpy()
-            own = order[step % steps * self.batch :][: self.batch].reshape(self.pieces, self.size, -1)
-            for piece in own[:, self.rank]:
-                yield epoch, piece
+def order(count, config, ranks, start, total):
+    """Yield (epoch, indices) of each piece of each step, this rank's part of it: batch t is a function of seed and t alone."""
+    size, steps, shuffled_for = config.batch_size, count // config.batch_size, None
+    for step in range(start, total):
+        epoch, place = divmod(step, steps)
+        if epoch != shuffled_for:
+            shuffled_for = epoch
+            generator = torch.Generator().manual_seed(int(faces.mix(config.seed, epoch) >> np.uint64(1)))
+            shuffled = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu").numpy()
+        own = shuffled[place * size :][:size].reshape(config.accumulate, ranks.size, -1)
+        for piece in own[:, ranks.rank]:
+            yield epoch, piece
 
 
 class _Batches(Dataset):

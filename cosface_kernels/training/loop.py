@@ -165,7 +165,7 @@ class Run:
 
     def train(self, signals):
         self.model.backbone.train(), self.model.head.train()
-        order = data.Order(len(self.source), self.config, self.ranks, self.start, self.total)
+        order = data.order(len(self.source), self.config, self.ranks, self.start, self.total)
         pieces = self._pieces(iter(data.batches(self.source, self.config, order, self.device.type == "cuda")))
         step, saved = self.start, self.start
         for line in getattr(self.source, "remarks", tuple)() if self.ranks.rank == 0 else ():

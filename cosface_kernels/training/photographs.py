@@ -72,9 +72,9 @@ def train(make_loss, data, seed, steps, folder):
     start = load_checkpoint(found, model, optimizer)["step"] if found else 0
     folder.mkdir(parents=True, exist_ok=True)
     log = Log(folder, start, ONE_PROCESS, Config(tensorboard=False))
-    order = Order(source, seed, start, steps)
+    loader = batches(source, config, order(source, seed, start, steps), device.type == "cuda")
     with log.progress(steps, start) as bar:
-        for step, (images, labels, damaged) in enumerate(batches(source, config, order, device.type == "cuda"), start):
+        for step, (images, labels, damaged) in enumerate(loader, start):
             log.damaged(damaged, config.max_damaged)
             optimizer.param_groups[0]["lr"] = PAPER.lr * 0.1 ** sum(step >= each * steps for each in PAPER.milestones)
             optimizer.zero_grad()
@@ -91,19 +91,14 @@ def train(make_loss, data, seed, steps, folder):
     return network.eval()
 
 
-class Order:
-    """(step, indices) of each batch, a function of the seed and the step."""
-
-    def __init__(self, source, seed, start, steps):
-        labels = np.asarray(source.labels)
-        self.kept = np.flatnonzero((labels >= 0) & (labels < source.num_classes))
-        members = recipes.members_of(labels[self.kept])
-        self.members, self.seed, self.start, self.steps = [each for each in members if len(each)], seed, start, steps
-
-    def __iter__(self):
-        for step in range(self.start, self.steps):
-            random = np.random.default_rng([self.seed, step])
-            yield step, self.kept[recipes.batch(random, self.members, PAPER.identities, PAPER.images)]
+def order(source, seed, start, steps):
+    """Yield (step, indices) of each batch, a function of the seed and the step."""
+    labels = np.asarray(source.labels)
+    kept = np.flatnonzero((labels >= 0) & (labels < source.num_classes))
+    members = [each for each in recipes.members_of(labels[kept]) if len(each)]
+    for step in range(start, steps):
+        random = np.random.default_rng([seed, step])
+        yield step, kept[recipes.batch(random, members, PAPER.identities, PAPER.images)]
 
 
 def score(network, listed):
