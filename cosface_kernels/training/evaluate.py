@@ -254,11 +254,10 @@ def page(record, path):
 
     charts = []
     if "verification" in record:
-        roc = record["verification"]["roc"]
-        points = {"": list(zip(roc["far"], roc["tar"], strict=True))}
-        charts.append(("ROC", svg.lines(points, "false accept rate", "true accept rate", log_x=True)))
+        charts.append(("ROC", svg.roc({"": record["verification"]["roc"]})))
     if "identification" in record:
         curve = {"": list(enumerate(record["identification"]["cmc"], 1))}
         charts.append(("CMC", svg.lines(curve, "rank", "share of searches")))
     source = record.get("embeddings") or record["pairs"]
-    report.page(path, "Evaluation", source["file"], numbers(record), charts)
+    rows = {what: [text] for what, text in numbers(record).items()}
+    report.page(path, "Evaluation", source["file"], rows, charts)

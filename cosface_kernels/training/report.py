@@ -70,9 +70,9 @@ class Found:
         return [(line["step"], line[key]) for line in self.metrics if line.get(key) is not None]
 
     def roc(self):
-        """{name of an evaluation: [(FAR, TAR)]}"""
+        """{name of an evaluation: its record's "roc"}"""
         found = {name: each.get("verification", {}).get("roc") for name, each in self.evaluations.items()}
-        return {name: [*zip(each["far"], each["tar"], strict=True)] for name, each in found.items() if each}
+        return {name: each for name, each in found.items() if each}
 
     def numbers(self):
         """{what: text} of how the run ended."""
@@ -106,21 +106,21 @@ class Found:
 def write(run):
     """Write run/report.html, and return its path."""
     found = Found(run)
+    cosines = {"own class": found.series("target_cosine"), "hardest negative": found.series("negative_cosine")}
     charts = [
         ("loss", svg.lines({"loss": found.series("loss")}, "step", "loss")),
         ("learning rate", svg.lines({"lr": found.series("lr")}, "step", "lr")),
+        ("cosines, mean of a step", svg.lines({name: each for name, each in cosines.items() if each}, "step", "cosine")),
     ]
-    cosines = {"own class": found.series("target_cosine"), "hardest negative": found.series("negative_cosine")}
-    charts.append(
-        ("cosines, mean of a step", svg.lines({name: each for name, each in cosines.items() if each}, "step", "cosine"))
-    )
     for kind in "target", "negative":
         if columns := found.series(f"{kind}_histogram"):
             charts.append((f"{CURVES[f'{kind}_cosine']}, all images", svg.density(columns, "step", "cosine")))
-    charts.append(("share of images whose own class is the nearest", svg.lines({"": found.series("top1")}, "step", "top-1")))
-    charts.append(("images a second", svg.lines({"": found.series("images_per_second")}, "step", "images/s", from_zero=True)))
+    charts += [
+        ("share of images whose own class is the nearest", svg.lines({"": found.series("top1")}, "step", "top-1")),
+        ("images a second", svg.lines({"": found.series("images_per_second")}, "step", "images/s", from_zero=True)),
+    ]
     if roc := found.roc():
-        charts.append(("ROC", svg.lines(roc, "false accept rate", "true accept rate", log_x=True)))
+        charts.append(("ROC", svg.roc(roc)))
     if found.points:
         count = len(set(found.points["labels"]))
         caption = f"embeddings of {count} identities, on the three directions with {found.points['share']:.0%} of their squares"
@@ -128,12 +128,7 @@ def write(run):
     settings_text = escape((found.folder / "config.yaml").read_text())
     rows = {what: [text] for what, text in found.numbers().items()}
     after = f"<h2>Settings</h2><pre>{settings_text}</pre>"
-    return _page(found.folder / "report.html", found.name, found.settings["data"], rows, charts, after=after)
-
-
-def page(path, title, subtitle, numbers, charts):
-    """Write one page of {what: text} and [(caption, SVG)], and return its path."""
-    return _page(Path(path), title, subtitle, {what: [text] for what, text in numbers.items()}, charts)
+    return page(found.folder / "report.html", found.name, found.settings["data"], rows, charts, after=after)
 
 
 def compare(runs, out):
@@ -145,15 +140,14 @@ def compare(runs, out):
     for key, what in CURVES.items():
         if series := {name: each.series(key) for name, each in named.items() if each.series(key)}:
             charts.append((what, svg.lines(series, "step", what)))
-    roc = {f"{name}, {which}": points for name, each in named.items() for which, points in each.roc().items()}
-    if roc:
-        charts.append(("ROC", svg.lines(roc, "false accept rate", "true accept rate", log_x=True)))
+    if roc := {f"{name}, {which}": curve for name, each in named.items() for which, curve in each.roc().items()}:
+        charts.append(("ROC", svg.roc(roc)))
     numbers = [each.numbers() for each in found]
     rows = {key: [each.get(key, "") for each in numbers] for key in dict.fromkeys(key for each in numbers for key in each)}
     values = {key: [each.settings.get(key) for each in found] for key in settings.FIELDS if key != "out"}
     differing = {key: [json.dumps(each) for each in row] for key, row in values.items() if any(each != row[0] for each in row)}
     after = f"<h2>Settings that differ</h2>{_table(differing, names) if differing else '<p>none</p>'}"
-    return _page(Path(out), "Comparison", ", ".join(names), rows, charts, names, after), rows, names
+    return page(Path(out), "Comparison", ", ".join(names), rows, charts, names, after), rows, names
 
 
 @torch.no_grad()
@@ -179,7 +173,7 @@ def _table(rows, names=()):
     return f"<table>{head}{''.join(body)}</table>"
 
 
-def _page(path, title, subtitle, rows, charts, names=(), after=""):
+def page(path, title, subtitle, rows, charts, names=(), after=""):
     """Write a page of {what: texts of the runs `names`} and [(caption, SVG)], and return its path."""
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     numbers = f"<h1>{escape(title)}</h1><p>{escape(subtitle)}</p><h2>Numbers</h2>{_table(rows, names)}"

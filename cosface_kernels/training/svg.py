@@ -20,6 +20,12 @@ def lines(series, x_title, y_title, log_x=False, from_zero=False):
     return _legend(series) + _chart(x, y, x_title, y_title, body)
 
 
+def roc(curves):
+    """A chart of {name: {"far": [...], "tar": [...]}}."""
+    series = {name: list(zip(each["far"], each["tar"], strict=True)) for name, each in curves.items()}
+    return lines(series, "false accept rate", "true accept rate", log_x=True)
+
+
 def _legend(names):
     """A line of text above the chart, where no curve runs through it; a name alone says nothing."""
     entries = (f'<span><i class="s{number % 8}"></i>{escape(name)}</span>' for number, name in enumerate(names))
