@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shlex
+import statistics
 import time
 from functools import partial
 from itertools import pairwise
@@ -196,21 +197,23 @@ def _scores(experiment, results):
     names, scores = list(EXPERIMENTS[experiment]), _known(results)
     printed = all(name in PAPER for name in names)  # figure 5 is a curve without numbers
     paper = ["the paper's LFW", "YTF", "MegaFace rank 1", "MegaFace TAR at FAR 1e-6"] if printed else []
-    yield f"| {' | '.join(['loss', *scores.values(), 'equal error rate', *paper])} |"
-    yield f"| --- |{' --- |' * (1 + len(scores) + len(paper))}"
-    for name in names:
-        runs = [line for line in results if line["loss"] == name]
-        cells = [_percent([line[score] for line in runs]) for score in (*scores, "eer")]
-        yield f"| {' | '.join([name, *cells, *(map(str, PAPER[name]) if printed else ())])} |"
+    runs = {name: [line for line in results if line["loss"] == name] for name in names}
+    cells = {name: [_percent([line[score] for line in runs[name]]) for score in (*scores, "eer")] for name in names}
+    rows = [(name, *cells[name], *(PAPER[name] if printed else ())) for name in names]
+    yield from _table(["loss", *scores.values(), "equal error rate", *paper], rows)
     if printed:
         yield ""
         yield "The paper's own numbers are for CASIA-WebFace and another network: compare their order, not their size."
 
 
+def _table(head, rows):
+    """Lines of Markdown."""
+    yield from (f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows))
+
+
 def _percent(values):
-    mean = sum(values) / len(values)
-    spread = (sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1)) ** 0.5
-    return f"{100 * mean:.2f} ± {100 * spread:.2f}"
+    spread = statistics.stdev(values) if len(values) > 1 else 0
+    return f"{100 * statistics.fmean(values):.2f} ± {100 * spread:.2f}"
 
 
 def _claims(experiment, results):
@@ -224,20 +227,19 @@ def _claims(experiment, results):
     yield "A claim held if it is true of every seed, did not hold if it is true of none, and else did not separate."
     yield "Beside it are the smallest and the largest difference, in points."
     yield ""
-    yield f"| claim of the paper | {' | '.join(known.values())} |"
-    yield f"| --- |{' --- |' * len(known)}"
-    for claim, found in judged.items():
-        cells = [f"{word} ({100 * min(each):+.2f} to {100 * max(each):+.2f})" for word, each in found]
-        yield f"| {claim} | {' | '.join(cells)} |"
+    cells = {
+        claim: [f"{word} ({100 * min(each):+.2f} to {100 * max(each):+.2f})" for word, each in found]
+        for claim, found in judged.items()
+    }
+    yield from _table(["claim of the paper", *known.values()], [(claim, *found) for claim, found in cells.items()])
 
 
 def toy(results):
     """Figure 4, by the demo's experiment: its results as Markdown, line by line."""
     gaps = [result.smallest_gap for result in results[1:]]
     yield from ("# The paper's figure 4: eight identities in a plane", "", "    cosface reproduce toy --out DIR", "")
-    yield "| loss | smallest gap, ° | within an identity, ° | held-out accuracy, % |"
-    yield f"| --- |{' --- |' * 3}"
-    yield from (f"| {loss} | {gap:.1f} | {angle:.2f} | {100 * accuracy:.1f} |" for loss, gap, angle, accuracy in results)
+    rows = [(loss, f"{gap:.1f}", f"{angle:.2f}", f"{100 * accuracy:.1f}") for loss, gap, angle, accuracy in results]
+    yield from _table(["loss", "smallest gap, °", "within an identity, °", "held-out accuracy, %"], rows)
     yield ""
     word = VERDICTS[0 if gaps == sorted(gaps) else 1]
     yield f"The paper's claim that a larger margin widens the gap {word}: {', '.join(f'{gap:.1f}°' for gap in gaps)}."
