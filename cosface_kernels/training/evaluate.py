@@ -149,17 +149,17 @@ def verification_of(steps, accepted_of_identities=None):
         "far": {name: rate and rate.far for name, rate in rates.items()},
         "threshold": {name: rate and rate.threshold for name, rate in rates.items()},
         "tar_interval": _intervals(found, genuine, accepted_of_identities),
-        "unresolved": {
-            name: f"needs {10**exponent:,} impostor pairs, there are {impostors:,}"
-            for name, exponent in FARS.items()
-            if name not in found
-        },
+        "unresolved": _unresolved(rates, FARS, "impostor pairs", impostors),
         "eer": error,
         "eer_threshold": threshold,
         "auc": area,
         "auc_error": area_error,
         "roc": dict(zip(("far", "tar", "threshold"), verification.roc_points(steps), strict=True)),
     }
+def _unresolved(rates, exponents, what, count):
+    return {name: f"needs {10 ** exponents[name]:,} {what}, there are {count:,}" for name, rate in rates.items() if not rate}
+
+
 
 
 def _intervals(rates, genuine, accepted_of_identities):
@@ -184,11 +184,7 @@ def identification_of(searches):
         "cmc": curve,
         "tpir": {name: pair and pair[0] for name, pair in found.items()},
         "threshold": {name: pair and pair[1] for name, pair in found.items()},
-        "unresolved": {
-            name: f"needs {10 ** FPIRS[name]:,} probes, there are {len(searches.best):,}"
-            for name, pair in found.items()
-            if not pair
-        },
+        "unresolved": _unresolved(found, FPIRS, "probes", len(searches.best)),
     }
 
 
