@@ -68,7 +68,7 @@ def steps_of(pairs):
         return Steps.of(*(np.concatenate(part) if part else [] for part in (zip(*blocks, strict=True) if blocks else ([], []))))
     coarse = _coarse_counts(pairs)
     filled = np.flatnonzero(coarse.any(0))
-    rough = Steps(_floats(filled << LOW_BITS), *coarse[:, filled]).checked()
+    rough = Steps(_scores(filled << LOW_BITS), *coarse[:, filled]).checked()
     refined = filled[_bins_of_thresholds(rough)]
     return _merge(rough, filled, refined, _fine_counts(pairs, refined))
 
@@ -78,27 +78,23 @@ def _coarse_counts(pairs):
     counts = np.zeros((2, BINS), dtype=np.int64)
     for block in pairs.blocks():
         for kind, scores in enumerate(block):
-            bins = _bits(scores).bitwise_right_shift_(LOW_BITS).bitwise_and_(BINS - 1)
-            counts[kind] += torch.bincount(bins, minlength=BINS).numpy()
-    return counts[:, _bits_of_keys(np.arange(BINS), BINS)]
+            counts[kind] += torch.bincount(_keys(scores) >> LOW_BITS, minlength=BINS).numpy()
+    return counts
 
 
-def _bits(scores):
-    """The bits of float32 scores, int32. -0 + 0 = 0: equal scores have the same bits."""
-    return (scores + 0.0).view(torch.int32)
+def _keys(scores):
+    """int64 from 0 to 2^32 - 1, which order as float32 scores do. -0 + 0 = 0: equal scores have the same key.
 
-
-def _bits_of_keys(keys, count):
-    """The upper bits of floats, below `count`, whose keys have these: keys order as scores do.
-
-    Floats order as their bits do; negative ones, which have the sign's bit, come before and the other way round.
+    Floats order as their bits do; negative ones, whose bits are negative integers, the other way round.
     """
-    return np.where(keys < count // 2, count - 1 - keys, keys - count // 2)
+    bits = (scores + 0.0).view(torch.int32)
+    return (bits ^ (bits >> 31 & 2**31 - 1)).to(torch.int64) + 2**31
 
 
-def _floats(keys):
-    """The scores of keys of 32 bits, float64."""
-    return _bits_of_keys(np.asarray(keys, dtype=np.int64), 2**32).astype(np.uint32).view(np.float32).astype(np.float64)
+def _scores(keys):
+    """The scores of keys, float64."""
+    bits = np.asarray(keys - 2**31).astype(np.int32)
+    return (bits ^ (bits >> 31 & 2**31 - 1)).view(np.float32).astype(np.float64)
 
 
 def _bins_of_thresholds(rough):
@@ -114,19 +110,16 @@ def _bins_of_thresholds(rough):
 def _fine_counts(pairs, refined):
     """(2, bins, FINE): the numbers of genuine and impostor pairs with each score of these bins."""
     slots = torch.full((BINS,), -1, dtype=torch.int32, device="cpu")
-    slots[torch.from_numpy(_bits_of_keys(refined, BINS))] = torch.arange(len(refined), dtype=torch.int32, device="cpu")
+    slots[torch.from_numpy(refined)] = torch.arange(len(refined), dtype=torch.int32, device="cpu")
     fine = np.zeros((2, len(refined) * FINE), dtype=np.int64)
     for block in pairs.blocks():
         for kind, scores in enumerate(block):
-            bits = _bits(scores)
-            slot = slots.index_select(0, bits.bitwise_right_shift(LOW_BITS).bitwise_and_(BINS - 1))
+            keys = _keys(scores)
+            slot = slots.index_select(0, keys >> LOW_BITS)
             inside = slot >= 0
-            places = slot[inside] * FINE + (bits[inside] & FINE - 1)
+            places = slot[inside] * FINE + (keys[inside] & FINE - 1)
             fine[kind] += torch.bincount(places, minlength=fine.shape[1]).numpy()
-    fine = fine.reshape(2, len(refined), FINE)
-    negative = refined < BINS // 2
-    fine[:, negative] = fine[:, negative, ::-1]
-    return fine
+    return fine.reshape(2, len(refined), FINE)
 
 
 def _merge(rough, filled, refined, fine):
@@ -138,7 +131,7 @@ def _merge(rough, filled, refined, fine):
     counts = [np.concatenate([old[whole], new[seen]]) for old, new in zip(rough[1:3], fine, strict=True)]
     order = keys.argsort()
     undecided = np.dot(rough.genuine[whole].astype(np.float64), rough.impostors[whole].astype(np.float64))
-    return Steps(_floats(keys[order]), *(part[order] for part in counts), undecided)
+    return Steps(_scores(keys[order]), *(part[order] for part in counts), undecided)
 
 
 def _first(accepted, allowed):
