@@ -31,9 +31,8 @@ class AllPairs:
                 if not self._has_genuine(start, other):
                     yield scores.new_empty(0), scores.flatten()
                     continue
-                same = self.numbers[start : start + BLOCK, None] == self.numbers[None, other : other + BLOCK]
-                once = torch.ones_like(same).triu_(1) if start == other else torch.ones_like(same)
-                yield scores[same & once], scores[~same & once]
+                same = self._same(start, other)
+                yield tuple(scores[each.triu(1) if start == other else each] for each in (same, ~same))
             for other in range(0, 0 if self.distractors is None else len(self.distractors), BLOCK):
                 yield rows.new_empty(0), (rows @ self.distractors[other : other + BLOCK].T).flatten()
 
@@ -42,21 +41,24 @@ class AllPairs:
         size = len(self.identities)
         accepted, pairs = np.zeros((size, len(thresholds)), dtype=np.int64), np.zeros(size, dtype=np.int64)
         for start, rows in self._rows():
-            other = start
-            while other < len(self.unit) and self._has_genuine(start, other):
+            for other in range(start, len(self.unit), BLOCK):
+                if not self._has_genuine(start, other):
+                    break
                 scores = rows @ self.unit[other : other + BLOCK].T
-                same = self.numbers[start : start + BLOCK, None] == self.numbers[None, other : other + BLOCK]
+                same = self._same(start, other)
                 row, column = (same.triu(1) if start == other else same).nonzero(as_tuple=True)
                 owner, scores = self.numbers[start : start + BLOCK][row], scores[row, column]
                 pairs += torch.bincount(owner, minlength=size).numpy()
                 for place, threshold in enumerate(thresholds):
                     accepted[:, place] += torch.bincount(owner[scores.double() >= threshold], minlength=size).numpy()
-                other += BLOCK
         return accepted[pairs > 0], pairs[pairs > 0]
 
     def _rows(self):
         for start in range(0, len(self.unit), BLOCK):
             yield start, self.unit[start : start + BLOCK]
+
+    def _same(self, start, other):
+        return self.numbers[start : start + BLOCK, None] == self.numbers[None, other : other + BLOCK]
 
     def _has_genuine(self, start, other):
         """True if an identity has images in both blocks, the second of which is not before the first."""

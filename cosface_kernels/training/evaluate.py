@@ -12,7 +12,7 @@ from . import pairs as lists
 from .all_pairs import AllPairs
 from .arrays import read_embeddings, read_labels, write_json
 from .data import prepare
-from .templates import TemplatePairs, Templates
+from .templates import TemplatePairs, Templates, sums
 
 FARS = {f"1e-{exponent}": exponent for exponent in verification.FAR_EXPONENTS}
 HELD_OUT_IMAGES, HELD_OUT_BATCH = 4, 128  # of an identity, of a backbone's input
@@ -109,11 +109,9 @@ def _of_galleries(searches):
 
 def scores_of(listed, rows):
     """(P,) cosines of Pairs; rows: the embeddings of all images of all templates, in order. A template is its mean unit row."""
-    sizes = torch.tensor([len(template) for template in listed.templates], dtype=torch.int64, device="cpu")
-    owner = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(sizes)
-    sums = torch.zeros(len(sizes), rows.shape[1], dtype=torch.float64, device="cpu")
-    sums.index_add_(0, owner, unit_rows(rows.double())[0])
-    unit = unit_rows(sums)[0]
+    sizes = [len(template) for template in listed.templates]
+    owner = np.repeat(np.arange(len(sizes)), sizes)
+    unit = unit_rows(sums(unit_rows(rows.double())[0], owner, len(sizes)))[0]
     return (unit[listed.first] * unit[listed.second]).sum(1).numpy()
 
 
@@ -156,10 +154,10 @@ def verification_of(steps, accepted_of_identities=None):
         "auc_error": area_error,
         "roc": dict(zip(("far", "tar", "threshold"), verification.roc_points(steps), strict=True)),
     }
+
+
 def _unresolved(rates, exponents, what, count):
     return {name: f"needs {10 ** exponents[name]:,} {what}, there are {count:,}" for name, rate in rates.items() if not rate}
-
-
 
 
 def _intervals(rates, genuine, accepted_of_identities):

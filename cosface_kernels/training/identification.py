@@ -86,10 +86,7 @@ def _search(rows, probes, mates, own, gallery):
     """(mates' scores, ranks, best others) of some probes. own: the row of the gallery that is no other of each, or -1."""
     x = rows[probes]
     scores = _others(x, own, gallery)
-    counts = [len(some) for some in mates]
-    probe = torch.arange(len(x), dtype=torch.int64, device="cpu").repeat_interleave(
-        torch.tensor(counts, dtype=torch.int64, device="cpu")
-    )
+    probe = torch.from_numpy(np.repeat(np.arange(len(x)), [len(some) for some in mates]))
     with_mate = _cosines(x[probe], rows[np.concatenate(mates)])
     ranks = 1 + (scores[probe] >= with_mate[:, None]).sum(1)
     return with_mate.numpy(), ranks.numpy(), scores[:, 0].numpy()

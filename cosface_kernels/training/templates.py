@@ -74,11 +74,13 @@ class TemplatePairs:
             yield scores[self.same[part]], scores[~self.same[part]]
 
 
+def sums(rows, owner, count):
+    """(count, D): the sums of the rows of each owner."""
+    return rows.new_zeros(count, rows.shape[1]).index_add_(0, torch.from_numpy(owner), rows)
+
+
 def _means(rows, owner, count):
-    """(count, D): the means of the rows of each owner."""
-    owner = torch.from_numpy(owner.ravel())
-    sums = rows.new_zeros(count, rows.shape[1]).index_add_(0, owner, rows)
-    return sums / torch.bincount(owner, minlength=count)[:, None]
+    return sums(rows, owner.ravel(), count) / torch.from_numpy(np.bincount(owner.ravel(), minlength=count))[:, None]
 
 
 def _read_templates(path, count):
