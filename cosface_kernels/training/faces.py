@@ -177,16 +177,10 @@ def _light(pixels, canvas, how):
 def _blur(pixels, how):
     """Twice the mean with the neighbours, by an amount from none to all of it."""
     amount = np.maximum(how.uniform(-0.4, 1), 0)[:, None] * np.float32(0.5)
-    for _ in range(2):
-        for axis in (2, 3):
-            ends = [(0, 0)] * 4
-            ends[axis] = (1, 1)
-            padded = np.pad(pixels, ends, mode="edge")
-            before, after = (
-                padded[:, :, place : place + pixels.shape[2]] if axis == 2 else padded[..., place : place + pixels.shape[3]]
-                for place in (0, 2)
-            )
-            pixels = pixels + amount * ((before + after) * np.float32(0.5) - pixels)
+    for _ in range(4):  # down, across, down, across
+        pixels = pixels.swapaxes(2, 3)
+        padded = np.pad(pixels, ((0, 0), (0, 0), (0, 0), (1, 1)), mode="edge")
+        pixels = pixels + amount * ((padded[..., :-2] + padded[..., 2:]) * np.float32(0.5) - pixels)
     return pixels
 
 
