@@ -77,7 +77,6 @@ class Config:
 
 
 FIELDS = {each.name: each for each in dataclasses.fields(Config)}
-TYPES = typing.get_type_hints(Config)
 # Settings that --resume may change: none that changes a number of the run.
 FREE = ("out", "workers", "max_damaged", "checkpoint_every", "keep", "log_every", "tensorboard")
 
@@ -173,12 +172,11 @@ def _value(key, value, where):
     if key not in FIELDS:
         near = difflib.get_close_matches(str(key), FIELDS, 1, 0.4)
         raise ConfigError(f"{where} has {key!r}, which is no setting" + (f": did you mean {near[0]}?" if near else ""))
-    kind, optional = TYPES[key], False
-    if isinstance(kind, types.UnionType):
-        kind, optional = typing.get_args(kind)[0], True
-    if optional and (value is None or value in ("null", "none", "")):
-        return None
-    metadata = FIELDS[key].metadata
+    kind, metadata = FIELDS[key].type, FIELDS[key].metadata
+    if isinstance(kind, types.UnionType):  # with None
+        if value is None or value in ("null", "none", ""):
+            return None
+        kind = typing.get_args(kind)[0]
     try:
         found = _converted(kind, value)
         numbers = found if isinstance(found, list) else [found]
@@ -212,7 +210,9 @@ def _converted(kind, value):
 
 def _named(kind, metadata):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    low, high = metadata["range"]
-    bounds = [f"{word} {f'{each:,}' if isinstance(each, int) else f'{each:g}'}" for word, each in (("from", low), ("to", high))]
-    bounds = [bound for bound, each in zip(bounds, (low, high), strict=True) if math.isfinite(each)]
+    bounds = [
+        f"{word} {f'{each:,}' if isinstance(each, int) else f'{each:g}'}"
+        for word, each in zip(("from", "to"), metadata["range"], strict=True)
+        if math.isfinite(each)
+    ]
     return " ".join([names.get(kind, "numbers with commas between"), *bounds])

@@ -103,14 +103,13 @@ class Log:
         Raises:
             RuntimeError: there are more than `limit`.
         """
-        if {name for name, _ in found.values()} <= self.known:
+        found = dict(found.values())
+        if found.keys() - self.known:
+            self.known = self._known()
+        lines = [f"{name}: {why}" for name, why in found.items() if name not in self.known]
+        if not lines:
             return
-        self.known = self._known()
-        new = {name: why for name, why in found.values() if name not in self.known}
-        if not new:
-            return
-        lines = [f"{name}: {why}" for name, why in new.items()]
-        self.known.update(new)
+        self.known.update(found)
         with open(self.out / "damaged.txt", "a") as stream:
             stream.write("".join(f"{line}\n" for line in lines))
         if len(self.known) > limit:

@@ -85,14 +85,11 @@ class _Signals:
 
     def _note(self, number, _):
         self.got = number
-        self._restore()
-
-    def _restore(self):
-        for number, before in self.before.items():
-            signal.signal(number, before)
+        self.__exit__()
 
     def __exit__(self, *_):
-        self._restore()
+        for number, before in self.before.items():
+            signal.signal(number, before)
 
 
 class Run:
