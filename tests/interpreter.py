@@ -79,28 +79,34 @@ def _patch_lang_once(function):
     return scope
 
 
-@functools.cache
 def _constants(shape):
+    """(numel, shape) of a tensor."""
     return tl.constexpr(math.prod(shape)), tl.tuple([tl.constexpr(size) for size in shape])
-
-
-def _init_tensor(tensor, handle, type):
-    tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
-    tensor.numel, tensor.shape = _constants(tuple(type.shape) if type.is_block() else ())
 
 
 @functools.cache
 def _checked(shape):
-    """(shape, numel, text) of a block_type."""
+    """(shape, numel, text, constants of tensors) of a block_type."""
     block = object.__new__(tl.block_type)
     _init_of_block_type(block, tl.float32, [*shape])
-    return block.shape, block.numel, str(block.shape)
+    found = _of_shape[id(block.shape)] = block.shape, block.numel, str(block.shape), _constants(shape)
+    return found
+
+
+_of_shape = {}  # what _checked has found, by its shape's identity
+_SCALAR = _constants(())
 
 
 def _init_block_type(block, element, shape):
+    found = _of_shape.get(id(shape)) or _checked(tuple(map(tl.core._unwrap_if_constexpr, shape)))
     block.element_ty = element
-    block.shape, block.numel, text = _checked(tuple(map(tl.core._unwrap_if_constexpr, shape)))
+    block.shape, block.numel, text, block.constants = found
     block.name = f"<{text}, {element}>"
+
+
+def _init_tensor(tensor, handle, type):
+    tensor.handle, tensor.type, tensor.dtype = handle, type, type.scalar
+    tensor.numel, tensor.shape = type.constants if type.is_block() else _SCALAR
 
 
 def _broadcast_unless_equal(semantic, one, other):
