@@ -28,8 +28,8 @@ def test_a_round_of_this_commits_cases(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_minute_of_this_commits_cases(tmp_path):
-    process, tried = run("--minutes", "1", folder=tmp_path)
+def test_half_a_minute_of_this_commits_cases(tmp_path):
+    process, tried = run("--minutes", "0.5", folder=tmp_path)
     assert process.returncode == 0 and not tried["failures"], process.stdout + process.stderr
 
 
