@@ -37,7 +37,7 @@ print(json.dumps(step(512, num_classes, size, budget)))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM from /proc, which only Linux has")
 @pytest.mark.parametrize(
     ("autocast", "num_classes", "size", "kept", "limit"),
-    [pytest.param(0, 1_000_000, 128, 0, 0.02, marks=pytest.mark.slow), (1, 200_000, 64, 0.25, 0.05)],
+    [pytest.param(0, 500_000, 128, 0, 0.04, marks=pytest.mark.slow), (1, 200_000, 64, 0.25, 0.05)],
 )
 def test_peak_is_few_percent_of_the_logits_beyond_what_is_kept(autocast, num_classes, size, kept, limit):
     """A few percent of one float32 matrix of logits: N = 512, forward and backward, in a fresh process warmed up at C = 1,000."""
@@ -68,7 +68,7 @@ def new(identities):
 cpu = torch.device("cpu")
 step(*new(5000), 0)
 before = peak_bytes(cpu)
-head, optimizer = new(1_000_000)
+head, optimizer = new(500_000)
 step(head, optimizer, 0)
 step(head, optimizer, 0)
 state = [buffer for buffer in optimizer.state[head.weight].values() if buffer.dim()]
@@ -80,7 +80,7 @@ print(peak_bytes(cpu) - before - sum(tensor.nbytes for tensor in (head.weight, *
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads VmHWM, which only Linux has")
 @pytest.mark.parametrize(("batches", "formats"), [(1, ("float32", "float32")), (3, ("bfloat16", "int8"))])
 def test_training_holds_no_gradient_of_the_table(batches, formats):
-    """C=1M, D=64: a gradient would be 256 MB; slabs are of 16k rows in float32, 4 MB each of rows, gradient and state."""
+    """C=500k, D=64: a gradient would be 128 MB; slabs are of 16k rows in float32, 4 MB each of rows, gradient and state."""
     run = subprocess.run([sys.executable, "-c", TRAIN, str(batches), *formats], capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
-    assert int(run.stdout) < 0.1 * 1_000_000 * 64 * 4
+    assert int(run.stdout) < 0.2 * 500_000 * 64 * 4
