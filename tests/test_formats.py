@@ -202,9 +202,7 @@ def test_training_does_not_notice():
     try:
         other_seeds = [training.last(training.losses("SGD", "float32", "float32", seed)) for seed in range(3)]
         spread = statistics.stdev(other_seeds)
-        for table, state in training.TABLES_AND_STATES[1:]:
-            if table == "float8":
-                continue
+        for table, state in (("float32", "int8"), ("bfloat16", "bfloat16")):
             assert abs(training.last(training.losses("SGD", table, state, 0)) - other_seeds[0]) < spread / 3, (table, state)
         exact, coarse = (
             training.last(training.losses("AdamW", *formats, 0)) for formats in (("float32",) * 2, ("bfloat16", "int8"))
