@@ -47,8 +47,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Mark tests by selection.slow_when before -m selects. Leave out those that need a GPU if there is none, and cases "attend"
-    that the slab loop serves alone or that would repeat others.
+    """Mark tests by selection.slow_when before -m selects. Leave out those that need a GPU if there is none, cases "attend" that
+    the slab loop serves alone, and those that would repeat others.
     """
     left_out = set()
     for item in items:
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") and not HAS_GPU:
             left_out.add(item)
-        if attending.asked(item) and (holds(item, "slab_loop") or holds(item, "repeats")):
+        if holds(item, "repeats") or (attending.asked(item) and holds(item, "slab_loop")):
             left_out.add(item)
     config.hook.pytest_deselected(items=[*left_out])
     items[:] = [item for item in items if item not in left_out]

@@ -52,8 +52,8 @@ def slab_loop_when(condition):
 slab_loop = slab_loop_when(lambda: True)
 
 
-def attend_repeats_when(condition):
-    """Marks a grid without a case "attend" where condition(parameters...) holds: it would repeat another."""
+def repeats_when(condition):
+    """Marks a grid without the cases where condition(parameters...) holds: they would repeat others."""
     return pytest.mark.repeats.with_args(condition)
 
 

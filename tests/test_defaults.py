@@ -9,7 +9,7 @@ import attending
 import pytest
 import torch
 from margin_rows import ROWS, batch
-from selection import attend_repeats_when, interpreted, pairs, slow_when
+from selection import interpreted, pairs, repeats_when, slow_when
 
 import cosface_kernels
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, margin_softmax_loss
@@ -55,6 +55,7 @@ def tensors(state):
 
 @every_default
 @slow_when(lambda backend: interpreted(backend))
+@repeats_when(lambda backend, default: interpreted(backend) and default is DEFAULTS["float64"])
 def test_every_margin(default, backend, device, request):
     """Every margin; raw features, a bias and sub-centres also with exponentials kept and with row maxima."""
     attend = attending.asked(request.node)
@@ -78,7 +79,7 @@ def test_every_margin(default, backend, device, request):
 
 @pytest.mark.parametrize("default, state_format, path", pairs([*DEFAULTS], ["float32", "bfloat16", "int8"], ["native", "torch"]))
 @slow_when(lambda backend: interpreted(backend))
-@attend_repeats_when(lambda default, state_format: (default, state_format) != ("float64", "bfloat16"))
+@repeats_when(lambda backend, default, state_format: backend == "attend" and (default, state_format) != ("float64", "bfloat16"))
 def test_fused_steps(default, state_format, path, backend, device, monkeypatch):
     if path == "torch" or not cpu_library.available():
         monkeypatch.setattr(rules.Part, "is_native", lambda part: False)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import check_rule, draws, evaluate, make
-from selection import interpreted, pairs, slab_loop, slow_when
+from selection import interpreted, pairs, repeats_when, slab_loop, slow_when
 
 from cosface_kernels import margin_softmax_loss, reference
 from cosface_kernels.margins import CosFace, LSoftmax, NormSoftmax, Softmax
@@ -95,13 +95,18 @@ def test_error_at_most_the_references(backend, device, form, precision, kind, sh
     check_rule(ours, plain, inputs, device=device, scale=largest, autocast=autocast)
 
 
-@pytest.mark.parametrize("memory_budget", [0, 67 * 128 * 2 * 2, 67 * 384 * 4, 10**9])
-@pytest.mark.parametrize("precision", ["float32", "autocast"])
-@pytest.mark.parametrize("form", ["raw", "bias", "3 centres", "6 raw centres"])
-@slow_when(
-    lambda backend, form, precision, memory_budget: (
-        interpreted(backend) and (form, precision, memory_budget) != ("3 centres", "autocast", 67 * 384 * 4)
-    )
+KEPT_FORMS, KEPT_PRECISIONS = ["raw", "bias", "3 centres", "6 raw centres"], ["float32", "autocast"]
+BUDGETS = [0, 67 * 128 * 2 * 2, 67 * 384 * 4, 10**9]
+KEPT = ("3 centres", "autocast", 67 * 384 * 4)
+PAIRS = pairs(KEPT_FORMS, KEPT_PRECISIONS, BUDGETS, first=[KEPT])
+
+
+@pytest.mark.parametrize("memory_budget", BUDGETS)
+@pytest.mark.parametrize("precision", KEPT_PRECISIONS)
+@pytest.mark.parametrize("form", KEPT_FORMS)
+@slow_when(lambda backend, form, precision, memory_budget: interpreted(backend) and (form, precision, memory_budget) != KEPT)
+@repeats_when(
+    lambda backend, form, precision, memory_budget: interpreted(backend) and (form, precision, memory_budget) not in PAIRS
 )
 def test_any_budget(backend, device, form, precision, memory_budget):
     """None kept, some of two sizes of slab, all."""
