@@ -163,7 +163,7 @@ class Run:
     def train(self, signals):
         self.model.backbone.train(), self.model.head.train()
         order = data.order(len(self.source), self.config, self.ranks, self.start, self.total)
-        pieces = self._pieces(iter(data.batches(self.source, self.config, order, self.device.type == "cuda")))
+        pieces = self._pieces(data.batches(self.source, self.config, order, self.device.type == "cuda"))
         step, saved = self.start, self.start
         for line in getattr(self.source, "remarks", tuple)() if self.ranks.rank == 0 else ():
             self.log.say(line)
@@ -223,11 +223,7 @@ class Run:
 
     def _pieces(self, loader):
         """(images, labels) on the device; damaged images are written down, up to the limit."""
-        while True:
-            try:
-                images, labels, damaged = next(loader)
-            except StopIteration:
-                return
+        for images, labels, damaged in loader:
             self.log.damaged(damaged, self.config.max_damaged)
             if not len(images):
                 raise RuntimeError(f"no image of a batch can be read, such as {': '.join(next(iter(damaged.values())))}")
