@@ -96,7 +96,7 @@ class Records(Files):
         if end > FLOAT32_LABELS:
             slack = 8
             near = np.searchsorted(self.keys, [first - slack, first + slack])
-            images = [place for place in range(*near) if self._image(place)]
+            images = [place for place in range(*near) if self._whole(place)[1].startswith(_STARTS)]
             first = int(self.keys[images[-1]]) + 1 if images else first
             identities = int((self.keys >= first).sum()) or identities
         images = slice(*np.searchsorted(self.keys, [1, first]))
@@ -128,18 +128,15 @@ class Records(Files):
 
     def _label(self, place):
         """The label of a record, or -1 where it has none."""
-        try:
-            (label, *_), _ = self._read(place)
-            return int(label) if label >= 0 and label == int(label) else -1
-        except _DAMAGED:
-            return -1
+        label = self._whole(place)[0][0]
+        return int(label) if label >= 0 and label % 1 == 0 else -1
 
-    def _image(self, place):
-        """True if a record holds an image."""
+    def _whole(self, place):
+        """What `_read` finds in a record; no label and no image in a damaged one."""
         try:
-            return self._read(place)[1].startswith(_STARTS)
+            return self._read(place)
         except _DAMAGED:
-            return False
+            return [-1], b""
 
     def _record(self, place):
         """The bytes of a record. One that holds the magic number at a multiple of 4 is in parts, without it."""
