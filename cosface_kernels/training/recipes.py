@@ -200,7 +200,7 @@ def batch(random, members, identities=IDENTITIES, images=IMAGES):
 def score(net, data, seed=0):
     rows, labels = _embeddings(net, data.test_images), data.test_labels.numpy()
     others = None if data.distractors is None else _embeddings(net, data.distractors)
-    genuine, impostors = (torch.cat(part).numpy() for part in zip(*AllPairs(rows, labels).blocks(), strict=True))
+    genuine, impostors = verification.scores_of(AllPairs(rows, labels))
     random = np.random.default_rng(seed)
     count = min(PAIRS, len(genuine), len(impostors))
     drawn = [random.choice(scores, count, replace=False) for scores in (genuine, impostors)]

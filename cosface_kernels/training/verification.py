@@ -64,13 +64,17 @@ def steps_of(pairs):
     first 12 bits of their fraction are those of the step's.
     """
     if pairs.count <= SORTED_AT_MOST:
-        blocks = [(genuine.numpy(), impostors.numpy()) for genuine, impostors in pairs.blocks()]
-        return Steps.of(*(np.concatenate(part) if part else [] for part in (zip(*blocks, strict=True) if blocks else ([], []))))
+        return Steps.of(*scores_of(pairs))
     coarse = _coarse_counts(pairs)
     filled = np.flatnonzero(coarse.any(0))
-    rough = Steps(_scores(filled << LOW_BITS), *coarse[:, filled]).checked()
+    rough = Steps(_scores_of_keys(filled << LOW_BITS), *coarse[:, filled]).checked()
     refined = filled[_bins_of_thresholds(rough)]
     return _merge(rough, filled, refined, _fine_counts(pairs, refined))
+
+
+def scores_of(pairs):
+    """(genuine, impostor) scores of all pairs, arrays."""
+    return tuple(torch.cat(part).numpy() for part in zip(*pairs.blocks(), strict=True))
 
 
 def _coarse_counts(pairs):
@@ -91,7 +95,7 @@ def _keys(scores):
     return (bits ^ (bits >> 31 & 2**31 - 1)).to(torch.int64) + 2**31
 
 
-def _scores(keys):
+def _scores_of_keys(keys):
     """The scores of keys, float64."""
     bits = np.asarray(keys - 2**31).astype(np.int32)
     return (bits ^ (bits >> 31 & 2**31 - 1)).view(np.float32).astype(np.float64)
@@ -131,7 +135,7 @@ def _merge(rough, filled, refined, fine):
     counts = [np.concatenate([old[whole], new[seen]]) for old, new in zip(rough[1:3], fine, strict=True)]
     order = keys.argsort()
     undecided = np.dot(rough.genuine[whole].astype(np.float64), rough.impostors[whole].astype(np.float64))
-    return Steps(_scores(keys[order]), *(part[order] for part in counts), undecided)
+    return Steps(_scores_of_keys(keys[order]), *(part[order] for part in counts), undecided)
 
 
 def _first(accepted, allowed):
