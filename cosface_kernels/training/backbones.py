@@ -91,9 +91,8 @@ def _timm(name, embedding_size, image_size):
 
 
 def _halved(size, times):
-    for _ in range(times):
-        size = (size + 1) // 2
-    return size
+    """The size after so many convolutions of stride 2."""
+    return -(-size // 2**times)
 
 
 class Small(nn.Sequential):
