@@ -16,7 +16,7 @@ from .peers import inputs, plain, step
 from .record import keep, parser, say
 
 CLASSES = (100, 200, 300, 400, 500, 700, 1000, 1500, 2000, 3000, 5000)
-TURNS = 60
+TURNS = 200
 PEERS = {"plain": plain, "ours": cosface_loss}
 
 

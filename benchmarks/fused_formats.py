@@ -14,7 +14,7 @@ from . import harness, measure
 from .record import keep, parser, say
 
 FORMATS = "float32", "bfloat16"
-TURNS = 2
+TURNS = 8
 
 
 def main():

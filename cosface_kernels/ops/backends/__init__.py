@@ -53,7 +53,7 @@ class Sums(NamedTuple):
 
     @classmethod
     def of(cls, shift, total, pull, kept, largest, row_sum):
-        return cls(torch.add(total.log(), shift, alpha=math.log(2)), shift, total, pull, kept, largest, row_sum)
+        return cls(total.log().add_(shift, alpha=math.log(2)), shift, total, pull, kept, largest, row_sum)
 
 
 NO_TRITON = 'triton is not installed: pip install "cosface-kernels[triton]"'
