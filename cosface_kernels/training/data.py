@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from . import faces
 from .config import ConfigError
 from .files import Folder
-from .records import open_records
+from .records import Records, Shards
 
 _AUGMENTATION = 4  # a stream of random numbers beside those of faces.py
 IMAGES_PER_FACE = 20
@@ -29,10 +29,13 @@ def open_source(config):
     if config.data == "digits":
         return Digits(config.image_size)
     path = Path(config.data)
-    if (found := open_records(path, config.image_size)) is not None:
-        return found
+    if path.suffix == ".rec" or (path / "train.rec").exists():
+        return Records(path if path.suffix == ".rec" else path / "train.rec", config.image_size)
+    if path.suffix == ".tar" and path.is_file():
+        return Shards([path], config.image_size)
     if path.is_dir():
-        return Folder(path, config.image_size)
+        shards = sorted(path.glob("*.tar"))
+        return Shards(shards, config.image_size) if shards else Folder(path, config.image_size)
     what = "a file of another kind" if path.exists() else "not there"
     raise ConfigError(
         f"data: {path} is {what}; data takes faces:IDENTITIES, digits, a folder of folders of images, one for each identity, "

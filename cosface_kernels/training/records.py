@@ -11,7 +11,6 @@ import os
 import struct
 import tarfile
 import warnings
-from pathlib import Path
 
 import numpy as np
 
@@ -245,12 +244,3 @@ def _samples(path):
             f"data: {len(without)} images of {path} have no label from 0 on, such as {without[0]}: add its .cls or .json"
         )
     return [(offset, size, labels[key], name) for key, (offset, size, name) in images.items()]
-
-
-def open_records(path, image_size):
-    """The source in a path, or None if it has neither records nor shards."""
-    path = Path(path)
-    if path.suffix == ".rec" or (path / "train.rec").exists():
-        return Records(path if path.suffix == ".rec" else path / "train.rec", image_size)
-    paths = [path] if path.suffix == ".tar" and path.is_file() else sorted(path.glob("*.tar")) if path.is_dir() else []
-    return Shards(paths, image_size) if paths else None
