@@ -82,23 +82,21 @@ def _coarse_counts(pairs):
     counts = np.zeros((2, BINS), dtype=np.int64)
     for block in pairs.blocks():
         for kind, scores in enumerate(block):
-            counts[kind] += torch.bincount(_keys(scores) >> LOW_BITS, minlength=BINS).numpy()
+            bins = _keys(scores).bitwise_right_shift_(LOW_BITS).add_(BINS // 2)
+            counts[kind] += torch.bincount(bins, minlength=BINS).numpy()
     return counts
 
 
 def _keys(scores):
-    """int64 from 0 to 2^32 - 1, which order as float32 scores do. -0 + 0 = 0: equal scores have the same key.
-
-    Floats order as their bits do; negative ones, whose bits are negative integers, the other way round.
-    """
+    """int32 that order as float32 scores do: their bits, of negative scores the other way round. -0 + 0 = 0, one key."""
     bits = (scores + 0.0).view(torch.int32)
-    return (bits ^ (bits >> 31 & 2**31 - 1)).to(torch.int64) + 2**31
+    return bits.bitwise_right_shift(31).bitwise_and_(2**31 - 1).bitwise_xor_(bits)
 
 
 def _scores_of_keys(keys):
-    """The scores of keys, float64."""
-    bits = np.asarray(keys - 2**31).astype(np.int32)
-    return (bits ^ (bits >> 31 & 2**31 - 1)).view(np.float32).astype(np.float64)
+    """The scores, float64, of keys counted from the lowest on."""
+    keys = (keys - 2**31).astype(np.int32)
+    return (keys ^ (keys >> 31 & 2**31 - 1)).view(np.float32).astype(np.float64)
 
 
 def _bins_of_thresholds(rough):
@@ -119,7 +117,7 @@ def _fine_counts(pairs, refined):
     for block in pairs.blocks():
         for kind, scores in enumerate(block):
             keys = _keys(scores)
-            slot = slots.index_select(0, keys >> LOW_BITS)
+            slot = slots.index_select(0, keys.bitwise_right_shift(LOW_BITS).add_(BINS // 2))
             inside = slot >= 0
             places = slot[inside] * FINE + (keys[inside] & FINE - 1)
             fine[kind] += torch.bincount(places, minlength=fine.shape[1]).numpy()
