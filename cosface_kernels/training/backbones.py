@@ -100,12 +100,16 @@ class Small(nn.Sequential):
 
     def __init__(self, embedding_size, image_size):
         strides = (1, 2, 1, 2, 1) if image_size <= 40 else (2, 2, 1, 2, 1)
-        channels, layers = (3, 24, 48, 48, 96, 96), []
-        for inputs, outputs, stride in zip(channels, channels[1:], strides, strict=False):
-            layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.PReLU(outputs)]
-        pixels = _halved(image_size, strides.count(2)) ** 2
-        features = nn.Linear(96 * pixels, embedding_size, bias=False), nn.BatchNorm1d(embedding_size)
-        super().__init__(*layers, nn.Flatten(), *features)
+        super().__init__(*convolutions((24, 48, 48, 96, 96), strides, embedding_size, image_size))
+
+
+def convolutions(channels, strides, embedding_size, image_size):
+    """Layers from an image to features: convolutions to these channels, with these strides, and a linear layer."""
+    layers = []
+    for inputs, outputs, stride in zip((3, *channels), channels, strides, strict=False):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.PReLU(outputs)]
+    size = channels[-1] * _halved(image_size, strides.count(2)) ** 2
+    return [*layers, nn.Flatten(), nn.Linear(size, embedding_size, bias=False), nn.BatchNorm1d(embedding_size)]
 
 
 class IResNet(nn.Module):

@@ -20,6 +20,7 @@ from ..margins import CosFace, LSoftmax, Softmax, SphereFace
 from . import faces as renderer
 from . import identification, verification
 from .all_pairs import AllPairs
+from .backbones import convolutions
 from .data import Digits, prepare
 
 EMBEDDING, SCALE, MARGIN = 64, 16.0, 0.35
@@ -152,11 +153,7 @@ def settings(steps, data="faces"):
 
 
 def network(size=SIZE):
-    layers = []
-    for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
-        layers += [nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False), nn.BatchNorm2d(outputs), nn.PReLU(outputs)]
-        size = (size + 1) // 2
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * size**2, EMBEDDING, bias=False), nn.BatchNorm1d(EMBEDDING))
+    return nn.Sequential(*convolutions((16, 32, 64), (2, 2, 2), EMBEDDING, size))
 
 
 def train(make_loss, data, seed, steps):
