@@ -204,8 +204,10 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 _renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # a libc of before 2018 has none
 
 
-def check_keep(folder, keep):
-    """Check what `keep` of save_checkpoint needs."""
+def check_options(folder, keep, overwrite):
+    """Check what save_checkpoint is told of other checkpoints."""
+    if not isinstance(overwrite, bool):
+        raise TypeError(f"overwrite must be True or False, got {overwrite!r}")
     if keep is None:
         return
     if not isinstance(keep, int) or isinstance(keep, bool):

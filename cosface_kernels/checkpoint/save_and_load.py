@@ -60,7 +60,7 @@ def save_checkpoint(
     """
     folder, ranks = Path(folder), world()
     _together(lambda: _check_module(module))
-    _together(lambda: _check_places(folder, keep, overwrite))
+    _together(lambda: files.check_options(folder, keep, overwrite))
     tensors, small = _together(lambda: _contents(module, optimizer, extra))
     with ExitStack() as stack:
         own = _together(lambda: stack.enter_context(files.temporary_folder(folder, overwrite)) if ranks.rank == 0 else None)
@@ -73,12 +73,6 @@ def save_checkpoint(
             raise _not_saved(folder, error) from error
     if keep is not None and ranks.rank == 0:
         files.remove_older(folder, keep)
-
-
-def _check_places(folder, keep, overwrite):
-    if not isinstance(overwrite, bool):
-        raise TypeError(f"overwrite must be True or False, got {overwrite!r}")
-    files.check_keep(folder, keep)
 
 
 def load_checkpoint(
