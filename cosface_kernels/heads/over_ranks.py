@@ -24,7 +24,7 @@ from ..sampling import with_hard_classes
 from . import data_parallel, float8, logits
 from .gathered import FOREIGN, Batch
 from .placement import WHOLE, Whole
-from .told import Told
+from .rank_facts import RankFacts
 
 # Labels as the operator of one shard gets them, beside FOREIGN: ignored, and a number outside [0, C).
 IGNORED, INVALID = -100, -2
@@ -54,10 +54,10 @@ class OverRanks(Whole):
     def refuse(self, head, error):
         """Raise it on every rank, in place of the exchange with which their calls begin."""
 
-        def told():
+        def of_this_rank():
             raise error
 
-        Told.agreed(self.ranks(head.weight), told, self.local(head.weight).device)
+        RankFacts.agreed(self.ranks(head.weight), of_this_rank, self.local(head.weight).device)
 
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, Batch) of all ranks' rows with this rank's rows of the table."""
@@ -74,12 +74,12 @@ class OverRanks(Whole):
         inputs = inputs._replace(weight=weight, bias=bias, parameters=parameters)
         per_row = margins.row_tensors(options.margin, len(features))
 
-        def told():
+        def of_this_rank():
             _check(head, table, inputs, options)
             label_columns = 0 if inputs.label_weights is None else inputs.label_weights.shape[1]
-            return Told.of(head, features, statistics=options.return_statistics, label_columns=label_columns)
+            return RankFacts.of(head, features, statistics=options.return_statistics, label_columns=label_columns)
 
-        counts, needs_gradient = Told.agreed(ranks, told, weight.device)
+        counts, needs_gradient = RankFacts.agreed(ranks, of_this_rank, weight.device)
         if needs_gradient and not features.requires_grad:
             features = features.detach().requires_grad_()
         features = ranks.gather(features, counts, ranks.size if head.ddp_average else 1)
@@ -107,12 +107,12 @@ class OverRanks(Whole):
         ranks = self.ranks(table[0])
         rows = weight, _ = self.rows(table)
 
-        def told():
+        def of_this_rank():
             validation.check_features(features, weight if len(weight) else _with_zeros(weight, 1))
             validation.check_k(k, head.num_classes)
-            return Told.of(head, features, k)
+            return RankFacts.of(head, features, k)
 
-        counts, _ = Told.agreed(ranks, told, weight.device)
+        counts, _ = RankFacts.agreed(ranks, of_this_rank, weight.device)
         return self._nearest(head, head, rows, ranks.gather(features, counts), counts, k)
 
     def _nearest(self, head, kind, rows, gathered, counts, k):
@@ -132,11 +132,11 @@ class OverRanks(Whole):
     def rounds(self, head, check, k, count):
         ranks = self.ranks(head.weight)
 
-        def told():
+        def of_this_rank():
             check()
             return k, count
 
-        everyone, counts = zip(*ranks.exchange("the exchange of k", told, 2, self.local(head.weight).device), strict=True)
+        everyone, counts = zip(*ranks.exchange("the exchange of k", of_this_rank, 2, self.local(head.weight).device), strict=True)
         if len({*everyone}) > 1:
             raise ValueError(f"k must be the same on all ranks, got {', '.join(map(str, everyone))}")
         return max(counts)
@@ -150,18 +150,18 @@ class OverRanks(Whole):
 
     def _counts(self, head, rows):
         """The number of rows that each rank has."""
-        told = self.ranks(head.weight).exchange("the exchange of batch sizes", lambda: [len(rows)], 1, rows.device)
-        return [count for (count,) in told]
+        of_ranks = self.ranks(head.weight).exchange("the exchange of batch sizes", lambda: [len(rows)], 1, rows.device)
+        return [count for (count,) in of_ranks]
 
     def looked_up(self, head, check, features, labels, found):
         ranks = self.ranks(head.weight)
         weight = self.local(head.weight)
 
-        def told():
+        def of_this_rank():
             check(weight if len(weight) else _with_zeros(weight, head.centers_per_class))
-            return Told.of(head, features)
+            return RankFacts.of(head, features)
 
-        counts, _ = Told.agreed(ranks, told, weight.device)
+        counts, _ = RankFacts.agreed(ranks, of_this_rank, weight.device)
         labels = ranks.gather(class_indices(labels), counts)
         first, count = self.first_class(head, head.weight), len(weight) // head.centers_per_class
         places = _labels_here(labels, head.ignore_index, head.num_classes, first, count)

@@ -12,7 +12,7 @@ from ..before_margin import OneShard, replaced
 from ..distributed import dtensors
 from ..positives import class_indices
 from ..sampling import with_hard_classes
-from . import agreement, data_parallel, float8, logits
+from . import data_parallel, float8, logits, unaveraged
 
 
 class Whole:
@@ -59,7 +59,7 @@ class Whole:
 
     def batch(self, head, table, inputs, options):
         """(Inputs, LossOptions, shards) of a step, as loss.loss_of_table takes them."""
-        agreement.watch(head, table[0])
+        unaveraged.watch(head, table[0])
         if inputs.parameters is not None:
             data_parallel.check_fused()
         if head._samples():

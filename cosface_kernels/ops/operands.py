@@ -66,7 +66,7 @@ class Vectors(NamedTuple):
 
     @property
     def of_table(self):
-        """Those that depend on the table."""
+        """The fields that depend on the table: all but feature_length."""
         return self[:-1]
 
 
@@ -88,7 +88,7 @@ class Saved(NamedTuple):
     shift: Tensor  # (N,)
     total: Tensor  # (N,)
     row_sum: Tensor  # Σ_j w̃_j (D,); (0,) where it is not wanted
-    kept: Tensor  # (any number,) exponentials, see slabs.SlabPlan.kept_view
+    kept: Tensor  # (any number,) exponentials, see slabs.Plan.kept_view
 
 
 class Largest(NamedTuple):

@@ -17,7 +17,7 @@ SHARED = (
 _checksums = WeakTensorKeyDictionary()  # of a margin's tensors: (version, checksum)
 
 
-class Told(NamedTuple):
+class RankFacts(NamedTuple):
     """The numbers that a rank sends the others about its batch and its head."""
 
     num_rows: int
@@ -34,7 +34,7 @@ class Told(NamedTuple):
         values = [getattr(head, name) for name in SHARED]
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
         values.append(head.hard_classes is None)
-        options = zlib.crc32(repr([*values, *_margin_told(head._margin(), len(features))]).encode())
+        options = zlib.crc32(repr([*values, *_margin_facts(head._margin(), len(features))]).encode())
         dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
         needs_gradient = grad_mode and features.requires_grad
         return cls(len(features), dtype, grad_mode, options, needs_gradient, k, statistics, label_columns)
@@ -43,25 +43,25 @@ class Told(NamedTuple):
     def agreed(cls, ranks, of_this_rank, device):
         """(rows of each rank, True if any needs the gradient of its features). Raises unless all ranks have the same options.
 
-        of_this_rank() -> Told; what it raises on one rank, all raise.
+        of_this_rank() -> RankFacts; what it raises on one rank, all raise.
         """
-        told = cls(*zip(*ranks.exchange("the exchange of batch sizes", of_this_rank, len(cls._fields), device), strict=True))
+        of_ranks = cls(*zip(*ranks.exchange("the exchange of batch sizes", of_this_rank, len(cls._fields), device), strict=True))
         options = "num_classes, scale, margin and all other options of the head must be the same (compared by a checksum)"
         grad_modes = "gradients must be enabled on all ranks or on none: torch.is_grad_enabled() must be the same"
         for what, values in (
-            ("features must have the same dtype", [validation.FLOAT_DTYPES[dtype] for dtype in told.dtype]),
-            (options, told.options),
-            (grad_modes, [*map(bool, told.grad_mode)]),
-            ("k must be the same", told.k),
-            ("return_statistics must be the same", [*map(bool, told.statistics)]),
-            ("the number of label_weights to a row must be the same", told.label_columns),
+            ("features must have the same dtype", [validation.FLOAT_DTYPES[dtype] for dtype in of_ranks.dtype]),
+            (options, of_ranks.options),
+            (grad_modes, [*map(bool, of_ranks.grad_mode)]),
+            ("k must be the same", of_ranks.k),
+            ("return_statistics must be the same", [*map(bool, of_ranks.statistics)]),
+            ("the number of label_weights to a row must be the same", of_ranks.label_columns),
         ):
             if len({*values}) > 1:
                 raise ValueError(f"{what} on all ranks, got {', '.join(map(str, values))}")
-        return [*told.num_rows], any(told.needs_gradient)
+        return [*of_ranks.num_rows], any(of_ranks.needs_gradient)
 
 
-def _margin_told(margin, num_rows):
+def _margin_facts(margin, num_rows):
     """The part of a margin that must be the same on all ranks: its kind and its numbers, but those for this rank's own rows."""
     per_row = margins.row_tensors(margin, num_rows)
     for name in (field.name for field in fields(margin)):
