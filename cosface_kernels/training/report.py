@@ -1,6 +1,7 @@
 """report.html of a run, and of several side by side: one file, without scripts, readable in light and dark."""
 
 import json
+import statistics
 from html import escape
 from pathlib import Path
 
@@ -78,21 +79,16 @@ class Found:
         """{what: text} of how the run ended."""
         found = {"steps": f"{self.metrics[-1]['step'] if self.metrics else 0:,} of {self.environment.get('steps', 0):,}"}
         for key, what in {**CURVES, "top1": "own class the nearest, before the margin"}.items():
-            last = [value for _, value in self.series(key)[-50:]]
-            if last:
-                found[f"{what}, mean of the last {len(last)} steps" if what == "loss" else what] = svg.number(
-                    sum(last) / len(last)
-                )
-        if speeds := sorted(value for _, value in self.series("images_per_second")):
-            found["images a second, median"] = svg.number(speeds[len(speeds) // 2])
+            if last := [value for _, value in self.series(key)[-50:]]:
+                what += f", mean of the last {len(last)} steps" * (what == "loss")
+                found[what] = svg.number(sum(last) / len(last))
+        if speeds := [value for _, value in self.series("images_per_second")]:
+            found["images a second, median"] = svg.number(statistics.median_high(speeds))
             found["memory, at most"] = f"{max(value for _, value in self.series('memory')) / 2**30:.2f} GiB"
         counts = {"images": "images", "identities": "identities", "backbone_parameters": "parameters of the backbone"}
-        for key, what in counts.items():
-            if key in self.environment:
-                found[what] = f"{self.environment[key]:,}"
-        for key in ("device", "processes", "started", "torch", "cosface_kernels"):
-            if key in self.environment:
-                found[key.replace("_", " ")] = str(self.environment[key])
+        found |= {what: f"{self.environment[key]:,}" for key, what in counts.items() if key in self.environment}
+        facts = "device", "processes", "started", "torch", "cosface_kernels"
+        found |= {key.replace("_", " "): str(self.environment[key]) for key in facts if key in self.environment}
         for name, each in self.evaluations.items():
             verified, searched = each.get("verification", {}), each.get("identification", {})
             rates = {"accuracy in ten folds": verified.get("accuracy")}
