@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from .gpu_check.ends import LostDevice
+from .ends import LostDevice
 
 REPLAYS = 3  # of a graph in one turn
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from benchmarks import harness, measure, peers, predictions, source, tables
+from benchmarks.ends import LostDevice, Skip
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import commands, forms, report, runner, stages, watch
-from benchmarks.gpu_check.ends import LostDevice, Skip
 from cosface_kernels import margins
 from cosface_kernels.ops import slabs
 

@@ -11,9 +11,9 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
+from ..ends import Skip
 from ..source import ROOT
 from . import gpu
-from .ends import Skip
 
 WORKERS = 12
 # Of the stage's 150: then pytest is asked to end, and leaves suite.xml; and how long it may wait for its workers to do so.

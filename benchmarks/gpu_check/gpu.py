@@ -9,7 +9,7 @@ from cosface_kernels.ops import slabs as package_slabs
 from cosface_kernels.tools.info import why_unusable
 
 from .. import measure
-from .ends import Skip
+from ..ends import Skip
 
 BUDGETS = {"none": 0, "auto": "auto", "all": 2**60}  # bytes of exponentials that are kept
 

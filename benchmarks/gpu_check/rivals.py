@@ -3,9 +3,9 @@
 import torch
 
 from .. import bench, measure
+from ..ends import Skip
 from ..peers import peers
 from . import gpu
-from .ends import Skip
 
 REPEATS = 3
 KEPT = ("flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss")

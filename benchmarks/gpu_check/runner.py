@@ -16,10 +16,10 @@ import sys
 import time
 
 from .. import predictions
+from ..ends import LostDevice, Skip
 from ..record import say, write_json
 from ..source import ROOT, commit, search_path
 from . import forms, report, stages, watch
-from .ends import LostDevice, Skip
 
 GRACE = 3.0  # seconds between an interrupt and a kill
 REAP = 5.0  # for a killed process to go; one that is stuck in the driver is left behind

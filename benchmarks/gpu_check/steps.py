@@ -11,9 +11,9 @@ from cosface_kernels.ops import slabs
 from cosface_kernels.ops.table import Table
 
 from .. import harness, measure
+from ..ends import Skip
 from ..peers import autocast, inputs, step
 from . import gpu
-from .ends import Skip
 
 CHECK_CLASSES = 5000  # of the errors: a last slab that is ragged
 BYTES_A_WEIGHT = 12  # the table, its gradient, and the one that the step before it made
