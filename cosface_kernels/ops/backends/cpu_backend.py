@@ -24,7 +24,7 @@ SMALLEST = torch.finfo(torch.float64).tiny
 def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
     slab = _Slab(x, table, targets, plan, hard)
-    shift = _shift(slab, plan, num_rows)
+    shift = exponents.shift(plan, num_rows, x.device, slab.largest_exponents)
     if need_largest:
         slab.find_largest()
     total = torch.zeros(num_rows, dtype=torch.float64, device="cpu")
@@ -80,18 +80,10 @@ class _Slab:
 
     def __init__(self, x, table, targets, plan, hard):
         self.kernels = cpu_kernels.kernels(plan.dtype)
-        self.table, self.targets, self.plan, self.several = table, targets, plan, None
+        self.x, self.table, self.plan = x, table, plan
         self.num_rows, self.size = x.shape
-        if targets.dim() == 2:
-            self.several, self.targets = targets, torch.full((self.num_rows,), -1, dtype=torch.int64, device="cpu")
-        self.x = x
+        self.epilogue = exponents.Epilogue.of(table, targets, hard, plan)
         self.scratch = self.empty(torch.get_num_threads(), self.kernels.scratch_numbers(self.num_rows, self.size))
-        self.hard = hard
-        self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
-        self._hard_columns = None if hard is None or self.writes_exponents else hard.T.contiguous()
-        # Hard negatives change a product, before the factor.
-        late = hard is not None and self.writes_exponents
-        self._factor, self._late_factor = (1.0, plan.log2_scale) if late else (plan.log2_scale, 1.0)
         self.largest = self._values = self._places = self._exponents = None
 
     # Backward needs these where it computes exponentials again.
@@ -134,15 +126,22 @@ class _Slab:
 
     def exponentials(self, start, stop, shift, e, panels):
         """Row sums of E in pieces (pieces, N); E goes to e and to panels, where given."""
-        if self.writes_exponents:
+        if self.epilogue.in_pytorch:
             return self._from_exponents(start, stop, shift, e, panels)
-        product = self._product(start, stop, self.plan.log2_scale)
-        self.kernels.exponentials(product, shift, e, panels, self._pieces(), self._hard_columns)
+        self.kernels.exponentials(self._product(start, stop), shift, e, panels, self._pieces(), self.epilogue.columns)
         return self._parts(start, stop)
 
-    def _product(self, start, stop, log2_scale):
-        sides = self.x_panels, self.num_rows, self.unit, stop - start
-        return Product(*sides, self.size, self.targets, first_class=start, log2_scale=log2_scale)
+    def _product(self, start, stop):
+        return Product(
+            x_panels=self.x_panels,
+            num_rows=self.num_rows,
+            unit=self.unit,
+            classes=stop - start,
+            size=self.size,
+            targets=self.epilogue.targets,
+            first_class=start,
+            log2_scale=self.epilogue.factor,
+        )
 
     def _pieces(self):
         return Pieces(self.partial, self._values, self._places)
@@ -172,34 +171,30 @@ class _Slab:
             self._exponents = self.empty(self.plan.slab, self.num_rows)
         self.maxima(start, stop, self._exponents)
         found = self._exponents[: stop - start]
-        return found if self.several is None else exponents.leave_out(found, self.several, start, 0)
+        several = self.epilogue.several
+        return found if several is None else exponents.leave_out(found, several, start, 0)
 
-    def largest_exponents(self, start, stop):
-        """The largest exponent of each row in pieces (pieces, N)."""
-        if self.several is None and (self.hard is None or self.table.centers == 1) and self.table.correction is None:
-            return self.maxima(start, stop)
-        return exponents.finished(self.exponents(start, stop), *self._rest(start))[0]
+    def largest_exponents(self):
+        """The largest exponent of each row (N,)."""
+        largest = torch.full((self.num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
+        for _, start, stop in self.plan.slabs(self.table):
+            self.normalize(start, stop, None)
+            if self.epilogue.finds_maxima:
+                found = self.maxima(start, stop)
+            else:
+                found, _ = exponents.finished(self.exponents(start, stop), *self._rest(start))
+            largest = torch.maximum(largest, found.amax(0))
+        return largest
 
     def _rest(self, start):
         """The arguments of exponents.finished beside a slab's products."""
-        return self.table, start, self.hard, self._late_factor, 0
+        return self.table, start, self.epilogue.hard, self.epilogue.late_factor, 0
 
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
-        product = self._product(start, stop, self._factor)
-        self.kernels.maxima(product, self.table.centers, exponents, self._pieces(), self._hard_columns)
+        product, epilogue = self._product(start, stop), self.epilogue
+        self.kernels.maxima(product, self.table.centers, exponents, self._pieces(), epilogue.columns)
         return self._parts(start, stop)
-
-
-def _shift(slab, plan, num_rows):
-    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
-    if plan.shift is not None:
-        return torch.full((num_rows,), plan.shift, dtype=torch.float32, device="cpu")
-    largest = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device="cpu")
-    for _, start, stop in plan.slabs(slab.table):
-        slab.normalize(start, stop, None)
-        largest = torch.maximum(largest, slab.largest_exponents(start, stop).amax(0))
-    return torch.where(largest == -torch.inf, 0.0, largest)
 
 
 def _kept(plan, kept, index, start, stop, num_rows):

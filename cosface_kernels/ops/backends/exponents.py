@@ -9,7 +9,54 @@ a row and corrections of sampled classes they write all of a slab's exponents in
 what is left out becomes -inf before the exponential, so that nothing is subtracted from a sum.
 """
 
+from typing import NamedTuple
+
 import torch
+
+
+class Epilogue(NamedTuple):
+    """What a kernel makes of a slab's products c, and what is left for PyTorch:
+
+    the problem                                       the kernel                        PyTorch
+    one row and one class to a class and row          E of factor c, its maxima
+    the same with hard negatives                      E of factor g(c), its maxima
+    sub-centres, several classes, a correction        factor c                          `finished`, E
+    the same with hard negatives                      c                                 `finished` with late_factor, E
+    """
+
+    targets: torch.Tensor  # (N,), those that the kernel leaves out: -1 where a row has several
+    several: torch.Tensor | None  # (N, K), the targets of rows that have several
+    hard: torch.Tensor | None  # (N, 4), see finished
+    columns: torch.Tensor | None  # (4, N), the same for a kernel, or None if PyTorch does it
+    in_pytorch: bool  # whether PyTorch makes E
+    finds_maxima: bool  # whether the kernel can find the largest exponents itself
+    factor: float  # of the kernel
+    late_factor: float
+
+    @classmethod
+    def of(cls, table, targets, hard, plan):
+        several = targets if targets.dim() == 2 else None
+        special = several is not None or table.correction is not None
+        in_pytorch = special or table.centers > 1
+        late = in_pytorch and hard is not None  # g is of a product, before the factor
+        return cls(
+            targets=targets if several is None else targets.new_full(targets.shape[:1], -1),
+            several=several,
+            hard=hard,
+            columns=None if hard is None or late else hard.T.contiguous(),
+            in_pytorch=in_pytorch,
+            finds_maxima=not special and (hard is None or table.centers == 1),
+            factor=1.0 if late else plan.log2_scale,
+            late_factor=plan.log2_scale if late else 1.0,
+        )
+
+
+def shift(plan, num_rows, device, largest):
+    """(N,): the plan's constant, or each row's largest exponent of a negative, which largest() finds; 0 for a row without any."""
+    if plan.shift is not None:
+        return torch.full((num_rows,), plan.shift, dtype=plan.wide, device=device)
+    found = largest()
+    return torch.where(found == -torch.inf, 0.0, found)
 
 
 def finished(products, table, start, hard, factor, dim):

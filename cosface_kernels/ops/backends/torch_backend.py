@@ -21,7 +21,7 @@ row_functions = batch_rows
 def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None):
     num_rows, size = x.shape
     low = x.to(plan.dtype)
-    shift = _shift(low, table, targets, plan, hard)
+    shift = exponents.shift(plan, num_rows, x.device, lambda: _largest_exponents(low, table, targets, plan, hard))
     # Sums over up to 10^5 slabs: in float32 they would lose three digits.
     total = torch.zeros(num_rows, dtype=_sum_dtype(x), device=x.device)
     pull = torch.zeros(num_rows if need_pull else 0, size, dtype=_sum_dtype(x), device=x.device)
@@ -76,16 +76,14 @@ def _products(low, unit, columns, table):
     return without_targets(cosines(low, unit), columns, table.centers)
 
 
-def _shift(low, table, targets, plan, hard):
-    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
-    if plan.shift is not None:
-        return torch.full((low.shape[0],), plan.shift, dtype=plan.wide, device=low.device)
+def _largest_exponents(low, table, targets, plan, hard):
+    """The largest exponent of each row (N,)."""
     largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
     for _, start, stop in plan.slabs(table):
         products = _products(low, _unit(table, start, stop, plan)[0].to(plan.dtype), targets - start, table)
         found, _ = exponents.finished(products, table, start, hard, plan.log2_scale, 1)
         largest = torch.maximum(largest, found.amax(1))
-    return torch.where(largest == -torch.inf, 0.0, largest)
+    return largest
 
 
 def without_targets(slab, columns, count):

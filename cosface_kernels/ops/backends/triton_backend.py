@@ -56,7 +56,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     attend = triton_attend.constants("attend_features", x, table, targets, plan, **needs)
     slab = _Slab(_padded(x, plan.dtype, attend), table, targets, plan, hard, need_largest)
     features = triton_attend.Features(slab.low, size, targets, plan, attend) if attend else None
-    shift = _shift(slab, plan, num_rows)
+    shift = exponents.shift(plan, num_rows, x.device, slab.largest_exponents)
     pull = torch.empty(num_rows if need_pull else 0, size, dtype=torch.float32, device=x.device)
     kept = torch.empty(plan.kept_elements, dtype=plan.dtype, device=x.device)
     partial = None if features else slab.partial()
@@ -147,14 +147,11 @@ class _Slab:
     """The buffers that every slab reuses, and the kernels that fill them, with the launch arguments of all slabs."""
 
     def __init__(self, low, table, targets, plan, hard=None, need_largest=False):
-        self.low, self.table, self.targets, self.plan, self.several = low, table, targets, plan, None
-        if targets.dim() == 2:
-            self.several = targets
-            self.targets = torch.full((len(targets),), -1, dtype=torch.int64, device=targets.device)
+        self.low, self.table, self.plan = low, table, plan
+        self.epilogue = exponents.Epilogue.of(table, targets, hard, plan)
         capability = triton_kernels.capability(low.device)
-        self.writes_exponents = table.centers > 1 or self.several is not None or table.correction is not None
         # An epilogue that holds more than E takes registers: with the widest tile they would spill.
-        narrow = self.writes_exponents or hard is not None or (need_largest and capability[0] == 10)
+        narrow = self.epilogue.in_pytorch or hard is not None or (need_largest and capability[0] == 10)
         self.config = tiles(*low.shape, plan.dtype, capability, narrow, hard is not None)
         if not narrow:
             size = table.weight.shape[1]
@@ -179,11 +176,6 @@ class _Slab:
         self._launchers = {}  # of kernels with a product
         self._unit = self._scratch = None
         self.largest = None, None
-        self.hard = hard
-        self._hard_columns = None if hard is None or self.writes_exponents else hard.T.contiguous()
-        # Hard negatives change a product, before the factor.
-        late = hard is not None and self.writes_exponents
-        self._factor, self._late_factor = (1.0, plan.log2_scale) if late else (plan.log2_scale, 1.0)
 
     def scratch(self, width):
         """Memory (N, width) for the exponentials of a slab that is not kept."""
@@ -217,13 +209,13 @@ class _Slab:
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
         """Add row sums of E to `partial`; write E into `store` (N, width) if given, zero past `stop`."""
-        if self.writes_exponents:
+        if self.epilogue.in_pytorch:
             self._from_exponents(unit, start, stop, shift, partial, store)
             return
         halves, out = self._halves and store is not None, None
         if store is not None:
             out = self._source(store, "BLOCK_N", self.config["BLOCK_C"] // (2 if halves else 1))
-        epilogue = shift, partial, *self.largest, self._hard_columns, out, unit.shape[0]
+        epilogue = shift, partial, *self.largest, self.epilogue.columns, out, unit.shape[0]
         self._launch(triton_exponentials.exponentials, unit, start, stop, *epilogue, HALVES=halves)
 
     def attended(self, start, stop, row_scale, out):
@@ -232,7 +224,7 @@ class _Slab:
             out = torch.empty(stop - start, self.low.shape[1], dtype=torch.float32, device=self.low.device)
         unit, plan, hopper = self.unit(start, stop)[: stop - start], self.plan, triton_attend.hopper()
         launch = self._launchers.setdefault(hopper.attend, hopper.launcher(TABLE=True))
-        slab = unit, self.low, self.targets, row_scale, out, start
+        slab = unit, self.low, self.epilogue.targets, row_scale, out, start
         hopper.table(launch, *slab, plan.log2_scale, plan.shift, stop - start == plan.slab)
         return out
 
@@ -242,7 +234,8 @@ class _Slab:
         epilogue = *self.largest, out, unit.shape[0]
         self._launch(triton_exponentials.exponents, unit, start, stop, *epilogue, CENTERS=self.table.centers)
         out = out[:, : stop - start]
-        return out if self.several is None else exponents.leave_out(out, self.several, start, 1)
+        several = self.epilogue.several
+        return out if several is None else exponents.leave_out(out, several, start, 1)
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
         """The same from all exponents in float32."""
@@ -254,10 +247,17 @@ class _Slab:
             store[:, : stop - start] = e
             store[:, stop - start :] = 0
 
+    def largest_exponents(self):
+        """The largest exponent of each row (N,)."""
+        partial = self.partial()
+        for _, start, stop in self.plan.slabs(self.table):
+            self.maxima(self.unit(start, stop), start, stop, partial)
+        return partial.amax(0).float()
+
     def maxima(self, unit, start, stop, partial):
         """Write row maxima of the exponents into `partial`."""
-        if self.several is None and (self.hard is None or self.table.centers == 1) and self.table.correction is None:
-            epilogue = partial, self._hard_columns
+        if self.epilogue.finds_maxima:
+            epilogue = partial, self.epilogue.columns
             self._launch(triton_exponentials.maxima, unit, start, stop, *epilogue, CENTERS=self.table.centers)
             return
         found = exponents.finished(self.exponents(unit, start, stop), *self._rest(start))[0].amax(1)
@@ -266,7 +266,7 @@ class _Slab:
 
     def _rest(self, start):
         """The arguments of exponents.finished beside a slab's products."""
-        return self.table, start, self.hard, self._late_factor, 1
+        return self.table, start, self.epilogue.hard, self.epilogue.late_factor, 1
 
     def _source(self, matrix, rows, columns):
         """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
@@ -275,6 +275,7 @@ class _Slab:
     def _launch(self, kernel, unit, start, stop, *epilogue, **constants):
         """Launch a kernel over all tiles of a slab. epilogue, constants: its arguments beside those of the product."""
         num_rows, (width, size_padded), tile = self.low.shape[0], unit.shape, self.config["BLOCK_C"]
+        targets, factor = self.epilogue.targets, self.epilogue.factor
         if num_rows:
             unit = self._source(unit, "BLOCK_C", self.config["BLOCK_K"])
             key = kernel, *(each is None for each in epilogue)  # one without memory for a result is another
@@ -282,22 +283,10 @@ class _Slab:
                 self._launchers[key] = Launcher(kernel, **self._constants, **constants)
             self._launchers[key](
                 self.row_tiles * ceil_div(width, tile),
-                *(self._low, unit, self.targets, num_rows, stop - start, size_padded, start, self._factor, *epilogue),
+                *(self._low, unit, targets, num_rows, stop - start, size_padded, start, factor, *epilogue),
                 whole=stop - start == self.plan.slab,
                 RAGGED=(stop - start) % tile != 0,
             )
-
-
-def _shift(slab, plan, num_rows):
-    """(N,): the plan's constant, or each row's largest exponent of a negative (0 for a row without any)."""
-    device = slab.low.device
-    if plan.shift is not None:
-        return torch.full((num_rows,), plan.shift, dtype=torch.float32, device=device)
-    largest = slab.partial()
-    for _, start, stop in plan.slabs(slab.table):
-        slab.maxima(slab.unit(start, stop), start, stop, largest)
-    largest = largest.amax(0).float()
-    return torch.where(largest == -torch.inf, 0.0, largest)
 
 
 def _padded(rows, dtype, attend=None, row_scale=None):
