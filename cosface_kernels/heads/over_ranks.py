@@ -26,7 +26,8 @@ from .gathered import FOREIGN, Batch
 from .placement import WHOLE, Whole
 from .rank_facts import RankFacts
 
-# Labels as the operator of one shard gets them, beside FOREIGN: ignored, and a number outside [0, C).
+# A row's label as the operator of one shard gets it is its class counted from the shard's first one; or FOREIGN, a class of another
+# shard, so that all classes here are negatives; IGNORED, no loss; INVALID, a number outside [0, C), for which it raises.
 IGNORED, INVALID = -100, -2
 
 

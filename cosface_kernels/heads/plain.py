@@ -117,6 +117,7 @@ class MarginSoftmaxLoss(Attributes):
         margins.hard_negatives.check_kind(negatives)
         given, margin = margin, self._as_margin(margin)
         margins.check(margin, bias, normalize_features)
+        # The order matters from here on: attributes.py, which sees each assignment, reads some that came before.
         self.__dict__["_negatives"] = negatives
         self.normalize_features = margin.normalize_features if normalize_features is None else normalize_features
         self.scale = default_scale(margin, self.normalize_features) if scale is None else scale
