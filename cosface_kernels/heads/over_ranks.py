@@ -26,7 +26,7 @@ from .gathered import FOREIGN, Batch
 from .placement import WHOLE, Whole
 from .rank_facts import RankFacts
 
-# A row's label as the operator of one shard gets it is its class counted from the shard's first one; or FOREIGN, a class of another
+# A row's label as the operator of one shard gets it is its class, counted from the shard's first; or FOREIGN, a class of another
 # shard, so that all classes here are negatives; IGNORED, no loss; INVALID, a number outside [0, C), for which it raises.
 IGNORED, INVALID = -100, -2
 
