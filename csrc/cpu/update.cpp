@@ -275,9 +275,18 @@ void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int
     }
 }
 
+namespace {
+
 // The same in parallel, rows from the first of grad on.
-EXPORT(void, update)(const Step *step, const float *grad, int64_t stride, const int64_t *index, int64_t first, int64_t rows, int threads) {
-#pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < rows; i++)
-        JOIN(update_rows, INSTRUCTION_SET)(step, grad + i * stride, stride, index, first + i, 1, omp_get_thread_num());
+void update(const Update &given, int threads) {
+    const Update in = given;
+#pragma omp parallel for num_threads(threads) firstprivate(in)
+    for (int64_t i = 0; i < in.rows; i++)
+        JOIN(update_rows, INSTRUCTION_SET)(in.step, in.grad + i * in.size, in.size, in.index, in.first + i, 1, omp_get_thread_num());
 }
+
+constexpr Kernel KERNELS[] = {KERNEL<Update, update>};
+
+}  // namespace
+
+EXPORT(const Kernel *, update_kernels)() { return KERNELS; }

@@ -25,6 +25,16 @@ struct Step {
     float *scratch;  // 4 D numbers for each thread
 };
 
+// A step for some rows: the arguments of update.cpp's one kernel.
+struct Update {
+    const Step *step;
+    const float *grad;     // (rows, D)
+    const int64_t *index;  // (rows,), null for the rows from `first` on
+    int64_t size, first, rows;
+};
+
+EXPORT(const Kernel *, update_kernels)();
+
 // Rows first .. of the table, or index[first] .., with their gradients grad (rows, stride).
 extern "C" void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int64_t stride, const int64_t *index,
                                                    int64_t first, int64_t rows, int thread);

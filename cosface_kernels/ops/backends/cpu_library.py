@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 16
+INTERFACE = 17
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -136,14 +136,18 @@ class Step(ctypes.Structure):
 
 def update(step, grad, index):
     """Apply a step to rows. index: a slice or int64 positions; grad: their gradient (M, D) float32."""
-    library, _ = _load()
     grad, is_slice = grad.contiguous(), isinstance(index, slice)
     first, last = (index.start, index.start + len(grad) - 1) if is_slice else map(int, index.aminmax()) if len(index) else (0, -1)
     step.check(first, last - first + 1, grad.shape[1])
-    getattr(library, f"cosface_update_{available()[0]}")(
-        *(_POINTER(step.address), _POINTER(floats("the gradient", grad, grad.numel())), _SIZE(grad.shape[1])),
-        _POINTER(None if is_slice else integers("the index", index, len(grad))),
-        *(_SIZE(first if is_slice else 0), _SIZE(len(grad)), step.threads),
+    _update_kernels(available()[0]).call(
+        "update",
+        step.threads,
+        step=step.address,
+        grad=floats("the gradient", grad, grad.numel()),
+        index=None if is_slice else integers("the index", index, len(grad)),
+        size=grad.shape[1],
+        first=first if is_slice else 0,
+        rows=len(grad),
     )
 
 
@@ -209,7 +213,9 @@ _BATCH = {
         bools="is_bfloat16",
     ),
 }
-_ARGUMENTS = {"batch_kernels": _BATCH, **{f"kernels_{numbers}": _SLAB for numbers in NUMBERS.values()}}
+# The structure of update.cpp.
+_UPDATE = {"update": _structure(pointers="step grad index", sizes="size first rows")}
+_ARGUMENTS = {"batch_kernels": _BATCH, "update_kernels": _UPDATE, **{f"kernels_{numbers}": _SLAB for numbers in NUMBERS.values()}}
 
 
 class _Kernel(ctypes.Structure):
@@ -234,6 +240,11 @@ class KernelTable:
     def fits(self):
         """True if each kernel's arguments have the size of the structure here."""
         return all(kernel.bytes == ctypes.sizeof(self._arguments[name]) for name, kernel in self._kernels.items())
+
+
+@functools.cache
+def _update_kernels(instruction_set):
+    return KernelTable("update_kernels", instruction_set)
 
 
 def filled(structure, **fields):
