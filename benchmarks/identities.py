@@ -72,7 +72,7 @@ def reused(features, weight, labels):
     def step():
         found = backend.forward(unit, table, labels, plan, need_pull=True)
         factors = SlabFactors(labels, 1.0 / found.total, unscale, classes, sums)
-        backend.backward(unit, table, factors, found.shift, found.kept, plan, gradient)
+        backend.backward(unit, table, factors, found.shift, found.kept, plan=plan, sink=gradient)
 
     return step
 

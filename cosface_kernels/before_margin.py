@@ -114,7 +114,8 @@ class Negatives(NamedTuple):
 def check_inputs(inputs, options):
     features, weight, labels, bias = inputs.features, inputs.weight, inputs.labels, inputs.bias
     several = inputs.label_weights is not None
-    validation.check_tensors(features, weight, labels, bias, options.centers_per_class, inputs.classes, several)
+    centers = options.centers_per_class
+    validation.check_tensors(features, weight, labels, bias, centers, classes=inputs.classes, several=several)
     validation.check_row_scale(inputs.weight, inputs.row_scale)
     options.check_values(inputs.features)
     validation.check_correction(options.sample_correction, inputs.classes, inputs.weight.device)

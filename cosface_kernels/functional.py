@@ -108,8 +108,14 @@ def cosine_lse(
     """
     validation.check_flag("return_largest", return_largest)
     options = LossOptions(
-        *(NormSoftmax(), scale, True, 1),
-        **{"ignore_index": ignore_index, "memory_budget": memory_budget, "backend": backend, "return_statistics": return_largest},
+        margin=NormSoftmax(),
+        scale=scale,
+        normalize_features=True,
+        centers_per_class=1,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        backend=backend,
+        return_statistics=return_largest,
     )
     inputs = Inputs(features, weight, labels)
     check_inputs(inputs, options)
@@ -177,10 +183,20 @@ def cosface_loss(
     validation.check_scale(scale)
     validation.check_margins(margin)
     options = LossOptions(
-        *(CosFace(margin), scale, None, 1, reduction, sample_correction),
-        *(ignore_index, memory_budget, backend, return_statistics, label_smoothing, negatives),
+        margin=CosFace(margin),
+        scale=scale,
+        normalize_features=None,
+        centers_per_class=1,
+        reduction=reduction,
+        sample_correction=sample_correction,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        backend=backend,
+        return_statistics=return_statistics,
+        label_smoothing=label_smoothing,
+        negatives=negatives,
     )
-    return loss_of_table(Inputs(features, weight, labels, None, classes, None, class_weight), options)
+    return loss_of_table(Inputs(features, weight, labels, classes=classes, class_weight=class_weight), options)
 
 
 @overload
@@ -272,8 +288,20 @@ def margin_softmax_loss(
     classes: Partial FC, X. An et al., arXiv 2010.05222.
     """
     options = LossOptions(
-        *(margin, scale, normalize_features, centers_per_class, reduction, sample_correction),
-        *(ignore_index, memory_budget, backend, return_statistics, label_smoothing, negatives),
+        margin=margin,
+        scale=scale,
+        normalize_features=normalize_features,
+        centers_per_class=centers_per_class,
+        reduction=reduction,
+        sample_correction=sample_correction,
+        ignore_index=ignore_index,
+        memory_budget=memory_budget,
+        backend=backend,
+        return_statistics=return_statistics,
+        label_smoothing=label_smoothing,
+        negatives=negatives,
     )
     labels, label_weights = positives.merged(labels, label_weights, ignore_index, features)
-    return loss_of_table(Inputs(features, weight, labels, bias, classes, label_weights, class_weight), options)
+    return loss_of_table(
+        Inputs(features, weight, labels, bias, classes=classes, label_weights=label_weights, class_weight=class_weight), options
+    )

@@ -31,7 +31,7 @@ def attended(monkeypatch):
     names = []
     parts, backward = triton_attend.Features.parts, triton_attend.backward
     monkeypatch.setattr(triton_attend.Features, "parts", lambda *given: names.append("forward") or parts(*given))
-    monkeypatch.setattr(triton_attend, "backward", lambda *given: names.append("backward") or backward(*given))
+    monkeypatch.setattr(triton_attend, "backward", lambda *given, **named: names.append("backward") or backward(*given, **named))
     return names
 
 

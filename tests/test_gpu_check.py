@@ -442,7 +442,7 @@ class TestWork:
         from cosface_kernels.ops.backends import triton_attend
 
         attended, attend = [], triton_attend.backward
-        monkeypatch.setattr(triton_attend, "backward", lambda *given: attended.append(attend(*given)))
+        monkeypatch.setattr(triton_attend, "backward", lambda *given, **named: attended.append(attend(*given, **named)))
         cases = [
             {"rows": 9, "classes": 130, "size": 24, "precision": "bfloat16"},
             {"rows": 8, "classes": 128, "size": 16, "update": "int8"},

@@ -67,3 +67,35 @@ def test_no_more_than_four_values_are_unpacked_by_position():
         unpacked = [each for each in nodes if isinstance(each, ast.Tuple | ast.List) and isinstance(each.ctx, ast.Store)]
         wrong += [f"{path}:{each.lineno}" for each in unpacked if len(each.elts) > 4 and id(each) not in beside]
     assert not wrong
+
+
+# Take any number of arguments, each its own place: a kernel's launchers in triton_*.py, and `refuse` of the command's arguments.
+LAUNCHERS = {"launch", "attend", "project", "add_pull", "self._attend", "self._normalize"}
+OF_ANY_NUMBER = {"refuse"}
+
+
+def test_no_more_than_six_arguments_are_passed_by_position():
+    """Whoever reorders a signature would swap two unseen. Each element of a literal after a star counts."""
+    wrong = []
+    for path in FILES:
+        exempt = OF_ANY_NUMBER | (LAUNCHERS if path.name.startswith("triton_") else set())
+        for call in calls_outside_kernels(ast.parse(path.read_text())):
+            is_launch = isinstance(call.func, ast.Subscript)  # kernel[grid](...)
+            if sum(map(places, call.args)) > 6 and not is_launch and ast.unparse(call.func) not in exempt:
+                wrong.append(f"{path}:{call.lineno}")
+    assert not wrong
+
+
+def places(argument):
+    is_literal = isinstance(argument, ast.Starred) and isinstance(argument.value, ast.Tuple | ast.List)
+    return len(argument.value.elts) if is_literal else 1
+
+
+def calls_outside_kernels(node):
+    """The calls below a node that are not in a function for triton.jit or gluon.jit."""
+    for child in ast.iter_child_nodes(node):
+        if any("jit" in ast.unparse(decorator) for decorator in getattr(child, "decorator_list", ())):
+            continue
+        if isinstance(child, ast.Call):
+            yield child
+        yield from calls_outside_kernels(child)

@@ -1,5 +1,6 @@
 """Does a call do the work that it is asked for and no more, in the precision that is asked for?"""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
@@ -22,8 +23,8 @@ def calls(monkeypatch):
 
     def spy(name, function):
         def call(*arguments, **keywords):
-            plan = next(argument for argument in arguments if hasattr(argument, "kept_slabs"))
-            recorded.append((name, plan, keywords.get("need_pull")))
+            bound = inspect.signature(function).bind(*arguments, **keywords).arguments
+            recorded.append((name, bound["plan"], bound.get("need_pull")))
             return function(*arguments, **keywords)
 
         return call

@@ -124,7 +124,9 @@ def load_checkpoint(
     manifest = _together(lambda: files.read_manifest(folder))
     _together(lambda: files.verify(folder, manifest, ranks.rank, ranks.size))
     metadata, shared, own = _together(lambda: _read(folder, manifest))
-    state, optimizers, tensors = _together(lambda: _prepare(folder, module, optimizer, metadata, shared, grow, strict))
+    state, optimizers, tensors = _together(
+        lambda: _prepare(folder, module, optimizer, metadata=metadata, shared=shared, grow=grow, strict=strict)
+    )
     _together(lambda: _read_tensors(folder, metadata, tensors))
     module.load_state_dict(state, strict=strict)
     for each, found in optimizers.values():
@@ -250,7 +252,7 @@ def _prepare(folder, module, optimizer, metadata, shared, grow, strict):
     elif not problems:
         for name, each in named.items():
             found, prepared, differences = optimizer_state.prepare(
-                f"optimizer/{name}", each, module, shared["optimizers"][name], saved, grow, there
+                f"optimizer/{name}", each, module, saved=shared["optimizers"][name], metadata=saved, grow=grow, there=there
             )
             optimizers[name] = each, prepared
             tensors |= found

@@ -35,9 +35,17 @@ class RankFacts(NamedTuple):
         values = [value.item() if isinstance(value, torch.Tensor) else value for value in values]
         values.append(head.hard_classes is None)
         options = zlib.crc32(repr([*values, *_margin_facts(head._margin(), len(features))]).encode())
-        dtype, grad_mode = validation.FLOAT_DTYPES.index(features.dtype), torch.is_grad_enabled()
-        needs_gradient = grad_mode and features.requires_grad
-        return cls(len(features), dtype, grad_mode, options, needs_gradient, k, statistics, label_columns)
+        grad_mode = torch.is_grad_enabled()
+        return cls(
+            num_rows=len(features),
+            dtype=validation.FLOAT_DTYPES.index(features.dtype),
+            grad_mode=grad_mode,
+            options=options,
+            needs_gradient=grad_mode and features.requires_grad,
+            k=k,
+            statistics=statistics,
+            label_columns=label_columns,
+        )
 
     @classmethod
     def agreed(cls, ranks, of_this_rank, device):

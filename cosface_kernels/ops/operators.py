@@ -211,11 +211,11 @@ def _write_slabs(backend, sink, table, factors, options):
     if whole and one_call.backward(factors, table, options, plan, sink):
         return
     slab_factors = rows.slab_factors(factors, table, options)
-    backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan, sink, hard=hard)
+    backend.backward(unit, table, slab_factors, factors.shift, factors.kept, plan=plan, sink=sink, hard=hard)
 
 
 negative_lse_backward = Operator(
-    *("negative_lse_backward", (Vectors, Problem, Saved, Options, Needs), (Gradients,), _negative_lse_backward), inputs=2
+    "negative_lse_backward", (Vectors, Problem, Saved, Options, Needs), (Gradients,), _negative_lse_backward, inputs=2
 )
 
 

@@ -297,12 +297,18 @@ class Fused(torch.optim.Optimizer):
         for name in self._names(group):
             scale = state.get(f"{name}_scale")
             buffers.append((table_state.rows_of(state[name]), None if scale is None else dtensors.local(scale)))
-        key = formats.rounding_key(group["seed"], rounding_step)
-        first_row = dtensors.first_row(parameter)
-        rows, rule = table_state.rows_of(parameter.detach()), self._rule(group, parameter, skip)
         longest = group["max_row_norm"]
         longest = None if longest is None else max(float(longest), 2.0**-126)  # as a float32 it is not 0
-        return rules.Part(rows, buffers, rule, key, first_row, skip, longest, class_tables.row_scale(parameter))
+        return rules.Part(
+            rows=table_state.rows_of(parameter.detach()),
+            states=buffers,
+            rule=self._rule(group, parameter, skip),
+            key=formats.rounding_key(group["seed"], rounding_step),
+            first_row=dtensors.first_row(parameter),
+            skip=skip,
+            max_row_norm=longest,
+            row_scale=class_tables.row_scale(parameter),
+        )
 
     def _names(self, group):
         """Names of the state that a group's parameters need."""

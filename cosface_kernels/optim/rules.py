@@ -93,7 +93,16 @@ class AdamW(NamedTuple):
 
     def numbers(self):
         (first, second), sign = self.betas, -1.0 if self.maximize else 1.0
-        return Numbers(self.lr, self.weight_decay, sign, 0.0, self.eps, first, second, 1 - first, 1 - second)
+        return Numbers(
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            sign=sign,
+            eps=self.eps,
+            first_decay=first,
+            second_decay=second,
+            first_rate=1 - first,
+            second_rate=1 - second,
+        )
 
     def corrections(self):
         """See SGD."""
@@ -142,7 +151,7 @@ class Part(NamedTuple):
         first, second = self.rule.corrections()
         numbers = self.rule.numbers()._asdict() | {"first_correction": first, "second_correction": second}
         numbers["max_row_norm"] = self.max_row_norm or 0.0
-        return cpu_library.Step.of(self.rule.kind, numbers, self.rows, self.row_scale, self.states, self.first_row, self.key)
+        return cpu_library.Step.of(self, numbers)
 
     def is_native(self):
         return cpu_library.has_vectors() and self.rows.device.type == "cpu" and self.rows.dtype != torch.float64

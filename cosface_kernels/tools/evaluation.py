@@ -175,7 +175,9 @@ def _reproduce(arguments):
             return reproduce.write("toy", reproduce.toy(toy.run(out, torch.device("cpu"))), out)
         if pairs:
             steps = arguments.steps or photographs.STEPS
-            results = reproduce.run_on_photographs(name, data, pairs, arguments.images, arguments.seeds, steps, out)
+            results = reproduce.run_on_photographs(
+                name, data, paths=pairs, images=arguments.images, seeds=arguments.seeds, steps=steps, out=out
+            )
             lines = reproduce.report_of_photographs(name, results, pairs)
             return reproduce.write(f"{name}-{Path(data).stem}", lines, out)
         results = reproduce.run(name, data, arguments.seeds, arguments.steps or recipes.STEPS, out)

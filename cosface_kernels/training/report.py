@@ -143,7 +143,7 @@ def compare(runs, out):
     values = {key: [each.settings.get(key) for each in found] for key in settings.FIELDS if key != "out"}
     differing = {key: [json.dumps(each) for each in row] for key, row in values.items() if any(each != row[0] for each in row)}
     after = f"<h2>Settings that differ</h2>{_table(differing, names) if differing else '<p>none</p>'}"
-    return page(Path(out), "Comparison", ", ".join(names), rows, charts, names, after), rows, names
+    return page(Path(out), "Comparison", ", ".join(names), rows, charts, names=names, after=after), rows, names
 
 
 @torch.no_grad()

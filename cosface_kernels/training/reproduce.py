@@ -43,7 +43,7 @@ def run(experiment, data, seeds, steps, out, done=print):
         scores = recipes.train(make_loss, datasets[seed], seed, steps)._asdict()
         return line | scores | {"minutes": round((time.process_time() - start) / 60, 2)}
 
-    return _results(experiment, data, seeds, recipes.settings(steps, data), Path(out), trained, done)
+    return _results(experiment, data, seeds, recipes.settings(steps, data), Path(out), trained=trained, done=done)
 
 
 def run_on_photographs(experiment, data, paths, images, seeds, steps, out, done=print):
@@ -58,7 +58,7 @@ def run_on_photographs(experiment, data, paths, images, seeds, steps, out, done=
             scores = scores | {each: photographs.score(network, listed[each]) for each in sorted(missing)}
         return line | {"pairs": scores}
 
-    results = _results(experiment, data, seeds, photographs.settings(steps), out, trained, done)
+    results = _results(experiment, data, seeds, photographs.settings(steps), out, trained=trained, done=done)
     return [line | {"pairs": {each: line["pairs"][each] for each in listed}} for line in results]
 
 

@@ -52,8 +52,9 @@ class Sums(NamedTuple):
     row_sum: torch.Tensor | None = None  # (D,) any float dtype; None where not needed
 
     @classmethod
-    def of(cls, shift, total, pull, kept, largest, row_sum):
-        return cls(total.log().add_(shift, alpha=math.log(2)), shift, total, pull, kept, largest, row_sum)
+    def of(cls, shift, total, pull, kept, largest=None, row_sum=None):
+        lse = total.log().add_(shift, alpha=math.log(2))
+        return cls(lse, shift, total, pull, kept, largest=largest, row_sum=row_sum)
 
 
 NO_TRITON = 'triton is not installed: pip install "cosface-kernels[triton]"'

@@ -157,7 +157,7 @@ class _Slab:
 
     def _from_exponents(self, start, stop, shift, e, panels):
         """The same from all exponents in float32."""
-        exact, to_keep = exponents.exponentials(self.exponents(start, stop), shift, *self._rest(start))
+        exact, to_keep = exponents.exponentials(self.exponents(start, stop), shift, **self._rest(start))
         low = to_keep.to(self.plan.dtype)
         if e is not None:
             e[: stop - start] = low
@@ -182,13 +182,14 @@ class _Slab:
             if self.epilogue.finds_maxima:
                 found = self.maxima(start, stop)
             else:
-                found, _ = exponents.finished(self.exponents(start, stop), *self._rest(start))
+                found, _ = exponents.finished(self.exponents(start, stop), **self._rest(start))
             largest = torch.maximum(largest, found.amax(0))
         return largest
 
     def _rest(self, start):
         """The arguments of exponents.finished beside a slab's products."""
-        return self.table, start, self.epilogue.hard, self.epilogue.late_factor, 0
+        hard, factor = self.epilogue.hard, self.epilogue.late_factor
+        return {"table": self.table, "start": start, "hard": hard, "factor": factor, "dim": 0}
 
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""

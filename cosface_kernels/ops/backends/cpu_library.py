@@ -102,20 +102,21 @@ class Step(ctypes.Structure):
     NAMES = dict(_fields_).keys()
 
     @classmethod
-    def of(cls, rule, numbers, rows, row_scale, states, first_row, key):
+    def of(cls, part, numbers):
+        rows, states = part.rows, part.states
         threads, size = torch.get_num_threads(), rows.shape[1]
         room = torch.empty(threads, 4, size, dtype=torch.float32, device="cpu")
         buffers = [_Buffer.of(f"state {k}", *state, rows.shape) for k, state in enumerate(states)]
         buffers += [_Buffer()] * (cls._STATES - len(states))
         step = filled(
             cls,
-            rule=rule,
+            rule=part.rule.kind,
             **numbers,
-            table=_Buffer.of("the table", rows, row_scale, rows.shape),
+            table=_Buffer.of("the table", rows, part.row_scale, rows.shape),
             states=(_Buffer * cls._STATES)(*buffers),
             size=size,
-            first_of_shard=first_row,
-            key=key,
+            first_of_shard=part.first_row,
+            key=part.key,
             scratch=floats("scratch", room, threads * 4 * size),
         )
         step.shape, step.threads, step._room = rows.shape, threads, room  # keep the scratch alive as long as the step

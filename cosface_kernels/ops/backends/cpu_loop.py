@@ -32,7 +32,7 @@ def forward(x, table, labels, options, plan, need_pull):
     kernels.table.call(
         "forward",
         threads,
-        loop=_loop(table, labels, unit, shift, kept, options, plan, threads, room),
+        loop=_loop(table, options, plan, labels=labels, unit=unit, shift=shift, kept=kept, room=room, threads=threads),
         x=rows_of_table("features", x, num_rows * size),
         target_unit=floats("targets' unit rows", target_unit, num_rows * size),
         inverse_norms=floats("inverse norms", inverse_norm, num_rows),
@@ -46,7 +46,7 @@ def forward(x, table, labels, options, plan, need_pull):
     )
     if unknown.value:
         value_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
-    return Entered(None, unit, inverse_norm, target_unit, product), Sums.of(shift, total, pull, kept, None, None)
+    return Entered(None, unit, inverse_norm, target_unit, product), Sums.of(shift, total, pull, kept)
 
 
 def backward(factors, table, options, plan, sink):
@@ -68,7 +68,7 @@ def backward(factors, table, options, plan, sink):
     kernels.table.call(
         "backward",
         threads,
-        loop=_loop(table, labels, unit, shift, kept, options, plan, threads, room),
+        loop=_loop(table, options, plan, labels=labels, unit=unit, shift=shift, kept=kept, room=room, threads=threads),
         lse_grads=floats("gradients of log-sum-exps", lse_grad, num_rows),
         product_grads=floats("gradients of products", product_grad, num_rows),
         totals=floats("totals", total, num_rows),
@@ -79,7 +79,7 @@ def backward(factors, table, options, plan, sink):
     return True
 
 
-def _loop(table, labels, unit, shift, kept, options, plan, threads, room):
+def _loop(table, options, plan, *, labels, unit, shift, kept, room, threads):
     """What both have in common; room: float32 numbers."""
     weight, classes, (num_rows, size) = table.weight, table.num_rows, unit.shape
     kept_classes = min(plan.kept_slabs * plan.slab, classes)

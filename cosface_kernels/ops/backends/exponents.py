@@ -59,7 +59,7 @@ def shift(plan, num_rows, device, largest):
     return torch.where(found == -torch.inf, 0.0, found)
 
 
-def finished(products, table, start, hard, factor, dim):
+def finished(products, *, table, start, hard, factor, dim):
     """(factor g(c) + the class's correction; g'(c), or None without hard negatives), in place of a slab's products c.
 
     start: the slab's first position. dim: that of the classes, 1, or 0 for (B, N). Of sub-centres all but the nearest are -inf.
@@ -74,10 +74,10 @@ def finished(products, table, start, hard, factor, dim):
     return products, slope
 
 
-def exponentials(products, shift, *rest):
-    """(E, E g'), E = 2^{exponent - shift}, in place of the products; one tensor without hard negatives. rest: as above."""
-    exponents, slope = finished(products, *rest)
-    e = exponents.sub_(shift.unsqueeze(rest[-1])).exp2_()
+def exponentials(products, shift, *, dim, **rest):
+    """(E, E g'), E = 2^{exponent - shift}, in place of the products; one tensor without hard negatives. dim, rest: as above."""
+    exponents, slope = finished(products, dim=dim, **rest)
+    e = exponents.sub_(shift.unsqueeze(dim)).exp2_()
     return e, e if slope is None else e * slope
 
 

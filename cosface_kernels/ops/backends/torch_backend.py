@@ -36,7 +36,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             value, place = products.max(1)  # the first of equal ones
             parts = [*([] if largest is None else [largest]), Largest(value, place + start)]
             largest = Largest.of_parts(*map(torch.stack, zip(*parts, strict=True)))
-        summed, e = exponents.exponentials(products, shift, table, start, hard, plan.log2_scale, 1)
+        summed, e = exponents.exponentials(products, shift, table=table, start=start, hard=hard, factor=plan.log2_scale, dim=1)
         total += summed.sum(1)
         place = plan.kept_view(kept, index, num_rows, aligned(stop - start))
         if place is not None:
@@ -57,7 +57,8 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
         e = plan.kept_view(kept, index, len(x), aligned(stop - start))
         if e is None:
             products = _products(low, unit.to(plan.dtype), factors.targets - start, table)
-            e = exponents.exponentials(products, shift, table, start, hard, plan.log2_scale, 1)[1].to(plan.dtype)
+            rest = {"table": table, "start": start, "hard": hard, "factor": plan.log2_scale, "dim": 1}
+            e = exponents.exponentials(products, shift, **rest)[1].to(plan.dtype)
         unit_grad = accumulated(e[:, : stop - start].T, scaled)
         if factors.common is not None:
             unit_grad += factors.common
@@ -81,7 +82,7 @@ def _largest_exponents(low, table, targets, plan, hard):
     largest = torch.full((low.shape[0],), -torch.inf, dtype=plan.wide, device=low.device)
     for _, start, stop in plan.slabs(table):
         products = _products(low, _unit(table, start, stop, plan)[0].to(plan.dtype), targets - start, table)
-        found, _ = exponents.finished(products, table, start, hard, plan.log2_scale, 1)
+        found, _ = exponents.finished(products, table=table, start=start, hard=hard, factor=plan.log2_scale, dim=1)
         largest = torch.maximum(largest, found.amax(1))
     return largest
 

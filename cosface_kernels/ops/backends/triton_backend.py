@@ -96,7 +96,8 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
                 FIRST=first,
                 LAST=last,
             )
-    return Sums(lse, shift, total, pull, kept, Largest.of_parts(*slab.largest) if need_largest else None, row_sum)
+    largest = Largest.of_parts(*slab.largest) if need_largest else None
+    return Sums(lse, shift, total, pull, kept, largest=largest, row_sum=row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
@@ -104,7 +105,7 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     attend = triton_attend.constants("attend_table", x, table, factors.targets, plan, common=factors.common, hard=hard)
     gluon = attend is not None and attend.get("GLUON", False)
     if attend and not gluon:
-        triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, attend)
+        triton_attend.backward(_padded(x, plan.dtype, attend), size, table, factors, plan, sink, constants=attend)
         return
     scaled = _padded(x, plan.dtype, attend, row_scale=factors.row_scale)
     if plan.kept_slabs * plan.slab < table.num_rows:
@@ -239,7 +240,7 @@ class _Slab:
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
         """The same from all exponents in float32."""
-        summed, e = exponents.exponentials(self.exponents(unit, start, stop), shift, *self._rest(start))
+        summed, e = exponents.exponentials(self.exponents(unit, start, stop), shift, **self._rest(start))
         if start == 0:
             partial.zero_()
         partial[0] += summed.sum(1, dtype=torch.float64)
@@ -260,13 +261,14 @@ class _Slab:
             epilogue = partial, self.epilogue.columns
             self._launch(triton_exponentials.maxima, unit, start, stop, *epilogue, CENTERS=self.table.centers)
             return
-        found = exponents.finished(self.exponents(unit, start, stop), *self._rest(start))[0].amax(1)
+        found = exponents.finished(self.exponents(unit, start, stop), **self._rest(start))[0].amax(1)
         partial[0] = found if start == 0 else torch.maximum(partial[0], found)
         partial[1:] = -torch.inf
 
     def _rest(self, start):
         """The arguments of exponents.finished beside a slab's products."""
-        return self.table, start, self.epilogue.hard, self.epilogue.late_factor, 1
+        hard, factor = self.epilogue.hard, self.epilogue.late_factor
+        return {"table": self.table, "start": start, "hard": hard, "factor": factor, "dim": 1}
 
     def _source(self, matrix, rows, columns):
         """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
