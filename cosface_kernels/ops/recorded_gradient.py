@@ -57,10 +57,10 @@ class _Sum:
         """Set which rows of the table the next slabs belong to: index (M,), or None for all."""
         self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
 
-    def native_update(self):
+    def whole(self):
         return None
 
-    device_update = native_update
+    native_update = device_update = whole
 
     def room(self, start, stop, dtype=None):
         return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)

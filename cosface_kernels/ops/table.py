@@ -81,6 +81,9 @@ class Sink(Protocol):
     def put(self, start, stop, rows):
         """Take the rows at positions start .. stop."""
 
+    def whole(self):
+        """The tensor (R, D) to write all rows to at once (`room` and `put` are then not called), or None."""
+
     def native_update(self):
         """The C struct of an optimiser's step, if native code can apply it to each row as it is made (`room` and `put` are
         then not called). Else None."""
@@ -101,6 +104,9 @@ class TableGradient(NamedTuple):
         shape, bias = (table.num_rows, table.weight.shape[1]), table.bias
         weight = page_pool.empty(shape, table.weight.dtype, table.weight.device)
         return cls(weight, None if bias is None else torch.empty(shape[0], dtype=bias.dtype, device=bias.device))
+
+    def whole(self):
+        return self.weight if self.bias is None else None
 
     def native_update(self):
         return None

@@ -194,6 +194,9 @@ class Update:
         if self.bias is not None:
             self.bias.apply(index, rows[:, size:])
 
+    def whole(self):
+        return None
+
     def native_update(self):
         whole = self.table.index is None and self.bias is None and self.table.bias is None
         return self.weight.native_update() if whole and self.weight is not None and self.weight.is_native() else None

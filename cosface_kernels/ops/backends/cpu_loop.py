@@ -6,7 +6,6 @@ import torch
 
 from .. import page_pool, value_checks
 from ..batch_rows import Entered
-from ..table import TableGradient
 from . import Sums, cpu_kernels, cpu_library
 from .cpu_library import TABLE_DTYPES, floats, integers, pointer, rows_of_table
 from .cpu_rows import is_readable, readable
@@ -51,11 +50,10 @@ def forward(x, table, labels, options, plan, need_pull):
 
 def backward(factors, table, options, plan, sink):
     """Write dW into a Sink. factors: operands.TableFactors. Returns False where the sink wants slabs, and then does nothing."""
-    step, grad, (num_rows, size) = sink.native_update(), None, factors.unit.shape
-    if not step:
-        if not isinstance(sink, TableGradient) or sink.weight.dtype not in TABLE_DTYPES:
-            return False
-        grad = sink.weight
+    step, (num_rows, size) = sink.native_update(), factors.unit.shape
+    grad = sink.whole() if step is None else None
+    if step is None and (grad is None or grad.dtype not in TABLE_DTYPES):
+        return False
     labels, unit, total = factors.labels.contiguous(), factors.unit.contiguous(), factors.total.contiguous()
     lse_grad, product_grad = factors.lse_grad.contiguous(), factors.product_grad.contiguous()
     shift, kept = factors.shift.contiguous(), factors.kept
