@@ -31,7 +31,7 @@ def flatten(prefix, optimizer, module):
     tensors, states = {}, {}
     for parameter, state in optimizer.state.items():
         if parameter not in names:
-            raise ValueError(f"{prefix} has state of something that is no parameter of its: {parameter!r}")
+            raise ValueError(f"{prefix} has state of something that is not one of its parameters: {parameter!r}")
         if "interrupted" in state:
             raise RuntimeError(
                 f"{prefix} was interrupted in a step, so the table is between two, and is not saved: see its step()"

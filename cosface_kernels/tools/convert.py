@@ -222,7 +222,7 @@ def _check_sums(path):
             damaged = archive.testzip()
     if damaged is not None:
         raise ValueError(
-            f"{path}: {damaged} in it is not what its checksum was made of: the file was changed since, or written "
+            f"{path}: {damaged} in it does not match its checksum: the file was changed since, or written "
             "without checksums (torch.serialization.set_crc32_options); if you trust it, load it and save it again"
         )
 
@@ -261,7 +261,7 @@ def _check_shards(paths, tables, system):
 
 
 def _check_target(target, inputs, force):
-    """Before any work, since reading may take minutes."""
+    """Refuse a target that cannot be written, before the inputs are read, which may take minutes."""
     is_read = target.exists() and any(path.exists() and path.samefile(target) for path in inputs)
     for is_wrong, why in (
         (target.is_dir(), "it is a folder"),

@@ -80,7 +80,7 @@ def check_label_smoothing(label_smoothing, centers_per_class):
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     if label_smoothing and centers_per_class > 1:
         raise ValueError(
-            "label_smoothing needs the mean of all logits, which of sub-centres only a second pass would find: "
+            "label_smoothing needs the mean of all logits, and with sub-centres that would take a second pass: "
             f"centers_per_class must be 1, got {centers_per_class}"
         )
 
