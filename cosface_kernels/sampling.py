@@ -12,7 +12,7 @@ def sample_classes(labels: Tensor, num_classes: int, rate: float, *, seed: int =
     """The classes that take part in a step: those of the labels, and others drawn at random.
 
     M = rate C in all, rounded, or the smaller of N and C if that is more: so there is room for the classes of any labels, and
-    nothing waits for a GPU. Each class that is no label's is drawn with probability (M - P) / (C - P), P being the number of
+    nothing waits for a GPU. A class of no label is drawn with probability (M - P) / (C - P), where P is the number of
     different classes among the labels. A pure function of its arguments, on one kind of device: a run resumed at the same step
     draws the same classes.
 

@@ -7,7 +7,7 @@ import torch
 
 
 def states():
-    """Those of this process, plain data."""
+    """The states of this process's generators, as plain data."""
     found = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_initialized():
         found["cuda"] = torch.cuda.get_rng_state()

@@ -38,7 +38,7 @@ class _Names:
 
 
 class _Shards(_Names):
-    """Those of a head with shards."""
+    """The names of the parameters of a head in shards, which that head itself holds."""
 
     def __reduce__(self):
         return _Shards, (self._module(),)
@@ -75,8 +75,8 @@ def check_fused():
 
 
 def with_dense_gradient(rows, head):
-    """rows of a head's table, whose sparse gradient becomes dense where it meets code that takes no other: the average of
-    DistributedDataParallel or fully_shard, or the backward of what the table is computed by, as under torch.nn.utils.parametrize.
+    """The rows of a head's table. Their sparse gradient becomes dense where the next code needs that: the averaging of
+    DistributedDataParallel or fully_shard, or the backward of a computed table, as under torch.nn.utils.parametrize.
     """
     needs = rows is not None and (not rows.is_leaf or head._is_fully_sharded or around() is not None)
     return _Dense.apply(rows) if needs else rows

@@ -53,7 +53,7 @@ class OverRanks(Whole):
         float8.fill(weight, head._row_scale(), lambda rows: rows.normal_(std=0.01, generator=generator))
 
     def refuse(self, head, error):
-        """Raise it on every rank, in place of the exchange with which their calls begin."""
+        """Raise a call's error on every rank, in place of the exchange with which their calls begin."""
 
         def of_this_rank():
             raise error
@@ -117,7 +117,7 @@ class OverRanks(Whole):
         return self._nearest(head, head, rows, ranks.gather(features, counts), counts, k)
 
     def _nearest(self, head, kind, rows, gathered, counts, k):
-        """This rank's rows of the largest logits, of the whole table, of all ranks' features."""
+        """(values, indices): the k largest logits of this rank's features, of the whole table. gathered: all ranks' features."""
         ranks = self.ranks(head.weight)
         values, indices = logits.largest(kind, rows, gathered, k)
         missing = k - values.shape[1]

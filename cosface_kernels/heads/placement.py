@@ -23,7 +23,7 @@ class Whole:
         return torch.empty(rows, *size, device=device, dtype=dtype)
 
     def enter(self, head):
-        """Prepare a head that was just made for what it may be put into."""
+        """Prepare a new head for modules that it may be put into, such as DistributedDataParallel."""
 
     def draw(self, head):
         """Fill the table with its initial values."""
@@ -54,7 +54,7 @@ class Whole:
         return dtensors.ranks(weight)
 
     def refuse(self, head, error):
-        """Raise the error that a call of the head is."""
+        """Raise the error in the arguments of a call of the head."""
         raise error
 
     def batch(self, head, table, inputs, options):

@@ -250,7 +250,7 @@ class MarginSoftmaxLoss(Attributes):
 
     @torch._disable_dynamo
     def _recorded_loss(self, *asked):
-        """The same, whose recording PyTorch cannot compile; nor, up to 2.11, the objects that a break within would keep."""
+        """`_loss` outside of a graph: its recording cannot be compiled; nor, up to 2.11, objects kept at a break within."""
         return self._loss(*asked)
 
     def logits(self, features: Tensor) -> Tensor:

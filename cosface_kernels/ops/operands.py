@@ -71,7 +71,7 @@ class Vectors(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """A batch beside its classes, before the slabs."""
+    """The products of a batch's rows with their own classes, and the features that they are made of."""
 
     product: Tensor  # x̃_n·w̃_{y_n} (N, K)
     unit: Tensor  # x̃ (N, D)

@@ -138,7 +138,7 @@ def automatic_budget(weight):
 
 @torch._disable_dynamo
 def _recorded(parameters, vectors, saved, problem, options):
-    """The same Vectors, whose gradients are recorded when backward asks for the table's.
+    """The given Vectors with gradients that are recorded when backward asks for the table's.
 
     The operator that made them saw a detached table. Zeros that depend on the table are added to them, so that the path to the
     features does not lead through the recording: torch.autograd.grad(loss, features) records nothing.
@@ -230,7 +230,7 @@ def _own_hooks(parameter):
 
 
 def _leaf_hooks(parameter):
-    """Those of the node of autograd that accumulates the gradient. PyTorch tells only the garbage collector of them, and only
+    """The hooks of the node of autograd that accumulates the gradient. PyTorch tells only the garbage collector of them, and only
     while no graph holds the node, as before the first forward pass.
     """
     if not parameter.requires_grad:

@@ -14,7 +14,14 @@ LIBRARY = library.Library("cosface_kernels", "FRAGMENT")
 class Operator:
     """The operator torch.ops.cosface_kernels.<name>, called with objects of the classes `takes`, and giving those of `gives`.
 
-    PyTorch sees their fields, one after another. Does the same as library.custom_op, whose register_autograd looks up each
+    PyTorch sees their fields, one after another. A call gets to the implementation in one of three ways:
+        __call__, where autograd alone would see the call: _with_autograd(implementation), past PyTorch's dispatcher;
+        else __call__ dispatches. For a differentiable operator the dispatcher's autograd key then calls _above_autograd, which
+        is _with_autograd(_below_autograd); for others, and without that key, the dispatcher calls the implementation itself;
+        _below_autograd dispatches again, for the keys below autograd: to the implementation, or to the fake one in a trace.
+    _with_autograd applies the autograd Function where a gradient is wanted, else it only calls what it is given.
+
+    Does the same as library.custom_op, whose register_autograd looks up each
     argument's default in each call, and these have many. torch.compile does not trace into it, as with custom_op.
     inputs: how many of the objects, the first ones, hold tensors that no other operator of a step has seen.
     """

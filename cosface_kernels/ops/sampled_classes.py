@@ -74,7 +74,7 @@ def random_bits(device, seed, step, count):
 
 
 def hashed_bits(device, seed, step, count):
-    """The same for a step on the device, which would reach a generator through the host alone: splitmix64, in wrapping sums."""
+    """random_bits for a step on the device, which only the host could hand to a generator: splitmix64, in wrapping sums."""
     start = _mixed(step.to(device) + _signed(seed * SEED_STRIDE))
     return _unsigned_shift(_mixed(start + torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(SEED_STRIDE)), 1)
 

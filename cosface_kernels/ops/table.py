@@ -89,7 +89,7 @@ class Sink(Protocol):
         then not called). Else None."""
 
     def device_update(self):
-        """The same for a GPU: [(a Part of the optimiser, first column of its gradient)] for triton_update.py, or None."""
+        """The step for a kernel to apply on a GPU: [(a Part, first column of its gradient)] for triton_update.py, or None."""
 
 
 class TableGradient(NamedTuple):

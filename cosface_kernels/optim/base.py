@@ -157,7 +157,7 @@ class Fused(torch.optim.Optimizer):
                 )
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim.Optimizer. Raises RuntimeError after a step that was interrupted, see `step`."""
+        """The state_dict of torch.optim.Optimizer. Raises RuntimeError after a step that was interrupted, see `step`."""
         for weight, _ in self._tables:
             table_state.check_whole(self.state.get(weight, {}))
         return super().state_dict()
@@ -175,7 +175,7 @@ class Fused(torch.optim.Optimizer):
         return found is not None and found.optimizer() is self
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim.Optimizer, but state keeps the dtype that it has in the state_dict.
+        """Load a state_dict as torch.optim.Optimizer does, but keep the dtype that state has there.
 
         Raises:
             ValueError: state of another shape than the table's, or of another rule; an option that is not supported.

@@ -61,7 +61,7 @@ class SGD(NamedTuple):
         return Numbers(self.lr, self.weight_decay, sign, nesterov=float(self.nesterov), first_decay=self.momentum)
 
     def corrections(self):
-        """(1 - β1^t, √(1 - β2^t)), where the rule has them."""
+        """The bias corrections (1 - β1^t, √(1 - β2^t)); zeros where the rule has none."""
         return 0.0, 0.0
 
 
@@ -105,7 +105,7 @@ class AdamW(NamedTuple):
         )
 
     def corrections(self):
-        """See SGD."""
+        """(1 - β1^t, √(1 - β2^t))."""
         (first, second), step = self.betas, float(self.step)
         return 1 - first**step, math.sqrt(1 - second**step)
 

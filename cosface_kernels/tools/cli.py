@@ -206,7 +206,7 @@ def rate(text):
 
 
 def _number(text, units):
-    """With its unit; NaN where it is none, or more than fits 62 bits."""
+    """The number that text names, times its unit; NaN where it names none, or one that does not fit 62 bits."""
     found = re.fullmatch(r"\s*((?:\d(?:_?\d)*)?\.?\d*(?:[eE][+-]?\d+)?)\s*([A-Za-z]*)\s*", text)
     try:
         value = float(found[1]) * units[found[2].upper()]

@@ -22,7 +22,7 @@ def fail(message):
 
 
 def without_extras(error, extras="train"):
-    """The same for a ModuleNotFoundError, which is raised again where it is none of the extras'."""
+    """Say which extra brings a missing module; exit status 1. Any other ModuleNotFoundError is raised again."""
     name = (error.name or "").partition(".")[0]
     if name not in MODULES:
         raise error
@@ -30,7 +30,7 @@ def without_extras(error, extras="train"):
 
 
 def refuse(arguments, *rules):
-    """Wrong usage, by the first of these (whether it is wrong, message) that holds."""
+    """Report wrong usage with the message of the first rule, (whether it is wrong, message), that holds."""
     for is_wrong, message in rules:
         if is_wrong:
             arguments.wrong_usage(message)

@@ -77,7 +77,7 @@ class Training(NamedTuple):
         return *exactness, -self.sample_rate, self.devices, list(OPTIMIZERS).index(self.optimizer)
 
     def __str__(self):
-        """In words, but for the devices."""
+        """The plan in words, without the number of devices."""
         sampled = "all classes" if self.sample_rate == 1 else f"{self.sample_rate:.3g} of the classes in a step"
         state = f", {self.state_format} state" if OPTIMIZERS[self.optimizer].states else ""
         return f"{self.optimizer} with a {self.table_format} table{state} and {sampled}"

@@ -36,7 +36,7 @@ class Log:
             tqdm.write(f"cosface: {line}")
 
     def add(self, step, rate, loss, found, images):
-        """One piece of step `step`, counted from 0. found: the head's Statistics."""
+        """Add one piece of the batch of step `step`, counted from 0. found: the head's Statistics."""
         means = [each.double().nanmean() for each in (found.target_cosine, found.negative_cosine, found.correct)]
         self.waiting.append((step + 1, rate, torch.stack([loss.detach().double(), *means]), found))
         self.images += images

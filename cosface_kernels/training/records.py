@@ -131,7 +131,7 @@ class Records(Files):
         return int(label) if label >= 0 and label % 1 == 0 else -1
 
     def _whole(self, place):
-        """What `_read` finds in a record; no label and no image in a damaged one."""
+        """(labels, the image's bytes) of a record; ([-1], b"") of a damaged one."""
         try:
             return self._read(place)
         except _DAMAGED:

@@ -167,7 +167,7 @@ def report(experiment, results):
 
 
 def report_of_photographs(experiment, results, paths):
-    """The same, with a section for each list of pairs."""
+    """Markdown of the results on photographs, line by line, with a section for each list of pairs."""
     data, seeds, setting = results[0]["data"], len({line["seed"] for line in results}), results[0]["settings"]
     command = f"    cosface reproduce {experiment} --data {shlex.quote(data)} --pairs {shlex.join(map(str, paths))}"
     yield from (f"# {TITLES[experiment]}", "", f"{command} --seeds {seeds} --steps {setting['steps']} --out DIR", "")

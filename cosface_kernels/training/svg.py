@@ -59,7 +59,7 @@ def sphere(points, labels):
 
 
 def thinned(points, most=300):
-    """At most so many points, each the mean of its neighbours."""
+    """At most `most` points: each is the mean of a run of neighbours."""
     size = -(-len(points) // most)
     groups = (points[start : start + size] for start in range(0, len(points), size))
     return [tuple(sum(side) / len(group) for side in zip(*group, strict=True)) for group in groups]
@@ -83,7 +83,7 @@ def _drawable(point, log_x):
 
 
 class _Axis:
-    """From numbers to places, and its ticks."""
+    """The places of numbers along an axis, and the axis's ticks."""
 
     def __init__(self, values, log):
         self.log = log

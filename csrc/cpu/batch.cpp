@@ -65,7 +65,7 @@ void enter(const Enter &given, int threads) {
         in.targets[n] = found ? label : -1;
         if (ignored) fill_row(unit, size, 0);
         in.inverse_norms[n] = ignored ? 0 : (float)unit_row(in.x, in.x_is_bfloat16, n, size, unit);
-        // A label that is no class: NaN, which reaches all that it should not leave untouched.
+        // A label that is no class: NaN, so that every result that depends on this row is NaN.
         if (!found && !ignored && label != in.foreign_index) fill_row(unit, size, NAN);
         if (found) unit_row(in.table, in.table_is_bfloat16, label, size, target_unit);
         else fill_row(target_unit, size, 0);

@@ -3,7 +3,7 @@
     forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_sum=False, hard=None) -> Sums
     backward(x, table, factors, shift, kept, plan, sink, *, hard=None) -> None
 
-x (N, D): the factor of the table's rows, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
+x (N, D): x̃, unit features or features as they are, in plan.wide.  table: a table.Table, whose row j, unit or as it is, is w̃_j.
 targets (N,) int64: the first of the table.centers rows that are left out of a row's sums; -1 for none. Or (N, K): K such rows,
 anywhere; then table.centers is 1, and need_largest False.
 factors: a batch_rows.SlabFactors.
@@ -93,7 +93,7 @@ def _fastest(device, dtype):
 
 @functools.cache
 def _warn_of_a_missing_library():
-    """Once in a process."""
+    """Warn, once in a process, where the native library is missing."""
     why = cpu_library.unavailable()
     if why:
         message = f'the native CPU kernels are missing, so losses take PyTorch\'s slower operators (backend="torch"): {why}'

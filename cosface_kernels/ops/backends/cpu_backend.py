@@ -114,7 +114,7 @@ class _Slab:
         return torch.empty(*shape, dtype=dtype, device="cpu")
 
     def find_largest(self):
-        """From now on `largest` is that of the slabs so far."""
+        """Have `largest` hold the largest products of the slabs so far."""
         self._values, self._places = torch.empty_like(self.partial), self.empty(*self.partial.shape, dtype=torch.int32)
 
     def rows(self, start, stop):
@@ -156,7 +156,7 @@ class _Slab:
         return self.partial[:pieces]
 
     def _from_exponents(self, start, stop, shift, e, panels):
-        """The same from all exponents in float32."""
+        """Row sums and E as `exponentials` makes them, from all exponents in float32."""
         exact, to_keep = exponents.exponentials(self.exponents(start, stop), shift, **self._rest(start))
         low = to_keep.to(self.plan.dtype)
         if e is not None:

@@ -31,7 +31,7 @@ class Product(NamedTuple):
 
 
 class Pieces(NamedTuple):
-    """The results for each piece of a row (pieces, N)."""
+    """The results of a slab for each row, (pieces, N). A piece: `sum_classes` classes, whose E one partial sum adds."""
 
     partial: torch.Tensor  # its sum or maximum
     values: torch.Tensor | None  # its largest product, where wanted
@@ -206,5 +206,5 @@ def kernels(dtype):
 
 @functools.cache
 def batch_kernels():
-    """The same of the work on a batch: csrc/cpu/batch.cpp."""
+    """The kernels of csrc/cpu/batch.cpp, for the work on a batch, of the best instruction set."""
     return cpu_library.KernelTable("batch_kernels", cpu_library.available()[0])

@@ -78,7 +78,7 @@ def backward(factors, table, options, plan, sink):
 
 
 def _loop(table, options, plan, *, labels, unit, shift, kept, room, threads):
-    """What both have in common; room: float32 numbers."""
+    """The struct LOOP, which the calls of both directions have; room: float32 scratch."""
     weight, classes, (num_rows, size) = table.weight, table.num_rows, unit.shape
     kept_classes = min(plan.kept_slabs * plan.slab, classes)
     return cpu_library.filled(

@@ -205,7 +205,7 @@ class _Slab:
         return torch.empty(class_tiles, self.low.shape[0], dtype=dtype, device=self.low.device)
 
     def find_largest(self):
-        """From now on `largest` is (values, positions) of the largest products so far, each (tiles, N)."""
+        """Have `largest` hold the (values, positions) of the largest products so far, each (tiles, N)."""
         self.largest = self.partial(torch.float32), self.partial(torch.int64)
 
     def exponentials(self, unit, start, stop, shift, partial, *, store=None):
@@ -239,7 +239,7 @@ class _Slab:
         return out if several is None else exponents.leave_out(out, several, start, 1)
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
-        """The same from all exponents in float32."""
+        """Do what `exponentials` does, from all exponents in float32."""
         summed, e = exponents.exponentials(self.exponents(unit, start, stop), shift, **self._rest(start))
         if start == 0:
             partial.zero_()

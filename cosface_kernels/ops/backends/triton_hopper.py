@@ -45,7 +45,7 @@ LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=
 
 
 def launcher(TABLE):
-    """What launches the kernel of `features` or of `table` for the slabs of a call."""
+    """A Launcher of the kernel of `features` or of `table` for the slabs of a call."""
     return Launcher(attend, TABLE=TABLE, num_warps=4)
 
 

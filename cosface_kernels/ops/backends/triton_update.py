@@ -33,7 +33,7 @@ def blocks(size):
 
 
 def launcher(size):
-    """What launches the steps of a call, for rows of `size` numbers."""
+    """A Launcher of the steps of a call, for rows of `size` numbers."""
     # Without fusion: the bits that PyTorch's operators have, wherever rows are encoded.
     return Launcher(update_rows, **blocks(size), enable_fp_fusion=False)
 

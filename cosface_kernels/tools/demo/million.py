@@ -74,7 +74,7 @@ def run(out, device):
 
 
 def make_backbone(size):
-    """From a view to `size` features."""
+    """A backbone that makes `size` features of a view."""
     return nn.Sequential(nn.Linear(VIEW, 512), nn.BatchNorm1d(512), nn.ReLU(), nn.Linear(512, size), nn.BatchNorm1d(size))
 
 

@@ -76,7 +76,7 @@ def run(out, device):
 
 
 def train_all(device, seeds=SEEDS):
-    """For each margin the run whose smallest gap is the middle one of the seeds', on the CPU."""
+    """The run of each margin, on the CPU, whose smallest gap is the median over the seeds."""
     with tqdm(total=len(MARGINS) * len(seeds) * EPOCHS, desc="toy experiment", unit="epoch") as bar:
         runs = [[_train_margin(margin, device, seed, bar.update) for seed in seeds] for margin in MARGINS]
     return [sorted(each, key=lambda run: run.result.smallest_gap)[len(seeds) // 2] for each in runs]
