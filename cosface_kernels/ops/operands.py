@@ -71,7 +71,7 @@ class Vectors(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """The products of a batch's rows with their own classes, and the features that they are made of."""
+    """The products of a batch's rows with their own classes and their nearest negatives, before the slabs."""
 
     product: Tensor  # x̃_n·w̃_{y_n} (N, K)
     unit: Tensor  # x̃ (N, D)

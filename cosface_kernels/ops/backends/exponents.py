@@ -15,7 +15,7 @@ import torch
 
 
 class Epilogue(NamedTuple):
-    """What a kernel makes of a slab's products c, and what is left for PyTorch:
+    """The work on a slab's products c, divided between a kernel and PyTorch:
 
     the problem                                       the kernel                        PyTorch
     one row and one class to a class and row          E of factor c, its maxima
@@ -27,7 +27,7 @@ class Epilogue(NamedTuple):
     targets: torch.Tensor  # (N,), those that the kernel leaves out: -1 where a row has several
     several: torch.Tensor | None  # (N, K), the targets of rows that have several
     hard: torch.Tensor | None  # (N, 4), see finished
-    columns: torch.Tensor | None  # (4, N), the same for a kernel, or None if PyTorch does it
+    columns: torch.Tensor | None  # (4, N), `hard` as a kernel reads it, or None if PyTorch does it
     in_pytorch: bool  # whether PyTorch makes E
     finds_maxima: bool  # whether the kernel can find the largest exponents itself
     factor: float  # of the kernel
