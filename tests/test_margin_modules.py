@@ -295,23 +295,6 @@ def test_repr(margin):
     assert repr(MarginSoftmaxLoss(3, 5, margin=given, **options)) == wanted
 
 
-OPTIONS = {"scale": 16.0, "reduction": "sum", "ignore_index": 2, "memory_budget": 0, "backend": "torch", "centers_per_class": 3}
-
-
-def test_every_option_reaches_the_loss(device, monkeypatch):
-    head = MarginSoftmaxLoss(3, 5, margin=margins.AdaFace(), normalize_features=False, device=device, **OPTIONS)
-    received = {}
-
-    def record(inputs, options, **statistics):
-        received.update(options._asdict(), **statistics)
-
-    monkeypatch.setattr("cosface_kernels.heads.plain.loss_of_table", record)
-    head.eval()(torch.ones(4, 3), torch.arange(4))
-    own = {"margin": head.margin, "normalize_features": False, "training": False}
-    assert {name: received[name] for name in (*OPTIONS, *own)} == {**OPTIONS, **own}
-    assert received["state"]["batch_mean"] is head.batch_mean
-
-
 def test_defaults_are_the_functions():
     head = MarginSoftmaxLoss(3, 5, margin=margins.CosFace())
     names = ("centers_per_class", "reduction", "ignore_index", "memory_budget", "backend")

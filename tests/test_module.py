@@ -11,7 +11,15 @@ from rounding import NUM_CLASSES, SIZE, draw
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, ShardedCosFaceLoss, cosface_loss, margins, reference
+from cosface_kernels import (
+    CosFaceLoss,
+    MarginSoftmaxLoss,
+    ShardedCosFaceLoss,
+    cosface_loss,
+    margin_softmax_loss,
+    margins,
+    reference,
+)
 from cosface_kernels.margins import CosFace
 
 pytestmark = pytest.mark.usefixtures("small_slabs")
@@ -49,16 +57,49 @@ def test_defaults_are_the_functions():
 
 
 OPTIONS = {"scale": 16.0, "margin": 0.1, "reduction": "sum", "ignore_index": 2, "memory_budget": 0, "backend": "torch"}
+CHANGES = {"scale": 8.0, "margin": 0.3, "reduction": "mean", "ignore_index": -100}  # each gives another loss
+# {head: (its function, options, changes)}
+WITH_OPTIONS = {
+    CosFaceLoss: (cosface_loss, OPTIONS, CHANGES),
+    MarginSoftmaxLoss: (
+        margin_softmax_loss,
+        {**OPTIONS, "margin": CosFace(0.1), "normalize_features": False, "centers_per_class": 3},
+        {**CHANGES, "margin": CosFace(0.3), "normalize_features": True, "centers_per_class": 1},
+    ),
+}
 
 
-def test_every_option_reaches_the_loss(device, monkeypatch):
-    head, features, labels = head_and_batch(device, **OPTIONS)
-    received = {}
-    monkeypatch.setattr(
-        "cosface_kernels.heads.plain.loss_of_table", lambda inputs, options, **_: received.update(options._asdict())
-    )
-    head(features, labels)
-    assert {name: received[name] for name in OPTIONS} == {**OPTIONS, "margin": CosFace(OPTIONS["margin"])}
+@pytest.mark.parametrize("kind", WITH_OPTIONS)
+def test_every_option_reaches_the_loss(kind, device):
+    function, options, changes = WITH_OPTIONS[kind]
+    features, _, labels = draw(device)
+    labels[0] = options["ignore_index"]
+    head = kind(SIZE, NUM_CLASSES, device=device, dtype=torch.float64, **options)
+    loss = head(features, labels)
+    assert torch.equal(loss, function(features, head.weight, labels, **options))
+    for name, other in changes.items():
+        assert not torch.equal(loss, function(features, head.weight, labels, **options | {name: other})), name
+
+
+@pytest.mark.parametrize("kind", WITH_OPTIONS)
+def test_memory_budget_and_backend_reach_the_loss(kind, device):
+    _, options, _ = WITH_OPTIONS[kind]
+    features, _, labels = draw(device)
+    head = kind(SIZE, NUM_CLASSES, device=device, dtype=torch.float64, **options)
+    nothing_kept = held_for_backward(head, features, labels)
+    head.memory_budget = 2**40
+    assert held_for_backward(head, features, labels) >= nothing_kept + len(labels) * head.weight.shape[0] * 8
+    head.backend = "cpu"
+    with pytest.raises(ValueError, match='backend "cpu" cannot be used here'):  # in float64
+        head(features, labels)
+
+
+def held_for_backward(head, *batch):
+    """The bytes that autograd saves."""
+    sizes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: sizes.append(tensor.nbytes), lambda _: None):
+        head(*batch)
+    return sum(sizes)
 
 
 def test_reset_parameters(device):
