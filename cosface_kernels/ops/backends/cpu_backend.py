@@ -68,8 +68,16 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
             slab.exponentials(start, stop, shift, e, None)
         out = None if update else sink.room(start, stop, out_dtype)
         slab.kernels.table_gradient(
-            *(e, scaled, slab.rows(start, stop), factors, common),
-            **{"first_class": start, "normalized": table.normalize, "scratch": slab.scratch, "grad": out, "step": update},
+            e=e,
+            x_panels=scaled,
+            rows=slab.rows(start, stop),
+            factors=factors,
+            common=common,
+            first_class=start,
+            normalized=table.normalize,
+            scratch=slab.scratch,
+            grad=out,
+            step=update,
         )
         if not update:
             sink.put(start, stop, out)
