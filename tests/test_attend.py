@@ -99,7 +99,7 @@ def test_a_frozen_table_needs_no_second_pass_and_frozen_features_no_sum(attended
     assert attended == ["backward", "forward"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_descriptors_and_other_tiles_and_every_run_give_the_same_bits(dtype):
     """Tiles decide which sums are added up first, of rows and of classes alike: these leave them as they are."""
     features, weight, labels = (tensor.to(DEVICE) for tensor in make("hard", 70, 131, 70))

@@ -79,7 +79,7 @@ def test_table(emulated, num_rows, classes, dtype):
     assert ((out.double() - e @ low.double()).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("precision", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 131, 512), pytest.param((67, 259, 300), marks=pytest.mark.slow)])
 def test_a_loss(emulated, small_slabs, shape, precision):
     """Forward and backward over slabs of 128 classes, beside float64."""

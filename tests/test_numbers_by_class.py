@@ -301,7 +301,7 @@ MOVING = {
 
 
 @pytest.mark.parametrize("case", MOVING)
-@slow_when(lambda case: case not in ("CosFace's m", "the scale"))
+@slow_when(lambda case: case != "the scale")
 def test_a_moving_number_is_compiled_twice_at_most(case, device):
     """The first value is taken for a constant, the next for a number that moves; a tensor moves from the start."""
     make, name, values, compilations = MOVING[case]

@@ -146,6 +146,7 @@ def test_a_head_and_a_fused_optimiser(device):
     assert loss.item() != head(features, labels).item()
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph(device):
     features, weight, labels = (tensor.to(device) for tensor in make("hard", 7, 300, D))
     head = MarginSoftmaxLoss(D, 300, margin=ArcFace(), device=device)
