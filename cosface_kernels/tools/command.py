@@ -10,7 +10,7 @@ MODULES |= {"pytorch_metric_learning": "pytorch-metric-learning"}
 
 def add(commands, run, name, **texts):
     """Add a command that run(arguments) does; the add_argument of its parser."""
-    command = commands.add_parser(name, **texts)
+    command = commands.add_parser(name, allow_abbrev=False, **texts)
     command.set_defaults(run=run, wrong_usage=command.error)
     return command.add_argument
 
