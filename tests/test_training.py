@@ -492,3 +492,14 @@ def test_tensorboard_has_the_curves(tmp_path):
     assert loop.train(settings(tmp_path / "run", "epochs=2", "tensorboard=true")) == 0
     events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [each.value for each in events.Scalars("loss")] == pytest.approx(losses(tmp_path / "run"), rel=1e-6)
+
+
+def test_a_batchnorm_with_a_forward_of_its_own_is_left_alone():
+    class Rectified(torch.nn.BatchNorm1d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    module = torch.nn.Sequential(torch.nn.BatchNorm1d(4), Rectified(4))
+    model.sync_batchnorm(module)
+    assert type(module[0]) is model.SyncedBatchNorm and type(module[1]) is Rectified
+    assert (module[1](torch.randn(8, 4)) >= 0).all()

@@ -154,9 +154,12 @@ def check_margin_warmup(config, margin):
 
 
 def sync_batchnorm(module):
-    """Make each usual BatchNorm in the module a SyncedBatchNorm; its parameters and buffers stay as they are."""
+    """Make each usual BatchNorm in the module a SyncedBatchNorm; its parameters and buffers stay as they are. One with a forward
+    of its own, such as BatchNorm with an activation, stays what it is, with each process's own statistics.
+    """
     for each in module.modules():
-        if isinstance(each, nn.modules.batchnorm._BatchNorm) and each.affine and each.track_running_stats and each.momentum:
+        usual = getattr(type(each), "forward", None) is nn.modules.batchnorm._BatchNorm.forward
+        if usual and each.affine and each.track_running_stats and each.momentum:
             each.__class__ = SyncedBatchNorm
 
 
