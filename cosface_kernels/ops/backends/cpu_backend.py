@@ -165,7 +165,7 @@ class _Slab:
 
     def _from_exponents(self, start, stop, shift, e, panels):
         """Row sums and E as `exponentials` makes them, from all exponents in float32."""
-        exact, to_keep = exponents.exponentials(self.exponents(start, stop), shift, **self._rest(start))
+        exact, to_keep = exponents.exponentials(self.exponents(start, stop), shift, **self.epilogue.rest(self.table, start, 0))
         low = to_keep.to(self.plan.dtype)
         if e is not None:
             e[: stop - start] = low
@@ -190,19 +190,14 @@ class _Slab:
             if self.epilogue.finds_maxima:
                 found = self.maxima(start, stop)
             else:
-                found, _ = exponents.finished(self.exponents(start, stop), **self._rest(start))
+                found, _ = exponents.finished(self.exponents(start, stop), **self.epilogue.rest(self.table, start, 0))
             largest = torch.maximum(largest, found.amax(0))
         return largest
 
-    def _rest(self, start):
-        """The arguments of exponents.finished beside a slab's products."""
-        hard, factor = self.epilogue.hard, self.epilogue.late_factor
-        return {"table": self.table, "start": start, "hard": hard, "factor": factor, "dim": 0}
-
     def maxima(self, start, stop, exponents=None):
         """Row maxima of the exponents in pieces (pieces, N); all of them go to `exponents` (B, N) float32, where given."""
-        product, epilogue = self._product(start, stop), self.epilogue
-        self.kernels.maxima(product, self.table.centers, exponents, self._pieces(), epilogue.columns)
+        product, columns = self._product(start, stop), self.epilogue.columns
+        self.kernels.maxima(product, self.table.centers, exponents, self._pieces(), columns)
         return self._parts(start, stop)
 
 

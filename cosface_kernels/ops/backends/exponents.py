@@ -50,6 +50,10 @@ class Epilogue(NamedTuple):
             late_factor=plan.log2_scale if late else 1.0,
         )
 
+    def rest(self, table, start, dim):
+        """The arguments of `finished` beside a slab's products."""
+        return {"table": table, "start": start, "hard": self.hard, "factor": self.late_factor, "dim": dim}
+
 
 def shift(plan, num_rows, device, largest):
     """(N,): the plan's constant, or each row's largest exponent of a negative, which largest() finds; 0 for a row without any."""

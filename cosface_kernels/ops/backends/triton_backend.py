@@ -240,7 +240,7 @@ class _Slab:
 
     def _from_exponents(self, unit, start, stop, shift, partial, store):
         """Do what `exponentials` does, from all exponents in float32."""
-        summed, e = exponents.exponentials(self.exponents(unit, start, stop), shift, **self._rest(start))
+        summed, e = exponents.exponentials(self.exponents(unit, start, stop), shift, **self.epilogue.rest(self.table, start, 1))
         if start == 0:
             partial.zero_()
         partial[0] += summed.sum(1, dtype=torch.float64)
@@ -261,14 +261,9 @@ class _Slab:
             epilogue = partial, self.epilogue.columns
             self._launch(triton_exponentials.maxima, unit, start, stop, *epilogue, CENTERS=self.table.centers)
             return
-        found = exponents.finished(self.exponents(unit, start, stop), **self._rest(start))[0].amax(1)
+        found = exponents.finished(self.exponents(unit, start, stop), **self.epilogue.rest(self.table, start, 1))[0].amax(1)
         partial[0] = found if start == 0 else torch.maximum(partial[0], found)
         partial[1:] = -torch.inf
-
-    def _rest(self, start):
-        """The arguments of exponents.finished beside a slab's products."""
-        hard, factor = self.epilogue.hard, self.epilogue.late_factor
-        return {"table": self.table, "start": start, "hard": hard, "factor": factor, "dim": 1}
 
     def _source(self, matrix, rows, columns):
         """The matrix, or its descriptor, of which a kernel loads or stores blocks."""
