@@ -33,6 +33,25 @@ def test_no_command_is_wrong_usage(capsys):
     assert "usage: cosface" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["bnech"], "did you mean bench?"),
+        (["reproduce", "losess"], "did you mean losses?"),
+        (["plan", "--memroy=24GiB"], "required: --identities, --dim, --batch; did you mean --memory?"),
+        (["bench", "--clases", "9"], "unrecognized arguments: --clases 9; did you mean --classes?"),
+        (["train", "out=x", "--resum"], "--resum is no option; settings are KEY=VALUE; did you mean --resume?"),
+        (["bench", "--peers", "plain", "--device", "gpu"], "invalid choice: 'gpu'"),  # a value is like no option
+        (["nothing", "plain"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_mistyped_names(capsys, words, answer):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and answer in last and ("?" in answer) == ("did you mean" in last)
+
+
 def test_info_names_versions_and_backends(capsys):
     assert cli.main(["info"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..version import __version__
 from . import evaluation
-from .command import add, done, fail, refuse, without_extras
+from .command import Parser, add, done, fail, refuse, without_extras
 
 COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 SIZES = {prefix + unit: 1000**power for power, prefix in enumerate("KMGTP", 1) for unit in ("", "B")} | {"B": 1}
@@ -38,7 +38,7 @@ def command():
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="cosface", description="Large Margin Cosine Loss (CosFace) over millions of identities, without an N x C matrix."
     )
     parser.add_argument("--version", action="version", version=f"cosface_kernels {__version__}")

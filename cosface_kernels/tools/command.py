@@ -1,11 +1,34 @@
 """Helpers that the commands of `cosface` share."""
 
+import argparse
+import difflib
 import sys
 
 # Modules of the extras, and what they are installed as.
 MODULES = {name: name for name in ("tqdm", "safetensors")}
 MODULES |= {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "matplotlib": "matplotlib"}
 MODULES |= {"pytorch_metric_learning": "pytorch-metric-learning"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser, of a command too, that says of a mistyped name which one may be meant."""
+
+    def parse_known_args(self, words=None, namespace=None):
+        self.words = sys.argv[1:] if words is None else words
+        found, unknown = super().parse_known_args(words, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
+    def error(self, message):
+        places = [action.choices or () for action in self._actions if not action.option_strings]
+        names = [*self._option_string_actions, *(name for choices in places for name in choices)]
+        for word in (each.partition("=")[0] for each in self.words):
+            near = difflib.get_close_matches(word, names, 1, 0.7)
+            if near and near[0] != word and (word.startswith("-") or word in message):
+                message += f"; did you mean {near[0]}?"
+                break
+        super().error(message)
 
 
 def add(commands, run, name, **texts):
