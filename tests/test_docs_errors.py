@@ -12,7 +12,7 @@ DOCUMENT = (ROOT / "docs" / "errors.md").read_text().split("## Messages of PyTor
 # Rows of the tables whose first heading is "message".
 ROWS = [row for table in re.findall(r"^\| message \|.*\n\| ---.*\n((?:\|.*\n)+)", DOCUMENT, re.M) for row in table.splitlines()]
 DOCUMENTED = [message for row in ROWS for message in re.findall(r"`([^`]+)`", row.strip("| ").split(" | ")[0])]
-# They end a program of ours or answer a command line, which shows its own help.
+# They end a program of ours or answer wrong usage of a command, which shows its own help.
 OTHERS = {"SystemExit", "argparse.ArgumentTypeError"}
 
 
@@ -28,11 +28,11 @@ def template(node):
 
 
 def raised(tree):
-    """Messages of raise and warnings.warn, with their lines."""
+    """Messages of raise, warnings.warn and a command's fail, with their lines."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and ast.unparse(node.exc.func) not in OTHERS:
             call = node.exc
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn":
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "fail"):
             call = node
         else:
             continue
