@@ -7,6 +7,7 @@ holds that has made a step.
 """
 
 import bisect
+import collections
 import itertools
 import re
 import textwrap
@@ -49,6 +50,7 @@ BATCH_MATRICES = 10  # N x D numbers in float32 that are alive at once, from fea
 GPU_PROCESS_BYTES = 10**9
 GPU_PROCESSORS = 132  # of a GPU that is not here: an H100's
 COLUMNS = 100
+ROWS = 12  # that are printed, shared evenly by the numbers of devices
 
 
 class Training(NamedTuple):
@@ -182,8 +184,8 @@ def process_bytes(device_type):
 
 
 def report(arguments):
-    """The text that `cosface plan` prints: a row for every training that the command's arguments allow, those that fit first, and
-    the one to take. ValueError: they leave none.
+    """The text that `cosface plan` prints: the best of the trainings that the command's arguments allow, and the one to take.
+    ValueError: they leave none.
     """
     has_gpu = torch.cuda.is_available()
     device_type = arguments.device or ("cuda" if has_gpu else "cpu")
@@ -225,17 +227,23 @@ def _gigabytes(size):
 
 
 def _table(plans, totals, device):
-    """A line for each Training, those that fit first, with aligned columns."""
-    lines = []
-    for training in sorted(plans, key=lambda training: (totals[training] > device.memory, training.rank)):
-        total = totals[training]
-        fits = "no" if total > device.memory else "barely" if total > USABLE * device.memory else "yes"
+    """A line for each of the best ROWS of {Training: parts}, with aligned columns: what fits, by rank, then the smallest of what
+    does not.
+    """
+    fits = {each: (total > USABLE * device.memory) + (total > device.memory) for each, total in totals.items()}
+    order = sorted(plans, key=lambda each: (fits[each], totals[each] if fits[each] == 2 else 0, each.rank))
+    few = max(1, ROWS // len({each.devices for each in plans}))
+    places, lines = collections.defaultdict(itertools.count), []
+    for training in (each for each in order if next(places[each.devices]) < few):
         names = training.optimizer, f"{training.table_format} {training.state_format}"
-        sizes = map(_gigabytes, (*plans[training].values(), total))
-        lines.append([*names, f"{training.sample_rate:g}", str(training.devices), *sizes, fits])
+        sizes = map(_gigabytes, (*plans[training].values(), totals[training]))
+        answer = "yes", "barely", "no"
+        lines.append([*names, f"{training.sample_rate:g}", str(training.devices), *sizes, answer[fits[training]]])
     head = ["optimizer", "table, state", "rate", "devices", "table", "state", "dW", "kept", "rest", "total", "fits"]
     widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
-    return ["  ".join(map(str.rjust, line, widths)) for line in (head, *lines)]
+    hidden = len(plans) - len(lines)
+    note = f"Not shown: {hidden} less exact or larger ones; --devices, --table-format and the other options choose."
+    return ["  ".join(map(str.rjust, line, widths)) for line in (head, *lines)] + [note] * (hidden > 0)
 
 
 def _recommendation(totals, device):
