@@ -225,21 +225,21 @@ def _tables(found, environment):
     where = f"N = {ROWS}, bfloat16 autocast, on {environment['device']}, torch {environment['torch']}, {environment['date']}"
     yield f"Whole training steps, {where}."
     if "tables" in found:
-        yield "\n| table | step, s | peak of the process, GiB | loss in 20 steps |\n| --- | --- | --- | --- |"
+        yield "\n| table | step, s | peak of the process, GB | loss in 20 steps |\n| --- | --- | --- | --- |"
         for row in found["tables"]:
             if "error" in row:
                 yield f"| {describe(row)} | {row['error']} | | |"
                 continue
             loss = f"{row['losses'][0]:.1f} -> {row['losses'][-1]:.1f}"
-            yield f"| {describe(row)} | {_median(row['seconds']):.2f} | {row['peak_bytes'] / 2**30:.1f} | {loss} |"
+            yield f"| {describe(row)} | {_median(row['seconds']):.2f} | {row['peak_bytes'] / 1e9:.1f} | {loss} |"
     for shape, rows in itertools.groupby(found.get("step", ()), _shape):
-        yield f"\n| {shape} | step, s | FusedSGD, s | faster | peak, GiB | FusedSGD, GiB | share |"
+        yield f"\n| {shape} | step, s | FusedSGD, s | faster | peak, GB | FusedSGD, GB | share |"
         yield "| --- | --- | --- | --- | --- | --- | --- |"
         for row in rows:
             names = row["optimizer"], "FusedSGD"
             seconds, (theirs, ours) = (
                 [row["seconds"][name] for name in names],
-                [row["peak_bytes"][name] / 2**30 for name in names],
+                [row["peak_bytes"][name] / 1e9 for name in names],
             )
             ratio = _median([other / fused for other, fused in zip(*seconds, strict=True)])
             times = " | ".join(f"{median:.2f}" if median > 0.1 else f"{median:.4f}" for median in map(_median, seconds))

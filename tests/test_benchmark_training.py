@@ -56,7 +56,7 @@ def test_steps_are_compared_in_turns(monkeypatch):
     def run(what, optimizer, **shape):
         assert what == "step_run" and shape in shapes
         calls.append(optimizer)
-        return {"seconds": [1.0, 9.0, 2.0], "peak_bytes": 3 * 2**30 + (optimizer != "FusedSGD") * 2**30}
+        return {"seconds": [1.0, 9.0, 2.0], "peak_bytes": 3 * 10**9 + (optimizer != "FusedSGD") * 10**9}
 
     monkeypatch.setattr(training, "alone", run)
     rows = list(training.steps())

@@ -85,4 +85,4 @@ def test_figures_are_what_was_measured():
         and (table["identities"], table["size"], table["table_format"], table.get("sample_rate", 1))
         == (10**7, 256, "bfloat16", 1)
     ]
-    assert f"Ten million identities, D = 256, train in {table['peak_bytes'] / 2**30:.1f} GiB" in sentences
+    assert f"Ten million identities, D = 256, train in {table['peak_bytes'] / 1e9:.1f} GB" in sentences

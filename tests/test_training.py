@@ -259,7 +259,7 @@ def test_one_step_is_clipped_and_eval_takes_the_mean_of_the_weights(tmp_path):
     start = [each.clone() for each in run.model.backbone.parameters()]
     with loop._Signals() as signals:
         assert run.train(signals) == 0
-    assert re.fullmatch(r"loss [\d.]+, lr 1, \d+ images/s, [\d.]+ GiB", run.log.bar.postfix)
+    assert re.fullmatch(r"loss [\d.]+, lr 1, \d+ images/s, [\d.]+ GB", run.log.bar.postfix)
     steps = [end.detach() - each for each, end in zip(start, run.model.backbone.parameters(), strict=True)]
     assert torch.cat([each.flatten() for each in steps]).norm().item() == pytest.approx(0.01, rel=1e-3)
     means = backbones.load_backbone(tmp_path)[0].parameters()

@@ -19,7 +19,7 @@ def make_run(folder, *, lr=0.02, loss=5.0):
     (folder / "config.yaml").write_text(config.text(config.Config(data="faces:<9>", out=str(folder), lr=lr)))
     (folder / "environment.json").write_text(json.dumps({"steps": 100, "images": 2000}))
     lines = [{"step": step, "lr": lr, "loss": loss + 50 / step, "target_cosine": step / 200} for step in range(1, 101)]
-    lines[-1] |= {"images_per_second": 321.0, "memory": 2**30, "target_histogram": [0, 3, 1, 0]}
+    lines[-1] |= {"images_per_second": 321.0, "memory": 10**9, "target_histogram": [0, 3, 1, 0]}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 101, "lr')
     record = {"accuracy": 0.625, "tar": {"1e-3": 0.875, "1e-4": None}, "roc": {"far": [0, 1e-3, 1], "tar": [0.5, 0.875, 1]}}
     (folder / "pairs.json").write_text(json.dumps({"verification": record, "identification": {"rank1": 0.375}}))
@@ -55,7 +55,7 @@ def test_report_is_one_file_with_the_numbers_as_text(tmp_path):
     page = Page(report.write(make_run(tmp_path / "first & run")))
     assert page.open == [] and not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.tags}
     assert "http" not in (tmp_path / "first & run/report.html").read_text()
-    assert all(text in page.text for text in ("first & run", "100 of 100", "faces:<9>", "321", "1.00 GiB", "87.50%"))
+    assert all(text in page.text for text in ("first & run", "100 of 100", "faces:<9>", "321", "1.00 GB", "87.50%"))
     captions = ("loss", "learning rate", "cosines", "cosine with the own class, all images", "ROC", "embeddings of 2 identities")
     assert all(caption in page.text for caption in captions) and "hardest negative" not in page.text
     assert sum(tag == "circle" for tag, _ in page.tags) == 3

@@ -44,7 +44,7 @@ def _devices():
         return
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
-        memory = f"{found.total_memory / 2**30:.0f} GiB"
+        memory = f"{found.total_memory / 1e9:.0f} GB"
         yield _line(f"cuda:{index}", f"{found.name}, {found.multi_processor_count} SMs, {memory}, sm_{found.major}{found.minor}")
 
 
@@ -63,7 +63,7 @@ def why_unusable(name, device, dtype=torch.float32):
 
 
 def _cpu_memory():
-    return f"{total_memory(torch.device('cpu')) / 2**30:.0f} GiB" if hasattr(os, "sysconf") else "memory unknown"
+    return f"{total_memory(torch.device('cpu')) / 1e9:.0f} GB" if hasattr(os, "sysconf") else "memory unknown"
 
 
 def _line(name, value):

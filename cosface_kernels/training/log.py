@@ -84,7 +84,7 @@ class Log:
         last = lines[-1]
         self.bar.set_postfix_str(
             f"loss {last['loss']:.3f}, lr {last['lr']:.3g}, {last['images_per_second']:.0f} images/s, "
-            f"{last['memory'] / 2**30:.2f} GiB",
+            f"{last['memory'] / 1e9:.2f} GB",
             refresh=False,
         )
         self.bar.update(last["step"] - self.bar.n)

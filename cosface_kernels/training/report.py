@@ -84,7 +84,7 @@ class Found:
                 found[what] = svg.number(sum(last) / len(last))
         if speeds := [value for _, value in self.series("images_per_second")]:
             found["images a second, median"] = svg.number(statistics.median_high(speeds))
-            found["memory, at most"] = f"{max(value for _, value in self.series('memory')) / 2**30:.2f} GiB"
+            found["memory, at most"] = f"{max(value for _, value in self.series('memory')) / 1e9:.2f} GB"
         counts = {"images": "images", "identities": "identities", "backbone_parameters": "parameters of the backbone"}
         found |= {what: f"{self.environment[key]:,}" for key, what in counts.items() if key in self.environment}
         facts = "device", "processes", "started", "torch", "cosface_kernels"
