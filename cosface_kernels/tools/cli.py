@@ -142,7 +142,7 @@ def _add_convert(commands):
         "cosface convert head.pt 'rank_{rank}.pt' --to insightface --ranks 8.",
     )
     systems = {"choices": ("insightface", "pml")}
-    option("inputs", nargs="+", metavar="IN", help="files written by torch.save, all shards of one table; ordered by rank")
+    option("inputs", nargs="+", metavar="IN", help="files written by torch.save, all shards of a table, numbered in their names")
     option("out", metavar="OUT", help="the file to write; with --ranks its text {rank} becomes 0, 1, ...")
     option("--from", dest="system", **systems, help="the system that wrote IN")
     option("--key", metavar="NAME", help="for any other system, the table's key in IN: state_dict.head.kernel")
