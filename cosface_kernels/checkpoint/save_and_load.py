@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from ..distributed.ranks import ONE_PROCESS, world
+from ..distributed.ranks import world
 from . import files, names, optimizer_state, random_states
 from .files import CorruptCheckpointError, HashedFiles, latest_checkpoint
 from .metadata import METADATA, CheckedReader, read_metadata
@@ -190,7 +190,7 @@ def _write(temporary, tensors, small):
 
 def _not_saved(folder, error):
     """The error to raise for a save that failed."""
-    text = f"rank 0: {type(error).__name__}: {error}" if world() is ONE_PROCESS else error  # error names its rank
+    text = error if world().has_group else f"rank 0: {type(error).__name__}: {error}"  # in a group it names its rank
     message = f"checkpoint {folder} was not saved, earlier ones are as they were: {text}"
     return OSError(error.errno, message) if isinstance(error, OSError) and error.errno else RuntimeError(message)
 
@@ -312,7 +312,7 @@ def _run_dcp(function, tensors, **options):
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         try:
-            function(tensors, no_dist=world() is ONE_PROCESS, **options)
+            function(tensors, no_dist=not world().has_group, **options)
         except CheckpointException as failure:
             failed = min(failure.failures)
             error = failure.failures[failed][0]

@@ -27,6 +27,7 @@ class OneProcess:
     """One process alone, with those methods of Ranks that callers use for both."""
 
     rank, size = 0, 1
+    has_group = False  # Ranks may be one process too, in a group
 
     def together(self, what, action, device=None):
         return action()
@@ -78,6 +79,8 @@ class Failure(NamedTuple):
 
 class Ranks:
     """The processes of a group."""
+
+    has_group = True
 
     def __init__(self, group):
         self.group, self.rank, self.size = group, group.rank(), group.size()

@@ -10,7 +10,6 @@ from .. import margins, validation
 from ..distributed import dtensors
 from ..ops import class_tables, formats
 from . import float8, margin_buffers
-from .placement import Whole
 
 
 class Attributes(nn.Module):
@@ -57,7 +56,7 @@ class Attributes(nn.Module):
         if name in ("margin", "negatives"):  # nn.Module would make a tensor that is a Parameter one of its own
             object.__setattr__(self, name, value)
             return
-        if name in ("weight", "bias") and type(self.placement) is Whole and dtensors.is_sharded(value):
+        if name in ("weight", "bias") and not self.placement.makes_shards and dtensors.is_sharded(value):
             self.__dict__["_is_fully_sharded"] = True  # fully_shard, which gathers it for forward
         if name == "hard_classes" and value is not None:
             validation.check_hard_classes(value, self.num_classes)

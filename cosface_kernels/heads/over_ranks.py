@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor, Shard
 from .. import margins, validation
 from ..before_margin import product_dtype
 from ..distributed import dtensors
-from ..distributed.ranks import ONE_PROCESS
 from ..ops import backends, formats, recording, value_checks
 from ..positives import class_indices
 from ..sampling import with_hard_classes
@@ -37,8 +36,10 @@ class OverRanks(Whole):
     A subclass defines the rows: empty, local, ranks, and first_class(head, weight), the number of this rank's first class.
     """
 
+    makes_shards = True
+
     def here(self, weight):
-        return WHOLE if self.ranks(weight) is ONE_PROCESS else self
+        return self if self.ranks(weight).has_group else WHOLE
 
     def enter(self, head):
         if self.ranks(head.weight).size > 1:

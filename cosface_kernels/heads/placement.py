@@ -18,6 +18,8 @@ from . import data_parallel, float8, logits, unaveraged
 class Whole:
     """All rows and the whole batch in this process. Holds no data: methods take the head."""
 
+    makes_shards = False  # whether a table in shards is its own work, and not that of fully_shard
+
     def empty(self, rows, *size, centers, device, dtype):
         """An uninitialised tensor with one entry for each row of the table; `centers` rows are a class."""
         return torch.empty(rows, *size, device=device, dtype=dtype)
@@ -39,7 +41,7 @@ class Whole:
 
     def rows(self, table):
         """(weight, bias or None), the rows that this process holds."""
-        if type(self) is Whole and dtensors.is_sharded(table[0]):
+        if not self.makes_shards and dtensors.is_sharded(table[0]):
             raise RuntimeError(
                 "the head's table is in shards outside of the forward pass of the model that fully_shard wraps: call the head "
                 "from there, or have torch.distributed.fsdp.register_fsdp_forward_method(model, name) of the method that calls it"
