@@ -32,8 +32,8 @@ from cosface_kernels.ops.backends import (
     triton_exponentials,
     triton_forms,
     triton_hopper,
-    triton_kernels,
     triton_rows,
+    triton_slab,
     triton_update,
 )
 from cosface_kernels.optim import base, rules
@@ -84,7 +84,7 @@ def launches(chip, calls):
         for owner, name, value in (
             (JITFunction, "run", compile_only),
             (backends, "unusable", lambda *arguments: None),
-            (triton_kernels, "capability", lambda device: divmod(chip, 10)),
+            (triton_slab, "capability", lambda device: divmod(chip, 10)),
             (slabs, "SLAB_CLASSES_MIN", SLAB),
             (slabs, "SLAB_CLASSES_MAX", SLAB),
             (base.Fused, "_part", _decided_there),
@@ -343,7 +343,7 @@ def _every_other(tensor):
 
 def kernels(chip, few=False):
     """Every kernel of the package that the chip may launch, or does unasked: its other functions are called by these."""
-    modules = [triton_exponentials, triton_kernels, triton_rows, triton_update]
+    modules = [triton_exponentials, triton_slab, triton_rows, triton_update]
     modules += [] if few else [triton_attend, *[triton_hopper] * (chip == 90)]
     functions = [function for module in modules for function in vars(module).values() if isinstance(function, JITFunction)]
     called = {name for function in functions for name in function.fn.__code__.co_names}

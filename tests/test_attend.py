@@ -17,7 +17,7 @@ from cosface_kernels.ops.table import Table
 if backends.unusable("triton", torch.device("cuda" if HAS_GPU else "cpu")):
     pytest.skip("needs triton", allow_module_level=True)
 
-from cosface_kernels.ops.backends import triton_attend, triton_backend, triton_forms, triton_kernels, triton_update
+from cosface_kernels.ops.backends import triton_attend, triton_backend, triton_forms, triton_slab, triton_update
 
 DEVICE = "cuda" if HAS_GPU else "cpu"
 BOTH = {"attend_features": {}, "attend_table": {}}
@@ -84,7 +84,7 @@ def test_served_by_the_slab_loop(attended, case):
 @pytest.mark.parametrize("kernel", triton_attend.BLOCKS)
 @pytest.mark.parametrize("size, served", [(301, False), (304, True), (200, False), (208, True), (100, True)])
 def test_hoppers_widest_tiles_have_whole_blocks_of_16_columns(kernel, size, served, monkeypatch):
-    monkeypatch.setattr(triton_kernels, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(triton_slab, "capability", lambda device: (9, 0))
     x, table, plan = torch.empty(3, size), Table(torch.empty(5, size)), Plan(92.0, 4.0, torch.bfloat16, 256, 0, 0)
     with triton_forms.using(**BOTH):
         assert (triton_attend.constants(kernel, x, table, torch.zeros(3), plan) is not None) == served
@@ -245,7 +245,7 @@ def test_another_form_of_exponentials(attended, options, dtype):
 @pytest.mark.parametrize("chip, wanted", [((9, 0), True), ((8, 0), False), ((10, 0), False)])
 def test_halves_are_for_hopper(monkeypatch, chip, wanted):
     launched = []
-    monkeypatch.setattr(triton_kernels, "capability", lambda device: chip)
+    monkeypatch.setattr(triton_slab, "capability", lambda device: chip)
     monkeypatch.setattr(triton_backend._Slab, "_launch", lambda *given, **constants: launched.append(constants))
     with triton_forms.using(exponentials={"HALVES": True}):
         results()

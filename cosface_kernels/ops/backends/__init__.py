@@ -132,7 +132,7 @@ def _triton_unusable(device, dtype):
             return "its kernels are written and compiled for NVIDIA GPUs, this is an AMD one"
         chip = torch.cuda.get_device_capability(device)
         return None if chip >= (8, 0) else f"it needs a GPU of compute capability 8.0 or later, this has {chip[0]}.{chip[1]}"
-    from .triton_kernels import INTERPRETED
+    from .triton_slab import INTERPRETED
 
     if INTERPRETED:
         return None

@@ -3,7 +3,7 @@
     attend(Q, KV) = (2^{k Q KVᵀ - h}, targets left out) KV
 
     attend_features     Q = x̂, KV = ŵ of a slab: row sums of E, and E ŵ. Classes are split over programs, each of which writes its
-                        part; finish_sums and add_pull of triton_kernels.py add the parts in their order
+                        part; finish_sums and add_pull of triton_slab.py add the parts in their order
     attend_table        Q = ŵ, KV = x̂ with E's columns times row_scale: a program makes whole rows of dŵ, and after them of
                         dw = (dŵ - ŵ (ŵ·dŵ)) / ‖w‖ + the targets' share, from the raw rows and back to the gradient's, or a
                         fused optimiser's step with them, as triton_update.py
@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 
 from ..slabs import ceil_div
-from . import triton_exponentials, triton_forms, triton_kernels, triton_update
+from . import triton_exponentials, triton_forms, triton_slab, triton_update
 from .triton_exponentials import add_sums, in_slab, operand, own_tile
-from .triton_kernels import FUSE, project, targets_share, unit_and_inverse
 from .triton_launch import Launcher
+from .triton_slab import FUSE, project, targets_share, unit_and_inverse
 
 SIZE_MIN, SIZE_MAX = 64, 512
 # Programs that fill a GPU; the most parts that the classes are cut into.
@@ -63,7 +63,7 @@ def constants(kernel, x, table, targets, plan, *, common=None, **needs):
     if not serves(x, table, targets, plan, **needs) or plan.kept_slabs:
         return None
     num_rows, size = x.shape
-    capability = triton_kernels.capability(x.device)
+    capability = triton_slab.capability(x.device)
     asked = triton_forms.options(kernel, num_rows, size, plan.dtype, capability)
     if asked is None:
         return None
@@ -85,8 +85,8 @@ def constants(kernel, x, table, targets, plan, *, common=None, **needs):
         **{
             "SIZE": width(size),
             "DESCRIPTORS": False,
-            "PRECISION": triton_kernels.precision(),
-            "UPCAST": triton_kernels.INTERPRETED,
+            "PRECISION": triton_slab.precision(),
+            "UPCAST": triton_slab.INTERPRETED,
         },
         **FUSE,
         **asked,
@@ -95,7 +95,7 @@ def constants(kernel, x, table, targets, plan, *, common=None, **needs):
 
 def hopper():
     """The module of the kernels for Hopper, or None: Triton's interpreter cannot run them, and an older Triton has no Gluon."""
-    if triton_kernels.INTERPRETED:
+    if triton_slab.INTERPRETED:
         return None
     try:
         return importlib.import_module(".triton_hopper", __package__)

@@ -1,4 +1,4 @@
-"""The slab loop on a GPU: the kernels of triton_exponentials.py and triton_kernels.py around cuBLAS products, or those of
+"""The slab loop on a GPU: the kernels of triton_exponentials.py and triton_slab.py around cuBLAS products, or those of
 triton_attend.py if triton_forms.py asks for them.
 
 Per slab: normalize_rows, exponentials (matmul, exponential, row sums in one), E w̃, add_pull, after the last one finish_sums; in
@@ -12,7 +12,7 @@ import torch
 
 from ..operands import Largest
 from ..slabs import aligned, ceil_div
-from . import Sums, exponents, triton_attend, triton_exponentials, triton_forms, triton_kernels, triton_rows, triton_update
+from . import Sums, exponents, triton_attend, triton_exponentials, triton_forms, triton_rows, triton_slab, triton_update
 from .products import accumulated, in_parts
 from .triton_launch import Launcher
 
@@ -21,8 +21,8 @@ row_functions = triton_rows
 D_ALIGNMENT = 64
 # The approximate size of an output tile of E ŵ, and the number of tiles that fill a GPU of 132 processors.
 PULL_TILE, PULL_TILES, PULL_PARTS_MAX = (128, 256), 128, 16
-PULL_BLOCK = {"BLOCK": 512, "num_warps": 4, **triton_kernels.FUSE}
-FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_kernels.FUSE}
+PULL_BLOCK = {"BLOCK": 512, "num_warps": 4, **triton_slab.FUSE}
+FINISH_BLOCKS = {"BLOCK_N": 32, "BLOCK_T": 32, "num_warps": 4, **triton_slab.FUSE}
 
 
 def tiles(num_rows, size, dtype, capability, narrow=False, hard=False):
@@ -63,7 +63,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
     if need_largest:
         slab.find_largest()
     lse, total = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    pull_sum, add_pull = None, Launcher(triton_kernels.add_pull, **PULL_BLOCK)
+    pull_sum, add_pull = None, Launcher(triton_slab.add_pull, **PULL_BLOCK)
     row_sum = torch.zeros(size, dtype=torch.float64, device=x.device) if need_row_sum else None
     for index, start, stop in plan.slabs(table):
         unit = slab.unit(start, stop)
@@ -79,7 +79,7 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             slab.exponentials(unit, start, stop, shift, partial, store=e)
         first, last = start == 0, stop == table.num_rows
         if last and num_rows:
-            triton_kernels.finish_sums[(ceil_div(num_rows, FINISH_BLOCKS["BLOCK_N"]),)](
+            triton_slab.finish_sums[(ceil_div(num_rows, FINISH_BLOCKS["BLOCK_N"]),)](
                 partial, shift, lse, total, num_rows, partial.shape[0], **FINISH_BLOCKS
             )
         if need_pull and num_rows:
@@ -111,9 +111,9 @@ def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
     if plan.kept_slabs * plan.slab < table.num_rows:
         slab = _Slab(_padded(x, plan.dtype, attend), table, factors.targets, plan, hard)
         partial = slab.partial()
-    num_targets, blocks = factors.target_rows.shape[0], triton_kernels.row_blocks(scaled.shape[1])
+    num_targets, blocks = factors.target_rows.shape[0], triton_slab.row_blocks(scaled.shape[1])
     constants = {"NORMALIZE": table.normalize, "SEARCH_STEPS": num_targets.bit_length(), **blocks}
-    project = Launcher(triton_kernels.project_rows, **constants)
+    project = Launcher(triton_slab.project_rows, **constants)
     update = triton_update.of_slabs(sink, table, factors, plan)
     for index, start, stop in plan.slabs(table):
         out = sink.room(start, stop)
@@ -150,7 +150,7 @@ class _Slab:
     def __init__(self, low, table, targets, plan, hard=None, need_largest=False):
         self.low, self.table, self.plan = low, table, plan
         self.epilogue = exponents.Epilogue.of(table, targets, hard, plan)
-        capability = triton_kernels.capability(low.device)
+        capability = triton_slab.capability(low.device)
         # An epilogue that holds more than E takes registers: with the widest tile they would spill.
         narrow = self.epilogue.in_pytorch or hard is not None or (need_largest and capability[0] == 10)
         self.config = tiles(*low.shape, plan.dtype, capability, narrow, hard is not None)
@@ -163,17 +163,15 @@ class _Slab:
         self._low = self._source(low, "BLOCK_N", self.config["BLOCK_K"])
         self.row_tiles = ceil_div(low.shape[0], self.config["BLOCK_N"])
         self._constants = {
-            "PRECISION": triton_kernels.precision(),
-            "UPCAST": triton_kernels.INTERPRETED,
+            "PRECISION": triton_slab.precision(),
+            "UPCAST": triton_slab.INTERPRETED,
             "DESCRIPTORS": self._descriptors,
             # One rounding of exponent and shift together would differ from the row maximum, whose product was rounded: at logits
             # of 10^9 by hundreds.
             "enable_fp_fusion": plan.shift is not None,
             **self.config,
         }
-        self._normalize = Launcher(
-            triton_kernels.normalize_rows, NORMALIZE=table.normalize, **triton_kernels.row_blocks(low.shape[1])
-        )
+        self._normalize = Launcher(triton_slab.normalize_rows, NORMALIZE=table.normalize, **triton_slab.row_blocks(low.shape[1]))
         self._launchers = {}  # of kernels with a product
         self._unit = self._scratch = None
         self.largest = None, None

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from ..batch_rows import Entered, SlabFactors
 from ..slabs import ceil_div
-from .triton_kernels import FUSE, project, row_blocks, unit_and_inverse
+from .triton_slab import FUSE, project, row_blocks, unit_and_inverse
 
 # Fewer than a slab's kernels hold: a batch has few rows, and each is held two or three times.
 ROW_BLOCK_ELEMENTS = 1024

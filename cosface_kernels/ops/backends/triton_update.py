@@ -1,6 +1,6 @@
 """A fused optimiser's step on a GPU: one kernel reads a slab's rows and state once, and writes them once.
 
-    gradient    dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share, as triton_kernels.project_rows; or given
+    gradient    dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share, as triton_slab.project_rows; or given
     sgd         g = ±dw + λ w    m = μ m + g                                     w -= η m,  nesterov: η (g + μ m)
     adamw       g = ±dw          m = β1 m + (1 - β1) g, v = β2 v + (1 - β2) g²   w -= η λ w + η / c1 · m / (√v / c2 + ε)
 
@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 
 from ..slabs import ceil_div
-from .triton_kernels import project, targets_share, unit_and_inverse
 from .triton_launch import Launcher
+from .triton_slab import project, targets_share, unit_and_inverse
 
 # Elements that one program holds, and how many a warp: of the gradient, the row and each state it holds one at a time.
 BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 32)
