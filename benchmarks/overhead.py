@@ -18,7 +18,7 @@ from unittest import mock
 import torch
 
 from cosface_kernels import cosface_loss, reference
-from cosface_kernels.ops import backends, value_checks
+from cosface_kernels.ops import backends, label_checks
 
 from . import harness, measure
 from .peers import inputs
@@ -82,7 +82,7 @@ def _launching_nothing():
         for owner, name, value in (
             (JITFunction, "run", lambda *arguments, **keywords: None),
             (backends, "unusable", lambda *arguments: None),
-            (value_checks, "check_labels", lambda *arguments: None),
+            (label_checks, "check_labels", lambda *arguments: None),
             (triton_backend, "accumulated", product),
             (triton_backend, "in_parts", parts),
         ):

@@ -12,13 +12,13 @@ from conftest import HAS_GPU
 
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, cosface_loss, margin_softmax_loss
 from cosface_kernels.margins import CosFace, Softmax
-from cosface_kernels.ops import formats, value_checks
+from cosface_kernels.ops import formats, label_checks
 from cosface_kernels.ops.backends import NAMES
 
 
 @pytest.fixture
 def unchecked(monkeypatch):
-    monkeypatch.setattr(value_checks, "check_labels", lambda *arguments: None)
+    monkeypatch.setattr(label_checks, "check_labels", lambda *arguments: None)
 
 
 @pytest.mark.parametrize("outside", [300, 10**12, -1, -(2**63)])

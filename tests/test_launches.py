@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from benchmarks import host_time
 from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD, MarginSoftmaxLoss, cosface_loss, margins
-from cosface_kernels.ops import backends, slabs, value_checks
+from cosface_kernels.ops import backends, label_checks, slabs
 
 EMPTY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -110,7 +110,7 @@ def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows,
 @pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
 @pytest.mark.parametrize("count", [1, 3])
 def test_launches(count, launches, monkeypatch, small_slabs):
-    monkeypatch.setattr(value_checks, "check_labels", lambda *arguments: None)  # a GPU has none
+    monkeypatch.setattr(label_checks, "check_labels", lambda *arguments: None)  # a GPU has none
     features, weight, labels = make("uniform", 5, 128 * count - 3, 64)
     features = features.bfloat16().requires_grad_()
     weight.requires_grad_()

@@ -21,7 +21,7 @@ from cosface_kernels import CosFaceLoss, MarginSoftmaxLoss, cosface_loss, margin
 from cosface_kernels.before_margin import Inputs
 from cosface_kernels.loss import loss_of_table
 from cosface_kernels.margins import AdaFace, CosFace, NormSoftmax, Softmax
-from cosface_kernels.ops import operators, sampled_classes, slabs, value_checks
+from cosface_kernels.ops import label_checks, operators, sampled_classes, slabs
 from cosface_kernels.ops.operands import Needs, Options, Problem
 from cosface_kernels.ops.sampled_classes import one_of_each
 
@@ -721,7 +721,7 @@ def test_label_that_takes_no_part(label, message, centers, backend, device, monk
         loss(*inputs[:3])
     assert str(raised.value).startswith(message)
     for check in ("check_labels", "check_sampled"):
-        monkeypatch.setattr(value_checks, check, lambda *arguments: None)
+        monkeypatch.setattr(label_checks, check, lambda *arguments: None)
     losses, dx, dw = evaluate(loss, *inputs)
     assert losses.isnan().tolist() == dx.isnan().all(1).tolist() == [False, True, False]
     assert dw.coalesce().values().isnan().all()

@@ -240,7 +240,7 @@ def test_a_class_held_elsewhere_is_no_target(centers, backend, device, small_sla
 
 def test_foreign_rows_of_no_class_are_nan(backend, device, monkeypatch):
     """As on a GPU, where labels are not looked at."""
-    monkeypatch.setattr("cosface_kernels.ops.value_checks.check_labels", lambda *arguments: None)
+    monkeypatch.setattr("cosface_kernels.ops.label_checks.check_labels", lambda *arguments: None)
     features, weight, _ = draw(device, torch.float32)
     labels = torch.tensor([FOREIGN, INVALID, IGNORED, 0, 1, 2, 3], device=device)
     options = Options(16.0, IGNORED, True, True, 1, torch.float32, 0, backend, FOREIGN)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Shard
 from .. import margins, validation
 from ..before_margin import product_dtype
 from ..distributed import dtensors
-from ..ops import backends, formats, recording, value_checks
+from ..ops import backends, formats, label_checks, recording
 from ..positives import class_indices
 from ..sampling import with_hard_classes
 from . import data_parallel, float8, logits
@@ -245,7 +245,7 @@ def _check(head, table, inputs, options):
     if several and inputs.label_weights.requires_grad:
         raise ValueError("label_weights must need no gradient: other ranks' rows have none")
     backends.choose(head.backend, weight.device, product_dtype(features, weight))
-    value_checks.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
+    label_checks.check_labels(class_indices(labels), head.num_classes, head.ignore_index)
     margins.check_classes(options.margin, head.num_classes, features.device)
     for name, value in margins.row_tensors(options.margin, len(features)).items():
         if value.requires_grad:

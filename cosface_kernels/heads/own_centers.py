@@ -3,7 +3,7 @@
 import torch
 
 from .. import validation
-from ..ops import formats, value_checks
+from ..ops import formats, label_checks
 from ..ops.normalize import unit_rows
 from ..ops.slabs import wide_dtype
 from ..positives import class_indices
@@ -18,7 +18,7 @@ def own_cosines(head, features, labels):
 
     def check(weight):
         validation.check_tensors(features, weight, labels, None, centers)
-        value_checks.check_labels(class_indices(labels), head.num_classes, int(head.ignore_index))
+        label_checks.check_labels(class_indices(labels), head.num_classes, int(head.ignore_index))
 
     def found(features, places):
         scale, (weight, _) = head._row_scale(), head.placement.rows((head.weight, None))

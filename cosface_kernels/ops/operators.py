@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, library
 
 from .. import validation
-from . import backends, batch_rows, nearest, sampled_classes, value_checks
+from . import backends, batch_rows, label_checks, nearest, sampled_classes
 from .operands import (
     Gradients,
     Largest,
@@ -45,7 +45,7 @@ def _negative_lse(problem, options, needs):
     """
     options = with_scale(problem, options)
     table = _table(problem, options)
-    value_checks.check_index(table)
+    label_checks.check_index(table)
     x = problem.x
     with _no_autocast(), _device_of(x):
         entered, sums = _entered_and_summed(problem, table, options, needs)
@@ -78,9 +78,9 @@ def _entered_and_summed(problem, table, options, needs):
     rows, one_call = _row_functions(backend, table, options, labels)
     if one_call and not needs.need_largest and problem.hard is None and one_call.takes(x, table, plan):
         return one_call.forward(x, table, labels, options, plan, needs.need_x_grad)
-    value_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
-    value_checks.check_sampled(labels, table, options)
-    value_checks.check_correction(table)
+    label_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
+    label_checks.check_sampled(labels, table, options)
+    label_checks.check_correction(table)
     entered = rows.enter(x, table, labels, options, plan.wide)
     wanted = {"need_pull": needs.need_x_grad, "need_largest": needs.need_largest, "need_row_sum": options.sums_products}
     return entered, backend.forward(entered.unit, table, entered.targets, plan, **wanted, hard=problem.hard)

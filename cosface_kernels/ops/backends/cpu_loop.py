@@ -4,7 +4,7 @@ cosines with a table that the kernels read in place. The bits are those of cpu_r
 
 import torch
 
-from .. import page_pool, value_checks
+from .. import label_checks, page_pool
 from ..batch_rows import Entered
 from . import Sums, cpu_kernels, cpu_library
 from .cpu_library import TABLE_DTYPES, floats, integers, pointer, rows_of_table
@@ -44,7 +44,7 @@ def forward(x, table, labels, options, plan, need_pull):
         x_is_bfloat16=x.dtype == torch.bfloat16,
     )
     if unknown.value:
-        value_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
+        label_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
     return Entered(None, unit, inverse_norm, target_unit, product), Sums.of(shift, total, pull, kept)
 
 
