@@ -197,25 +197,18 @@ def exponentials(
     )
     if largest_ptr is not None:
         see_largest(cosine, target_ptr, largest_ptr, position_ptr, tile, row, column, N, B, first_class, RAGGED, 1)
-    if HALVES:
-        left, right = halves(cosine)
-        half = tl.arange(0, BLOCK_C // 2)
+    sums = tl.zeros((BLOCK_N,), tl.float32)
+    parts = halves(cosine) if HALVES else (cosine,)
+    for i in tl.static_range(len(parts)):
+        column = first + tl.arange(0, parts[i].shape[1])
         e, stored = exponential_tile(
-            left, log2_scale, target_ptr, shift_ptr, hard_ptr, row, first + half, N, B, first_class, RAGGED
-        )
-        sums = tl.sum(e, 1)
-        store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
-        first += BLOCK_C // 2
-        e, stored = exponential_tile(
-            right, log2_scale, target_ptr, shift_ptr, hard_ptr, row, first + half, N, B, first_class, RAGGED
+            parts[i], log2_scale, target_ptr, shift_ptr, hard_ptr, row, column, N, B, first_class, RAGGED
         )
         sums += tl.sum(e, 1)
-    else:
-        e, stored = exponential_tile(cosine, log2_scale, target_ptr, shift_ptr, hard_ptr, row, column, N, B, first_class, RAGGED)
-        sums = tl.sum(e, 1)
+        if out is not None:
+            store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
+        first += parts[i].shape[1]
     add_sums(partial_ptr, tile, row, N, first_class, sums)
-    if out is not None:
-        store_tile(stored, out, first_row, first, N, stride_out, RAGGED, DESCRIPTORS)
 
 
 @triton.jit
