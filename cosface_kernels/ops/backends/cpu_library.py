@@ -24,8 +24,8 @@ NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
 
 
 def pointer(name, tensor, dtype, count):
-    """The address of a tensor, or null for None. Every tensor passes through here into native code, and its caller holds it
-    until that is done.
+    """The address of a tensor, or null for None. Every tensor passes through here into native code, but for those that the caller
+    has just made, and the caller holds it until that is done.
 
     Raises:
         RuntimeError: it has not `count` or more contiguous numbers of `dtype` in this machine's memory.

@@ -31,13 +31,20 @@ def forward(x, table, labels, options, plan, need_pull):
     kernels.table.call(
         "forward",
         threads,
-        loop=_loop(table, options, plan, labels=labels, unit=unit, shift=shift, kept=kept, room=room, threads=threads),
+        loop=_loop(
+            *(table, options, plan, labels, threads),
+            unit=unit.data_ptr(),
+            shifts=shift.data_ptr(),
+            kept=kept.data_ptr(),
+            kept_numbers=plan.kept_elements,
+            room=room.data_ptr(),
+        ),
         x=rows_of_table("features", x, num_rows * size),
-        target_unit=floats("targets' unit rows", target_unit, num_rows * size),
-        inverse_norms=floats("inverse norms", inverse_norm, num_rows),
-        products=floats("products", product, num_rows),
-        totals=floats("totals", total, num_rows),
-        pull=floats("pull", pull, num_rows * size) if need_pull else None,
+        target_unit=target_unit.data_ptr(),
+        inverse_norms=inverse_norm.data_ptr(),
+        products=product.data_ptr(),
+        totals=total.data_ptr(),
+        pull=pull.data_ptr() if need_pull else None,
         unknown=unknown.address,
         foreign_index=options.ignore_index if options.foreign_index is None else options.foreign_index,
         shift=plan.shift,
@@ -66,7 +73,14 @@ def backward(factors, table, options, plan, sink):
     kernels.table.call(
         "backward",
         threads,
-        loop=_loop(table, options, plan, labels=labels, unit=unit, shift=shift, kept=kept, room=room, threads=threads),
+        loop=_loop(
+            *(table, options, plan, labels, threads),
+            unit=floats("unit features", unit, num_rows * size),
+            shifts=floats("shifts", shift, num_rows),
+            kept=pointer("kept exponentials", kept, plan.dtype, num_rows * min(plan.kept_slabs * plan.slab, classes)),
+            kept_numbers=kept.shape[0],
+            room=room.data_ptr(),
+        ),
         lse_grads=floats("gradients of log-sum-exps", lse_grad, num_rows),
         product_grads=floats("gradients of products", product_grad, num_rows),
         totals=floats("totals", total, num_rows),
@@ -77,25 +91,21 @@ def backward(factors, table, options, plan, sink):
     return True
 
 
-def _loop(table, options, plan, *, labels, unit, shift, kept, room, threads):
-    """The struct LOOP, which the calls of both directions have; room: float32 scratch."""
-    weight, classes, (num_rows, size) = table.weight, table.num_rows, unit.shape
-    kept_classes = min(plan.kept_slabs * plan.slab, classes)
+def _loop(table, options, plan, labels, threads, *, kept_numbers, **addresses):
+    """The struct LOOP, which the calls of both directions have; addresses: of unit, shifts, kept and room."""
+    weight, classes, num_rows = table.weight, table.num_rows, labels.shape[0]
     return cpu_library.filled(
         cpu_library.LOOP,
-        table=rows_of_table("weight", weight, classes * size),
+        table=rows_of_table("weight", weight, weight.numel()),
         labels=integers("labels", labels, num_rows),
-        unit=floats("unit features", unit, num_rows * size),
-        shifts=floats("shifts", shift, num_rows),
-        kept=pointer("kept exponentials", kept, plan.dtype, num_rows * kept_classes),
-        room=floats("room", room, room.shape[0]),
+        **addresses,
         num_rows=num_rows,
-        size=size,
+        size=weight.shape[1],
         slab=plan.slab,
         threads=threads,
         classes=classes,
-        kept_classes=kept_classes,
-        kept_numbers=kept.shape[0],
+        kept_classes=min(plan.kept_slabs * plan.slab, classes),
+        kept_numbers=kept_numbers,
         products_of_thread=cpu_kernels.PRODUCTS_OF_THREAD,
         ignore_index=options.ignore_index,
         scale=options.scale,
