@@ -59,7 +59,6 @@ class LossOptions(NamedTuple):
     def checked(self, has_bias):
         """These options, validated, with the margin's defaults in place of None."""
         margins.check(self.margin, has_bias, self.normalize_features)
-        validation.check_reduction(self.reduction)
         if not isinstance(self.sample_correction, Tensor):
             validation.check_flag("sample_correction", self.sample_correction)
         validation.check_flag("return_statistics", self.return_statistics)
@@ -73,6 +72,7 @@ class LossOptions(NamedTuple):
     def check_values(self, features):
         validation.check_options(
             scale=self.scale,
+            reduction=self.reduction,
             ignore_index=self.ignore_index,
             memory_budget=self.memory_budget,
             backend=self.backend,

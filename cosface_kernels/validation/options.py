@@ -21,10 +21,10 @@ REDUCTIONS, BACKENDS = get_args(Reduction), get_args(Backend)
 NUMBERS = "a real number, or a float tensor of shape () or (C,)"  # what a margin's m may be
 
 
-def check_options(*, scale, ignore_index, memory_budget, backend, reduction="none", features=None):
+def check_options(*, scale, reduction, ignore_index, memory_budget, backend, features=None):
     """Check the options that functions and modules have in common."""
     check_scale(scale, features)
-    check_reduction(reduction)
+    check_choice("reduction", reduction, REDUCTIONS)
     check_ignore_index(ignore_index)
     check_memory_budget(memory_budget)
     check_choice("backend", backend, BACKENDS)
@@ -59,10 +59,6 @@ def check_ignore_index(ignore_index):
     check_integer("ignore_index", ignore_index)
     if not -(2**63) <= ignore_index < 2**63:
         raise ValueError(f"ignore_index must be a 64-bit integer, got {ignore_index}")
-
-
-def check_reduction(reduction):
-    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_memory_budget(memory_budget):
