@@ -99,24 +99,17 @@ class _RowLosses:
 
     def get_cosine(self, embeddings):
         """cos_nj, (N, C), materialised; with sub-centres the largest of each class."""
-        features, table = self._wide_rows(embeddings, self.W.t())
+        wide = wide_dtype(embeddings.dtype, self.W.dtype)
+        features, table = embeddings.to(wide), unit_rows(self.W.t().to(wide))[0]
+        if self.distance.normalize_embeddings:
+            features, _ = unit_rows(features)
         with torch.autocast(features.device.type, enabled=False):
             cosine = features @ table.T
         return cosine.view(len(cosine), len(table) // self.sub_centers, self.sub_centers).amax(2)
 
     def _own_cosines(self, embeddings, labels):
         """The cosines of each row with the centres of its own class, (N, K)."""
-        columns = labels.long()[:, None] * self.sub_centers + torch.arange(
-            self.sub_centers, dtype=torch.int64, device=labels.device
-        )
-        features, centres = self._wide_rows(embeddings, self.W.t()[columns.flatten()])
-        return (features[:, None] * centres.view(*columns.shape, features.shape[1])).sum(2)
-
-    def _wide_rows(self, embeddings, table):
-        """Unit embeddings (N, D) and unit rows of the table (R, D), in float32 or float64."""
-        wide = wide_dtype(torch.promote_types(embeddings.dtype, table.dtype))
-        features = embeddings.to(wide)
-        return unit_rows(features)[0] if self.distance.normalize_embeddings else features, unit_rows(table.to(wide))[0]
+        return own_centers.of_rows(embeddings, self.W.t().unflatten(0, (-1, self.sub_centers)), labels.long())
 
 
 class CosFaceLoss(_RowLosses, losses.CosFaceLoss):
