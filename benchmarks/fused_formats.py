@@ -1,9 +1,15 @@
-"""Measures what a bfloat16 table and momentum cost in a step of FusedSGD:  python -m benchmarks.fused_formats [--json FILE]
+"""Measures what a format costs in a step of FusedSGD:  python -m benchmarks.fused_formats [CASE ...] [--json FILE]
 
-Whole steps in processor time of one thread, on a CPU. A head in float32 and one in bfloat16, under autocast, take turns in one
-process; the ratio is the median over the turns.
+    float32, bfloat16   table and momentum in this format (default: these two)
+    float8              the table in float8, momentum in bfloat16
+    all-of-E            float32, with a memory_budget for all exponentials
+    torch.optim.SGD     float32, by torch.optim.SGD
+
+Whole steps in processor time of one thread, on a CPU; under autocast where the table is not float32. The heads of all cases take
+turns in one process; ratios to the first case are medians over the turns.
 """
 
+import math
 import statistics
 
 import torch
@@ -13,22 +19,28 @@ from cosface_kernels import CosFaceLoss, FusedSGD
 from . import harness, measure
 from .record import keep, parser, say
 
-FORMATS = "float32", "bfloat16"
-TURNS = 8  # at least; more with few classes, until some 10^7 have passed
+CASES = "float32", "bfloat16", "float8", "all-of-E", "torch.optim.SGD"
+SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
+TURNS = 8  # at least; more of short steps
 
 
 def main():
-    arguments = parser(__doc__, rows=128, classes=1_000_000, size=256).parse_args()
+    asked = parser(__doc__, rows=128, classes=1_000_000, size=256)
+    asked.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
+    arguments = asked.parse_args()
+    cases = arguments.cases or CASES[:2]
+    if unknown := set(cases) - set(CASES):
+        asked.error(f"no such case: {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
     torch.set_num_threads(1)
     shape = arguments.rows, arguments.classes, arguments.size
     found = {"kind": "fused_formats", "environment": measure.environment(torch.device("cpu")), "shape": shape}
-    found |= {"rows": [{"format": format, "seconds": []} for format in FORMATS], "complete": False}
+    found |= {"rows": [{"case": case, "seconds": []} for case in cases], "complete": False}
 
     def work(save):
-        steps = [(step_of(format, *shape), row) for format, row in zip(FORMATS, found["rows"], strict=True)]
-        turns = max(TURNS, 10**7 // arguments.classes)
+        steps = [(step_of(row["case"], *shape), row) for row in found["rows"]]
+        turns = max(TURNS, 10**14 // math.prod(shape))
         for turn, (step, row) in harness.in_turns(steps, turns + 1):
-            say(f"turn {turn} of {turns}: {row['format']}")
+            say(f"turn {turn} of {turns}: {row['case']}")
             took = measure.processor_seconds(step)
             if turn:  # the first warms up
                 row["seconds"].append(took)
@@ -37,14 +49,19 @@ def main():
     return keep(found, arguments.json, work, table)
 
 
-def step_of(format, num_rows, num_classes, size):
-    """A function that makes a step with table and momentum of this format."""
-    head = CosFaceLoss(size, num_classes, table_format=format)
-    optimizer = FusedSGD(head.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, state_format=format)
+def step_of(case, num_rows, num_classes, size):
+    """A function that makes a step of this case."""
+    low = case in ("bfloat16", "float8")
+    budget = 8 * num_rows * num_classes if case == "all-of-E" else "auto"
+    head = CosFaceLoss(size, num_classes, table_format=case if low else "float32", memory_budget=budget)
+    if case == "torch.optim.SGD":
+        optimizer = torch.optim.SGD(head.parameters(), **SGD)
+    else:
+        optimizer = FusedSGD(head.parameters(), **SGD, state_format="bfloat16" if low else "float32")
     features, labels = torch.randn(num_rows, size, requires_grad=True), torch.randint(num_classes, (num_rows,))
 
     def step():
-        with torch.autocast("cpu", torch.bfloat16, enabled=format == "bfloat16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
             loss = head(features, labels)
         loss.backward()
         optimizer.step()
@@ -56,17 +73,18 @@ def step_of(format, num_rows, num_classes, size):
 def table(record):
     """Markdown."""
     facts, (num_rows, num_classes, size) = record["environment"], record["shape"]
-    first, second = (row["seconds"] for row in record["rows"])
+    first, *_ = rows = record["rows"]
     lines = [
-        f"Processor time of a step of FusedSGD, N = {num_rows}, C = {num_classes:,}, D = {size}, on {facts['device']}, "
-        f"torch {facts['torch']}, {facts['date']}: medians of {len(second)} turns.",
+        f"Processor time of a step, N = {num_rows}, C = {num_classes:,}, D = {size}, on {facts['device']}, "
+        f"torch {facts['torch']}, {facts['date']}: medians of {len(rows[-1]['seconds'])} turns.",
         "",
-        "| float32 table and momentum, s | bfloat16, s | bfloat16 / float32 |",
+        f"| case | s | times {first['case']} |",
         "| --- | --- | --- |",
     ]
-    if second:
-        ratio = statistics.median(low / high for high, low in zip(first, second, strict=False))
-        lines.append(f"| {statistics.median(first):.2f} | {statistics.median(second):.2f} | {ratio:.3f} |")
+    for row in rows:
+        if row["seconds"]:
+            ratio = statistics.median(one / other for one, other in zip(row["seconds"], first["seconds"], strict=False))
+            lines.append(f"| {row['case']} | {statistics.median(row['seconds']):.2f} | {ratio:.3f} |")
     return "\n".join(lines)
 
 

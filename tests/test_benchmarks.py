@@ -16,7 +16,8 @@ pytest.importorskip("matplotlib")
 
 import torch
 
-from benchmarks import bench, harness, measure, overhead, peers, plot, source, tables
+from benchmarks import bench, fused_formats, harness, measure, overhead, peers, plot, source, tables
+from cosface_kernels import CosFaceLoss
 from cosface_kernels.ops import backends
 from cosface_kernels.tools import cli
 
@@ -414,6 +415,23 @@ def test_without_a_source_checkout(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+def test_fused_formats(monkeypatch):
+    """Every case makes a step, and keeps of E what it says."""
+    kept = {}
+
+    def budget_of(*sizes, memory_budget, **options):
+        kept[case] = memory_budget
+        return CosFaceLoss(*sizes, memory_budget=memory_budget, **options)
+
+    monkeypatch.setattr(fused_formats, "CosFaceLoss", budget_of)
+    for case in fused_formats.CASES:
+        fused_formats.step_of(case, 4, 50, 8)()
+    assert kept.pop("all-of-E") >= 4 * 50 * 4 and set(kept.values()) == {"auto"}
+    rows = [{"case": "float32", "seconds": [1.0, 3.0]}, {"case": "float8", "seconds": [2.0, 3.0]}]
+    record = {"environment": {"device": "d", "torch": "t", "date": "day"}, "shape": (4, 50, 8), "rows": rows}
+    assert fused_formats.table(record).endswith("| float32 | 2.00 | 1.000 |\n| float8 | 2.50 | 1.500 |")
+
+
 def test_overhead(tmp_path):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "benchmarks.overhead", "--json", str(tmp_path / "r.json")]
