@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from .operands import TableFactors
 from .operators import write_table_gradient
+from .table import Sink
 
 PUT_ROWS = 2**16  # rows of a sum that are handed on at once
 
@@ -45,7 +46,7 @@ def _write_groups(table, records, sink):
         sink.put(start, stop, total.rows[start:stop])
 
 
-class _Sum:
+class _Sum(Sink):
     """A Sink that accumulates: it adds each slab's rows to `self.rows`."""
 
     def __init__(self, table, dtype):
@@ -56,11 +57,6 @@ class _Sum:
     def into(self, index):
         """Set which rows of the table the next slabs belong to: index (M,), or None for all."""
         self.positions = index if self.index is None or index is None else torch.searchsorted(self.index, index)
-
-    def whole(self):
-        return None
-
-    native_update = device_update = whole
 
     def room(self, start, stop, dtype=None):
         return torch.empty(stop - start, self.rows.shape[1], dtype=dtype or self.rows.dtype, device=self.rows.device)

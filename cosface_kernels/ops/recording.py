@@ -221,7 +221,9 @@ def _gradients(parameters, record, wanted):
     table = Table(weight.detach(), None if bias is None else bias.detach(), index=record.index)
     made = TableGradient.of(table)
     write_gradient(table, [record], made)
-    grads = made if record.index is None else [in_rows(record.index, *each) for each in zip(made, parameters, strict=True)]
+    grads = made.weight, made.bias
+    if record.index is not None:
+        grads = [in_rows(record.index, *each) for each in zip(grads, parameters, strict=True)]
     return [grad if needed else None for grad, needed in zip(grads, wanted, strict=False)]
 
 

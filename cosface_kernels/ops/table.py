@@ -3,7 +3,8 @@
 The row of class j is w_j, or with a bias (w_j, b_j): (x, 1)·(w_j, b_j) = x·w_j + b_j, so no kernel has code for a bias.
 """
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -72,8 +73,10 @@ class Table(NamedTuple):
         return project(*self.unit(rows), unit_grad)
 
 
-class Sink(Protocol):
-    """Receives the rows of dW, slab by slab, and stores them (TableGradient), adds them up, or applies an optimiser's step."""
+class Sink:
+    """Receives the rows of dW, slab by slab, and stores them (TableGradient), adds them up, or applies an optimiser's step. A
+    subclass defines `room` and `put`, and the others where they are not None.
+    """
 
     def room(self, start, stop, dtype=None):
         """A tensor (B, D), D + 1 with a bias, to write a slab's rows into before `put`, in dtype or (None) the sink's own."""
@@ -92,7 +95,8 @@ class Sink(Protocol):
         """The step for a kernel to apply on a GPU: [(a Part, first column of its gradient)] for triton_update.py, or None."""
 
 
-class TableGradient(NamedTuple):
+@dataclass
+class TableGradient(Sink):
     """A Sink that stores dW and db."""
 
     weight: torch.Tensor  # (R, D), of the rows that take part
@@ -107,12 +111,6 @@ class TableGradient(NamedTuple):
 
     def whole(self):
         return self.weight if self.bias is None else None
-
-    def native_update(self):
-        return None
-
-    def device_update(self):
-        return None
 
     def room(self, start, stop, dtype=None):
         """The slab's part of the gradient itself, if it has the dtype and width."""

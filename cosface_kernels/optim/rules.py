@@ -15,6 +15,7 @@ import torch
 from ..ops import backends, formats
 from ..ops.backends import cpu_library
 from ..ops.slabs import wide_dtype
+from ..ops.table import Sink
 
 
 class Numbers(NamedTuple):
@@ -169,8 +170,8 @@ class Part(NamedTuple):
         formats.write(buffer, scale, index, rows, bits, self.skip)
 
 
-class Update:
-    """A table.Sink that updates the table and its state with each slab's gradient."""
+class Update(Sink):
+    """A Sink that updates the table and its state with each slab's gradient."""
 
     def __init__(self, table, weight, bias):
         """table: its index has the rows with a gradient; weight, bias: a Part each, None for one that is not updated."""
@@ -194,15 +195,12 @@ class Update:
         if self.bias is not None:
             self.bias.apply(index, rows[:, size:])
 
-    def whole(self):
-        return None
-
     def native_update(self):
         whole = self.table.index is None and self.bias is None and self.table.bias is None
         return self.weight.native_update() if whole and self.weight is not None and self.weight.is_native() else None
 
     def device_update(self):
-        """See table.Sink."""
+        """See Sink."""
         parts = (self.weight, 0), (self.bias, self.table.weight.shape[1])
         parts = [(part, column) for part, column in parts if part is not None]
         return parts if all(part.has_kernel() for part, _ in parts) else None
