@@ -268,6 +268,13 @@ void add_up(const AddUp &in, int) {
         for (int64_t n = 0; n < in.num_rows; n++) in.totals[n] += in.partial[i * in.num_rows + n];
 }
 
+void finish_sums(const FinishSums &in, int) {
+    for (int64_t n = 0; n < in.num_rows; n++) {
+        in.rounded[n] = (float)in.totals[n];
+        in.lse[n] = (float)(log(in.totals[n]) + in.shifts[n] * M_LN2);
+    }
+}
+
 // E's panels as the tiles read them, in place, if there are tiles: a loop of all threads. Whole blocks; the words after them stay.
 template <class Number> inline void turn_panels(uint32_t *panels, int64_t num_rows, int64_t words) {
     if (!HAS_TILES<Number>) return;
@@ -415,6 +422,7 @@ constexpr Kernel KERNELS[] = {
     KERNEL<Normalize<Number>, normalize<Number>>,        KERNEL<Exponentials<Number>, exponentials<Number>>,
     KERNEL<Maxima<Number>, maxima<Number>>,              KERNEL<Accumulate<Number>, accumulate<Number>>,
     KERNEL<TableGradient<Number>, table_gradient<Number>>, KERNEL<AddUp, add_up>,
+    KERNEL<FinishSums, finish_sums>,
     KERNEL<Forward<Number>, forward<Number>>,            KERNEL<Backward<Number>, backward<Number>>,
 };
 
@@ -424,7 +432,7 @@ EXPORT(const Kernel *, kernels_float)() { return KERNELS<float>; }
 EXPORT(const Kernel *, kernels_bfloat16)() { return KERNELS<bfloat16>; }
 
 // The number of this interface: cpu_library.py refuses a library with another one. Raise it with any change of kernels.h, batch.h or update.h.
-EXPORT(int, interface)() { return 17; }
+EXPORT(int, interface)() { return 18; }
 
 // Sizes that callers need for their buffers: cpu_library.py reads these.
 EXPORT(int, widest_panel)() { return WIDEST_PANEL; }

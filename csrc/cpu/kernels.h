@@ -86,6 +86,14 @@ struct AddUp {
     int64_t pieces, num_rows;
 };
 
+// total_n once more, and lse_n = log total_n + shift_n log 2.
+struct FinishSums {
+    const double *totals;  // (N,)
+    const float *shifts;   // (N,)
+    float *rounded, *lse;  // (N,)
+    int64_t num_rows;
+};
+
 struct Sizes {
     int64_t num_rows, size, slab, threads;  // N, D, B, and threads that have scratch
 };
@@ -109,7 +117,7 @@ template <class Number> struct Forward {
     const void *x;                    // (N, D)
     float *target_unit;               // (N, D)
     float *inverse_norms, *products;  // (N,)
-    float *totals;                    // (N,)
+    float *totals, *lse;              // (N,)
     float *pull;                      // (N, D), or null
     int64_t *unknown;                 // how many labels are of no class, whose rows are NaN
     int64_t foreign_index;

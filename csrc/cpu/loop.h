@@ -1,7 +1,7 @@
 // The slab loop and the work on a batch around it as one call each way, for cosines with a table that the kernels read in place,
 // one row to a class: no caller runs between two kernels.
 //
-//     forward     enter; for each slab: normalize, exponentials, totals += Σ E, accumulate;        pull = U / total
+//     forward     enter; for each slab: normalize, exponentials, totals += Σ E, accumulate;        lse, pull = U / total
 //     backward    slab_factors; for each slab: its kept E, or normalize and exponentials again; table_gradient
 //
 // What a slab takes beside that lies in one block of memory, `room`: ForwardRoom and BackwardRoom say how it is divided.
@@ -24,6 +24,7 @@ template <class Number> void exponentials(const Exponentials<Number> &, int thre
 template <class Number> void accumulate(const Accumulate<Number> &, int threads);
 template <class Number> void table_gradient(const TableGradient<Number> &, int threads);
 void add_up(const AddUp &, int threads);
+void finish_sums(const FinishSums &, int threads);
 inline int64_t scratch_numbers(int64_t num_rows, int64_t size);
 inline int64_t pieces_of(int64_t classes);
 
@@ -202,7 +203,7 @@ template <class Number> void forward(const Forward<Number> &in, int given_thread
         add_up(AddUp{room.exponentials.partial, room.totals, pieces_of(slab.classes), num_rows}, 1);
         if (in.pull) accumulate(Accumulate<Number>{e_panels, unit_panels, room.pull, num_rows, slab.classes, size}, threads);
     });
-    for (int64_t n = 0; n < num_rows; n++) in.totals[n] = (float)room.totals[n];
+    finish_sums(FinishSums{room.totals, loop.shifts, in.totals, in.lse, num_rows}, 1);
     if (!in.pull) return;
 #pragma omp parallel for num_threads(threads)
     for (int64_t n = 0; n < num_rows; n++) {

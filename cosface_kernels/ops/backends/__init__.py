@@ -31,7 +31,6 @@ it cannot run; the tests then hold it to the same rule as the others.
 import functools
 import importlib
 import importlib.util
-import math
 import warnings
 from typing import NamedTuple
 
@@ -50,11 +49,6 @@ class Sums(NamedTuple):
     kept: torch.Tensor  # 1-D, plan.dtype: the kept slabs' exponentials one after another, see Plan.kept_view
     largest: Largest | None = None  # None where not needed
     row_sum: torch.Tensor | None = None  # (D,) any float dtype; None where not needed
-
-    @classmethod
-    def of(cls, shift, total, pull, kept, largest=None, row_sum=None):
-        lse = total.log().add_(shift, alpha=math.log(2))
-        return cls(lse, shift, total, pull, kept, largest=largest, row_sum=row_sum)
 
 
 NO_TRITON = 'triton is not installed: pip install "cosface-kernels[triton]"'

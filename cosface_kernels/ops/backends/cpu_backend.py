@@ -46,7 +46,8 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             slab.kernels.accumulate(e_panels, unit_panels, stop - start, num_rows, size, pull)
     # The pull of a total of 0 is 0.
     pull = pull[:, :size].div_(total.clamp(min=SMALLEST)[: len(pull), None]).float()
-    return Sums.of(shift, total.float(), pull, kept, slab.largest, row_sum)
+    total, lse = slab.kernels.finish_sums(total, shift)
+    return Sums(lse, shift, total, pull, kept, largest=slab.largest, row_sum=row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):

@@ -153,6 +153,20 @@ class Kernels:
             num_rows=num_rows,
         )
 
+    def finish_sums(self, totals, shift):
+        """(total in float32, log-sum-exp) of each row (N,)."""
+        rounded, lse = torch.empty_like(shift), torch.empty_like(shift)
+        self.table.call(
+            "finish_sums",
+            1,
+            totals=pointer("totals", totals, torch.float64, len(shift)),
+            shifts=floats("shift", shift, len(shift)),
+            rounded=rounded.data_ptr(),
+            lse=lse.data_ptr(),
+            num_rows=len(shift),
+        )
+        return rounded, lse
+
     def loop_room(self, direction, *sizes):
         """The floats that csrc/cpu/loop.h's "forward" or "backward" divides among its steps; sizes: N, D, B, threads, a flag."""
         return self._room[direction](*sizes)

@@ -17,7 +17,7 @@ INSTRUCTION_SETS = ("amx", "avx512bf16", "avx512", "avx2", "neonbf16", "neon", "
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 # Number of the library's interface: cosface_interface_portable() in csrc/cpu/kernels.cpp.
-INTERFACE = 17
+INTERFACE = 18
 # Dtypes of the table that the kernels read in place.
 TABLE_DTYPES = (torch.float32, torch.bfloat16)
 NUMBERS = {torch.bfloat16: "bfloat16", torch.float32: "float"}
@@ -182,9 +182,10 @@ _SLAB = {
         bools="is_bfloat16 normalized grad_is_bfloat16",
     ),
     "add_up": _structure(pointers="partial totals", sizes="pieces num_rows"),
+    "finish_sums": _structure(pointers="totals shifts rounded lse", sizes="num_rows"),
     "forward": _structure(
         ("loop", LOOP),
-        pointers="x target_unit inverse_norms products totals pull unknown",
+        pointers="x target_unit inverse_norms products totals lse pull unknown",
         sizes="foreign_index",
         floats="shift",
         bools="x_is_bfloat16",

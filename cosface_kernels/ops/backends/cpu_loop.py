@@ -25,7 +25,8 @@ def forward(x, table, labels, options, plan, need_pull):
     unit = x.new_empty(num_rows, size, dtype=torch.float32)
     target_unit, pull = unit.new_empty(num_rows, 1, size), unit.new_empty(num_rows if need_pull else 0, size)
     inverse_norm, product, shift = unit.new_empty(num_rows), unit.new_empty(num_rows, 1), unit.new_empty(num_rows)
-    total, kept = unit.new_empty(num_rows), page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
+    total, lse = unit.new_empty(num_rows), unit.new_empty(num_rows)
+    kept = page_pool.empty((plan.kept_elements,), plan.dtype, x.device)
     kernels, threads, unknown = cpu_kernels.kernels(plan.dtype), torch.get_num_threads(), cpu_library.Count()
     room = unit.new_empty(kernels.loop_room("forward", num_rows, size, plan.slab, threads, need_pull))
     kernels.table.call(
@@ -44,6 +45,7 @@ def forward(x, table, labels, options, plan, need_pull):
         inverse_norms=inverse_norm.data_ptr(),
         products=product.data_ptr(),
         totals=total.data_ptr(),
+        lse=lse.data_ptr(),
         pull=pull.data_ptr() if need_pull else None,
         unknown=unknown.address,
         foreign_index=options.ignore_index if options.foreign_index is None else options.foreign_index,
@@ -52,7 +54,7 @@ def forward(x, table, labels, options, plan, need_pull):
     )
     if unknown.value:
         label_checks.check_labels(labels, table.num_classes, options.ignore_index, options.foreign_index)
-    return Entered(None, unit, inverse_norm, target_unit, product), Sums.of(shift, total, pull, kept)
+    return Entered(None, unit, inverse_norm, target_unit, product), Sums(lse, shift, total, pull, kept)
 
 
 def backward(factors, table, options, plan, sink):

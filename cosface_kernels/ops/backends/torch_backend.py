@@ -6,6 +6,8 @@ Per slab of B rows of the table, nothing larger than N x B or B x D:
     backward: E again (or kept)        dw̃ = Eᵀ diag(row_scale) x        dw = (dw̃ - ŵ (ŵ·dw̃)) / ‖w‖ or dw̃, + the targets' share
 """
 
+import math
+
 import torch
 
 from .. import batch_rows, page_pool
@@ -46,7 +48,9 @@ def forward(x, table, targets, plan, *, need_pull, need_largest=False, need_row_
             pull += accumulated(e.to(plan.dtype), unit)
     if need_pull:
         pull /= torch.where(total == 0, 1.0, total)[:, None]
-    return Sums.of(shift, total.to(plan.wide), pull.to(plan.wide), kept, largest, row_sum)
+    total = total.to(plan.wide)
+    lse = total.log().add_(shift, alpha=math.log(2))
+    return Sums(lse, shift, total, pull.to(plan.wide), kept, largest=largest, row_sum=row_sum)
 
 
 def backward(x, table, factors, shift, kept, plan, sink, *, hard=None):
