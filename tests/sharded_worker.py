@@ -1,7 +1,8 @@
-"""One rank of test_sharded.py: python sharded_worker.py RANK SIZE FOLDER runs every check that is for SIZE ranks.
+"""The ranks of test_sharded.py: python sharded_worker.py FOLDER SIZE... runs every check that is for SIZE ranks, on as many.
 
-Each check has a process group of its own, so that one that fails on a rank takes no other with it. What became of it goes into
-FOLDER/outcomes.RANK, a line each: its name, and a traceback or null.
+Each check has a process group of its own, so that one that fails on a rank takes no other with it. In FOLDER/SIZE are then
+outcomes.RANK, a line for each check with its name and a traceback or null; log.RANK, what a rank printed; codes, all exit codes.
+Ranks are forks of one process, which has imported what all of them need.
 """
 
 import json
@@ -17,6 +18,7 @@ import sharded_losses  # noqa: F401
 import sharded_partial_fc  # noqa: F401
 import sharded_steps  # noqa: F401
 import torch
+import torch._dynamo  # the first optimiser imports it
 import torch.distributed as dist
 import unwritten
 import wrapped_heads
@@ -31,7 +33,28 @@ for name, function in wrapped_heads.CHECKS.items():
     check(name, 2)(function)
 
 
-def main(rank, size, folder):
+def main(folder, sizes):
+    ranks = {size: [fork(rank, size, folder / str(size)) for rank in range(size)] for size in sizes}
+    for size, processes in ranks.items():
+        codes = [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+        (folder / str(size) / "codes").write_text(json.dumps(codes))
+
+
+def fork(rank, size, folder):
+    """The process of a rank."""
+    if process := os.fork():
+        return process
+    with open(folder / f"log.{rank}", "wb") as log:
+        os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+    try:
+        run(rank, size, folder)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)  # as checkpoint_worker.leave does, and why
+
+
+def run(rank, size, folder):
     torch.set_num_threads(1)
     unwritten.install()
     warnings.simplefilter("ignore")  # of scales and margins past the paper's bounds, at 300 classes
@@ -55,5 +78,4 @@ def main(rank, size, folder):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
-    os._exit(0)  # as checkpoint_worker.leave does, and why
+    main(Path(sys.argv[1]), [int(size) for size in sys.argv[2:]])
