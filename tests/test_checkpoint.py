@@ -111,7 +111,8 @@ def test_full_disk_under_torchs_writer(tmp_path):
 
 
 @pytest.mark.parametrize("fresh_process", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_resumed_training_is_the_same_to_the_bit(fresh_process, tmp_path, one_thread):
+def test_resumed_training_is_the_same_to_the_bit(fresh_process, tmp_path, one_thread, monkeypatch):
+    monkeypatch.setattr("cosface_kernels.checkpoint.pieces.PIECE_BYTES", 2**11)  # a table in three
     wanted = {}
     for name, training in TRAININGS.items():
         model, optimizer, step = trained(*training)
@@ -718,6 +719,7 @@ def test_head(tmp_path):
 
 
 def test_examples_of_the_document(tmp_path, monkeypatch):
+    monkeypatch.setattr("cosface_kernels.checkpoint.pieces.PIECE_BYTES", 2**14)  # a table in four
     monkeypatch.chdir(tmp_path)
     document = WORKER.parents[1] / "docs" / "checkpoints.md"
     names = {}
