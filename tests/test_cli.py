@@ -99,9 +99,9 @@ def test_demo_says_before_any_work_that_memory_is_short(monkeypatch, capsys, tmp
 
 def test_demo_in_small(monkeypatch, capsys, tmp_path):
     """All of it, with fewer epochs and identities: the files, the table, and a loss that falls."""
-    monkeypatch.setattr(toy, "EPOCHS", 2)
+    monkeypatch.setattr(toy, "EPOCHS", 1)
     monkeypatch.setattr(toy, "train_all", partial(toy.train_all, seeds=(0,)))
-    monkeypatch.setattr(million, "CLASSES", 5000)
+    monkeypatch.setattr(million, "CLASSES", 2048)
     monkeypatch.setattr(million, "STEPS", {"cpu": 4, "cuda": 4})
     assert cli.main(["demo", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"toy_features.png", "million_loss.png", "summary.json"}
@@ -110,7 +110,7 @@ def test_demo_in_small(monkeypatch, capsys, tmp_path):
     losses = summary["million"]["losses"]
     assert len(losses) == 4 and losses[-1] < losses[0]
     printed = capsys.readouterr().out
-    assert "LMCL, m = 0.2" in printed and "5,000 identities" in printed
+    assert "LMCL, m = 0.2" in printed and "2,048 identities" in printed
 
 
 def test_demo_runs_plain_pytorch_for_seconds(monkeypatch):
