@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import evaluate
 from rounding import NUM_CLASSES, assert_close, draw, tolerance
+from selection import slow_when
 from torch import library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor.cpp_builder import get_cpp_compiler
@@ -48,9 +49,18 @@ OP_CASES = {
     "sampled, smoothing, corrected": (torch.float64, 0, True, True),
     "scale in a tensor": (torch.float32, 7 * 128 * 4, True, True),
 }
-# What takes long, for one case of each argument.
+# What takes long, for one case of each argument; not slow are those which no other has.
 OP_CHECKED = [case for case in OP_CASES if case not in ("keep all", "hard", "raw", "raw centres")]
 OP_CHECKED = [case for case in OP_CHECKED if case not in ("sampled", "sampled, frozen weight", "sampled, smoothing")]
+OP_FAST = (
+    "keep some",
+    "frozen features",
+    "frozen weight",
+    "hard centres",
+    "bias",
+    "sampled, smoothing, corrected",
+    "scale in a tensor",
+)
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
 FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}
 FORMS |= {"raw centres": (False, False, 3)}
@@ -83,6 +93,7 @@ def op_arguments(case, device):
 
 
 @pytest.mark.parametrize("case", OP_CHECKED)
+@slow_when(lambda case: case not in OP_FAST)
 def test_opcheck_forward(case, device):
     library.opcheck(negative_lse, op_arguments(case, device))
 
@@ -95,6 +106,7 @@ def test_opcheck_of_targets(device):
 
 @pytest.mark.parametrize("transposed", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", OP_CHECKED)
+@slow_when(lambda case: case not in OP_FAST)
 def test_opcheck_backward(case, device, transposed):
     with torch.no_grad():
         problem, options, needs = split(op_arguments(case, device), (Problem, Options, Needs))
