@@ -108,7 +108,9 @@ PAIRS = pairs([*FORMS], [*PRECISIONS], [*BUDGETS.values()], first=dict.fromkeys(
 @pytest.mark.parametrize("memory_budget", BUDGETS.values(), ids=BUDGETS)
 @pytest.mark.parametrize(("form", "precision"), CASES)
 @slow_when(
-    lambda backend, form, precision, memory_budget: interpreted(backend) and (form, precision, memory_budget) not in INTERPRETED
+    lambda backend, form, precision, memory_budget: (
+        (form, precision, memory_budget) not in (INTERPRETED if interpreted(backend) else PAIRS)
+    )
 )
 @repeats_when(
     lambda backend, form, precision, memory_budget: interpreted(backend) and (form, precision, memory_budget) not in PAIRS
