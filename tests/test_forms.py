@@ -104,7 +104,11 @@ PAIRS = pairs(KEPT_FORMS, KEPT_PRECISIONS, BUDGETS, first=[KEPT])
 @pytest.mark.parametrize("memory_budget", BUDGETS)
 @pytest.mark.parametrize("precision", KEPT_PRECISIONS)
 @pytest.mark.parametrize("form", KEPT_FORMS)
-@slow_when(lambda backend, form, precision, memory_budget: interpreted(backend) and (form, precision, memory_budget) != KEPT)
+@slow_when(
+    lambda backend, form, precision, memory_budget: (
+        (form, precision, memory_budget) not in ([KEPT] if interpreted(backend) else PAIRS)
+    )
+)
 @repeats_when(
     lambda backend, form, precision, memory_budget: interpreted(backend) and (form, precision, memory_budget) not in PAIRS
 )
