@@ -17,6 +17,7 @@ from fresh import run as run_script
 from pytorch_metric_learning import distances, losses, miners, reducers, regularizers
 from pytorch_metric_learning.utils import loss_and_miner_utils
 from rounding import SIZE, assert_close, tolerance
+from selection import slow_when
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosface_kernels.compat import pytorch_metric_learning as compat
@@ -140,6 +141,7 @@ def in_16_bits(name, options, device, features_dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@slow_when(lambda options, dtype: options and dtype == torch.float16)
 def test_16_bit_embeddings_leave_the_table_alone(name, options, dtype, device):
     """And are as exact as theirs, which computes in bfloat16 all the way (16 bits always mean bfloat16 here)."""
 
@@ -164,6 +166,7 @@ def test_16_bit_embeddings_leave_the_table_alone(name, options, dtype, device):
 
 @pytest.mark.parametrize("features_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "options"), OPTIONS, ids=str)
+@slow_when(lambda options, features_dtype: options and features_dtype == torch.bfloat16)
 def test_autocast(name, options, features_dtype, device):
     def under_autocast(loss, problem):
         features = problem.features.to(features_dtype).requires_grad_()
