@@ -2,7 +2,7 @@
 
 import ast
 import contextlib
-import itertools
+from functools import partial
 from pathlib import Path
 
 import attending
@@ -77,30 +77,36 @@ def test_every_margin(default, backend, device, request):
                 raise AssertionError(f"{name}, memory_budget = {budget}, scale = {scale}") from error
 
 
-@pytest.mark.parametrize("default, state_format, path", pairs([*DEFAULTS], ["float32", "bfloat16", "int8"], ["native", "torch"]))
+OPTIMIZERS = {"SGD": partial(FusedSGD, momentum=0.9), "AdamW": FusedAdamW}
+TABLES = {"bfloat16": {"table_format": "bfloat16"}, "sampled": {"dtype": torch.float32, "sample_rate": 0.5}}
+STEPS = pairs([*DEFAULTS], ["float32", "bfloat16", "int8"], ["native", "torch"], [*OPTIMIZERS], [*TABLES])
+ATTENDED = STEPS[0]
+
+
+@pytest.mark.parametrize("default, state_format, path, optimizer, table", STEPS)
 @slow_when(lambda backend: interpreted(backend))
-@repeats_when(lambda backend, default, state_format: backend == "attend" and (default, state_format) != ("float64", "bfloat16"))
-def test_fused_steps(default, state_format, path, backend, device, monkeypatch):
+@repeats_when(
+    lambda backend, default, state_format, path, optimizer, table: (
+        backend == "attend" and (default, state_format, path, optimizer, table) != ATTENDED
+    )
+)
+def test_fused_steps(default, state_format, path, optimizer, table, backend, device, monkeypatch):
     if path == "torch" or not cpu_library.available():
         monkeypatch.setattr(rules.Part, "is_native", lambda part: False)
-    optimizers = (FusedSGD, {"momentum": 0.9}), (FusedAdamW, {})
-    tables = {"table_format": "bfloat16"}, {"dtype": torch.float32, "sample_rate": 0.5}
-    combined = [*itertools.product(optimizers, tables)]
-    for (optimizer, options), head_options in combined[::3] if interpreted(backend) else combined:
 
-        def run(optimizer=optimizer, options=options, head_options=head_options):
-            torch.manual_seed(0)
-            head = CosFaceLoss(20, 300, device=device, backend=backend, **head_options)
-            table = optimizer(head.parameters(), lr=0.1, state_format=state_format, **options)
-            for seed in range(2):
-                generator = torch.Generator().manual_seed(seed)
-                features = torch.randn(9, 20, generator=generator, dtype=torch.float32, device="cpu").to(device)
-                labels = torch.randint(300, (9,), generator=generator, dtype=torch.int64, device="cpu").to(device)
-                head(features, labels).backward()
-                table.step()
-            return [head.weight.detach(), *tensors(table.state[head.weight])]
+    def run():
+        torch.manual_seed(0)
+        head = CosFaceLoss(20, 300, device=device, backend=backend, **TABLES[table])
+        steps = OPTIMIZERS[optimizer](head.parameters(), lr=0.1, state_format=state_format)
+        for seed in range(2):
+            generator = torch.Generator().manual_seed(seed)
+            features = torch.randn(9, 20, generator=generator, dtype=torch.float32, device="cpu").to(device)
+            labels = torch.randint(300, (9,), generator=generator, dtype=torch.int64, device="cpu").to(device)
+            head(features, labels).backward()
+            steps.step()
+        return [head.weight.detach(), *tensors(steps.state[head.weight])]
 
-        assert_unmoved(DEFAULTS[default], run)
+    assert_unmoved(DEFAULTS[default], run)
 
 
 @every_default
