@@ -2,6 +2,7 @@
 results that travel between files have names."""
 
 import ast
+import functools
 import re
 from fnmatch import fnmatch
 from graphlib import TopologicalSorter
@@ -14,23 +15,27 @@ ALLOWED = {part: set(re.findall(r"`(\w+)`", parts)) for part, parts in ROW.finda
 FILES = [path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__")]
 
 
+@functools.cache
+def nodes_of(path):
+    return [*ast.walk(ast.parse(path.read_text()))]
+
+
 def module_of(path):
     return (path.parent if path.name == "__init__.py" else path.with_suffix("")).relative_to(PACKAGE).parts
 
 
+@functools.cache
 def imports(path):
     """The modules of the package that a file imports, wherever in the file."""
-    here = path.parent.relative_to(PACKAGE).parts
-    for node in ast.walk(ast.parse(path.read_text())):
+    here, found = path.parent.relative_to(PACKAGE).parts, set()
+    for node in nodes_of(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = (*here[: len(here) - node.level + 1], *(node.module or "").split("."))
             for name in node.names:
                 parts = tuple(part for part in (*base, name.name) if part)
-                yield (
-                    parts
-                    if (PACKAGE.joinpath(*parts).with_suffix(".py").exists() or PACKAGE.joinpath(*parts).is_dir())
-                    else parts[:-1]
-                )
+                is_module = PACKAGE.joinpath(*parts).with_suffix(".py").exists() or PACKAGE.joinpath(*parts).is_dir()
+                found.add(parts if is_module else parts[:-1])
+    return found
 
 
 def test_tree_has_every_file():
@@ -62,7 +67,7 @@ def test_no_more_than_four_values_are_unpacked_by_position():
     """Five are counted by whoever reads them: they need names. But where they stand beside their names nobody counts."""
     wrong = []
     for path in FILES:
-        nodes = list(ast.walk(ast.parse(path.read_text())))
+        nodes = nodes_of(path)
         beside = {id(each.targets[0]) for each in nodes if isinstance(each, ast.Assign) and isinstance(each.value, ast.Tuple)}
         unpacked = [each for each in nodes if isinstance(each, ast.Tuple | ast.List) and isinstance(each.ctx, ast.Store)]
         wrong += [f"{path}:{each.lineno}" for each in unpacked if len(each.elts) > 4 and id(each) not in beside]
@@ -79,7 +84,7 @@ def test_no_more_than_six_arguments_are_passed_by_position():
     wrong = []
     for path in FILES:
         exempt = OF_ANY_NUMBER | (LAUNCHERS if path.name.startswith("triton_") else set())
-        for call in calls_outside_kernels(ast.parse(path.read_text())):
+        for call in calls_outside_kernels(nodes_of(path)[0]):
             is_launch = isinstance(call.func, ast.Subscript)  # kernel[grid](...)
             if sum(map(places, call.args)) > 6 and not is_launch and ast.unparse(call.func) not in exempt:
                 wrong.append(f"{path}:{call.lineno}")
