@@ -118,15 +118,13 @@ def plan(training, device):
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
     table = Table(weight[:rows])
     slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, device.memory))
-    fused = training.is_fused
-    budget = recording.automatic_budget(weight) if fused else automatic_budget(weight.nbytes, device.memory)
+    budget = recording.automatic_budget(weight) if training.is_fused else automatic_budget(weight.nbytes, device.memory)
     kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
     # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms; decoded rows, and as 16 bits.
     buffers = 8 * slab * (batch + 2 * dim) + 6 * slab * dim * is_float8
     lent = training.device_type == "cpu" and page_pool.LARGE <= kept <= device.memory // page_pool.SPARE_SHARE
-    left, temporary = kept if lent else 0, optimizer.temporaries * weight.nbytes
-    if left + temporary > kept + buffers:  # in torch.optim's step those of backward are free, but for what page_pool.py holds
-        kept, buffers = left, temporary
+    # The peak of backward, or of torch.optim's step, when what backward had is free but for what page_pool.py holds.
+    kept, buffers = max((kept, buffers), (kept if lent else 0, optimizer.temporaries * weight.nbytes), key=sum)
     return {
         "table": weight.nbytes + 4 * held * is_float8,
         "state": held * optimizer.states * (dim * state.itemsize + 4 * (state in formats.LARGEST_CODE)),
