@@ -172,6 +172,16 @@ def test_order_of_eleven_ranks(here, num_classes, name):
     assert converted("out.pt").equal(table(num_classes))
 
 
+@pytest.mark.parametrize("numbers", [(0, 1, 3), (1, 2, 3), (1, 2)], ids=str)
+def test_a_missing_rank(here, capsys, numbers):
+    """Of equal sizes the others look like all shards of a smaller table."""
+    for rank in numbers:
+        torch.save({"weight": table(2)}, f"rank_{rank}_of_4.pt")
+    assert f"the ranks 0 to {len(numbers) - 1}, got {', '.join(map(str, numbers))}" in refusal(
+        capsys, *glob("*.pt"), "out.pt", "--from", "insightface"
+    )
+
+
 def test_names_without_a_rank_keep_the_order_given(here):
     whole = table(11)
     for name, weight in zip("cab", shards(whole, 3), strict=True):

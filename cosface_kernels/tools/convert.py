@@ -73,7 +73,7 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
 
 def _in_order(paths, system):
     """The files of tables by the numbers in their names, for a shell's pattern has 10 before 2; with equal numbers, as given."""
-    paths = sorted(map(Path, paths), key=lambda path: [int(number) for number in re.findall("[0-9]+", str(path))])
+    paths = sorted(map(Path, paths), key=_numbers)
     if system == "insightface":
         paths = [path for path in paths if not path.stem.endswith("_mom")]
         if not paths:
@@ -83,7 +83,14 @@ def _in_order(paths, system):
             raise ValueError(f"cannot read {path}: it is not a regular file")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"the same file twice: {_listing(paths)}")
+    differing = {column for column in zip(*map(_numbers, paths), strict=False) if len(set(column)) > 1}
+    if len(differing) == 1 and (ranks := differing.pop()) != (*range(len(paths)),):  # shards of equal sizes would not betray it
+        raise ValueError(f"the numbers in the names of shards must be the ranks 0 to {len(paths) - 1}, got {_listing(ranks)}")
     return paths
+
+
+def _numbers(path):
+    return [int(number) for number in re.findall("[0-9]+", str(path))]
 
 
 def read_table(path, *, system=None, key=None, transpose=False):
