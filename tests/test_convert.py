@@ -1,6 +1,7 @@
 """Is a converted table the same, bit for bit, and is anything but a whole table refused without a trace?"""
 
 import argparse
+import io
 import os
 import re
 import shlex
@@ -634,6 +635,28 @@ def test_failure_leaves_everything_as_it_was(here, capsys, monkeypatch, outputs,
     else:
         line = refusal(capsys, *arguments)
         assert line.startswith("cosface: cannot write ") and (getattr(error, "strerror", None) or "iostream error") in line
+
+
+class Interrupted(io.FileIO):
+    """A file in whose third write the user presses Ctrl-C."""
+
+    writes = 0
+
+    def write(self, data):
+        self.writes += 1
+        if self.writes == 3:
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_interrupt_within_torch_save_stays_one(here, monkeypatch):
+    """Its writer answers with an error of its own."""
+    arguments = prepared("one file")
+    before = contents(here)
+    monkeypatch.setattr(module, "open", lambda path, mode: {"wb": Interrupted}.get(mode, open)(path, mode), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        run(*arguments)
+    assert contents(here) == before
 
 
 @pytest.mark.parametrize("outputs", OUTPUTS)

@@ -210,6 +210,8 @@ def _writing(target):
     except Exception as error:
         while error.__context__ is not None:  # the writer of torch.save fails once more when it closes a file on a full disk
             error = error.__context__
+        if not isinstance(error, Exception):  # Ctrl-C
+            raise error
         raise OSError(f"cannot write {target}: {_reason(error)}") from error
 
 
