@@ -77,16 +77,18 @@ def test_the_op_is_there_with_every_backend_and_plan():
     assert all(peer.missing for peer in peers.peers("cpu") if "triton" in peer.name)  # never its interpreter
 
 
-def test_what_the_op_is_called_with(monkeypatch):
-    calls = []
-    monkeypatch.setattr(
-        peers, "cosface_loss", lambda *tensors, **options: calls.append((options, torch.is_autocast_enabled("cpu")))
-    )
+def test_the_op_keeps_what_its_name_says():
+    """E of all classes, in the precision of the products, or nothing."""
+    features, weight, labels = peers.inputs(64, 400, 32)
     for peer in peers.peers("cpu"):
         if peer.name.startswith("cosface_loss, torch"):
-            peer.function(*(torch.ones(1, 1),) * 3)
-    plans = [{"backend": "torch"}, {"backend": "torch", "memory_budget": 0}]
-    assert calls == [(plan, low) for low in (True, False) for plan in plans]
+            saved = []
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor, saved=saved: saved.append(tensor), lambda tensor: tensor
+            ):
+                peer.function(features, weight, labels)
+            kept = [tensor.dtype for tensor in saved if tensor.numel() == 64 * 400]
+            assert kept == ([] if "memory_budget=0" in peer.name else [getattr(torch, peer.precision)]), peer.key
 
 
 def test_ours_come_first_and_what_compiles_last():
