@@ -5,7 +5,6 @@ machine change little. The two take turns in one process; a ratio is the median 
 """
 
 import statistics
-import time
 
 import torch
 
@@ -41,9 +40,7 @@ def _seconds(num_rows, size, classes):
     tensors = inputs(num_rows, classes, size)
     found = {name: [] for name in PEERS}
     for turn, name in harness.in_turns(list(PEERS), TURNS + TURNS // 5):
-        started = time.process_time()
-        step(PEERS[name], *tensors)
-        took = time.process_time() - started
+        took = measure.processor_seconds(lambda name=name: step(PEERS[name], *tensors))
         if turn >= TURNS // 5:
             found[name].append(took)
     return found

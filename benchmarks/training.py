@@ -77,8 +77,6 @@ class Run:
         self.optimizers = backbone_optimizer, optimizer(self.head.parameters())
 
     def step(self):
-        """(loss, seconds)."""
-        started = time.perf_counter()
         views, labels = self.draw_batch()
         with torch.autocast(DEVICE.type, torch.bfloat16):
             loss = self.head(self.backbone(views), labels)
@@ -86,18 +84,20 @@ class Run:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        return loss.item(), time.perf_counter() - started
+        self.loss = loss.item()
+
+    def timed(self):
+        """Seconds of a step."""
+        return measure.seconds(self.step, DEVICE)
 
 
 def peak_bytes():
     return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else measure.high_water_bytes()
 
 
-def alone(what, **arguments):
-    """The result of `what(**arguments)` in a process of its own, or the reason why there is none."""
-    command = [sys.executable, "-m", "benchmarks.training", "--alone", what, json.dumps(arguments)]
+def alone(what, *launcher, **arguments):
+    """The result of `what(**arguments)` in a process of its own, or why there is none; launcher: options of its Python."""
+    command = [sys.executable, *launcher, "-m", "benchmarks.training", "--alone", what, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=source.ROOT, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {"error": f"exit status {done.returncode}"}
 
@@ -107,11 +107,11 @@ def table_run(identities, size, table_format, state_format="float32", momentum=O
     options = {**OPTIONS, "momentum": momentum, "state_format": state_format}
     sampled = {} if sample_rate == 1 else {"sample_rate": sample_rate}
     run = Run(identities, size, lambda params: FusedSGD(params, **options), table_format=table_format, **sampled)
-    steps = []
+    losses, seconds = [], []
     for _ in range(STEPS):
-        steps.append(run.step())
-        print(f"loss {steps[-1][0]:.2f}, {steps[-1][1]:.2f} s", file=sys.stderr, flush=True)
-    losses, seconds = zip(*steps, strict=True)
+        seconds.append(run.timed())
+        losses.append(run.loss)
+        print(f"loss {losses[-1]:.2f}, {seconds[-1]:.2f} s", file=sys.stderr, flush=True)
     return {"losses": losses, "seconds": seconds, "peak_bytes": peak_bytes()}
 
 
@@ -124,7 +124,7 @@ def table_bytes(identities, size, table_format, state_format="float32", momentum
 def step_run(optimizer, **shape):
     """A turn of `step`: seconds of its steps but the first, and the peak."""
     run = Run(**shape, optimizer=OPTIMIZERS[optimizer])
-    _, *seconds = (run.step()[1] for _ in range(TURN_STEPS + 1))
+    _, *seconds = (run.timed() for _ in range(TURN_STEPS + 1))
     return {"seconds": seconds, "peak_bytes": peak_bytes()}
 
 
@@ -163,7 +163,7 @@ def growth():
     seconds = {identities: [] for identities in GROWTH}
     for turn, identities in harness.in_turns(GROWTH, TURNS + 1):
         repeats = max(1, 200_000 // identities)
-        taken = [runs[identities].step()[1] for _ in range(repeats)]
+        taken = [runs[identities].timed() for _ in range(repeats)]
         seconds[identities] += taken if turn else []
     for identities, taken in seconds.items():
         yield {"identities": identities, "size": GROWTH_SIZE, "seconds": taken}
@@ -171,14 +171,8 @@ def growth():
 
 def ranks():
     for size in (1, 2):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
-        command += ["-m", "benchmarks.training", "--alone", "rank_run", json.dumps({"threads": torch.get_num_threads() // size})]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=source.ROOT, check=False)
-        yield {
-            **RANKS,
-            "ranks": size,
-            **(json.loads(done.stdout) if done.returncode == 0 else {"error": f"exit {done.returncode}"}),
-        }
+        launcher = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)
+        yield {**RANKS, "ranks": size, **alone("rank_run", *launcher, threads=torch.get_num_threads() // size)}
 
 
 def rank_run(threads):
