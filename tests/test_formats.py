@@ -1,5 +1,6 @@
 """Are formats of 16 and 8 bits right on average, and the same bits in PyTorch and in native code?"""
 
+import itertools
 import statistics
 
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("sklearn")
 
 import numpy as np
 import torch
+from selection import pairs, slow_when
 
 from benchmarks import formats as training
 from cosface_kernels.ops import formats
@@ -145,11 +147,18 @@ def test_random_bits_are_uniform_and_independent():
     assert np.unique(words[0].numpy()).size > 9000  # of 10,000 draws from 65,536
 
 
+NATIVE = (
+    ["sgd", "nesterov", "no momentum", "adamw"],
+    [torch.float32, torch.bfloat16, FLOAT8],
+    [torch.float32, torch.bfloat16, torch.int8],
+    [1, 37, 64],
+)
+NATIVE_PAIRS = pairs(*NATIVE)
+
+
 @pytest.mark.parametrize("instruction_set", cpu_library.available())
-@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16, FLOAT8])
-@pytest.mark.parametrize("rule", ["sgd", "nesterov", "no momentum", "adamw"])
-@pytest.mark.parametrize("size", [1, 37, 64])
+@pytest.mark.parametrize("rule, table, state, size", itertools.product(*NATIVE))
+@slow_when(lambda rule, table, state, size: (rule, table, state, size) not in NATIVE_PAIRS)
 def test_native_code_is_the_same_step(rule, table, state, size, instruction_set, monkeypatch):
     """Three steps from the same numbers each time: float32 within roundings, stored ones one unit apart, few of them."""
     steps = {
