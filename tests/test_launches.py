@@ -4,12 +4,13 @@ At a small table a launch costs more than what it computes, so a count that grow
 operator counts once, though some launch more.
 """
 
+import itertools
 from collections import Counter
 
 import pytest
 import torch
 from cases import make
-from conftest import HAS_GPU
+from selection import HAS_GPU, pairs, slow_when
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from benchmarks import host_time
@@ -66,11 +67,13 @@ def test_pull_fills_a_gpu(num_rows, parts):
     assert all(count <= parts and width % (8 * count) == 0 for count, width in zip(found, widths, strict=True))
 
 
+CALLS = [host_time.H100, host_time.H200], [10**6, 10**7], [256, 512, 1024, 4096], [True, False]
+CALL_PAIRS = pairs(*CALLS)
+
+
 @pytest.mark.skipif(HAS_GPU, reason="counted in the interpreter")
-@pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("num_rows", [256, 512, 1024, 4096])
-@pytest.mark.parametrize("num_classes", [10**6, 10**7])
-@pytest.mark.parametrize("gpu", [host_time.H100, host_time.H200])
+@pytest.mark.parametrize("gpu, num_classes, num_rows, kept", itertools.product(*CALLS))
+@slow_when(lambda gpu, num_classes, num_rows, kept: (gpu, num_classes, num_rows, kept) not in CALL_PAIRS)
 def test_host_takes_a_third_of_the_gpus_time_at_most(gpu, num_classes, num_rows, kept, launches, monkeypatch):
     """Launches are counted in the call itself, whose tensors have no memory; both times are predicted."""
     triton_backend = pytest.importorskip("cosface_kernels.ops.backends.triton_backend")
