@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from cases import evaluate
-from margin_rows import ROWS, batch, every_kind, every_row, steepness, written_out
+from margin_rows import KINDS, ROWS, batch, every_kind, every_row, steepness, written_out
 from rounding import NUM_CLASSES, SIZE, assert_close, tolerance
 from selection import slow_when
 from torch import library
@@ -202,6 +202,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda head: pickle.loads(pickle.
 
 @every_row
 @pytest.mark.parametrize("how", COPIES)
+@slow_when(lambda row, how: how != "state_dict" and row not in [ROWS[name] for name in KINDS])
 def test_copies(row, how, device):
     """Equal in all, statistics after a step included, and sharing nothing."""
     head, features, labels = head_and_batch(row, device)
