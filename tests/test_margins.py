@@ -217,7 +217,7 @@ class Bent(margins.Margin):
         return cosine - 0.1 * (1 - cosine) ** 2
 
 
-@pytest.mark.parametrize("raw", ["", "features"])
+@pytest.mark.parametrize("raw", [pytest.param("", marks=pytest.mark.slow), "features"])
 def test_a_margin_of_ones_own(raw, device):
     row = Row(Bent(), lambda theta, *_: theta.cos() - 0.1 * (1 - theta.cos()) ** 2, (1, -1.4), raw=raw)
     tensors = batch(row, device)

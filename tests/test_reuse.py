@@ -94,7 +94,7 @@ def test_a_gradient_that_is_kept_is_not_written_again(backend):
     assert torch.equal(again, before)
 
 
-@pytest.mark.parametrize("spare", [False, True])
+@pytest.mark.parametrize("spare", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile_of_a_large_table(spare, monkeypatch):
     """Traced tensors have shapes and no memory for the pool."""
     monkeypatch.setattr(page_pool, "LARGE", 1000)
