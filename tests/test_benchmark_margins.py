@@ -65,7 +65,9 @@ def test_cases_are_distinct():
     assert len({case.name for case in benchmark.CASES}) == len(benchmark.CASES)
 
 
-@pytest.mark.parametrize("kind", [margins.CosFace, margins.ArcFace, margins.MagFace])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in (margins.CosFace, margins.ArcFace)), margins.MagFace]
+)
 def test_a_wrong_margin_is_marked(capsys, monkeypatch, kind):
     right = kind.target_logit
 
