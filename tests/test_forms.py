@@ -74,13 +74,17 @@ REPRESENTATIVES = [(form, "float32", "hard", SHAPES[1]) for form in FORMS]
 REPRESENTATIVES += [(form, "bfloat16", "hard", SHAPES[1]) for form in ("raw", "bias", "3 centres, large")]
 # Every form in every precision at the shape of ragged tiles and slabs.
 RAGGED = [(form, precision, "hard", SHAPES[1]) for form in FORMS for precision in PRECISIONS]
+GRID = [*FORMS], [*PRECISIONS], KINDS, SHAPES
+FORM_PAIRS = pairs(*GRID, first=REPRESENTATIVES)
 
 
 @pytest.mark.parametrize(
-    ("form", "precision", "kind", "shape"), pairs([*FORMS], [*PRECISIONS], KINDS, SHAPES, first=RAGGED), ids=str
+    ("form", "precision", "kind", "shape"), dict.fromkeys([*pairs(*GRID, first=RAGGED), *FORM_PAIRS]), ids=str
 )
 @slow_when(
-    lambda backend, form, precision, kind, shape: interpreted(backend) and (form, precision, kind, shape) not in REPRESENTATIVES
+    lambda backend, form, precision, kind, shape: (
+        (form, precision, kind, shape) not in (REPRESENTATIVES if interpreted(backend) else FORM_PAIRS)
+    )
 )
 def test_error_at_most_the_references(backend, device, form, precision, kind, shape):
     margin, scale, options, centers = FORMS[form]
