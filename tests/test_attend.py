@@ -252,7 +252,7 @@ def test_halves_are_for_hopper(monkeypatch, chip, wanted):
     assert launched and all(constants["HALVES"] is wanted for constants in launched)
 
 
-@pytest.mark.parametrize("scale", [64.0, 100.0])
+@pytest.mark.parametrize("scale", [pytest.param(64.0, marks=pytest.mark.slow), 100.0])
 def test_descriptors_of_exponentials_give_the_same_bits(scale):
     """Row maxima among them, and E kept."""
     wanted = results(shape=(70, 131, 70), scale=scale, memory_budget=10**9)
