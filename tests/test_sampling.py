@@ -85,7 +85,7 @@ def drawn_plainly(labels, num_classes, rate, seed, step):
 @pytest.mark.parametrize("num_classes, rate", [(50, 0.2), (50, 1.0), (50, 0.001), (1, 1.0), (1000, 0.1)])
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 80])
 def test_draws_are_as_described(num_rows, num_classes, rate, device, source):
-    for step in range(20):
+    for step in range(8):
         labels = torch.randint(-3, num_classes + 3, (num_rows,), generator=torch.Generator().manual_seed(step)).to(device)
         expected = drawn_plainly(labels, num_classes, rate, 5, torch.tensor(step, device=device))
         found = sampled_classes.draw(labels, num_classes, rate, 5, torch.tensor(step, device=device))
@@ -643,7 +643,9 @@ def test_compile(kind, device):
     assert head.sample_step == eager.sample_step
 
 
-@pytest.mark.parametrize("use_reentrant, compiled", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "use_reentrant, compiled", [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.slow)]
+)
 def test_checkpointing_a_head_is_refused(use_reentrant, compiled, device):
     torch._dynamo.reset()
     head = sampled_head(device)
