@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from cases import make
+from selection import pairs
 from test_optim import NUM_CLASSES, SIZE, largest_error, path  # noqa: F401  a fixture
 
 from cosface_kernels import FusedAdamW, FusedSGD, MarginSoftmaxLoss, sample_classes
@@ -64,9 +65,7 @@ class RowByRow:
         self.steps += 1
 
 
-@pytest.mark.parametrize("batches", [1, 3])
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize(("kind", "form", "batches"), pairs([*OPTIONS], [*FORMS], [1, 3]))
 def test_every_row_is_as_if_alone(kind, form, batches, device):
     """Over steps in which a row is sampled, not, and sampled again; three batches to a step are three samples."""
     ours = new(device, form)
