@@ -54,7 +54,7 @@ def tensors(state):
 
 
 @every_default
-@slow_when(lambda backend: interpreted(backend))
+@slow_when(lambda backend, default: interpreted(backend) or default is DEFAULTS["float16"])
 @repeats_when(lambda backend, default: interpreted(backend) and default is DEFAULTS["float64"])
 def test_every_margin(default, backend, device, request):
     """Every margin; raw features, a bias and sub-centres also with exponentials kept and with row maxima."""
