@@ -1,7 +1,7 @@
-"""Does training notice how the table and its state are stored?  python -m benchmarks.formats [--json FILE] [--plot FILE]
+"""Compares trainings whose table and state are stored in other formats:  python -m benchmarks.formats [--json FILE] [--plot FILE]
 
 1,797 identities, each one of scikit-learn's handwritten digits, seen shifted and under noise: 200 steps in every format, from the
-same start and with the same batches. What a format changes is to be compared with what another seed changes.
+same start and with the same batches. The change by a format is to be compared with the change by another seed.
 """
 
 import itertools

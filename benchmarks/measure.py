@@ -95,7 +95,7 @@ def seconds(function, device):
 
 
 def processor_seconds(function):
-    """Of all threads of this process, by which other processes show little."""
+    """Seconds of processor time of all threads of this process, by which other processes show little."""
     start = time.process_time()
     function()
     return time.process_time() - start
@@ -172,7 +172,7 @@ def settled_bytes(device):
 
 
 def cpu_peak_bytes(peer, shape):
-    """The same on the CPU, in a process of its own; None if the system does not report it.
+    """The peak in one step on the CPU, in a process of its own; None if the system does not report it.
 
     Raises:
         RuntimeError: that process failed.

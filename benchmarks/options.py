@@ -1,4 +1,4 @@
-"""What goes beside a margin, for `python -m benchmarks.margins --options`: each option's loss, and the same in plain PyTorch.
+"""Options beside a margin, for `python -m benchmarks.margins --options`: each one's loss, and the same in plain PyTorch.
 
 An option is a few N-vectors of work, or a few operations on each product in registers, in a step of 6 N C D flops. Those that
 only a whole step has are in steps.py.
@@ -20,7 +20,7 @@ SMOOTHING, M = 0.1, 0.35
 
 @dataclass(frozen=True)
 class PerRow(margins.Margin):
-    """CosFace's, with a number for each row of the batch."""
+    """CosFace's margin, with a number for each row of the batch."""
 
     m: float | torch.Tensor = M
 
@@ -30,7 +30,7 @@ class PerRow(margins.Margin):
 
 @dataclass(frozen=True)
 class EvenOnes(PerRow):
-    """CosFace's for classes with an even number, none for the others."""
+    """CosFace's margin for classes with an even number, none for the others."""
 
     def for_labels(self, labels):
         return PerRow(m_of_even_ones(labels, None))
@@ -46,7 +46,7 @@ class Option(NamedTuple):
     several: int = 0  # classes to a row
 
     def tensors(self, features, weight, labels):
-        """The problem for this option."""
+        """(features, weight, labels), and a scale that is learnt."""
         if self.several:
             steps = torch.arange(self.several, device=labels.device) * 7
             labels = (labels[:, None] + steps) % len(weight)
@@ -71,7 +71,7 @@ class Option(NamedTuple):
 
 
 def changed(negatives, cosines, own, target):
-    """Of each kind below, by its paper; without a module CurricularFace's t is 0."""
+    """The cosines (N, C) that hard negatives of each kind make, by its paper; without a module CurricularFace's t is 0."""
     if isinstance(negatives, margins.CurricularFace):
         return torch.where(cosines > target, cosines.square(), cosines)
     if isinstance(negatives, margins.MVSoftmax):
@@ -99,7 +99,7 @@ def m_by_class(labels, classes):
 
 
 def weighted(z, labels, given):
-    """Soft targets."""
+    """The cross-entropy with soft targets."""
     return -(given["label_weights"] * z.log_softmax(1).gather(1, labels)).sum(1).mean()
 
 

@@ -30,7 +30,7 @@ class Peer(NamedTuple):
     logit_bytes: float  # bytes for each of the N x C logits, at the peak in forward
     weight_bytes: float  # bytes for each of the C x D weights, at the peak in backward; neither counts W and dW
     flops: float = 6.0  # of a step, in N C D
-    missing: str | None = None  # why it cannot run here
+    missing: str | None = None  # the reason why it cannot run here
     another_loss: bool = False  # computes something else than LMCL over all classes
     compiled: bool = False  # its first call at each size compiles
 
@@ -54,7 +54,7 @@ def peers(device, precisions=PRECISIONS):
 
 
 def _peers(device, precision):
-    """Bytes are rounded from peaks measured on a CPU; the gradient of F.normalize alone holds 16 for each weight."""
+    """Yield peers. Bytes are rounded from peaks measured on a CPU; the gradient of F.normalize alone holds 16 for each weight."""
     low = precision == "bfloat16"
 
     def peer(name, function, *held, **options):
@@ -160,8 +160,8 @@ def _scaled_units(features, weight):
 
 
 def torch_linear(features, weight, labels):
-    """In four chunks of rows; without options it is the plain expression. Every chunk reads W and adds to all of dW, and its own
-    choice would be chunks of 2 or 4 rows where there are 200 times as many classes as columns.
+    """PyTorch's, in four chunks of rows; without options it is the plain expression. Every chunk reads W and adds to all of dW,
+    and its own choice would be chunks of 2 or 4 rows where there are 200 times as many classes as columns.
     """
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=-(-len(features) // 4))
     return with_margin(F.linear_cross_entropy(*_scaled_units(features, weight), labels, reduction="none", options=options))
@@ -180,7 +180,7 @@ def liger(features, weight, labels):
 
 
 def quack(features, weight, labels):
-    """Its chunked form has no reduction="none", without which no margin can be applied outside."""
+    """quack's, not chunked: its chunked form has no reduction="none", without which no margin can be applied outside."""
     from quack.linear_cross_entropy import linear_cross_entropy_func
 
     return with_margin(linear_cross_entropy_func(*_scaled_units(features, weight), None, labels, reduction="none"))

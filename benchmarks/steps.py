@@ -27,7 +27,7 @@ HARD = 2  # classes to a class
 class Step(NamedTuple):
     name: str
     head: Callable = lambda classes: {}  # options of the head
-    beside: Callable = lambda classes: {}  # those of the head without
+    beside: Callable = lambda classes: {}  # options of the head without
     max_row_norm: float | None = None
     moves: bool = False  # scale and margin are set before the step
     parametrised: bool = False

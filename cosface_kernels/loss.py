@@ -30,7 +30,7 @@ class Statistics(NamedTuple):
     target_cosine: Tensor  # the product with the row's own class
     negative_cosine: Tensor  # the largest product with another class; -inf where there is none
     negative_class: Tensor  # int64: that class, the lowest of equal ones; -1 where there is none
-    correct: Tensor  # bool: whether the own class has the larger product: top-1 without a margin; of equal ones rounding decides
+    correct: Tensor  # bool: the own class has the larger product: top-1 without a margin; of equal ones rounding decides
     probability: Tensor  # of the own class, by a softmax without a margin: σ(s target_cosine_n - A_n)
 
 

@@ -140,7 +140,7 @@ def warn_if_out_of_bounds(num_classes: int, embedding_size: int, scale: float, m
 
 
 def _is_rounding(value, bound):
-    """The absolute part is for a bound that the caller computed as 1 - cos."""
+    """True if value and bound differ by rounding: the absolute part is for a bound that the caller computed as 1 - cos."""
     return math.isclose(value, bound, rel_tol=1e-9, abs_tol=1e-15)
 
 

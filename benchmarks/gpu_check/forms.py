@@ -1,4 +1,4 @@
-"""From what was measured to the table of forms that the package reads after a review: DIR/forms.json.
+"""Makes the table of forms that the package reads after a review, DIR/forms.json, of a record of measurements.
 
 The format is cosface_kernels/ops/backends/triton_forms.json's; "compared" beside its rows says by what each was chosen. A form
 has a row only where it was right and took less time than the package's own by more than MARGIN, which noise does not reach.

@@ -61,7 +61,7 @@ def forms(asked):
 
 @contextlib.contextmanager
 def exponentials(options):
-    """The same for `exponentials` alone, whose tile can be set in packages without a table of forms too."""
+    """Context manager that sets the form of `exponentials`, whose tile can be set in packages without a table of forms too."""
     from cosface_kernels.ops.backends import triton_backend
 
     if known_forms():

@@ -31,7 +31,7 @@ SMOKE = [
     {"rows": 300, "classes": 1111, "size": 256, "precision": "bfloat16", "slab": 512, "budget": "none", "forms": ATTEND},
     {"rows": 128, "classes": 1024, "size": 512, "precision": "bfloat16", "budget": "none", "forms": ATTEND},
 ]
-# What shares memory between the threads of a block, at the widest tiles. All launches of a call would take minutes.
+# Calls whose blocks share memory between their threads, at the widest tiles. All launches of a call would take minutes.
 RACES = {
     "tool": "racecheck",
     "kernels": ["exponential", "attend"],
@@ -41,7 +41,7 @@ OPTIONS = [{"DESCRIPTORS": True}, {"HALVES": True}, {"DESCRIPTORS": True, "HALVE
 TILES = [("128x128x64", 8, 3), ("128x256x64", 8, 4), ("128x128x64", 8, 4), ("128x128x64", 4, 3), ("128x256x64", 8, 3)]
 WAVE = 8448  # classes: 64 for each of 132 processors, so that tiles of any N that is a multiple of 256 fill whole waves
 SHAPES = [(4096, 1_000_000, 512), (1024, 1_000_000, 512), (512, 100_000, 512), (1024, 10_000_000, 512)]
-SMALL = 512, 10_000, 512  # where a call's time is the host's
+SMALL = 512, 10_000, 512  # N, C, D of a call whose time is the host's
 PEERS = [
     "cosface_loss, triton, memory_budget=0",
     "cosface_loss, triton, all of E kept",
@@ -134,7 +134,7 @@ def _training():
 class Stage(NamedTuple):
     name: str
     limit: float  # seconds, at most
-    module: str  # whose function makes the rows
+    module: str  # the one whose function makes the rows
     function: str
     cases: Callable = lambda: [{}]
     environment: dict = {}  # noqa: RUF012  never changed

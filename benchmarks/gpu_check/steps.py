@@ -66,7 +66,7 @@ def _case(case, tensors, device):
 
 
 def _errors(function, num_rows, size, device):
-    """Beside float64 over few classes; right is at most twice the error of plain PyTorch under autocast, and a rounding."""
+    """Errors beside float64, few classes; right is at most twice the error of plain PyTorch under autocast, and a rounding."""
     check = measure.Check(inputs(num_rows, CHECK_CLASSES, size, device))
     return check.judged(check.run(function), "bfloat16")
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 
-WRAPPERS = ("_orig_mod", "module")  # what torch.compile, and DataParallel and DistributedDataParallel, put into a name
+WRAPPERS = ("_orig_mod", "module")  # parts of a name by torch.compile, and by DataParallel and DistributedDataParallel
 
 
 def in_checkpoint(here, saved):

@@ -41,7 +41,7 @@ class Attributes(nn.Module):
         self.log_scale = nn.Parameter(torch.zeros((), dtype=torch.float32, device=device))
 
     def __getattr__(self, name):
-        """nn.Module looks for parameters here, and so is the scale made of one."""
+        """The scale that is made of a parameter, or the parameter, buffer or module that nn.Module looks for here."""
         if name == "scale" and self._learns_scale():
             return self.log_scale.exp()
         try:

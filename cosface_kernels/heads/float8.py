@@ -39,7 +39,7 @@ def fill(weight, row_scale, draw):
 
 
 def restore(head, row_scale):
-    """After head._apply: scales stay float32; where the weight became an ordinary float table, it takes them in."""
+    """Undo parts of head._apply: scales stay float32; where the weight became an ordinary float table, it takes them in."""
     if head.weight.dtype == formats.FLOAT8:
         if head.weight_scale.dtype != torch.float32:
             head.weight_scale = row_scale.to(head.weight_scale.device)

@@ -49,8 +49,8 @@ def by_class(head):
 
 
 def restore(head, before):
-    """After head._apply: floats are float32 at least, since in bfloat16 a mean of 20 ignores changes below 0.06, and numbers that
-    were given keep their values, which `to_empty` would lose.
+    """Undo parts of head._apply: floats stay float32 at least, since in bfloat16 a mean of 20 ignores changes below 0.06, and
+    numbers that were given keep their values, which `to_empty` would lose.
     """
     for name, value in before.items():
         moved = head._buffers[name]

@@ -18,7 +18,7 @@ from . import data_parallel, float8, logits, unaveraged
 class Whole:
     """All rows and the whole batch in this process. Holds no data: methods take the head."""
 
-    makes_shards = False  # whether a table in shards is its own work, and not that of fully_shard
+    makes_shards = False  # True: a table in shards is its own work, and not that of fully_shard
 
     def empty(self, rows, *size, centers, device, dtype):
         """An uninitialised tensor with one entry for each row of the table; `centers` rows are a class."""

@@ -25,7 +25,7 @@ class HardNegatives:
 
     bound: ClassVar[float] = 1.0  # at least every |g(c)| for |c| <= 1 that is finite
     state: ClassVar[dict] = {}  # initial values of running statistics by name; the module keeps them as buffers
-    num_nearest: ClassVar[int] = 0  # how many of a row's largest cosines with other classes `polynomial` wants to know
+    num_nearest: ClassVar[int] = 0  # the number of a row's largest cosines with other classes that `polynomial` reads
 
     def polynomial(self, cosine: Tensor, target: Tensor, state: dict[str, Tensor]) -> tuple[float | Tensor, ...]:
         """(τ, p0, p1, p2), each a number, or a tensor () or (N,); p0 = -inf with p1 = p2 = 0 leaves a negative out of the sum.

@@ -37,7 +37,7 @@ class SlabFactors(NamedTuple):
     unscale: torch.Tensor  # (0-dim)
     target_rows: torch.Tensor  # (N K,) ascending, R for none; of equal ones the first one's sum counts, the others' are zero
     target_sums: torch.Tensor  # (N K, D)
-    common: torch.Tensor | None = None  # (D,) what is added to each row of dw̃ before `unscale`; None: nothing
+    common: torch.Tensor | None = None  # (D,) added to each row of dw̃ before `unscale`; None: nothing
 
 
 def enter(x, table, labels, options, wide):

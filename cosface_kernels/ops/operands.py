@@ -16,7 +16,7 @@ class Problem(NamedTuple):
     index: Tensor | None  # (M,) int64, the rows of the table that take part, ascending and all of a class; None: all
     own_scale: Tensor | None = None  # () float64 on the CPU, in place of Options.scale: torch.compile knows no number of a tensor
     hard: Tensor | None = None  # (N, 4), (τ, p0, p1, p2) of margins/hard_negatives.py for each row
-    correction: Tensor | None = None  # (M,), what is added to the binary exponents of the index's rows; None: zeros
+    correction: Tensor | None = None  # (M,), added to the binary exponents of the index's rows; None: zeros
     row_scale: Tensor | None = None  # (C K,) float32 beside a float8 weight
 
 
@@ -32,7 +32,7 @@ class Options(NamedTuple):
     memory_budget: int | None  # bytes of exponentials that may be kept from forward for backward; None: as slabs.kept_size says
     backend: str
     foreign_index: int | None  # label of rows whose class another rank holds: they count, and have no target here
-    sums_products: bool = False  # whether Vectors.product_sum is wanted
+    sums_products: bool = False  # True: Vectors.product_sum is wanted
     bound: float = 1.0  # of |logit| / scale, for cosines
 
     @property
@@ -42,7 +42,7 @@ class Options(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Flags: the gradients that are needed, and whether Largest is."""
+    """Flags: the gradients that are needed, and Largest."""
 
     need_x_grad: bool
     need_table_grad: bool
@@ -156,7 +156,7 @@ class TableFactors(NamedTuple):
 
     @classmethod
     def of(cls, labels, saved, grads, hard):
-        """labels, the tensors that forward saved, gradients of Vectors, Problem.hard."""
+        """The factors of labels, the tensors that forward saved, gradients of Vectors, and Problem.hard."""
         return cls(
             unit=saved.unit,
             labels=labels,

@@ -32,7 +32,7 @@ class Record(NamedTuple):
     correction: torch.Tensor | None  # (M,), of the index's rows, see Problem
     factors: TableFactors
     seen: list  # Seen of weight, bias, scales of float8 rows and index then
-    trained: tuple  # whether weight and bias needed a gradient
+    trained: tuple  # flags: weight and bias needed a gradient
 
 
 class Pending:
@@ -41,7 +41,7 @@ class Pending:
     def __init__(self, optimizer, bias):
         self.optimizer, self.bias = weakref.ref(optimizer), bias
         self.records = []  # in the order of backward
-        self.knows_leaves = False  # whether the parameters' nodes have been asked for hooks
+        self.knows_leaves = False  # True: the parameters' nodes have been asked for hooks
         self._lock = threading.Lock()  # several threads may call backward
 
     def __reduce__(self):

@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     dtype: torch.dtype  # of the matrix products' operands: bfloat16, float32 or float64
     slab: int  # B, rows of the table per slab, a multiple of SLAB_ALIGNMENT and whole classes; the last slab may be shorter
     kept_slabs: int  # exponentials of this many slabs, the first ones, are kept from forward for backward
-    kept_elements: int  # how many numbers that is
+    kept_elements: int  # numbers in those slabs
 
     @property
     def wide(self):

@@ -15,7 +15,7 @@ from .normalize import project, unit_rows
 class Table(NamedTuple):
     weight: torch.Tensor  # (R, D) raw rows, any float dtype and strides, or float8; `centers` consecutive ones to a class
     bias: torch.Tensor | None = None  # (R,)
-    normalize: bool = True  # whether each row is divided by its norm; never with a bias
+    normalize: bool = True  # True: each row is divided by its norm; never with a bias
     centers: int = 1  # a class's logit is the largest of its rows'
     index: torch.Tensor | None = None  # (M,) int64 ascending: the rows of weight that take part, in whole classes; None: all
     correction: torch.Tensor | None = None  # (M,): added to the binary exponents of the rows that take part; None: zeros

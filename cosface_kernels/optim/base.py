@@ -18,7 +18,7 @@ class Fused(torch.optim.Optimizer):
     """Base class of the fused optimisers. A subclass defines its rule and the names of its state."""
 
     _STATE = ()  # names of its buffers of the table's shape
-    _COUNTS_STEPS = False  # whether its rule needs the number of steps
+    _COUNTS_STEPS = False  # True: its rule needs the number of steps
     _OPTION = None  # an option that its rule has and others do not
     # torch.amp.GradScaler leaves the division by its scale to such an optimiser.
     _step_supports_amp_scaling = True

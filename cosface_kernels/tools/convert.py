@@ -204,7 +204,7 @@ def _beside(target, inputs, force, folders):
 
 @contextmanager
 def _writing(target):
-    """An error inside names the target."""
+    """Context manager that turns any error into an OSError that names the target."""
     try:
         yield
     except Exception as error:

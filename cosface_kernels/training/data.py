@@ -130,7 +130,7 @@ def batches(source, config, order, pin=False):
 
 
 def _ignore_signals(_):
-    """Ctrl-C reaches every process of a terminal; the main one saves, and needs its workers until then."""
+    """Let a worker outlive Ctrl-C, which reaches every process of a terminal: the main one saves, and needs it until then."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

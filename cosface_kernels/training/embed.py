@@ -132,7 +132,7 @@ def onnx(checkpoint, out):
 
 @contextmanager
 def _quiet():
-    """No warnings of the exporter's, which names operators of torchvision that it does without."""
+    """Context manager without warnings of the exporter's, which names operators of torchvision that it does without."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)

@@ -15,7 +15,7 @@ BINS = 40  # of the histograms, over cosines from -1 to 1
 
 
 class Log:
-    """Steps are collected on the device and written together by `flush`, which waits for it. Only rank 0 writes metrics."""
+    """A run's log. Steps are collected on the device and written together by `flush`, which waits for it; metrics by rank 0."""
 
     def __init__(self, out, start, ranks, config):
         writes = ranks.rank == 0

@@ -27,7 +27,7 @@ STEPS = 30_000
 
 
 class Settings(NamedTuple):
-    """The paper's."""
+    """The settings of a training; the paper's by default."""
 
     backbone: str = "sphere64"
     image_size: int = 112

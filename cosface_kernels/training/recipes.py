@@ -53,8 +53,8 @@ class Data(NamedTuple):
 class Scores(NamedTuple):
     """Rates of a trained network on the identities of the test, shares of 1."""
 
-    accuracy: float  # of pairs, half of them genuine, in ten folds: what LFW and YTF ask
-    rank1: float | None  # what MegaFace's identification asks
+    accuracy: float  # of pairs, half of them genuine, in ten folds: as LFW and YTF
+    rank1: float | None  # MegaFace's identification
     tar_1e3: float | None  # TAR at FAR 1e-3, MegaFace's verification at a FAR that this many pairs resolve
     tar_1e4: float | None  # at 1e-4, where they resolve that
     eer: float

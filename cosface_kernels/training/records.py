@@ -21,7 +21,7 @@ MAGIC = 0xCED7230A
 # mxnet's header, and forks with float64 labels, whose C compiler aligns them or not.
 HEADERS = ("<IfQQ", "<I4xdQQ", "<IdQQ")
 _STARTS = (b"\xff\xd8", b"\x89PNG", b"BM", b"RIFF")
-_DAMAGED = (ValueError, IndexError, OverflowError, struct.error)  # what reading a damaged record may raise
+_DAMAGED = (ValueError, IndexError, OverflowError, struct.error)  # errors that reading a damaged record may raise
 FLOAT32_LABELS = 2**24  # a float32 holds whole numbers exactly up to here
 
 

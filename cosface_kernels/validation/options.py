@@ -18,7 +18,7 @@ TableFormat = Literal["float32", "bfloat16", "float8"]
 StateFormat = Literal["float32", "bfloat16", "int8"]
 Device = torch.device | str | int | None
 REDUCTIONS, BACKENDS = get_args(Reduction), get_args(Backend)
-NUMBERS = "a real number, or a float tensor of shape () or (C,)"  # what a margin's m may be
+NUMBERS = "a real number, or a float tensor of shape () or (C,)"  # the values that a margin's m may have
 
 
 def check_options(*, scale, reduction, ignore_index, memory_budget, backend, features=None):

@@ -95,7 +95,7 @@ def _warn_of_a_missing_library():
 
 
 def unusable(name, device, dtype=torch.float32):
-    """Why backend `name` cannot compute in `dtype` on `device`, or None when it can."""
+    """The reason why backend `name` cannot compute in `dtype` on `device`, or None: it can."""
     return {"torch": _torch_unusable, "cpu": _cpu_unusable, "triton": _triton_unusable}[name](device, dtype)
 
 

@@ -60,7 +60,7 @@ class Kernels:
         self._pack("column_panels", rows, num_rows, size, self._panels(panels, num_rows, size))
 
     def normalize(self, weight, classes, size, normalized, unit, panels):
-        """weight: float32 or bfloat16."""
+        """Write the unit rows of a slab. weight: float32 or bfloat16."""
         self._call(
             "normalize",
             PRODUCTS_OF_NUMBER * classes * size,
@@ -74,7 +74,7 @@ class Kernels:
         )
 
     def exponentials(self, product, shift, e, e_panels, pieces, hard=None):
-        """e (B, N), e_panels: where the exponentials go; hard: (4, N), or None."""
+        """Write E to e (B, N) and e_panels, where given, and row sums. hard: (4, N), or None."""
         self._call(
             "exponentials",
             product.multiplications,
@@ -87,7 +87,7 @@ class Kernels:
         )
 
     def maxima(self, product, centers, exponents, pieces, hard=None):
-        """exponents (B, N): where they go, or None; hard: as in `exponentials`."""
+        """Write row maxima, and the exponents (B, N) where given. hard: as in `exponentials`."""
         self._call(
             "maxima",
             product.multiplications,
@@ -111,8 +111,8 @@ class Kernels:
         )
 
     def table_gradient(self, e, x_panels, rows, factors, common, *, first_class, normalized, scratch, grad, step):
-        """e (B, N), or more rows; rows, grad (B, D): float32 or bfloat16; factors: SlabFactors; common: theirs, (padded(D),);
-        scratch (threads, scratch_numbers). With a step, which applies the gradient, grad is None.
+        """Write a slab of dW, or step with it. e: (B, N), or more rows; rows, grad: (B, D), float32 or bfloat16; factors:
+        SlabFactors; common: theirs, (padded(D),); scratch: (threads, scratch_numbers). With a step grad is None.
         """
         (classes, size), num_rows, num_targets, threads = rows.shape, e.shape[1], len(factors.target_rows), len(scratch)
         if step is not None:
@@ -207,7 +207,7 @@ class Kernels:
         return pointer("panels", panels, torch.int32, self.panel_words(summed, columns))
 
     def _call(self, name, products, *, threads=None, **fields):
-        """products: how many multiplications the kernel does, or could do while it moves its numbers."""
+        """Run a kernel. products: the multiplications that it does, or could do while it moves its numbers."""
         threads = min(threads or torch.get_num_threads(), max(products // PRODUCTS_OF_THREAD, 1))
         self.table.call(name, threads, **fields)
 

@@ -235,7 +235,7 @@ class KernelTable:
         self._arguments, self._kernels = _ARGUMENTS[name], dict(zip(_ARGUMENTS[name], table().contents, strict=True))
 
     def call(self, kernel, threads=None, **fields):
-        """fields: of its structure, see `filled`; threads: PyTorch's, unless given."""
+        """Run a kernel. fields: of its structure, see `filled`; threads: PyTorch's, unless given."""
         arguments = filled(self._arguments[kernel], **fields)
         self._kernels[kernel].function(ctypes.addressof(arguments), threads or torch.get_num_threads())
 
@@ -295,7 +295,7 @@ def why_not_amx():
 
 
 def _supported(instruction_set):
-    """1 if it can run here, 0 or less if not: see kernels.cpp."""
+    """1 if an instruction set can run here, 0 or less if not: see kernels.cpp."""
     library, _ = _load()
     return getattr(library, f"cosface_supported_{instruction_set}", lambda: 0)()
 

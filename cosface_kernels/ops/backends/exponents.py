@@ -28,8 +28,8 @@ class Epilogue(NamedTuple):
     several: torch.Tensor | None  # (N, K), the targets of rows that have several
     hard: torch.Tensor | None  # (N, 4), see finished
     columns: torch.Tensor | None  # (4, N), `hard` as a kernel reads it, or None if PyTorch does it
-    in_pytorch: bool  # whether PyTorch makes E
-    finds_maxima: bool  # whether the kernel can find the largest exponents itself
+    in_pytorch: bool  # True: PyTorch makes E
+    finds_maxima: bool  # True: the kernel can find the largest exponents itself
     factor: float  # of the kernel
     late_factor: float
 

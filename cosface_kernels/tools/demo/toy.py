@@ -149,7 +149,7 @@ def _network(size):
 
 
 def smallest_gap(features, labels):
-    """Degrees. An identity's region spans the middle 95% of its features' angles, so single strays do not decide."""
+    """The narrowest gap, degrees. A region spans the middle 95% of an identity's angles, so single strays do not decide."""
     regions = sorted(_region(features[labels == identity]) for identity in range(IDENTITIES))
     first_again = tuple(angle + 360 for angle in regions[0])
     ends_and_starts = zip(regions, [*regions[1:], first_again], strict=True)
@@ -157,7 +157,7 @@ def smallest_gap(features, labels):
 
 
 def intra_class_angle(features, labels):
-    """Degrees."""
+    """The mean angle between a feature and the mean direction of its identity, degrees."""
     return torch.cat([_deviations(features[labels == identity])[1].abs() for identity in range(IDENTITIES)]).mean().item()
 
 
