@@ -11,6 +11,7 @@ import os
 import struct
 import tarfile
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 
@@ -188,16 +189,15 @@ class Shards(Files):
     """Tar files with an image and a label, KEY.jpg and KEY.cls or KEY.json, for each key."""
 
     def __init__(self, paths, image_size):
-        self.paths, self.image_size, self.files, samples = paths, image_size, {}, []
-        for number, path in enumerate(paths):
-            samples += [(number, *each) for each in _samples(path)]
+        self.paths, self.image_size, self.files = paths, image_size, {}
+        samples = [(number, each) for number, path in enumerate(paths) for each in _samples(path)]
         if not samples:
             raise ConfigError(
                 f"data: {paths[0].parent} has tar files without images: KEY.jpg beside KEY.cls or KEY.json is wanted"
             )
-        self.places = np.array([each[:4] for each in samples], dtype=np.int64)
-        self.labels = self.places[:, 3]
-        self.names, self.num_classes = [each[4] for each in samples], int(self.labels.max()) + 1
+        self.places = np.array([(number, each.offset, each.size) for number, each in samples], dtype=np.int64)
+        self.labels = np.array([each.label for _, each in samples], dtype=np.int64)
+        self.names, self.num_classes = [each.name for _, each in samples], int(self.labels.max()) + 1
 
     def __len__(self):
         return len(self.places)
@@ -206,10 +206,10 @@ class Shards(Files):
         return f"label {label}"
 
     def encoded(self, index):
-        number, offset, size, label = self.places[index].tolist()
+        number, offset, size = self.places[index].tolist()
         if number not in self.files:
             self.files[number] = os.open(self.paths[number], os.O_RDONLY)
-        return f"{self.paths[number]}, {self.names[index]}", os.pread(self.files[number], size, offset), label
+        return f"{self.paths[number]}, {self.names[index]}", os.pread(self.files[number], size, offset), int(self.labels[index])
 
 
 def _label(value):
@@ -218,8 +218,15 @@ def _label(value):
     return int(value)
 
 
+class _Sample(NamedTuple):
+    offset: int  # of the image in the file
+    size: int
+    label: int
+    name: str
+
+
 def _samples(path):
-    """(offset, size, label, name) of each image of a tar file."""
+    """The _Sample of each image of a tar file."""
     images, labels = {}, {}
     try:
         with tarfile.open(path, "r:") as archive:
@@ -227,7 +234,7 @@ def _samples(path):
                 folder, _, base = member.name.rpartition("/")
                 key, _, kind = base.partition(".")
                 if f".{kind.lower()}" in IMAGES:
-                    images[folder, key] = member.offset_data, member.size, member.name
+                    images[folder, key] = member
                 elif kind in ("cls", "json"):
                     text = archive.extractfile(member).read()
                     labels[folder, key] = _label(text if kind == "cls" else json.loads(text)["label"])
@@ -239,8 +246,8 @@ def _samples(path):
             f"data: {path} cannot be read: {type(error).__name__}: {error}; a tar without compression is wanted, with whole "
             'numbers from 0 on in its .cls, or as "label" in its .json'
         ) from None
-    if without := [images[key][2] for key in images if labels.get(key, -1) < 0]:
+    if without := [image.name for key, image in images.items() if labels.get(key, -1) < 0]:
         raise ConfigError(
             f"data: {len(without)} images of {path} have no label from 0 on, such as {without[0]}: add its .cls or .json"
         )
-    return [(offset, size, labels[key], name) for key, (offset, size, name) in images.items()]
+    return [_Sample(image.offset_data, image.size, labels[key], image.name) for key, image in images.items()]
