@@ -103,14 +103,11 @@ def whole_steps():
 def _step(case, classes, slab):
     import torch
 
-    from cosface_kernels import cosface_loss
-
     from . import peers
-    from .gpu_check import gpu
+    from .gpu_check import gpu, steps
 
-    function = functools.partial(cosface_loss, backend="triton", memory_budget=gpu.BUDGETS[case["budget"]])
     with gpu.forms(case.get("forms")), gpu.slabs(slab):
-        peers.step(peers.autocast(function), *peers.inputs(case["rows"], classes, case["size"], torch.device("cpu")))
+        peers.step(steps.loss(case), *peers.inputs(case["rows"], classes, case["size"], torch.device("cpu")))
 
 
 if __name__ == "__main__":

@@ -42,11 +42,12 @@ def main():
                 continue
             tensors = inputs(arguments.rows, num_classes, arguments.size, device)
             steps |= {(num_classes, "reused"): reused(*tensors), (num_classes, "fresh"): fresh(*tensors)}
-        for turn, key in harness.in_turns(list(steps), TURNS + 1):
-            say(f"turn {turn} of {TURNS}: C = {key[0]:,}, {key[1]}")
-            taken = [measure.seconds(steps[key], device) for _ in range(max(1, TURN_CLASSES // key[0]))]
+        for turn, (num_classes, kind) in harness.in_turns(list(steps), TURNS + 1):
+            say(f"turn {turn} of {TURNS}: C = {num_classes:,}, {kind}")
+            step = steps[num_classes, kind]
+            taken = [measure.seconds(step, device) for _ in range(max(1, TURN_CLASSES // num_classes))]
             if turn:  # the first warms up
-                seconds.setdefault(key[0], {}).setdefault(key[1], []).extend(taken)
+                seconds.setdefault(num_classes, {}).setdefault(kind, []).extend(taken)
                 found["rows"] = [_row(*pair) for pair in sorted(seconds.items()) if len(pair[1]) == 2]
                 save()
 

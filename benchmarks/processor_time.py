@@ -6,6 +6,7 @@ momentum in float32, and in bfloat16 under autocast.
 """
 
 import gc
+import math
 import statistics
 
 import torch
@@ -79,7 +80,7 @@ def table(record):
     for row in rows:
         seconds, is_step = statistics.median(row["seconds"]), row["name"] == "FusedSGD"
         problem = record["step"] if is_step else record["shape"]
-        rate = row["flops"] * problem[0] * problem[1] * problem[2] / seconds
+        rate = row["flops"] * math.prod(problem) / seconds
         speed = "" if is_step else f"{plain / seconds:.2f}"
         share = f"{rate / record['ceiling']:.0%}"
         cells = row["name"], row["precision"], f"{seconds:.2f}", speed, f"{rate / 1e9:.1f}", share

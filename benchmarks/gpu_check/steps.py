@@ -43,8 +43,13 @@ def _of_one_shape(shape, cases, device):
     yield from harness.measure(fitting, device, turns=2)
 
 
+def loss(case):
+    """cosface_loss with a case's budget, under autocast."""
+    return autocast(functools.partial(cosface_loss, backend="triton", memory_budget=gpu.BUDGETS[case["budget"]]))
+
+
 def _case(case, tensors, device):
-    function = autocast(functools.partial(cosface_loss, backend="triton", memory_budget=gpu.BUDGETS[case["budget"]]))
+    function = loss(case)
 
     def run(index=0):
         with gpu.slabs(case.get("slab")), gpu.forms(case.get("forms")):
@@ -75,11 +80,11 @@ def profile(cases, device=None):
     """Milliseconds and calls of each kernel in one step, the longest first."""
     device = device or gpu.device()
     for case in cases:
-        if short := gpu.shortage(BYTES_A_WEIGHT * case["shape"][1] * case["shape"][2], device):
+        num_rows, num_classes, size = case["shape"]
+        if short := gpu.shortage(BYTES_A_WEIGHT * num_classes * size, device):
             yield {**case, "line": short}
             continue
-        tensors = inputs(*case["shape"], device)
-        function = autocast(functools.partial(cosface_loss, backend="triton", memory_budget=gpu.BUDGETS[case["budget"]]))
+        tensors, function = inputs(num_rows, num_classes, size, device), loss(case)
         for _ in range(2):
             step(function, *tensors)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
