@@ -45,8 +45,8 @@ class LossOptions(NamedTuple):
 
     margin: Margin
     scale: float | torch.Tensor | None
-    normalize_features: bool | None
-    centers_per_class: int
+    normalize_features: bool | None = None
+    centers_per_class: int = 1
     reduction: str = "mean"
     sample_correction: bool | Tensor = False
     ignore_index: int = -100

@@ -111,7 +111,6 @@ def cosine_lse(
         margin=NormSoftmax(),
         scale=scale,
         normalize_features=True,
-        centers_per_class=1,
         ignore_index=ignore_index,
         memory_budget=memory_budget,
         backend=backend,
@@ -185,8 +184,6 @@ def cosface_loss(
     options = LossOptions(
         margin=CosFace(margin),
         scale=scale,
-        normalize_features=None,
-        centers_per_class=1,
         reduction=reduction,
         sample_correction=sample_correction,
         ignore_index=ignore_index,
