@@ -3,7 +3,7 @@
 import torch
 
 from . import tensors
-from .tensors import FLOAT8, FLOAT_DTYPES, INTEGER_DTYPES
+from .tensors import FLOAT8, INTEGER_DTYPES
 from .values import check_size, shown
 
 
@@ -33,10 +33,8 @@ def check_tensors(features, weight, labels, bias=None, centers_per_class=1, clas
 
 def check_features(features, weight):
     """Check features (N, D) and weight (C, D) of any float dtype on one device."""
-    for name, shape, tensor in (("features", "(N, D)", features), ("weight", "(C, D)", weight)):
-        tensors.check_dense(name, shape, tensor)
-        if tensor.dtype not in FLOAT_DTYPES and not (tensor is weight and tensor.dtype == FLOAT8):
-            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    for name, shape, tensor, also in (("features", "(N, D)", features, ()), ("weight", "(C, D)", weight, (FLOAT8,))):
+        tensors.check_floats(name, shape, tensor, also)
         if tensor.dim() != 2:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
     if weight.shape[0] < 1 or weight.shape[1] < 1:

@@ -67,9 +67,9 @@ def check_one_kind(**tensors):
         raise TypeError(f"all tensors must be fake, or none, got a FakeTensor for {' and '.join(fake)} alone")
 
 
-def check_floats(name, shape, tensor):
+def check_floats(name, shape, tensor, also=()):
     check_dense(name, shape, tensor)
-    if tensor.dtype not in FLOAT_DTYPES:
+    if tensor.dtype not in FLOAT_DTYPES and tensor.dtype not in also:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
 
 
