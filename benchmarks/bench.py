@@ -103,31 +103,27 @@ def run(report, chosen, device, repeats, save=lambda: None, expected=lambda row:
     """Fill a blank report. Calls save() whenever it has grown; expected(row): the seconds that a step should take."""
     by_key = {peer.key: peer for peer in chosen}
     entries = [(row, by_key[f"{row['name']}, {row['precision']}"]) for row in report["rows"]]
+    shape = tuple(report["shape"])
     try:
-        _run(report, entries, device, repeats, save, expected)
+        for row, peer in entries:
+            row["error"] = measure.shortage(peer.bytes_needed(*shape), device)
+            if not row["error"] and expected(row) > SECONDS_PER_STEP:
+                row["error"] = f"not run: a step would take about {expected(row):.0f} s"
+        check_most = _leave_out_the_slow(entries, shape) if device.type == "cpu" else shape[1]
+        if device.type == "cpu":
+            for row, peer in _open(entries):
+                say(f"C = {shape[1]:,}: memory of {peer.key}")
+                with harness.recorded(row):
+                    row["peak_bytes"] = measure.cpu_peak_bytes(peer, shape)
+                save()
+        if _open(entries):
+            torch.compiler.reset()  # compiled code of other sizes counts against a limit
+            _measure(report, entries, device, repeats, check_most, save)
     except (RuntimeError, MemoryError) as error:  # out of memory for the inputs or the exact result: other sizes go on
         for row, _ in _open(entries):
             row["error"] = f"not measured: {harness.first_line(error)}"
     report["complete"] = True
     save()
-
-
-def _run(report, entries, device, repeats, save, expected):
-    shape = tuple(report["shape"])
-    for row, peer in entries:
-        row["error"] = measure.shortage(peer.bytes_needed(*shape), device)
-        if not row["error"] and expected(row) > SECONDS_PER_STEP:
-            row["error"] = f"not run: a step would take about {expected(row):.0f} s"
-    check_most = _leave_out_the_slow(entries, shape) if device.type == "cpu" else shape[1]
-    if device.type == "cpu":
-        for row, peer in _open(entries):
-            say(f"C = {shape[1]:,}: memory of {peer.key}")
-            with harness.recorded(row):
-                row["peak_bytes"] = measure.cpu_peak_bytes(peer, shape)
-            save()
-    if _open(entries):
-        torch.compiler.reset()  # compiled code of other sizes counts against a limit
-        _measure(report, entries, device, repeats, check_most, save)
 
 
 def _leave_out_the_slow(entries, shape):
