@@ -92,8 +92,9 @@ def test_parts_are_what_formats_say():
             assert step["table"] == rows * dim * 2
             assert step["state"] == buffers * rows * row
             assert step["gradient"] == 0 and PROCESS < step["rest"] < PROCESS + 10**8
-            # A tenth of the table, in whole slabs of 2,816 rows.
-            assert 0.98 < step["kept"] / (rows * dim * 2 / 10) <= 1
+            # A 64th of the memory, in whole slabs of 2,816 rows.
+            assert 0.98 < step["kept"] / (24 * GB / 64) <= 1
+    assert 0.98 < parts(3 * GB, rows, dim, 512, table_format="bfloat16")["kept"] / (rows * dim * 2 / 10) <= 1
 
 
 def test_a_hundred_million_identities_on_a_card_of_80_gb():

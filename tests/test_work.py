@@ -8,8 +8,8 @@ import torch
 from cases import evaluate
 from rounding import assert_equals_reference, draw
 
-from cosface_kernels import cosface_loss
-from cosface_kernels.ops import backends, slabs
+from cosface_kernels import CosFaceLoss, FusedSGD, cosface_loss
+from cosface_kernels.ops import backends, recording, slabs
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -128,6 +128,22 @@ def test_auto_budget_is_at_most_the_weights_gradient(device, calls, monkeypatch)
     cosface_loss(features[:15], weight, labels[:15])
     _, (_, plan, _) = calls
     assert plan.kept_slabs == weight.nbytes // (15 * plan.slab * 4) == 2
+
+
+def test_auto_budget_of_a_fused_optimiser(device, calls, monkeypatch):
+    """As without one while a 64th of the memory suffices, else a tenth of the table."""
+    features, weight, labels = draw(device, torch.float32)
+    head = CosFaceLoss(*weight.shape[::-1], device=device)
+    optimizer = FusedSGD(head.parameters(), lr=0.1)
+    found = {}
+    for memory in (64 * SLAB_BYTES, 2**40, 0):
+        monkeypatch.setattr(recording, "total_memory", lambda device, memory=memory: memory)
+        head(features, labels).backward()
+        optimizer.step()
+        found[memory] = [plan.kept_slabs for _, plan, _ in calls]
+        calls.clear()
+    assert found == {64 * SLAB_BYTES: [1, 1], 2**40: [3, 3], 0: [0, 0]}
+    assert weight.nbytes // 10 < SLAB_BYTES < weight.nbytes
 
 
 def test_auto_budget_keeps_all_of_a_small_table(device, calls):

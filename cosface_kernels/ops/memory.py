@@ -1,6 +1,7 @@
 """Total, available and peak memory of a device."""
 
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -10,12 +11,21 @@ import torch
 
 @functools.cache
 def total_memory(device):
-    """Bytes of the device's memory; the host's for a device that has no such number, and 8 GiB if the host has none either."""
+    """Bytes of the device's memory; those of host or container for a device that has no such number, 8 GiB if they have none."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     if not hasattr(os, "sysconf"):
         return 2**33
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), _container("memory.max"))
+
+
+def _container(name):
+    """A number that Linux has for this process's container; infinity where there is none."""
+    try:
+        text = Path("/sys/fs/cgroup", name).read_text().strip()
+    except OSError:
+        return math.inf
+    return math.inf if text == "max" else int(text)
 
 
 def available_bytes(device):
@@ -27,11 +37,8 @@ def available_bytes(device):
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return total_memory(device) // 2
-    try:
-        limit, used = (Path("/sys/fs/cgroup", name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return available
-    return available if limit == "max" else min(available, int(limit) - int(used))
+    limit = _container("memory.max")
+    return available if limit == math.inf else min(available, limit - _container("memory.current"))
 
 
 def peak_bytes(device):

@@ -14,11 +14,12 @@ import torch
 
 from ..distributed import dtensors
 from . import class_tables, formats, operators
+from .memory import total_memory
 from .operands import Options, Problem, Saved, TableFactors, Vectors, split
 from .operators import in_rows
 from .recorded_gradient import write_gradient
 from .seen import Seen, change_of
-from .slabs import KEPT_ANYWAY
+from .slabs import automatic_fused_budget
 from .table import Table, TableGradient
 
 MANY_RECORDS = 256  # records of a table after which a warning asks whether `step` was forgotten
@@ -124,16 +125,10 @@ def negative_lse(problem, options, parameters, needs):
     bias = None if problem.bias is None else problem.bias.detach()
     problem = problem._replace(weight=problem.weight.detach(), bias=bias)
     if options.memory_budget is None:
-        options = options._replace(memory_budget=automatic_budget(problem.weight))
+        budget = automatic_fused_budget(problem.weight.nbytes, total_memory(problem.weight.device))
+        options = options._replace(memory_budget=budget)
     vectors, saved, largest = operators.negative_lse(problem, options, needs._replace(need_table_grad=True))
     return _recorded(parameters, vectors, saved, problem, options), saved, largest
-
-
-def automatic_budget(weight):
-    """Bytes of exponentials kept by memory_budget "auto" beside a table whose gradient never exists: a tenth of the table's, at
-    least KEPT_ANYWAY.
-    """
-    return max(weight.nbytes // 10, KEPT_ANYWAY)
 
 
 @torch._disable_dynamo

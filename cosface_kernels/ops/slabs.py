@@ -16,6 +16,8 @@ from .memory import total_memory
 CONSTANT_SHIFT_RANGE = {torch.float64: 1000.0, torch.float32: 112.0, torch.bfloat16: 112.0}
 # Bytes of exponentials that memory_budget "auto" keeps in any case: below them time counts, and memory does not.
 KEPT_ANYWAY = 2**23
+# The same beside a table whose gradient never exists: at most one part in so many of the device's memory.
+KEPT_SHARE = 64
 # A correction of sampled classes adds up to this power of two to E with the full range above to spare: one class of 65,536 is
 # drawn. The most that may be asked for, in natural logarithms, is 13 powers of two more, which float32 still has.
 CORRECTION_RANGE, CORRECTION_MOST = 16.0, 20
@@ -149,6 +151,13 @@ def automatic_budget(gradient, memory):
     the device's memory.
     """
     return min(max(gradient, KEPT_ANYWAY), memory // 8)
+
+
+def automatic_fused_budget(table, memory):
+    """The same beside a table whose gradient never exists: a tenth of the table's bytes; all of them, at least KEPT_ANYWAY, while
+    the device's memory hardly shows it.
+    """
+    return max(table // 10, min(max(table, KEPT_ANYWAY), memory // KEPT_SHARE))
 
 
 def aligned(classes):

@@ -19,9 +19,9 @@ import torch
 
 from ..heads.plain import MarginSoftmaxLoss
 from ..margins import NormSoftmax
-from ..ops import formats, page_pool, recording
+from ..ops import formats, page_pool
 from ..ops.memory import available_bytes
-from ..ops.slabs import Chip, automatic_budget, kept_size, slab_rows
+from ..ops.slabs import Chip, automatic_budget, automatic_fused_budget, kept_size, slab_rows
 from ..ops.table import Table
 from ..optim.fused import FusedSGD
 
@@ -118,7 +118,7 @@ def plan(training, device):
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
     table = Table(weight[:rows])
     slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, device.memory))
-    budget = recording.automatic_budget(weight) if training.is_fused else automatic_budget(weight.nbytes, device.memory)
+    budget = (automatic_fused_budget if training.is_fused else automatic_budget)(weight.nbytes, device.memory)
     kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
     # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms; decoded rows, and as 16 bits.
     buffers = 8 * slab * (batch + 2 * dim) + 6 * slab * dim * is_float8
