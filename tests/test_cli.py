@@ -124,10 +124,10 @@ def test_demo_runs_plain_pytorch_for_seconds(monkeypatch):
 
     monkeypatch.setattr(million, "_plain_seconds", seconds)
     features, weight = torch.ones(million.ROWS, million.EMBEDDING), torch.ones(3000, million.EMBEDDING)
-    dtype, classes, took, peak = million._measure_plain(features, weight, torch.zeros(million.ROWS, dtype=torch.int64))
-    assert (dtype, classes) == ("torch.float32", 1000) and ran[-1] == (torch.float32, 1000)
-    assert math.isclose(took, 60) and peak > 5 * million.ROWS * 3000 * 4
-    result = million.Result("CPU", 1, 1.0, 1, [2.0, 1.0], dtype, classes, took, peak)
+    plain = million._measure_plain(features, weight, torch.zeros(million.ROWS, dtype=torch.int64))
+    result = million.Result("CPU", 1, 1.0, 1, [2.0, 1.0], **plain)
+    assert (result.plain_dtype, result.plain_classes) == ("torch.float32", 1000) and ran[-1] == (torch.float32, 1000)
+    assert math.isclose(result.plain_seconds, 60) and result.plain_peak_bytes > 5 * million.ROWS * 3000 * 4
     assert "extrapolated from 1,000" in "".join(million.table(result))
 
 

@@ -70,7 +70,7 @@ def run(out, device):
     _draw(losses).savefig(out / "million_loss.png")
     # The first step allocates and warms up.
     step_seconds = statistics.median(seconds[1:] or seconds)
-    return Result(name, len(losses), step_seconds, peak, losses, *plain)
+    return Result(name, len(losses), step_seconds, peak, losses, **plain)
 
 
 def make_backbone(size):
@@ -114,7 +114,7 @@ def _train(head, backbone, optimizer, draw_batch):
 
 
 def _measure_plain(features, weight, labels):
-    """(dtype, classes it was run with, seconds, peak bytes) of plain forward and backward, the last two of all classes."""
+    """Result's fields of plain forward and backward, by name; seconds and bytes of all classes."""
     device = weight.device
     probe = weight[:PROBE_CLASSES]
     rates = {dtype: _plain_seconds(features, probe, labels, dtype, 2) / len(probe) for dtype in PLAIN_DTYPES}
@@ -126,10 +126,13 @@ def _measure_plain(features, weight, labels):
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # training's peak is not this one's
     seconds = _plain_seconds(features, weight[:classes], labels, dtype, 1 if device.type == "cpu" else 5)
-    if classes == len(weight):
-        return str(dtype), classes, seconds, peak_bytes(device)
     table_and_momentum = 2 * len(weight) * EMBEDDING * 4
-    return str(dtype), classes, seconds * len(weight) / classes, table_and_momentum + len(weight) * bytes_per_class
+    return {
+        "plain_dtype": str(dtype),
+        "plain_classes": classes,
+        "plain_seconds": seconds * len(weight) / classes,
+        "plain_peak_bytes": table_and_momentum + len(weight) * bytes_per_class if classes < len(weight) else peak_bytes(device),
+    }
 
 
 def _plain_seconds(features, weight, labels, dtype, repeats):
