@@ -1,7 +1,7 @@
 """`cosface bench`: each peer is checked against float64, then timed in turns with the others; a table, JSON and two figures.
 
 A report is record.py's shape with "shape": [N, C, D], "ceilings", "check_classes" and "missing"; a sweep's rows are reports.
-A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}. What is unknown yet is
+A row: {"name", "precision", "flops", "seconds", "peak_bytes", "errors", "wrong", "another_loss", "error"}. Unknown facts are
 null or empty; "error" says why nothing can be. `tables.py` makes the rest of it.
 """
 

@@ -3,7 +3,7 @@
 A step over C = 10^4 .. 4 * 10^6 classes that recomputes exponentials, in nanoseconds for each class. "reused": the slab loop
 alone, forward and backward, into a dW that exists already; "fresh": all of cosface_loss, whose dW is new memory at each step,
 none that an earlier step left.
-Turns are interleaved; medians. What does not fit is left out with a line that says so.
+Turns are interleaved; medians. A table that does not fit is left out with a line that says so.
 """
 
 import statistics

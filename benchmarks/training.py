@@ -10,8 +10,8 @@
     ranks        the head alone, sharded over two processes with half of the batch and of the threads each, beside one process.
 
 The batches are demo/million.py's: views of 2,048 identities among all, through a backbone that is trained too. Peak memory is all
-that a process holds, on a GPU all that its tensors do. What does not fit is left out with a line that says so; a run that is
-stopped prints what it has.
+that a process holds, on a GPU all that its tensors do. A table that does not fit is left out with a line that says so; a
+run that is stopped prints its rows so far.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def tables():
 
 
 def steps():
-    """Ours and theirs in turns, for each of theirs."""
+    """Rows of `step`: our optimiser and another in turns, for each other."""
     ours, *others = OPTIMIZERS
     for shape, other in itertools.product(STEP[DEVICE.type], others):
         # Two numbers for each of the table's with ours, four with theirs.

@@ -45,8 +45,8 @@ def main(argv=None):
 
 
 def leave(status):
-    """End a stage's process at once. What ends a process otherwise takes seconds, and may abort where a thread of PyTorch's still
-    lets go of a tensor (pytorch/pytorch#179291), which would look as if the stage had failed.
+    """End a stage's process at once. Its usual end takes seconds, and may abort where a thread of PyTorch's still lets go of
+    a tensor (pytorch/pytorch#179291), which would look as if the stage had failed.
     """
     sys.stdout.flush()
     sys.stderr.flush()

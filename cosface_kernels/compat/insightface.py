@@ -27,7 +27,7 @@ def head(
 ) -> MarginSoftmaxLoss:
     """A MarginSoftmaxLoss with the margin and scale of `margin_loss`, and InsightFace's convention that label -1 is no class.
 
-    What differs from their PartialFC with that object, in one process and without sampling:
+    Differences from their PartialFC with that object, in one process and without sampling:
 
     - Rows labelled -1 add nothing: no loss, no gradient, not counted in the mean. Theirs adds 69.08 to the mean's sum for each,
       and pushes its embedding away from every class.

@@ -1,8 +1,8 @@
 """The margin softmax losses of pytorch-metric-learning, computed without an N x C matrix: change the import, keep the rest.
 
 Each class is a subclass of theirs with the same constructor: reducers, regularizers, miners (`indices_tuple`), `collect_stats`,
-`get_logits` and the state dict (`W`, (D, C)) are theirs. What is computed in its place is each row's loss, and where theirs goes
-wrong ours differs:
+`get_logits` and the state dict (`W`, (D, C)) are theirs. Each row's loss is computed in another way, and where theirs goes wrong
+ours differs:
 
 - W keeps its dtype. Theirs turns it into that of the first embeddings, for good: after one bfloat16 batch, as autocast on a CPU
   gives it, an optimiser trains a bfloat16 table. `get_logits` takes embeddings of another dtype than W.

@@ -237,7 +237,7 @@ def _leaf_hooks(parameter):
 
 
 def _check_hooks(parameters, hooks_of=_own_hooks):
-    """Raise for a hook that would be called with None, or not at all. Those marked `needs_no_grad` are this package's."""
+    """Raise for a hook that would be called with None, or not at all. Hooks marked `needs_no_grad` are this package's."""
     for name, parameter in zip(("weight", "bias"), parameters, strict=True):
         if parameter is not None and not all(getattr(hook, "needs_no_grad", False) for hook in hooks_of(parameter)):
             raise RuntimeError(

@@ -44,7 +44,7 @@ OPTIMIZERS = {
 TABLES, STATES = list(formats.TABLE_FORMATS), list(formats.STATE_FORMATS)
 USABLE = 0.9  # of the memory; the rest is to spare
 MOST_DEVICES = 2**16
-MOST_NUMBERS = 2**56  # whose bytes, several times over, are a 64-bit integer
+MOST_NUMBERS = 2**56  # bytes of so many, several times over, are a 64-bit integer
 BATCH_MATRICES = 10  # N x D numbers in float32 that are alive at once, from features to their gradient
 # A CUDA context, cuBLAS' workspace, and what the allocator rounds up: an estimate, where the process cannot be measured.
 GPU_PROCESS_BYTES = 10**9

@@ -12,7 +12,7 @@ import numpy as np
 
 CHUNK = 16  # images drawn together: their planes fit the second-level cache
 _SHAPE, _POSE, _GRAIN = 1, 2, 3  # streams of random numbers
-_NUMBERS = 256  # as many as a stream may need
+_NUMBERS = 256  # the numbers that a stream may need
 
 
 def render(identities, images, size=32, seed=0):

@@ -61,7 +61,7 @@ class Scores(NamedTuple):
 
 
 def _rendered(start, identities, images):
-    """Images of identities from number `start` on, and whose each is, from 0 on."""
+    """(images, identity of each, from 0 on) of identities from number `start` on."""
     who, which = np.divmod(np.arange(identities * images), images)
     return torch.from_numpy(renderer.render(start + who, which, SIZE)), torch.from_numpy(who)
 
