@@ -92,7 +92,7 @@ def test_parts_are_what_formats_say():
             assert step["table"] == rows * dim * 2
             assert step["state"] == buffers * rows * row
             assert step["gradient"] == 0 and PROCESS < step["rest"] < PROCESS + 10**8
-            # A 64th of the memory, in whole slabs of 2,816 rows.
+            # A 64th of the memory, in whole slabs of 1,408 rows.
             assert 0.98 < step["kept"] / (24 * GB / 64) <= 1
     assert 0.98 < parts(3 * GB, rows, dim, 512, table_format="bfloat16")["kept"] / (rows * dim * 2 / 10) <= 1
 

@@ -24,9 +24,9 @@ CORRECTION_RANGE, CORRECTION_MOST = 16.0, 20
 # A bfloat16 unit row may be 0.4% too long, so a cosine of two may reach 1.008.
 COSINE_LIMIT = 1.008
 
-# Numbers in one slab: E (N x B), and B rows of D in the two forms that a backend may hold. On a CPU they should stay in cache,
-# and be enough that the threads rarely wait for each other.
-SLAB_ELEMENTS = 2**22
+# Numbers in one slab: E (N x B), and B rows of D in the two forms that a backend may hold. On a CPU they should stay in cache, in
+# float32 beside E once more, and be enough that the threads rarely wait for each other (docs/notes/cpu.md).
+SLAB_ELEMENTS = 2**21
 SLAB_CLASSES_MIN = 256
 SLAB_CLASSES_MAX = 2**20
 # B is a multiple of this; the last slab's width is rounded up to ROW_ALIGNMENT, so that each row of E starts aligned for vector
