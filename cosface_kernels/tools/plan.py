@@ -136,9 +136,10 @@ def plan(training, device):
 
 def trainings(*, optimizers, table_formats, state_formats, sample_rates, devices, **common):
     """Every valid combination of these options: torch.optim's optimisers take float32 and all classes."""
-    found, names = {}, ("devices", "sample_rate", "optimizer", "table_format", "state_format")
-    for values in itertools.product(devices, sample_rates, optimizers, table_formats, state_formats):
-        training = Training(**common, **dict(zip(names, values, strict=True)))
+    found, each = {}, {"devices": devices, "sample_rate": sample_rates, "optimizer": optimizers}
+    each |= {"table_format": table_formats, "state_format": state_formats}
+    for values in itertools.product(*each.values()):
+        training = Training(**common, **dict(zip(each, values, strict=True)))
         if not OPTIMIZERS[training.optimizer].states:
             training = training._replace(state_format="float32")
         formats_and_rate = training.table_format, training.state_format, training.sample_rate
