@@ -27,7 +27,6 @@
 #endif
 
 #include "kernels.h"
-#include "loop.h"
 #include "product.h"
 #include "rows.h"
 #include "tiles_check.h"
@@ -414,6 +413,12 @@ template <class Number> void table_gradient(const TableGradient<Number> &given, 
             gradient_block(in, first, smaller(first + CACHED_CLASSES, in.classes), room);
     }
 }
+
+}  // namespace
+
+#include "loop.h"  // it calls these kernels
+
+namespace {
 
 // In cpu_library.py's order.
 template <class Number>

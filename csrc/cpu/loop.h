@@ -17,17 +17,6 @@ namespace {
 // A total of 0, of no negatives, is divided by this one: the pull is 0.
 constexpr double SMALLEST_TOTAL = 0x1p-1022;
 
-template <class Number> void row_panels(const RowPanels<Number> &, int threads);
-template <class Number> void column_panels(const ColumnPanels<Number> &, int threads);
-template <class Number> void normalize(const Normalize<Number> &, int threads);
-template <class Number> void exponentials(const Exponentials<Number> &, int threads);
-template <class Number> void accumulate(const Accumulate<Number> &, int threads);
-template <class Number> void table_gradient(const TableGradient<Number> &, int threads);
-void add_up(const AddUp &, int threads);
-void finish_sums(const FinishSums &, int threads);
-inline int64_t scratch_numbers(int64_t num_rows, int64_t size);
-inline int64_t pieces_of(int64_t classes);
-
 // Parts of a block of floats, each at the start of a cache line; of a block that is null only their number counts.
 struct Room {
     float *start;
