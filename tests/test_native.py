@@ -276,6 +276,38 @@ def test_missing_library(monkeypatch, tmp_path):
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize(
+    "name, shape, message",
+    [
+        ("weight", (5000, 256), "invalid gradient"),
+        ("labels", (32_000,), None),  # the first 64 are the batch's
+        ("labels", (10,), "native code wants 64 or more"),
+    ],
+    ids=str,
+)
+def test_sizes_that_change_between_forward_and_backward(name, shape, message):
+    """Through `.data`, which autograd does not see: nothing past the end of any tensor is read or written."""
+    torch.manual_seed(0)
+    features, weight, labels = torch.randn(64, 32), torch.randn(5000, 32), torch.randint(5000, (64,))
+    wanted = gradient(features, weight, labels)
+    changed = torch.randn(shape) if name == "weight" else labels.repeat(shape[0] // 64 + 1)[: shape[0]]
+    if message is None:
+        assert gradient(features, weight, labels, labels, changed).equal(wanted)
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            gradient(features, weight, labels, weight if name == "weight" else labels, changed)
+
+
+def gradient(features, weight, labels, tensor=None, changed=None):
+    """dW by the native loop, after `tensor` has become `changed`, another one, between forward and backward."""
+    parameter, labels = weight.clone().requires_grad_(), labels.clone() if tensor is not labels else labels
+    loss = cosface_loss(features, parameter, labels, backend="cpu")
+    if tensor is not None:
+        (parameter if tensor is weight else labels).data = changed
+    loss.backward()
+    return parameter.grad
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("budget", [0, 4 * 37 * 128, "auto"])  # bytes: no slab's exponentials kept, one's or two's, all
 @pytest.mark.usefixtures("small_slabs")

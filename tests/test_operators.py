@@ -60,6 +60,10 @@ OP_FAST = (
     "bias",
     "sampled, smoothing, corrected",
     "scale in a tensor",
+    "keep auto",
+    "smoothing",
+    "sampled with a bias",
+    "sampled centres",
 )
 # normalize_features, normalize_weight, centres; 300 classes are 100 of three centres.
 FORMS = {"bias": (False, False, 1), "centres": (True, True, 3), "raw": (False, False, 1)}

@@ -33,7 +33,8 @@ def forward(x, table, labels, options, plan, need_pull):
         "forward",
         threads,
         loop=_loop(
-            *(table, options, plan, labels, threads),
+            *(table, options, plan, labels, (num_rows, size)),
+            threads=threads,
             unit=unit.data_ptr(),
             shifts=shift.data_ptr(),
             kept=kept.data_ptr(),
@@ -76,7 +77,8 @@ def backward(factors, table, options, plan, sink):
         "backward",
         threads,
         loop=_loop(
-            *(table, options, plan, labels, threads),
+            *(table, options, plan, labels, (num_rows, size)),
+            threads=threads,
             unit=floats("unit features", unit, num_rows * size),
             shifts=floats("shifts", shift, num_rows),
             kept=pointer("kept exponentials", kept, plan.dtype, num_rows * min(plan.kept_slabs * plan.slab, classes)),
@@ -93,16 +95,16 @@ def backward(factors, table, options, plan, sink):
     return True
 
 
-def _loop(table, options, plan, labels, threads, *, kept_numbers, **addresses):
-    """The struct LOOP, which the calls of both directions have; addresses: of unit, shifts, kept and room."""
-    weight, classes, num_rows = table.weight, table.num_rows, labels.shape[0]
+def _loop(table, options, plan, labels, shape, *, threads, kept_numbers, **addresses):
+    """The struct LOOP, which the calls of both directions have; shape: of x; addresses: of unit, shifts, kept and room."""
+    weight, classes, (num_rows, size) = table.weight, table.num_rows, shape
     return cpu_library.filled(
         cpu_library.LOOP,
-        table=rows_of_table("weight", weight, weight.numel()),
+        table=rows_of_table("weight", weight, classes * size),
         labels=integers("labels", labels, num_rows),
         **addresses,
         num_rows=num_rows,
-        size=weight.shape[1],
+        size=size,
         slab=plan.slab,
         threads=threads,
         classes=classes,
