@@ -442,6 +442,7 @@ overhead.main()
 """
 
 
+@pytest.mark.slow
 def test_overhead(tmp_path):
     pytest.importorskip("triton")
     printed = " ".join(fresh.run(OVERHEAD.format(path=str(tmp_path / "r.json"))))

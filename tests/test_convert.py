@@ -158,7 +158,9 @@ def test_older_insightface(here, capsys, pattern):
 
 def test_momentum_is_no_table(here, capsys):
     older_insightface(here, table(25), 3)
-    assert "the table is in NAME.pt" in refusal(capsys, *glob("*_mom.pt"), "out.pt", "--from", "insightface")
+    assert "the file without _mom, is not given" in refusal(capsys, *glob("*_mom.pt"), "out.pt", "--from", "insightface")
+    Path("rank_2_softmax_weight.pt").unlink()
+    assert "rank_2_softmax_weight_mom.pt" in refusal(capsys, *glob("*.pt"), "out.pt", "--from", "insightface")
 
 
 @pytest.mark.parametrize("num_classes", [22, 25], ids=["equal shards", "unequal shards"])
@@ -173,14 +175,38 @@ def test_order_of_eleven_ranks(here, num_classes, name):
     assert converted("out.pt").equal(table(num_classes))
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["data2/rank_0.pt", "data1/rank_1.pt", "data1/rank_2.pt"],
+        ["step_100_rank_0.pt", "step_99_rank_1.pt", "step_98_rank_2.pt"],
+        ["2024-01-02_rank0.pt", "2024-01-01_rank1.pt", "2024-01-01_rank2.pt"],
+    ],
+    ids=str,
+)
+def test_other_numbers_than_the_rank(here, names):
+    for name, weight in zip(names, shards(table(12), 3), strict=True):
+        Path(name).parent.mkdir(exist_ok=True)
+        torch.save({"weight": weight}, name)
+    assert run(*sorted(names), "out.pt", "--from", "insightface") == 0
+    assert converted("out.pt").equal(table(12))
+
+
+@pytest.mark.parametrize("names", [["r0.pt", "r00.pt"], ["1/rank_0.pt", "2/rank_0.pt"], ["a1_b0.pt", "a0_b1.pt"]], ids=str)
+def test_ranks_that_are_not_clear(here, capsys, names):
+    for name in names:
+        Path(name).parent.mkdir(exist_ok=True)
+        torch.save({"weight": table(2)}, name)
+    assert "must be the ranks 0 to 1" in refusal(capsys, *names, "out.pt", "--from", "insightface")
+
+
 @pytest.mark.parametrize("numbers", [(0, 1, 3), (1, 2, 3), (1, 2)], ids=str)
 def test_a_missing_rank(here, capsys, numbers):
     """Of equal sizes the others look like all shards of a smaller table."""
     for rank in numbers:
         torch.save({"weight": table(2)}, f"rank_{rank}_of_4.pt")
-    assert f"the ranks 0 to {len(numbers) - 1}, got {', '.join(map(str, numbers))}" in refusal(
-        capsys, *glob("*.pt"), "out.pt", "--from", "insightface"
-    )
+    error = refusal(capsys, *glob("*.pt"), "out.pt", "--from", "insightface")
+    assert f"must be the ranks 0 to {len(numbers) - 1}: rank_{numbers[0]}_of_4.pt, " in error
 
 
 def test_names_without_a_rank_keep_the_order_given(here):
@@ -342,8 +368,19 @@ def test_rows_that_are_not_finite_are_counted(here, capsys, monkeypatch):
 
 def test_permissions_of_the_file_are_those_of_any_new_file(here):
     torch.save({"W": table(11)}, "loss.pt")
-    assert run("loss.pt", "out.pt", "--from", "pml") == 0
-    assert os.stat("out.pt").st_mode == os.stat("loss.pt").st_mode
+    for out in ("out.pt", "out.safetensors"):
+        assert run("loss.pt", out, "--from", "pml") == 0
+        assert os.stat(out).st_mode == os.stat("loss.pt").st_mode
+
+
+def test_two_ranks_that_are_one_file(here, capsys):
+    torch.save({"weight": table(12)}, "head.pt")
+    Path("folder").mkdir()
+    for rank in range(2):
+        Path(f"to_{rank}").symlink_to("folder")
+    assert "files of several ranks are one file" in refusal(
+        capsys, "head.pt", "to_{rank}/r.pt", "--to", "insightface", "--ranks", 2
+    )
 
 
 def test_force_replaces_and_follows_a_link(here):

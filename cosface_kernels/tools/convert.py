@@ -36,8 +36,8 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     """Write the table in `inputs` to `out`, and return one line that says what was written.
 
     Args:
-        inputs: paths of files written by torch.save, or .safetensors, one, or all shards of a table, taken in the order of the
-            numbers in their names; of "insightface" also its files of momentum, NAME_mom.pt, which are left out.
+        inputs: paths of files written by torch.save, or .safetensors, one, or all shards of a table, by the
+            ranks in their names; of "insightface" also its files of momentum, NAME_mom.pt, which are left out.
         out: a path, .safetensors for that format; with several ranks its text {rank} becomes 0, 1, ...
         system: the system that wrote `inputs`, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
         key: dotted key of the table in each file, for any other system.
@@ -56,11 +56,13 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     keys, tables = zip(*(read_table(path, system=system, key=key, transpose=transpose) for path in inputs), strict=True)
     _check_shards(inputs, tables, system)
     num_classes, size = sum(map(len, tables)), tables[0].shape[1]
-    if ranks > num_classes:
+    if not 1 <= ranks <= num_classes:
         raise ValueError(f"{num_classes:,} classes cannot be sharded over {ranks:,} ranks")
     targets = [Path(os.path.realpath(str(out).replace("{rank}", str(rank)))) for rank in range(ranks)]
     with ExitStack() as folders:
         new = {target: _beside(target, inputs, force, folders) for target in targets}
+        if len(new) < ranks:
+            raise ValueError(f"cannot write {out}: files of several ranks are one file")
         for path in inputs:
             _check_sums(path)
         not_finite = _write(tables, new, to)
@@ -72,25 +74,28 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
 
 
 def _in_order(paths, system):
-    """The files of tables by the numbers in their names, for a shell's pattern has 10 before 2; with equal numbers, as given."""
-    paths = sorted(map(Path, paths), key=_numbers)
+    """The files of tables: by rank where their names differ in numbers alone, since a shell has 10 before 2; else as given."""
+    paths = [Path(path) for path in paths]
     if system == "insightface":
-        paths = [path for path in paths if not path.stem.endswith("_mom")]
-        if not paths:
-            raise ValueError("files of momentum alone, NAME_mom.pt: the table is in NAME.pt")
+        momenta = [path for path in paths if path.stem.endswith("_mom")]
+        paths = [path for path in paths if path not in momenta]
+        if alone := [path for path in momenta if path.with_stem(path.stem[:-4]) not in paths]:
+            raise ValueError(f"momentum whose table, the file without _mom, is not given: {_listing(alone)}")
     for path in paths:
         if not path.is_file():  # opening a pipe may wait for ever
             raise ValueError(f"cannot read {path}: it is not a regular file")
     if len({path.resolve() for path in paths}) < len(paths):
         raise ValueError(f"the same file twice: {_listing(paths)}")
-    differing = {column for column in zip(*map(_numbers, paths), strict=False) if len(set(column)) > 1}
-    if len(differing) == 1 and (ranks := differing.pop()) != (*range(len(paths)),):  # shards of equal sizes would not betray it
-        raise ValueError(f"the numbers in the names of shards must be the ranks 0 to {len(paths) - 1}, got {_listing(ranks)}")
-    return paths
-
-
-def _numbers(path):
-    return [int(number) for number in re.findall("[0-9]+", str(path))]
+    parts = [re.split("([0-9]+)", str(path)) for path in paths]  # text, number, text, ..., text
+    if len(paths) == 1 or len({tuple(part[::2]) for part in parts}) > 1:
+        return paths
+    columns = {tuple(map(int, column)) for column in zip(*(part[1::2] for part in parts), strict=True)}
+    ranks = [column for column in columns if sorted(column) == [*range(len(paths))]]
+    if len(ranks) != 1:  # shards of equal sizes would not betray a missing one, or another order
+        raise ValueError(
+            f"one number in the names of {len(paths)} shards must be the ranks 0 to {len(paths) - 1}: {_listing(sorted(paths))}"
+        )
+    return [path for _, path in sorted(zip(ranks[0], paths, strict=True))]
 
 
 def read_table(path, *, system=None, key=None, transpose=False):
@@ -231,13 +236,15 @@ def _write(tables, new, to):
 
 def _save(content, path, as_safetensors):
     """Write a file that is safely on the disk on return."""
+    with open(path, "wb") as file:  # given a path, torch.save does not say why a disk takes no more
+        mode = os.fstat(file.fileno()).st_mode
+        if not as_safetensors:
+            torch.save(content, file)
     if as_safetensors:
         from safetensors.torch import save_file
 
         save_file(content, path, {"format": "pt"})
-    else:
-        with open(path, "wb") as file:  # given a path, torch.save does not say why a disk takes no more
-            torch.save(content, file)
+        os.chmod(path, mode)  # it makes a file that nobody else may read
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
