@@ -156,7 +156,7 @@ template <class Number> struct Problem {
     }
 };
 
-// The loop of csrc/cpu/loop.h: x̂_n·ŵ_{y_n}, totals, the pull, and dW from the gradients g of the log-sum-exps and p of the products.
+// The loop of csrc/cpu/loop.h: x̂_n·ŵ_{y_n}, totals, their log-sum-exps, the pull, and dW from the gradients g of the log-sum-exps and p of the products.
 template <class Number> struct Loops {
     static constexpr int64_t SLAB = 128, IGNORED = -100;
     static constexpr float SCALE = 64;
@@ -165,7 +165,7 @@ template <class Number> struct Loops {
     std::vector<int64_t> labels;
 
     struct Found {
-        Numbers products, totals, pull, grad;
+        Numbers products, totals, lse, pull, grad;
     };
 
     Loops(int64_t n, int64_t c, int64_t d) : n(n), c(c), d(d), table(c * d) {
@@ -192,7 +192,7 @@ template <class Number> struct Loops {
     }
 
     Found exact() const {
-        Found found{Numbers(n), Numbers(n), Numbers(n * d), Numbers(c * d)};
+        Found found{Numbers(n), Numbers(n), Numbers(n), Numbers(n * d), Numbers(c * d)};
         Numbers x_hat = unit_rows(x, false), w_hat = unit_rows(table, false), e(c * n), unit_grad(c * d), low_x = unit_rows(x, true);
         const Numbers low_w = unit_rows(table, true);
         for (int64_t i = 0; i < n; i++) {
@@ -211,6 +211,7 @@ template <class Number> struct Loops {
                 for (int64_t k = 0; k < d; k++)
                     unit_grad[j * d + k] += (SCALE * g[i] * e[j * n + i] / found.totals[i] + (labels[i] == j ? p[i] : 0)) * x_hat[i * d + k];
             for (int64_t k = 0; k < d; k++) found.pull[i * d + k] /= found.totals[i];
+            found.lse[i] = log(found.totals[i]) + SHIFT * M_LN2;
         }
         for (int64_t j = 0; j < c; j++) {
             double along = 0, norm = 0;
@@ -231,19 +232,19 @@ template <class Number> struct Loops {
             return std::vector<float>(symbol<int64_t(Sizes, bool)>(direction + "_room_" + kind + "_" + set)(of, true), NAN);
         };
         std::vector<float> forward_room = room("forward"), backward_room = room("backward"), unit(n * d), shifts(n), target_unit(n * d);
-        std::vector<float> inverse_norms(n), products(n), totals(n), pull(n * d), grad(c * d);
+        std::vector<float> inverse_norms(n), products(n), totals(n), lse(n), pull(n * d), grad(c * d);
         std::vector<Number> kept(SLAB * n);
         int64_t unknown;
         Loop<Number> loop{table.data(), labels.data(), unit.data(), shifts.data(), kept.data(), forward_room.data(), of, c, SLAB,
                           SLAB * n, 1, IGNORED, SCALE, LOG2_SCALE, false};
         const Forward<Number> forward{loop, x.data(), target_unit.data(), inverse_norms.data(), products.data(), totals.data(),
-                                      pull.data(), &unknown, IGNORED, SHIFT, false};
-        kernel[8].function(&forward, THREADS);
+                                      lse.data(), pull.data(), &unknown, IGNORED, SHIFT, false};
+        kernel[9].function(&forward, THREADS);
         loop.room = backward_room.data();
         const Backward<Number> backward{loop, g.data(), p.data(), totals.data(), grad.data(), nullptr, false};
-        kernel[9].function(&backward, THREADS);
+        kernel[10].function(&backward, THREADS);
         auto wide = [](const std::vector<float> &numbers) { return Numbers(numbers.begin(), numbers.end()); };
-        return {wide(products), wide(totals), wide(pull), wide(grad)};
+        return {wide(products), wide(totals), wide(lse), wide(pull), wide(grad)};
     }
 };
 
@@ -293,6 +294,7 @@ template <class Number> static void compare_loops(const std::string &set, int64_
     };
     one("products", &Loops<Number>::Found::products, 0x1p-22);
     one("totals", &Loops<Number>::Found::totals, exponent + 0x1p-22);
+    one("log-sum-exps", &Loops<Number>::Found::lse, exponent + 0x1p-22);
     one("pull", &Loops<Number>::Found::pull, 2 * exponent + (low ? 0x1p-8 : 0x1p-22));
     // Of E and of a x̂, each in the precision of the products.
     one("dW", &Loops<Number>::Found::grad, 2 * exponent + (low ? 0x1p-7 : 0x1p-22));
