@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import cosface_kernels
+from cosface_kernels.ops import memory
 from cosface_kernels.tools import cli
 from cosface_kernels.tools.cli import count, size
 from cosface_kernels.tools.plan import OPTIMIZERS, STATES, TABLES, Device, Training, devices_needed, plan, recommended, trainings
@@ -74,6 +75,13 @@ def test_peak_memory_is_within_ten_percent(case):
     assert predicted == pytest.approx(peak, rel=0.1)
     # The C library may keep what the forward pass has freed: 4 to 24 MB from run to run.
     assert abs(predicted - peak) <= 0.1 * (peak - process) + 32e6
+
+
+def test_a_container_has_the_memory_that_it_was_given(monkeypatch):
+    numbers = {"memory.max": 3 * 2**20, "memory.current": 2**20}
+    monkeypatch.setattr(memory, "_container", numbers.get)
+    assert memory.total_memory.__wrapped__(torch.device("cpu")) == 3 * 2**20
+    assert memory.available_bytes(torch.device("cpu")) == 2 * 2**20
 
 
 def parts(memory, *arguments, **options):

@@ -36,8 +36,8 @@ def convert(inputs, out, *, system=None, key=None, transpose=False, to=None, ran
     """Write the table in `inputs` to `out`, and return one line that says what was written.
 
     Args:
-        inputs: paths of files written by torch.save, or .safetensors, one, or all shards of a table, by the
-            ranks in their names; of "insightface" also its files of momentum, NAME_mom.pt, which are left out.
+        inputs: paths of files written by torch.save, or .safetensors, one, or all shards of a table, which are put in order by
+            the ranks in their names; of "insightface" also its files of momentum, NAME_mom.pt, which are left out.
         out: a path, .safetensors for that format; with several ranks its text {rank} becomes 0, 1, ...
         system: the system that wrote `inputs`, "insightface" or "pml"; None with a key, and for a state dict of CosFaceLoss.
         key: dotted key of the table in each file, for any other system.
