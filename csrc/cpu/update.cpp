@@ -20,8 +20,9 @@ namespace {
 enum Format { FLOAT32, BFLOAT16, INT8, UINT8_SQUARE, FLOAT8 };
 enum Rule { SGD, ADAMW };
 
-// A permutation of words in which every bit of the result depends on every bit of the word (C. Wellons' lowbias32).
-inline uint32_t mixed(uint32_t word) {
+// A permutation of words, or of each lane's, in which every bit of the result depends on every bit of the word (C. Wellons'
+// lowbias32).
+template <class Word> inline Word mixed(Word word) {
     word = (word ^ word >> 16) * 0x7feb352du;
     word = (word ^ word >> 15) * 0x846ca68bu;
     return word ^ word >> 16;
@@ -29,14 +30,25 @@ inline uint32_t mixed(uint32_t word) {
 
 // 32 random bits for a column: 16 each for streams 0 and 1; of these the 32 for streams 2 and 3.
 constexpr uint32_t OF_COLUMN = 0x9e3779b9;
-inline uint32_t second_word(uint32_t word) { return mixed(word ^ 0x85ebca6bu); }
+template <class Word> inline Word second_word(Word word) { return mixed(word ^ 0x85ebca6bu); }
 
-inline void random_words(uint32_t column, int64_t size, uint32_t *words) {
-#pragma omp simd linear(column : OF_COLUMN)
-    for (int64_t d = 0; d < size; d++) {
-        words[d] = mixed(column);
-        column += OF_COLUMN;
+// The words of columns first, first + stride, ..., a lane each.
+struct Columns {
+    Words word;
+
+    Columns(uint32_t key, int first, int stride) {
+        for (int i = 0; i < LANES; i++) word[i] = key + (first + i * stride) * OF_COLUMN;
     }
+    Words next(int columns) {
+        const Words random = mixed(word);
+        word += columns * OF_COLUMN;
+        return random;
+    }
+};
+
+inline void random_words(uint32_t key, int64_t size, uint32_t *words) {
+    Columns columns(key, 0, 1);
+    by_lanes(size, [&](int64_t d, int64_t count) { store_lanes(words + d, columns.next(LANES), count); });
 }
 inline void second_words(int64_t size, uint32_t *words) {
 #pragma omp simd
@@ -44,33 +56,21 @@ inline void second_words(int64_t size, uint32_t *words) {
 }
 
 // The 16 bits of a stream: of two streams that share a word the first has the upper ones.
-template <int STREAM> inline uint32_t random_bits(uint32_t word) { return STREAM % 2 ? word & 0xffff : word >> 16; }
+template <int STREAM, class Word> inline Word random_bits(Word word) { return STREAM % 2 ? word & 0xffff : word >> 16; }
 
 inline uint32_t row_key(uint64_t key, uint64_t row) {
     return mixed(mixed((uint32_t)row ^ (uint32_t)key) ^ (uint32_t)(row >> 32) ^ (uint32_t)(key >> 32));
 }
 
 inline bool is_rounded(const Buffer &buffer) { return buffer.data && buffer.format != FLOAT32; }
-inline bool is_bfloat16(const Buffer &buffer) { return buffer.data && buffer.format == BFLOAT16; }
+// Or absent.
+inline bool is_bfloat16(const Buffer &buffer) { return !buffer.data || buffer.format == BFLOAT16; }
 
-// A row as the optimisers read and write it: floats, in place or decoded, or bfloat16, each number rounded by its random word.
-struct Floats {
-    float *row;
-
-    float read(int64_t d) const { return row[d]; }
-    void write(int64_t d, float number, uint32_t) const { row[d] = number; }
-};
-template <int STREAM> struct Rounded {
-    bfloat16 *row;
-
-    Rounded(const Buffer &buffer, int64_t number, int64_t size) : row((bfloat16 *)buffer.data + number * size) {}
-    float read(int64_t d) const { return widened(row[d]); }
-    void write(int64_t d, float number, uint32_t random) const {
-        // What is added must not carry into the sign of a NaN, which is quiet, as every result of arithmetic, and stays NaN without.
-        const uint32_t added = number == number ? random_bits<STREAM>(random) : 0;
-        row[d].bits = (uint16_t)(load<uint32_t>(&number) + added >> 16);
-    }
-};
+// Numbers as words whose upper halves are these rounded to bfloat16.
+template <int STREAM> inline Words rounded_by(Vector numbers, Words random) {
+    // What is added must not carry into the sign of a NaN, which is quiet, as every result of arithmetic, and stays NaN without.
+    return (Words)numbers + (numbers == numbers ? random_bits<STREAM>(random) : Words{});
+}
 
 // A row as floats: in place if it is float32, else decoded into room.
 inline float *decode(const Buffer &from, int64_t row, int64_t size, float *room) {
@@ -182,9 +182,10 @@ template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t si
 template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *row, const uint32_t *random) {
     uint8_t *codes = (uint8_t *)to.data + row_number * size;
     if (to.format == BFLOAT16) {
-        const Rounded<STREAM> rounded(to, row_number, size);
-#pragma omp simd
-        for (int64_t d = 0; d < size; d++) rounded.write(d, row[d], random[d]);
+        by_lanes(size, [&](int64_t d, int64_t count) {
+            const Words words = rounded_by<STREAM>(load_lanes(row + d, count), (Words)load_lanes((const float *)random + d, count));
+            store_lanes((bfloat16 *)to.data + row_number * size + d, upper_halves(words), count);
+        });
     } else if (to.format == INT8) to.scale[row_number] = to_codes<false, STREAM>(row, size, random, codes);
     else if (to.format == FLOAT8) to.scale[row_number] = to_float8<STREAM>(row, size, random, codes);
     else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
@@ -200,79 +201,109 @@ inline float signed_factor(const Step &h, int64_t size, const float *grad) {
     return norm > h.max_row_norm ? h.sign * (float)(h.max_row_norm / norm) : h.sign;
 }
 
-template <class W> inline void sgd(const Step &h, int64_t size, float factor, W w, const float *grad, uint32_t column) {
-#pragma omp simd linear(column : OF_COLUMN)
-    for (int64_t d = 0; d < size; d++) {
-        const float row = w.read(d);
-        w.write(d, row - h.lr * (factor * grad[d] + h.weight_decay * row), mixed(column));
-        column += OF_COLUMN;
+// A rule, and of SGD which of its sums there are.
+enum Form { WITHOUT_MOMENTUM, MOMENTUM, NESTEROV, ADAM };
+
+// The rule for some numbers of a row, g: their gradient.
+template <int FORM> inline void apply(const Step &h, Vector g, Vector &w, Vector &m, Vector &v) {
+    if constexpr (FORM == ADAM) {
+        m = h.first_decay * m + h.first_rate * g;  // with β1 = 0 g to the bit
+        v = h.second_decay * v + h.second_rate * g * g;
+        const Vector kept = w - h.lr * h.weight_decay * w;
+        w = kept - h.lr / h.first_correction * (m / (root(v) / h.second_correction + h.eps));
+    } else {
+        g += h.weight_decay * w;
+        if constexpr (FORM != WITHOUT_MOMENTUM) {
+            m = h.first_decay * m + g;
+            g = FORM == NESTEROV ? g + h.first_decay * m : m;
+        }
+        w -= h.lr * g;
     }
 }
 
-template <class W, class M>
-inline void sgd(const Step &h, int64_t size, float factor, W w, const float *grad, M m, uint32_t column) {
-    const bool nesterov = h.nesterov != 0;
-#pragma omp simd linear(column : OF_COLUMN)
-    for (int64_t d = 0; d < size; d++) {
-        const uint32_t word = mixed(column);
-        column += OF_COLUMN;
-        const float row = w.read(d), g = factor * grad[d] + h.weight_decay * row, momentum = h.first_decay * m.read(d) + g;
-        m.write(d, momentum, word);
-        w.write(d, row - h.lr * (nesterov ? g + h.first_decay * momentum : momentum), word);
+// To a row of floats and its state.
+template <int FORM> inline void step_floats(const Step &h, float factor, const float *grad, float *w, float *m, float *v) {
+    by_lanes(h.size, [&](int64_t d, int64_t count) {
+        Vector row = load_lanes(w + d, count), first = {}, second = {};
+        if (FORM != WITHOUT_MOMENTUM) first = load_lanes(m + d, count);
+        if (FORM == ADAM) second = load_lanes(v + d, count);
+        apply<FORM>(h, factor * load_lanes(grad + d, count), row, first, second);
+        store(w + d, row, count);
+        if (FORM != WITHOUT_MOMENTUM) store(m + d, first, count);
+        if (FORM == ADAM) store(v + d, second, count);
+    });
+}
+
+// To a row that is bfloat16 as its state is, in one pass: a vector of even columns and one of odd ones lie in the same words.
+template <int FORM>
+inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat16 *w, bfloat16 *m, bfloat16 *v, uint32_t key) {
+    Columns columns[] = {Columns(key, 0, 2), Columns(key, 1, 2)};
+    by_lanes<2 * LANES>(h.size, [&](int64_t d, int64_t count) {
+        const Pairs g = load_pairs(grad + d, count);
+        Pairs row = load_pairs(w + d, count), first = {}, second = {};
+        if (FORM != WITHOUT_MOMENTUM) first = load_pairs(m + d, count);
+        if (FORM == ADAM) second = load_pairs(v + d, count);
+        for (int i = 0; i < 2; i++) {
+            apply<FORM>(h, factor * g.of[i], row.of[i], first.of[i], second.of[i]);
+            const Words random = columns[i].next(2 * LANES);
+            row.of[i] = (Vector)rounded_by<0>(row.of[i], random);
+            if (FORM != WITHOUT_MOMENTUM) first.of[i] = (Vector)rounded_by<1>(first.of[i], random);
+            if (FORM == ADAM) second.of[i] = (Vector)rounded_by<2>(second.of[i], second_word(random));
+        }
+        store_pairs(w + d, row, count);
+        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, first, count);
+        if (FORM == ADAM) store_pairs(v + d, second, count);
+    });
+}
+
+// See update_rows. IN_BFLOAT16: the table and its state, the commonest formats of a large one.
+template <int FORM, bool IN_BFLOAT16>
+void step_rows(const Step *step, const float *grad, int64_t stride, const int64_t *index, int64_t first, int64_t rows, int thread) {
+    const Step h = *step;  // read through a pointer, its numbers would be read again after every store
+    const int64_t size = h.size;
+    float *room = h.scratch + thread * 4 * size;
+    uint32_t *random = (uint32_t *)(room + 3 * size);
+    const Buffer &table = h.table, &first_state = h.states[0], &second_state = h.states[1];
+    for (int64_t i = 0; i < rows; i++) {
+        const int64_t row = index ? index[first + i] : first + i;
+        const uint32_t key = row_key(h.key, row + h.first_of_shard);
+        const float *of_row = grad + i * stride;
+        const float factor = signed_factor(h, size, of_row);
+        if constexpr (IN_BFLOAT16) {
+            const auto row_of = [&](const Buffer &buffer) { return buffer.data ? (bfloat16 *)buffer.data + row * size : nullptr; };
+            step_bfloat16<FORM>(h, factor, of_row, row_of(table), row_of(first_state), row_of(second_state), key);
+        } else {
+            float *w = decode(table, row, size, room), *m = nullptr, *v = nullptr;
+            if (FORM != WITHOUT_MOMENTUM) m = decode(first_state, row, size, room + size);
+            if (FORM == ADAM) v = decode(second_state, row, size, room + 2 * size);
+            step_floats<FORM>(h, factor, of_row, w, m, v);
+            if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, random);
+            encode<0>(table, row, size, w, random);
+            if (m) encode<1>(first_state, row, size, m, random);
+            if (!is_rounded(second_state)) continue;
+            second_words(size, random);
+            encode<2>(second_state, row, size, v, random);
+        }
     }
 }
 
-template <class W, class M, class V>
-inline void adamw(const Step &h, int64_t size, float factor, W w, const float *grad, M m, V v, uint32_t column) {
-#pragma omp simd linear(column : OF_COLUMN)
-    for (int64_t d = 0; d < size; d++) {
-        const uint32_t word = mixed(column);
-        column += OF_COLUMN;
-        const float g = factor * grad[d], row = w.read(d);
-        const float mean = h.first_decay * m.read(d) + h.first_rate * g;  // with β1 = 0 g to the bit
-        const float square = h.second_decay * v.read(d) + h.second_rate * g * g;
-        const float kept = row - h.lr * h.weight_decay * row;
-        m.write(d, mean, word);
-        v.write(d, square, second_word(word));
-        w.write(d, kept - h.lr / h.first_correction * (mean / (sqrtf(square) / h.second_correction + h.eps)), word);
-    }
+inline int form_of(const Step &h) {
+    if (h.rule == ADAMW) return ADAM;
+    return !h.states[0].data ? WITHOUT_MOMENTUM : h.nesterov != 0 ? NESTEROV : MOMENTUM;
 }
 
 }  // namespace
 
 void JOIN(update_rows, INSTRUCTION_SET)(const Step *step, const float *grad, int64_t stride, const int64_t *index, int64_t first,
                                         int64_t rows, int thread) {
-    const int64_t size = step->size;
-    float *room = step->scratch + thread * 4 * size;
-    uint32_t *random = (uint32_t *)(room + 3 * size);
-    const Buffer &table = step->table, &first_state = step->states[0], &second_state = step->states[1];
-    const bool is_sgd = step->rule == SGD;
-    const bool in_bfloat16 = is_bfloat16(table) && is_bfloat16(first_state) && (is_sgd || is_bfloat16(second_state));
-    for (int64_t i = 0; i < rows; i++) {
-        const int64_t row = index ? index[first + i] : first + i;
-        const uint32_t key = row_key(step->key, row + step->first_of_shard);
-        const float *of_row = grad + i * stride;
-        const float factor = signed_factor(*step, size, of_row);
-        if (in_bfloat16) {  // the commonest formats of a large table, in one pass
-            const Rounded<0> w(table, row, size);
-            const Rounded<1> m(first_state, row, size);
-            if (is_sgd) sgd(*step, size, factor, w, of_row, m, key);
-            else adamw(*step, size, factor, w, of_row, m, Rounded<2>(second_state, row, size), key);
-            continue;
-        }
-        const Floats w{decode(table, row, size, room)};
-        const Floats m{first_state.data ? decode(first_state, row, size, room + size) : nullptr};
-        const Floats v{second_state.data ? decode(second_state, row, size, room + 2 * size) : nullptr};
-        if (!is_sgd) adamw(*step, size, factor, w, of_row, m, v, key);
-        else if (m.row) sgd(*step, size, factor, w, of_row, m, key);
-        else sgd(*step, size, factor, w, of_row, key);
-        if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, random);
-        encode<0>(table, row, size, w.row, random);
-        if (m.row) encode<1>(first_state, row, size, m.row, random);
-        if (!is_rounded(second_state)) continue;
-        second_words(size, random);
-        encode<2>(second_state, row, size, v.row, random);
-    }
+    constexpr decltype(&step_rows<ADAM, true>) FORMS[][2] = {
+        {step_rows<WITHOUT_MOMENTUM, false>, step_rows<WITHOUT_MOMENTUM, true>},
+        {step_rows<MOMENTUM, false>, step_rows<MOMENTUM, true>},
+        {step_rows<NESTEROV, false>, step_rows<NESTEROV, true>},
+        {step_rows<ADAM, false>, step_rows<ADAM, true>},
+    };
+    const bool in_bfloat16 = is_bfloat16(step->table) && is_bfloat16(step->states[0]) && is_bfloat16(step->states[1]);
+    FORMS[form_of(*step)][in_bfloat16](step, grad, stride, index, first, rows, thread);
 }
 
 namespace {

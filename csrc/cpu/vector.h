@@ -83,7 +83,12 @@ inline Doubles widen(Pieces x) {
 }
 inline Doubles widen(const float *from) { return widen(load<Pieces>(from)); }
 inline Doubles widen(const bfloat16 *from) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m128i order = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7);
+    return widen((Pieces)_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)from), order));
+#else
     return widen((Pieces)(__builtin_convertvector(load<PieceHalves>(from), PieceWords) << 16));
+#endif
 }
 inline Vector splat(float value) { return Vector{} + value; }
 inline Words splat(uint32_t value) { return Words{} + value; }
@@ -97,6 +102,12 @@ inline Vector rounded(Vector x) {
 #elif defined(__aarch64__)
     asm("" : "+w"(x));
 #endif
+    return x;
+}
+
+// √x of each lane.
+inline Vector root(Vector x) {
+    for (int i = 0; i < LANES; i++) x[i] = __builtin_sqrtf(x[i]);
     return x;
 }
 
@@ -120,7 +131,16 @@ inline Words zero_extended(Halves x) {
     return __builtin_convertvector(x, Words);
 #endif
 }
-inline Vector widened(Halves x) { return (Vector)(zero_extended(x) << 16); }
+inline Vector widened(Halves x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // One instruction for the two of zero_extended and the shift.
+    const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
+                                           -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
+    return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)x), order);
+#else
+    return (Vector)(zero_extended(x) << 16);
+#endif
+}
 inline float widened(bfloat16 x) {
     const uint32_t word = (uint32_t)x.bits << 16;
     return load<float>(&word);
@@ -151,10 +171,12 @@ inline Halves to_bfloat16(Vector x) {
 #endif
 }
 
-// x as a sum of products reads it: rounded where bfloat16 is widened.
+// x, a result of arithmetic, as a sum of products reads it: rounded where bfloat16 is widened. (A NaN is quiet: it stays one.)
 template <class Number> inline Vector as_operand(Vector x) { return x; }
 template <> inline Vector as_operand<bfloat16>(Vector x) {
-    return IS_WIDENED<bfloat16> ? (Vector)(rounded_halves(x) & 0xffff0000u) : x;
+    if (!IS_WIDENED<bfloat16>) return x;
+    const Words bits = (Words)x, added = 0x7fff + (bits >> 16 & 1);
+    return (Vector)(bits + (x == x ? added : Words{}) & 0xffff0000u);
 }
 
 // `count` numbers as floats, then zeros.
@@ -172,9 +194,9 @@ inline Vector load_lanes(const bfloat16 *from, int64_t count) {
 }
 
 // body(first, how many) for each vector of a row; whole ones in a loop of their own, which has no branch.
-template <class Body> inline void by_lanes(int64_t size, Body body) {
+template <int WIDTH = LANES, class Body> inline void by_lanes(int64_t size, Body body) {
     int64_t d = 0;
-    for (; d + LANES <= size; d += LANES) body(d, LANES);
+    for (; d + WIDTH <= size; d += WIDTH) body(d, WIDTH);
     if (d < size) body(d, size - d);
 }
 
@@ -201,6 +223,39 @@ inline void store_operand(bfloat16 *to, Vector x, int64_t count) {
 // `count` bfloat16 as floats.
 inline void widen_row(const bfloat16 *from, int64_t count, float *to) {
     by_lanes(count, [&](int64_t i, int64_t lanes) { store(to + i, load_lanes(from + i, lanes), lanes); });
+}
+
+// Two neighbours of a row in each lane: of[0] those in even columns, of[1] those in odd ones.
+struct Pairs {
+    Vector of[2];
+};
+
+// `count` numbers of up to 2 LANES, then zeros.
+inline Pairs load_pairs(const bfloat16 *from, int64_t count) {
+    Words both = {};
+    if (count >= 2 * LANES) both = load<Words>(from);
+    else memcpy(&both, from, sizeof(bfloat16) * count);
+    return {(Vector)(both << 16), (Vector)(both & 0xffff0000u)};
+}
+inline Pairs load_pairs(const float *from, int64_t count) {
+    float room[2 * LANES] = {};
+    if (count < 2 * LANES) from = (const float *)memcpy(room, from, sizeof(float) * count);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    // GCC takes twelve instructions for the generic form.
+    const auto numbers = [&](int i) { return _mm_loadu_ps(from + i); };
+    const __m256 first = _mm256_set_m128(numbers(8), numbers(0)), second = _mm256_set_m128(numbers(12), numbers(4));
+    return {(Vector)_mm256_shuffle_ps(first, second, 0x88), (Vector)_mm256_shuffle_ps(first, second, 0xdd)};
+#else
+    typedef uint64_t Doubled __attribute__((vector_size(8 * LANES)));
+    const Doubled both = load<Doubled>(from);
+    return {(Vector)__builtin_convertvector(both, Words), (Vector)__builtin_convertvector(both >> 32, Words)};
+#endif
+}
+// The first `count` numbers, of each its upper half.
+inline void store_pairs(bfloat16 *to, const Pairs &numbers, int64_t count) {
+    const Words both = (Words)numbers.of[0] >> 16 | ((Words)numbers.of[1] & 0xffff0000u);
+    if (count >= 2 * LANES) memcpy(to, &both, sizeof both);
+    else memcpy(to, &both, sizeof(bfloat16) * count);
 }
 
 inline Words pair(Halves low, Halves high) {
