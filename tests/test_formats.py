@@ -203,6 +203,23 @@ def test_native_code_is_the_same_step(rule, table, state, size, instruction_set,
         (rows, row_scale), states = results[1][0], results[1][1:]
 
 
+@pytest.mark.parametrize("instruction_set", cpu_library.available())
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16])
+def test_native_rounding_leaves_no_number_of_a_nan(table, instruction_set, monkeypatch):
+    """What is added for rounding could carry beyond the sign of a NaN whose bits are all 1."""
+    monkeypatch.setattr(cpu_library, "available", lambda: (instruction_set,))
+    monkeypatch.setattr(rules.Part, "is_native", lambda part: True)
+    grad = torch.tensor([2**31 - 1, -1], dtype=torch.int32).view(torch.float32)[:, None].expand(2, 37).contiguous()
+    for rule, count in (
+        (rules.SGD(0.1, 0.9, 0.01, False, False), 1),
+        (rules.AdamW(0.01, (0.9, 0.999), 1e-8, 0.01, False, torch.tensor(3.0)), 2),
+    ):
+        rows, states = torch.ones(2, 37, dtype=table), [stored(torch.bfloat16, 2, 37) for _ in range(count)]
+        rules.Part(rows, states, rule, formats.rounding_key(3, 1), 0, None).apply(slice(0, 2), grad)
+        for numbers in (rows, *(state for state, _ in states)):
+            assert numbers.isnan().all()
+
+
 @pytest.mark.slow
 def test_training_does_not_notice():
     """Real images, 200 steps: what a format changes is less than what another seed changes."""
