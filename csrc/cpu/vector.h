@@ -84,6 +84,7 @@ inline Doubles widen(Pieces x) {
 inline Doubles widen(const float *from) { return widen(load<Pieces>(from)); }
 inline Doubles widen(const bfloat16 *from) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
+    // GCC makes seven instructions of the generic form.
     const __m128i order = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7);
     return widen((Pieces)_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)from), order));
 #else
@@ -131,16 +132,7 @@ inline Words zero_extended(Halves x) {
     return __builtin_convertvector(x, Words);
 #endif
 }
-inline Vector widened(Halves x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    // One instruction for the two of zero_extended and the shift.
-    const __m256i order = _mm256_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7,  //
-                                           -1, -1, 8, 9, -1, -1, 10, 11, -1, -1, 12, 13, -1, -1, 14, 15);
-    return (Vector)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)x), order);
-#else
-    return (Vector)(zero_extended(x) << 16);
-#endif
-}
+inline Vector widened(Halves x) { return (Vector)(zero_extended(x) << 16); }
 inline float widened(bfloat16 x) {
     const uint32_t word = (uint32_t)x.bits << 16;
     return load<float>(&word);
