@@ -24,8 +24,8 @@ TABLE_FORMATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float8":
 LARGEST_CODE = {torch.int8: 127, torch.uint8: 255}
 
 _WORD = 2**32 - 1
-_GOLDEN = 0x9E3779B9  # neighbouring columns start far apart
-_OTHER = 0x85EBCA6B  # turns one word of random bits into another
+_OF_PAIR = 0x9E3779B9  # neighbouring pairs of columns start far apart
+_OF_STREAM = 0xAC564B05  # turns one word of random bits into another (P. L'Ecuyer's table of multipliers, 1999)
 
 
 def is_rounded(dtype):
@@ -117,10 +117,14 @@ def random_bits(key, rows, size, stream):
     """(R, size) int64 of 16 random bits each, for the rows' numbers (R,) int64 in the whole table. Streams are independent."""
     low, high = key & _WORD, key >> 32
     rows = _mixed(_mixed((rows & _WORD) ^ low) ^ (rows >> 32) ^ high)
-    word = _mixed(rows[:, None] + torch.arange(size, dtype=torch.int64, device=rows.device) * _GOLDEN & _WORD)
-    if stream >= 2:
-        word = _mixed(word ^ _OTHER)
-    return word & 0xFFFF if stream % 2 else word >> 16
+    column = torch.arange(size, dtype=torch.int64, device=rows.device)
+    word = _mixed(rows[:, None] + (column >> 1) * _OF_PAIR & _WORD)  # a half of it for each of two columns
+    for _ in range(stream):
+        # Its halves exchanged, as the lower half of a product has nothing from the upper half of a factor: of two neighbouring
+        # streams one bit string says nothing about the other.
+        word = word * _OF_STREAM & _WORD
+        word = (word << 16 | word >> 16) & _WORD
+    return word >> (column & 1) * 16 & 0xFFFF
 
 
 def rounding_key(seed, step):

@@ -28,35 +28,35 @@ template <class Word> inline Word mixed(Word word) {
     return word ^ word >> 16;
 }
 
-// 32 random bits for a column: 16 each for streams 0 and 1; of these the 32 for streams 2 and 3.
-constexpr uint32_t OF_COLUMN = 0x9e3779b9;
-template <class Word> inline Word second_word(Word word) { return mixed(word ^ 0x85ebca6bu); }
+// Random words of a row, one for each pair of columns: the lower half for the even column, the upper one for the odd.
+constexpr uint32_t OF_PAIR = 0x9e3779b9, OF_STREAM = 0xac564b05;
 
-// The words of columns first, first + stride, ..., a lane each.
-struct Columns {
+// Those of the next stream. See formats.random_bits.
+inline Words of_next_stream(Words words) { return exchanged(words * OF_STREAM); }
+
+// A vector of words at a time.
+struct FirstStream {
     Words word;
 
-    Columns(uint32_t key, int first, int stride) {
-        for (int i = 0; i < LANES; i++) word[i] = key + (first + i * stride) * OF_COLUMN;
+    explicit FirstStream(uint32_t key) {
+        for (int i = 0; i < LANES; i++) word[i] = key + i * OF_PAIR;
     }
-    Words next(int columns) {
+    Words next() {
         const Words random = mixed(word);
-        word += columns * OF_COLUMN;
+        word += LANES * OF_PAIR;
         return random;
     }
 };
 
-inline void random_words(uint32_t key, int64_t size, uint32_t *words) {
-    Columns columns(key, 0, 1);
-    by_lanes(size, [&](int64_t d, int64_t count) { store_lanes(words + d, columns.next(LANES), count); });
+inline void first_words(uint32_t key, int64_t count, uint32_t *words) {
+    FirstStream stream(key);
+    by_lanes(count, [&](int64_t i, int64_t lanes) { store_lanes(words + i, stream.next(), lanes); });
 }
-inline void second_words(int64_t size, uint32_t *words) {
-#pragma omp simd
-    for (int64_t d = 0; d < size; d++) words[d] = second_word(words[d]);
+inline void next_words(int64_t count, uint32_t *words) {
+    by_lanes(count, [&](int64_t i, int64_t lanes) {
+        store_lanes(words + i, of_next_stream((Words)load_lanes((const float *)words + i, lanes)), lanes);
+    });
 }
-
-// The 16 bits of a stream: of two streams that share a word the first has the upper ones.
-template <int STREAM, class Word> inline Word random_bits(Word word) { return STREAM % 2 ? word & 0xffff : word >> 16; }
 
 inline uint32_t row_key(uint64_t key, uint64_t row) {
     return mixed(mixed((uint32_t)row ^ (uint32_t)key) ^ (uint32_t)(row >> 32) ^ (uint32_t)(key >> 32));
@@ -66,10 +66,13 @@ inline bool is_rounded(const Buffer &buffer) { return buffer.data && buffer.form
 // Or absent.
 inline bool is_bfloat16(const Buffer &buffer) { return !buffer.data || buffer.format == BFLOAT16; }
 
-// Numbers as words whose upper halves are these rounded to bfloat16.
-template <int STREAM> inline Words rounded_by(Vector numbers, Words random) {
-    // What is added must not carry into the sign of a NaN, which is quiet, as every result of arithmetic, and stays NaN without.
-    return (Words)numbers + (numbers == numbers ? random_bits<STREAM>(random) : Words{});
+// A NaN with a lower half of 0: random bits that are added to that do not carry into its sign. Arithmetic keeps it as it is.
+inline Vector with_plain_nan(Vector x) { return x == x ? x : splat(NAN); }
+
+// Numbers whose upper halves are these rounded to bfloat16.
+inline Words rounded_by(Vector numbers, Words bits) { return (Words)numbers + bits; }
+inline Pairs rounded_by(const Pairs &numbers, Words random) {
+    return {(Vector)rounded_by(numbers.of[0], random & 0xffff), (Vector)rounded_by(numbers.of[1], random >> 16)};
 }
 
 // A row as floats: in place if it is float32, else decoded into room.
@@ -124,7 +127,7 @@ inline int32_t largest_magnitude(const float *row, int64_t size) {
 }
 
 // Returns the scale; NaN, and numbers as they were, for a row that is not finite. formats._float8 has the reasons.
-template <int STREAM> inline float to_float8(const float *row, int64_t size, const uint32_t *random, uint8_t *numbers) {
+inline float to_float8(const float *row, int64_t size, const uint16_t *bits, uint8_t *numbers) {
     const int32_t largest = largest_magnitude(row, size);
     if (largest >= 0x7f800000) return NAN;
     int32_t exponent = ((largest + 0x1fffff) >> 23) - 8;
@@ -144,14 +147,14 @@ template <int STREAM> inline float to_float8(const float *row, int64_t size, con
         const uint32_t is_subnormal = -(uint32_t)(word < 121u << 23);
         word = word > 0x43e00000u ? 0x43e00000u : word;  // 448
         word = (word & ~is_subnormal) | (raised & is_subnormal);
-        word = (word + (random_bits<STREAM>(random[d]) << 4) + 8 >> 20) - (120 << 3) - (is_subnormal & 8);
+        word = (word + ((uint32_t)bits[d] << 4) + 8 >> 20) - (120 << 3) - (is_subnormal & 8);
         numbers[d] = (uint8_t)(word | (sign >> 24 & 0x80));
     }
     return scale;
 }
 
 // Returns the scale; NaN, and codes as they were, for a row that is not finite.
-template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t size, const uint32_t *random, uint8_t *codes) {
+template <bool SQUARES> inline float to_codes(float *row, int64_t size, const uint16_t *bits, uint8_t *codes) {
     constexpr int32_t LARGEST_CODE = SQUARES ? 255 : 127;
     if (SQUARES) {
 #pragma omp simd
@@ -166,7 +169,7 @@ template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t si
     // Further from 0 and 1 than a rounding of a code: a code that is read and written again stays.
 #pragma omp simd
     for (int64_t d = 0; d < size; d++) {
-        const float number = row[d] * inverse + ((float)(int32_t)(random_bits<STREAM>(random[d]) >> 1) + 0.5f) * 0x1p-15f;
+        const float number = row[d] * inverse + ((float)(bits[d] >> 1) + 0.5f) * 0x1p-15f;
         int32_t code = (int32_t)number;
         code -= (float)code > number ? 1 : 0;
         code = code > LARGEST_CODE ? LARGEST_CODE : code;
@@ -178,17 +181,17 @@ template <bool SQUARES, int STREAM> inline float to_codes(float *row, int64_t si
     return scale;
 }
 
-// random: the row's words, those of STREAM. Overwrites row with its square roots for UINT8_SQUARE.
-template <int STREAM> inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *row, const uint32_t *random) {
+// bits: 16 for each column. Overwrites row with its square roots for UINT8_SQUARE.
+inline void encode(const Buffer &to, int64_t row_number, int64_t size, float *row, const uint16_t *bits) {
     uint8_t *codes = (uint8_t *)to.data + row_number * size;
     if (to.format == BFLOAT16) {
         by_lanes(size, [&](int64_t d, int64_t count) {
-            const Words words = rounded_by<STREAM>(load_lanes(row + d, count), (Words)load_lanes((const float *)random + d, count));
-            store_lanes((bfloat16 *)to.data + row_number * size + d, upper_halves(words), count);
+            const Words rounded = rounded_by(with_plain_nan(load_lanes(row + d, count)), zero_extended(load_lanes(bits + d, count)));
+            store_lanes((bfloat16 *)to.data + row_number * size + d, upper_halves(rounded), count);
         });
-    } else if (to.format == INT8) to.scale[row_number] = to_codes<false, STREAM>(row, size, random, codes);
-    else if (to.format == FLOAT8) to.scale[row_number] = to_float8<STREAM>(row, size, random, codes);
-    else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true, STREAM>(row, size, random, codes);
+    } else if (to.format == INT8) to.scale[row_number] = to_codes<false>(row, size, bits, codes);
+    else if (to.format == FLOAT8) to.scale[row_number] = to_float8(row, size, bits, codes);
+    else if (to.format == UINT8_SQUARE) to.scale[row_number] = to_codes<true>(row, size, bits, codes);
 }
 
 // The number to multiply a row's gradient by. Squares in double: those of float end at 1e19.
@@ -210,7 +213,7 @@ template <int FORM> inline void apply(const Step &h, Vector g, Vector &w, Vector
         m = h.first_decay * m + h.first_rate * g;  // with β1 = 0 g to the bit
         v = h.second_decay * v + h.second_rate * g * g;
         const Vector kept = w - h.lr * h.weight_decay * w;
-        w = kept - h.lr / h.first_correction * (m / (root(v) / h.second_correction + h.eps));
+        w = kept - h.lr / h.first_correction * (m / (root(v) * (1 / h.second_correction) + h.eps));
     } else {
         g += h.weight_decay * w;
         if constexpr (FORM != WITHOUT_MOMENTUM) {
@@ -237,22 +240,17 @@ template <int FORM> inline void step_floats(const Step &h, float factor, const f
 // To a row that is bfloat16 as its state is, in one pass: a vector of even columns and one of odd ones lie in the same words.
 template <int FORM>
 inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat16 *w, bfloat16 *m, bfloat16 *v, uint32_t key) {
-    Columns columns[] = {Columns(key, 0, 2), Columns(key, 1, 2)};
+    FirstStream stream(key);
     by_lanes<2 * LANES>(h.size, [&](int64_t d, int64_t count) {
         const Pairs g = load_pairs(grad + d, count);
         Pairs row = load_pairs(w + d, count), first = {}, second = {};
         if (FORM != WITHOUT_MOMENTUM) first = load_pairs(m + d, count);
         if (FORM == ADAM) second = load_pairs(v + d, count);
-        for (int i = 0; i < 2; i++) {
-            apply<FORM>(h, factor * g.of[i], row.of[i], first.of[i], second.of[i]);
-            const Words random = columns[i].next(2 * LANES);
-            row.of[i] = (Vector)rounded_by<0>(row.of[i], random);
-            if (FORM != WITHOUT_MOMENTUM) first.of[i] = (Vector)rounded_by<1>(first.of[i], random);
-            if (FORM == ADAM) second.of[i] = (Vector)rounded_by<2>(second.of[i], second_word(random));
-        }
-        store_pairs(w + d, row, count);
-        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, first, count);
-        if (FORM == ADAM) store_pairs(v + d, second, count);
+        for (int i = 0; i < 2; i++) apply<FORM>(h, factor * with_plain_nan(g.of[i]), row.of[i], first.of[i], second.of[i]);
+        Words random = stream.next();
+        store_pairs(w + d, rounded_by(row, random), count);
+        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(first, random = of_next_stream(random)), count);
+        if (FORM == ADAM) store_pairs(v + d, rounded_by(second, of_next_stream(random)), count);
     });
 }
 
@@ -260,10 +258,12 @@ inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat
 template <int FORM, bool IN_BFLOAT16>
 void step_rows(const Step *step, const float *grad, int64_t stride, const int64_t *index, int64_t first, int64_t rows, int thread) {
     const Step h = *step;  // read through a pointer, its numbers would be read again after every store
-    const int64_t size = h.size;
+    const int64_t size = h.size, pairs = (size + 1) / 2;
     float *room = h.scratch + thread * 4 * size;
-    uint32_t *random = (uint32_t *)(room + 3 * size);
+    uint32_t *words = (uint32_t *)(room + 3 * size);
+    const uint16_t *bits = (const uint16_t *)words;
     const Buffer &table = h.table, &first_state = h.states[0], &second_state = h.states[1];
+    const bool is_any_rounded = is_rounded(table) || is_rounded(first_state) || is_rounded(second_state);
     for (int64_t i = 0; i < rows; i++) {
         const int64_t row = index ? index[first + i] : first + i;
         const uint32_t key = row_key(h.key, row + h.first_of_shard);
@@ -277,12 +277,15 @@ void step_rows(const Step *step, const float *grad, int64_t stride, const int64_
             if (FORM != WITHOUT_MOMENTUM) m = decode(first_state, row, size, room + size);
             if (FORM == ADAM) v = decode(second_state, row, size, room + 2 * size);
             step_floats<FORM>(h, factor, of_row, w, m, v);
-            if (is_rounded(table) || is_rounded(first_state)) random_words(key, size, random);
-            encode<0>(table, row, size, w, random);
-            if (m) encode<1>(first_state, row, size, m, random);
-            if (!is_rounded(second_state)) continue;
-            second_words(size, random);
-            encode<2>(second_state, row, size, v, random);
+            if (!is_any_rounded) continue;
+            first_words(key, pairs, words);
+            encode(table, row, size, w, bits);
+            if (!m) continue;
+            next_words(pairs, words);
+            encode(first_state, row, size, m, bits);
+            if (!v) continue;
+            next_words(pairs, words);
+            encode(second_state, row, size, v, bits);
         }
     }
 }

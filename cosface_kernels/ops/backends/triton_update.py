@@ -22,7 +22,7 @@ from .triton_slab import project, targets_share, unit_and_inverse
 # Elements that one program holds, and how many a warp: of the gradient, the row and each state it holds one at a time.
 BLOCK_ELEMENTS, WARP_ELEMENTS, WARPS = 1024, 256, (4, 32)
 PART_ARGUMENTS = 24  # of a kernel, from table_ptr to max_row_norm
-GOLDEN, OTHER = tl.constexpr(0x9E3779B9), tl.constexpr(0x85EBCA6B)
+OF_PAIR, OF_STREAM = tl.constexpr(0x9E3779B9), tl.constexpr(0xAC564B05)
 
 
 def blocks(size):
@@ -230,17 +230,17 @@ def step(
         length = tl.sqrt(second) / tl.sqrt(one_minus_power(log_second, count)) + eps
         table = table - lr * weight_decay * table
         table -= size * (first / length)
-        store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, 1)
-        store(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside, second, words, 2)
+        store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, column, 1)
+        store(second_ptr + place + column[None, :], second_scale_ptr, row, live, inside, second, words, column, 2)
     else:
         grad += weight_decay * table
         if first_ptr is not None:
             first = load(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, 1)
             first = first_decay * first + grad
-            store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, 1)
+            store(first_ptr + place + column[None, :], first_scale_ptr, row, live, inside, first, words, column, 1)
             grad = tl.where(nesterov != 0, grad + first_decay * first, first)
         table -= lr * grad
-    store(table_ptr + place + column[None, :], table_scale_ptr, row, live, inside, table, words, 0)
+    store(table_ptr + place + column[None, :], table_scale_ptr, row, live, inside, table, words, column, 0)
 
 
 @triton.jit
@@ -277,9 +277,9 @@ def load(pointer, scale, row, live, inside, STREAM: tl.constexpr):
 
 
 @triton.jit
-def store(pointer, scale, row, live, inside, rows, words, STREAM: tl.constexpr):
+def store(pointer, scale, row, live, inside, rows, words, column, STREAM: tl.constexpr):
     """See formats.write."""
-    bits = random_bits(words, STREAM)
+    bits = random_bits(words, column[None, :], STREAM)
     if scale is not None:
         if STREAM == 0:
             rows, scales = to_float8(rows, bits)
@@ -350,14 +350,15 @@ def random_words(row, column, key_low, key_high):
     """What formats.random_bits takes its bits from, for row numbers (R, 1) int64 in the whole table and columns (1, D)."""
     key = mixed(row.to(tl.uint32) ^ key_low.to(tl.uint32))
     key = mixed(key ^ (row >> 32).to(tl.uint32) ^ key_high.to(tl.uint32))
-    return mixed(key + column.to(tl.uint32) * GOLDEN)
+    return mixed(key + (column >> 1).to(tl.uint32) * OF_PAIR)
 
 
 @triton.jit
-def random_bits(words, STREAM: tl.constexpr):
-    if STREAM >= 2:
-        words = mixed(words ^ OTHER)
-    return words & 0xFFFF if STREAM % 2 == 1 else words >> 16
+def random_bits(words, column, STREAM: tl.constexpr):
+    for _ in tl.static_range(STREAM):
+        words = words * OF_STREAM
+        words = (words << 16) | (words >> 16)
+    return (words >> ((column & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
 @triton.jit
