@@ -1,9 +1,10 @@
-"""Measures what a format costs in a step of FusedSGD:  python -m benchmarks.fused_formats [CASE ...] [--json FILE]
+"""Measures what a format costs in a step of a fused optimiser:  python -m benchmarks.fused_formats [CASE ...] [--json FILE]
 
-    float32, bfloat16   table and momentum in this format (default: these two)
-    float8              the table in float8, momentum in bfloat16
-    all-of-E            float32, with a memory_budget for all exponentials
-    torch.optim.SGD     float32, by torch.optim.SGD
+    float32, bfloat16               FusedSGD, table and momentum in this format (default: these two)
+    float8                          FusedSGD, the table in float8, momentum in bfloat16
+    adamw-float32, adamw-bfloat16   FusedAdamW, table and state in this format
+    all-of-E                        as float32, with a memory_budget for all exponentials
+    torch.optim.SGD                 float32, by torch.optim.SGD
 
 Whole steps in processor time of one thread, on a CPU; under autocast where the table is not float32. The heads of all cases take
 turns in one process; ratios to the first case are medians over the turns.
@@ -14,12 +15,12 @@ import statistics
 
 import torch
 
-from cosface_kernels import CosFaceLoss, FusedSGD
+from cosface_kernels import CosFaceLoss, FusedAdamW, FusedSGD
 
 from . import harness, measure
 from .record import keep, parser, say
 
-CASES = "float32", "bfloat16", "float8", "all-of-E", "torch.optim.SGD"
+CASES = "float32", "bfloat16", "float8", "adamw-float32", "adamw-bfloat16", "all-of-E", "torch.optim.SGD"
 SGD = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 TURNS = 8  # at least; more of short steps
 
@@ -51,13 +52,16 @@ def main():
 
 def step_of(case, num_rows, num_classes, size):
     """A function that makes a step of this case."""
-    low = case in ("bfloat16", "float8")
+    low = case.endswith(("bfloat16", "float8"))
+    state = "bfloat16" if low else "float32"
     budget = 8 * num_rows * num_classes if case == "all-of-E" else "auto"
-    head = CosFaceLoss(size, num_classes, table_format=case if low else "float32", memory_budget=budget)
+    head = CosFaceLoss(size, num_classes, table_format=case.removeprefix("adamw-") if low else "float32", memory_budget=budget)
     if case == "torch.optim.SGD":
         optimizer = torch.optim.SGD(head.parameters(), **SGD)
+    elif case.startswith("adamw"):
+        optimizer = FusedAdamW(head.parameters(), state_format=state)
     else:
-        optimizer = FusedSGD(head.parameters(), **SGD, state_format="bfloat16" if low else "float32")
+        optimizer = FusedSGD(head.parameters(), **SGD, state_format=state)
     features, labels = torch.randn(num_rows, size, requires_grad=True), torch.randint(num_classes, (num_rows,))
 
     def step():
