@@ -29,8 +29,8 @@ struct Factor {
     float operator*(float x) const { return x * power * rest; }
 };
 
-// 1 / ‖row‖, 0 for a row without direction, NaN for an infinite one. In double: the square of 1e20 is no float.
-template <class Number> inline double inverse_norm(const Number *row, int64_t size) {
+// Σ x² in double: the square of 1e20 is no float.
+template <class Number> inline double square_sum_in_double(const Number *row, int64_t size) {
     Doubles sums[2] = {};
     int64_t d = 0;
     for (; d + LANES <= size; d += LANES) {
@@ -42,7 +42,29 @@ template <class Number> inline double inverse_norm(const Number *row, int64_t si
     double sum = 0;
     for (; d < size; d++) sum += (double)widened(row[d]) * widened(row[d]);
     for (int i = 0; i < LANES / 2; i++) sum += sums[0][i] + sums[1][i];
-    const double norm = sqrt(sum);
+    return sum;
+}
+inline double square_sum(const float *row, int64_t size) { return square_sum_in_double(row, size); }
+
+// The square of a bfloat16 is exact in float32: a pair of them is rounded once. Those below its range do not count: a row of such
+// has no direction.
+inline double square_sum(const bfloat16 *row, int64_t size) {
+    Doubles sums[2] = {};
+    by_lanes<2 * LANES>(size, [&](int64_t d, int64_t count) {
+        const Pairs x = load_pairs(row + d, count);
+        const Vector pairs = x.of[0] * x.of[0] + x.of[1] * x.of[1];
+        Pieces halves[2];
+        memcpy(halves, &pairs, sizeof pairs);
+        for (int half = 0; half < 2; half++) sums[half] += widen(halves[half]);
+    });
+    double sum = 0;
+    for (int i = 0; i < LANES / 2; i++) sum += sums[0][i] + sums[1][i];
+    return sum < INFINITY ? sum : square_sum_in_double(row, size);
+}
+
+// 1 / ‖row‖, 0 for a row without direction, NaN for an infinite one.
+template <class Number> inline double inverse_norm(const Number *row, int64_t size) {
+    const double norm = sqrt(square_sum(row, size));
     return norm < TINY_NORM ? 0.0 : isinf(norm) ? NAN : 1.0 / norm;
 }
 
