@@ -142,6 +142,9 @@ def test_random_bits_are_uniform_and_independent():
     flat = signs.movedim(3, 1).reshape(len(words) * 16, -1)
     correlations = flat @ flat.T / flat.shape[1] - torch.eye(len(flat))
     assert correlations.abs().max() < 6 / 10_000**0.5  # of 32,640 pairs
+    # And with those of the other column of a pair, which has the other half of the same word.
+    others = signs.unflatten(2, (25, 2)).flip(3).flatten(2, 3).movedim(3, 1).reshape(flat.shape)
+    assert (flat @ others.T / flat.shape[1]).abs().max() < 6 / 10_000**0.5
     for neighbour in (signs[:, 1:] * signs[:, :-1], signs[:, :, 1:] * signs[:, :, :-1]):
         assert abs(neighbour.mean()) < 5 / neighbour.numel() ** 0.5
     assert np.unique(words[0].numpy()).size > 9000  # of 10,000 draws from 65,536

@@ -114,16 +114,15 @@ def _codes(rows, bits, dtype):
 
 
 def random_bits(key, rows, size, stream):
-    """(R, size) int64 of 16 random bits each, for the rows' numbers (R,) int64 in the whole table. Streams are independent."""
+    """(R, size) int64 of 16 random bits each, for the rows' numbers (R,) int64 in the whole table. Those of
+    two columns, rows or streams are independent in pairs."""
     low, high = key & _WORD, key >> 32
     rows = _mixed(_mixed((rows & _WORD) ^ low) ^ (rows >> 32) ^ high)
     column = torch.arange(size, dtype=torch.int64, device=rows.device)
     word = _mixed(rows[:, None] + (column >> 1) * _OF_PAIR & _WORD)  # a half of it for each of two columns
     for _ in range(stream):
-        # Its halves exchanged, as the lower half of a product has nothing from the upper half of a factor: of two neighbouring
-        # streams one bit string says nothing about the other.
-        word = word * _OF_STREAM & _WORD
-        word = (word << 16 | word >> 16) & _WORD
+        # The lower half of a product has nothing from the upper half of a factor, so both halves go into that first.
+        word = (word ^ word >> 16) * _OF_STREAM & _WORD
     return word >> (column & 1) * 16 & 0xFFFF
 
 

@@ -32,7 +32,7 @@ template <class Word> inline Word mixed(Word word) {
 constexpr uint32_t OF_PAIR = 0x9e3779b9, OF_STREAM = 0xac564b05;
 
 // Those of the next stream. See formats.random_bits.
-inline Words of_next_stream(Words words) { return exchanged(words * OF_STREAM); }
+inline Words of_next_stream(Words words) { return (words ^ words >> 16) * OF_STREAM; }
 
 // A vector of words at a time.
 struct FirstStream {
@@ -66,7 +66,7 @@ inline bool is_rounded(const Buffer &buffer) { return buffer.data && buffer.form
 // Or absent.
 inline bool is_bfloat16(const Buffer &buffer) { return !buffer.data || buffer.format == BFLOAT16; }
 
-// A NaN with a lower half of 0: random bits that are added to that do not carry into its sign. Arithmetic keeps it as it is.
+// NaN with a lower half of 0: random bits that are added to that do not carry into its sign. Arithmetic hands it on as it is.
 inline Vector with_plain_nan(Vector x) { return x == x ? x : splat(NAN); }
 
 // Numbers whose upper halves are these rounded to bfloat16.
@@ -246,11 +246,12 @@ inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat
         Pairs row = load_pairs(w + d, count), first = {}, second = {};
         if (FORM != WITHOUT_MOMENTUM) first = load_pairs(m + d, count);
         if (FORM == ADAM) second = load_pairs(v + d, count);
+        // The gradient's NaN alone: those of the table and its state, being bfloat16, have lower halves of 0.
         for (int i = 0; i < 2; i++) apply<FORM>(h, factor * with_plain_nan(g.of[i]), row.of[i], first.of[i], second.of[i]);
-        Words random = stream.next();
+        const Words random = stream.next(), of_first = of_next_stream(random), of_second = of_next_stream(of_first);
         store_pairs(w + d, rounded_by(row, random), count);
-        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(first, random = of_next_stream(random)), count);
-        if (FORM == ADAM) store_pairs(v + d, rounded_by(second, of_next_stream(random)), count);
+        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(first, of_first), count);
+        if (FORM == ADAM) store_pairs(v + d, rounded_by(second, of_second), count);
     });
 }
 

@@ -218,18 +218,6 @@ inline void widen_row(const bfloat16 *from, int64_t count, float *to) {
     by_lanes(count, [&](int64_t i, int64_t lanes) { store(to + i, load_lanes(from + i, lanes), lanes); });
 }
 
-// The halves of each word exchanged.
-inline Words exchanged(Words x) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    // GCC takes three instructions for the generic form.
-    const __m256i order = _mm256_setr_epi8(2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13,  //
-                                           2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-    return (Words)_mm256_shuffle_epi8((__m256i)x, order);
-#else
-    return x << 16 | x >> 16;
-#endif
-}
-
 // Two neighbours of a row in each lane: of[0] those in even columns, of[1] those in odd ones.
 struct Pairs {
     Vector of[2];

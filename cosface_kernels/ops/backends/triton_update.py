@@ -356,8 +356,7 @@ def random_words(row, column, key_low, key_high):
 @triton.jit
 def random_bits(words, column, STREAM: tl.constexpr):
     for _ in tl.static_range(STREAM):
-        words = words * OF_STREAM
-        words = (words << 16) | (words >> 16)
+        words = (words ^ (words >> 16)) * OF_STREAM
     return (words >> ((column & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
