@@ -50,14 +50,16 @@ inline double square_sum(const float *row, int64_t size) { return square_sum_in_
 // has no direction.
 inline double square_sum(const bfloat16 *row, int64_t size) {
     Doubles sums[2] = {};
-    by_lanes<2 * LANES>(size, [&](int64_t d, int64_t count) {
-        const Pairs x = load_pairs(row + d, count);
+    int64_t d = 0;
+    for (; d + 2 * LANES <= size; d += 2 * LANES) {
+        const Pairs x = load_pairs(row + d, 2 * LANES);
         const Vector pairs = x.of[0] * x.of[0] + x.of[1] * x.of[1];
         Pieces halves[2];
         memcpy(halves, &pairs, sizeof pairs);
         for (int half = 0; half < 2; half++) sums[half] += widen(halves[half]);
-    });
+    }
     double sum = 0;
+    for (; d < size; d++) sum += (double)widened(row[d]) * widened(row[d]);
     for (int i = 0; i < LANES / 2; i++) sum += sums[0][i] + sums[1][i];
     return sum < INFINITY ? sum : square_sum_in_double(row, size);
 }
