@@ -114,8 +114,8 @@ def _codes(rows, bits, dtype):
 
 
 def random_bits(key, rows, size, stream):
-    """(R, size) int64 of 16 random bits each, for the rows' numbers (R,) int64 in the whole table. Those of
-    two columns, rows or streams are independent in pairs."""
+    """(R, size) int64 of 16 random bits each, for the rows' numbers (R,) int64 in the whole table. Of rows,
+    columns and streams any two are independent."""
     low, high = key & _WORD, key >> 32
     rows = _mixed(_mixed((rows & _WORD) ^ low) ^ (rows >> 32) ^ high)
     column = torch.arange(size, dtype=torch.int64, device=rows.device)

@@ -83,13 +83,7 @@ inline Doubles widen(Pieces x) {
 }
 inline Doubles widen(const float *from) { return widen(load<Pieces>(from)); }
 inline Doubles widen(const bfloat16 *from) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    // GCC makes seven instructions of the generic form.
-    const __m128i order = _mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7);
-    return widen((Pieces)_mm_shuffle_epi8(_mm_loadl_epi64((const __m128i *)from), order));
-#else
     return widen((Pieces)(__builtin_convertvector(load<PieceHalves>(from), PieceWords) << 16));
-#endif
 }
 inline Vector splat(float value) { return Vector{} + value; }
 inline Words splat(uint32_t value) { return Words{} + value; }
