@@ -13,7 +13,8 @@ import torch
 from .memory import total_memory
 
 LARGE = 2**25  # bytes: glibc never takes a threshold above this for what goes back to the system
-SPARE_SHARE = 16  # of the machine's memory, at most one part in so many is kept for later
+# Of the machine's memory, at most one part in so many is kept for later: what memory_budget "auto" may take of it.
+SPARE_SHARE = 8
 
 _spare = []
 

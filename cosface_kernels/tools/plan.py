@@ -122,7 +122,7 @@ def plan(training, device):
     kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
     # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms; decoded rows, and as 16 bits.
     buffers = 8 * slab * (batch + 2 * dim) + 6 * slab * dim * is_float8
-    lent = training.device_type == "cpu" and page_pool.LARGE <= kept <= device.memory // page_pool.SPARE_SHARE
+    lent = training.device_type == "cpu" and kept >= page_pool.LARGE
     # The peak of backward, or of torch.optim's step, when what backward had is free but for what page_pool.py holds.
     kept, buffers = max((kept, buffers), (kept if lent else 0, optimizer.temporaries * weight.nbytes), key=sum)
     return {
