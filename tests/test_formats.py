@@ -154,7 +154,7 @@ NATIVE = (
     ["sgd", "nesterov", "no momentum", "adamw"],
     [torch.float32, torch.bfloat16, FLOAT8],
     [torch.float32, torch.bfloat16, torch.int8],
-    [1, 37, 64],
+    [1, 37, 64, 76],
 )
 NATIVE_PAIRS = pairs(*NATIVE)
 

@@ -240,19 +240,33 @@ template <int FORM> inline void step_floats(const Step &h, float factor, const f
 // To a row that is bfloat16 as its state is, in one pass: a vector of even columns and one of odd ones lie in the same words.
 template <int FORM>
 inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat16 *w, bfloat16 *m, bfloat16 *v, uint32_t key) {
-    FirstStream stream(key);
-    by_lanes<2 * LANES>(h.size, [&](int64_t d, int64_t count) {
-        const Pairs g = load_pairs(grad + d, count);
-        Pairs row = load_pairs(w + d, count), first = {}, second = {};
-        if (FORM != WITHOUT_MOMENTUM) first = load_pairs(m + d, count);
-        if (FORM == ADAM) second = load_pairs(v + d, count);
+    constexpr int64_t WIDTH = 2 * LANES;
+    struct Columns {
+        Pairs grad, row, first, second;
+    };
+    const auto read = [&](int64_t d, int64_t count) {
+        Columns x = {load_pairs(grad + d, count), load_pairs(w + d, count)};
+        if (FORM != WITHOUT_MOMENTUM) x.first = load_pairs(m + d, count);
+        if (FORM == ADAM) x.second = load_pairs(v + d, count);
+        return x;
+    };
+    const auto step = [&](Columns x, Words random, int64_t d, int64_t count) {
         // The gradient's NaN alone: those of the table and its state, being bfloat16, have lower halves of 0.
-        for (int i = 0; i < 2; i++) apply<FORM>(h, factor * with_plain_nan(g.of[i]), row.of[i], first.of[i], second.of[i]);
-        const Words random = stream.next(), of_first = of_next_stream(random), of_second = of_next_stream(of_first);
-        store_pairs(w + d, rounded_by(row, random), count);
-        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(first, of_first), count);
-        if (FORM == ADAM) store_pairs(v + d, rounded_by(second, of_second), count);
-    });
+        for (int i = 0; i < 2; i++) apply<FORM>(h, factor * with_plain_nan(x.grad.of[i]), x.row.of[i], x.first.of[i], x.second.of[i]);
+        const Words of_first = of_next_stream(random), of_second = of_next_stream(of_first);
+        store_pairs(w + d, rounded_by(x.row, random), count);
+        if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(x.first, of_first), count);
+        if (FORM == ADAM) store_pairs(v + d, rounded_by(x.second, of_second), count);
+    };
+    // A rest goes as the last whole vectors of the row, if these begin with a pair: columns before it come out twice, from what was
+    // read before any was stored.
+    const int64_t rest = h.size % WIDTH, last = h.size - WIDTH;
+    const bool is_twice = rest > 0 && last >= 0 && last % 2 == 0;
+    Columns of_last;
+    if (is_twice) of_last = read(last, WIDTH);
+    FirstStream stream(key);
+    by_lanes<WIDTH>(is_twice ? h.size - rest : h.size, [&](int64_t d, int64_t count) { step(read(d, count), stream.next(), d, count); });
+    if (is_twice) step(of_last, FirstStream(key + (uint32_t)last / 2 * OF_PAIR).next(), last, WIDTH);
 }
 
 // See update_rows. IN_BFLOAT16: the table and its state, the commonest formats of a large one.
