@@ -2,8 +2,9 @@
 // emulation.   compare libcosface_cpu.so SET ...
 //
 // One slab, forward and backward: E, its row sums, U = Σ_j E_nj ŵ_j, dW, and dW applied by SGD; the loop over two slabs, one of them
-// kept, from raw features to dW; exp2 and the rounding to bfloat16 for every kind of float. A result may be as far from the exact one as roundings explain: of the exponent in float32, of operands
-// and of E in the precision of the products; and 3 times as far as the portable kernels' result.
+// kept, from raw features to dW; a step of SGD and of AdamW where the table and its state are bfloat16; exp2 and the rounding to
+// bfloat16 for every kind of float. A result may be as far from the exact one as roundings explain: of the exponent in float32, of
+// operands and of E in the precision of the products; and 3 times as far as the portable kernels' result.
 
 #include <dlfcn.h>
 #include <math.h>
@@ -300,6 +301,70 @@ template <class Number> static void compare_loops(const std::string &set, int64_
     one("dW", &Loops<Number>::Found::grad, 2 * exponent + (low ? 0x1p-7 : 0x1p-22));
 }
 
+// A step of rows whose table and state are bfloat16, rounded with random bits.
+struct Rounded {
+    static constexpr int64_t ROWS = 200;
+    static constexpr uint64_t KEY = 0x123456789abcdef0;
+    int64_t d;
+    Step step{};
+    std::vector<float> grad, room;
+    std::vector<bfloat16> stored[3];  // the table and its states
+
+    Rounded(int rule, int64_t d) : d(d), grad(ROWS * d), room(THREADS * 4 * d) {
+        for (float &each : grad) each = random_number();
+        for (auto &numbers : stored)
+            for (int64_t i = 0; i < ROWS * d; i++) numbers.push_back(rounded_to<bfloat16>(fabsf(random_number())));
+        step.rule = rule, step.sign = 1, step.lr = RATE, step.first_decay = MOMENTUM, step.size = d, step.key = KEY;
+        step.second_decay = 0.99f, step.first_rate = 0.1f, step.second_rate = 0.01f, step.eps = 1e-8f;
+        step.first_correction = 0.5f, step.second_correction = 0.25f, step.scratch = room.data();
+        for (int k = 0; k < 2 + rule; k++) (k ? step.states[k - 1] : step.table) = {stored[k].data(), nullptr, 1};
+    }
+
+    // formats.random_bits
+    static uint32_t mixed(uint32_t word) {
+        word = (word ^ word >> 16) * 0x7feb352du;
+        word = (word ^ word >> 15) * 0x846ca68bu;
+        return word ^ word >> 16;
+    }
+    static uint32_t random_bits(uint32_t row, int64_t column, int stream) {
+        uint32_t word = mixed(mixed(mixed(row ^ (uint32_t)KEY) ^ (uint32_t)(KEY >> 32)) + (uint32_t)(column / 2) * 0x9e3779b9u);
+        for (; stream; stream--) word = (word ^ word >> 16) * 0xac564b05u;
+        return word >> column % 2 * 16 & 0xffff;
+    }
+
+    // The share of numbers that are not those of a step in double with the same bits, which differ where a sum of float32 fell to
+    // the other side of a rounding; infinity if one is further off.
+    double step_by(const std::string &set) {
+        std::vector<bfloat16> before[3] = {stored[0], stored[1], stored[2]};
+        const Update update{&step, grad.data(), nullptr, d, 0, ROWS};
+        symbol<const Kernel *()>("update_kernels_" + set)()[0].function(&update, THREADS);
+        int64_t others = 0;
+        for (int64_t i = 0; i < ROWS * d; i++) {
+            const double g = grad[i], w = read(before[0][i]), m = read(before[1][i]), v = read(before[2][i]);
+            double now[3] = {w - step.lr * (step.first_decay * m + g), step.first_decay * m + g, v};
+            if (step.rule) {
+                now[1] = step.first_decay * m + step.first_rate * g, now[2] = step.second_decay * v + step.second_rate * g * g;
+                now[0] = w - step.lr / step.first_correction * now[1] / (sqrt(now[2]) / step.second_correction + step.eps);
+            }
+            for (int k = 0; k < 2 + step.rule; k++) {
+                const float number = (float)now[k];
+                uint32_t bits;
+                memcpy(&bits, &number, sizeof bits);
+                const int off = (int)(bits + random_bits(i / d, i % d, k) >> 16) - stored[k][i].bits;
+                if (off > 1 || off < -1) return INFINITY;
+                others += off != 0;
+            }
+        }
+        return (double)others / (ROWS * d * (2 + step.rule));
+    }
+};
+
+static void compare_rounded(const std::string &set) {
+    for (int rule : {0, 1})
+        for (int64_t d : {37, 64, 76})  // an odd number of columns, whole vectors, and a rest of them
+            judge(set + (rule ? " AdamW" : " SGD") + " in bfloat16, D = " + std::to_string(d), Rounded(rule, d).step_by(set), 1e-3);
+}
+
 static void elementary(const std::string &set) {
     std::vector<float> x, power, low(1);
     for (uint64_t bits = 0; bits < 1ull << 32; bits += 100003) {
@@ -333,6 +398,7 @@ int main(int count, char **arguments) {
         const std::string set = arguments[i];
         if (!symbol<int()>("supported_" + set)()) return fprintf(stderr, "%s cannot run here\n", set.c_str()), 2;
         elementary(set);
+        compare_rounded(set);
         for (int64_t n : {16, 37}) {  // whole panels and tiles, and none
             const int64_t c = n == 16 ? 144 : 151, d = n == 16 ? 64 : 71;
             compare<float>(set, n, c, d), compare<bfloat16>(set, n, c, d);
