@@ -4,6 +4,7 @@ A page that the process has not touched costs a fault: over a microsecond for 4 
 malloc keeps small blocks for itself and gives large ones back to the system each time; a GPU's allocator keeps all.
 """
 
+import contextlib
 import ctypes
 import math
 import weakref
@@ -42,15 +43,18 @@ class _Block:
         return torch.frombuffer(window, dtype=torch.uint8)
 
     def give_back(self):
-        spare = sum(block.bytes.nbytes for block in _spare)
-        if spare + self.bytes.nbytes <= total_memory(self.bytes.device) // SPARE_SHARE:
-            _spare.append(self)
+        _spare.append(self)  # before the sum, which another thread may take at the same time
+        if sum(block.bytes.nbytes for block in _spare) > total_memory(self.bytes.device) // SPARE_SHARE:
+            with contextlib.suppress(ValueError):  # another thread has taken it
+                _spare.remove(self)
 
 
 def _take(nbytes):
-    """The smallest spare block that is large enough and not twice as large; else a new one, and all spare ones are freed."""
+    """The smallest spare block that is large enough and at most a quarter larger, so that exponentials do not take dW's; else a new
+    one, and all spare ones are freed.
+    """
     for block in sorted(_spare, key=lambda block: block.bytes.nbytes):
-        if nbytes <= block.bytes.nbytes <= 2 * nbytes:
+        if nbytes <= block.bytes.nbytes <= 5 * nbytes // 4:
             try:
                 _spare.remove(block)
             except ValueError:  # another thread was faster
