@@ -15,6 +15,7 @@ import torch
 import cosface_kernels
 from cosface_kernels.ops import memory
 from cosface_kernels.tools import cli
+from cosface_kernels.tools import plan as plan_module
 from cosface_kernels.tools.cli import count, size
 from cosface_kernels.tools.plan import OPTIMIZERS, STATES, TABLES, Device, Training, devices_needed, plan, recommended, trainings
 
@@ -324,6 +325,18 @@ def test_without_memory_it_plans_for_this_machine(capsys):
     text = run(capsys, "--identities", "1e4", "--optimizer", "sgd", "--device", "cpu")
     assert "Recommended: sgd with a float32 table, float32 state and all classes on 1 device" in " ".join(text.split())
     assert len(printed(text)) == 12
+
+
+def test_without_memory_shares_are_of_all_of_it_free_or_not(capsys, monkeypatch):
+    """As a step takes them, which does not look for what is free."""
+
+    def kept(free):
+        monkeypatch.setattr(plan_module, "available_bytes", lambda device: free)
+        options = "--optimizer", "sgd", "--sample-rate", "1", "--device", "cpu"
+        return printed(run(capsys, "--identities", "100k", *options))[0][8]
+
+    monkeypatch.setattr(plan_module, "total_memory", lambda device: 64 * GB)
+    assert kept(2 * GB) == kept(64 * GB) == "0.20"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from ..heads.plain import MarginSoftmaxLoss
 from ..margins import NormSoftmax
 from ..ops import formats, page_pool
-from ..ops.memory import available_bytes
+from ..ops.memory import available_bytes, total_memory
 from ..ops.slabs import Chip, automatic_budget, automatic_fused_budget, kept_size, slab_rows
 from ..ops.table import Table
 from ..optim.fused import FusedSGD
@@ -101,8 +101,9 @@ class Training(NamedTuple):
 
 
 class Device(NamedTuple):
-    memory: int  # bytes
+    memory: int  # bytes for the training and its process
     process: int  # of them, taken before the table is made
+    total: int | None = None  # of the whole device, of which a step takes shares; None: memory
 
 
 def plan(training, device):
@@ -117,8 +118,9 @@ def plan(training, device):
     # The attributes of features that slabs.py reads, without a tensor.
     features = SimpleNamespace(shape=(batch, dim), device=torch.device(training.device_type))
     table = Table(weight[:rows])
-    slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, device.memory))
-    budget = (automatic_fused_budget if training.is_fused else automatic_budget)(weight.nbytes, device.memory)
+    total = device.total or device.memory
+    slab = slab_rows(features, table, dtype, Chip(GPU_PROCESSORS, total))
+    budget = (automatic_fused_budget if training.is_fused else automatic_budget)(weight.nbytes, total)
     kept = kept_size(features, table, dtype, budget, slab)[1] * dtype.itemsize
     # E and its exponents, (N, B); rows of the table and of dW, (B, D), each in two forms; decoded rows, and as 16 bits.
     buffers = 8 * slab * (batch + 2 * dim) + 6 * slab * dim * is_float8
@@ -207,7 +209,12 @@ def report(arguments):
     if max(training.devices for training in found) > arguments.identities:
         raise ValueError(f"{arguments.identities} identities cannot be shared by more devices than that")
     process = process_bytes(device_type)
-    device = Device(arguments.memory or available_bytes(torch.device(device_type)) + process, process)
+    here = torch.device(device_type)
+    device = (
+        Device(arguments.memory, process)
+        if arguments.memory
+        else Device(available_bytes(here) + process, process, total_memory(here))
+    )
     plans = {training: plan(training, device) for training in found}
     totals = {training: sum(parts.values()) for training, parts in plans.items()}
     paragraphs = [
