@@ -34,12 +34,12 @@ constexpr uint32_t OF_PAIR = 0x9e3779b9, OF_STREAM = 0xac564b05;
 // Those of the next stream. See formats.random_bits.
 inline Words of_next_stream(Words words) { return (words ^ words >> 16) * OF_STREAM; }
 
-// A vector of words at a time.
+// A vector of words at a time, from a pair of columns on.
 struct FirstStream {
     Words word;
 
-    explicit FirstStream(uint32_t key) {
-        for (int i = 0; i < LANES; i++) word[i] = key + i * OF_PAIR;
+    explicit FirstStream(uint32_t key, uint32_t pair = 0) {
+        for (int i = 0; i < LANES; i++) word[i] = key + (pair + i) * OF_PAIR;
     }
     Words next() {
         const Words random = mixed(word);
@@ -258,15 +258,15 @@ inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat
         if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(x.first, of_first), count);
         if (FORM == ADAM) store_pairs(v + d, rounded_by(x.second, of_second), count);
     };
-    // A rest goes as the last whole vectors of the row, if these begin with a pair: columns before it come out twice, from what was
-    // read before any was stored.
+    // A rest goes as the last whole vectors of the row, where these begin with a pair, as an even number of columns has it: columns
+    // before the rest come out twice, from what was read before any was stored.
     const int64_t rest = h.size % WIDTH, last = h.size - WIDTH;
     const bool is_twice = rest > 0 && last >= 0 && last % 2 == 0;
     Columns of_last;
     if (is_twice) of_last = read(last, WIDTH);
     FirstStream stream(key);
     by_lanes<WIDTH>(is_twice ? h.size - rest : h.size, [&](int64_t d, int64_t count) { step(read(d, count), stream.next(), d, count); });
-    if (is_twice) step(of_last, FirstStream(key + (uint32_t)last / 2 * OF_PAIR).next(), last, WIDTH);
+    if (is_twice) step(of_last, FirstStream(key, last / 2).next(), last, WIDTH);
 }
 
 // See update_rows. IN_BFLOAT16: the table and its state, the commonest formats of a large one.
