@@ -5,6 +5,7 @@ import torch
 
 from cosface_kernels import cosface_loss
 from cosface_kernels.ops import page_pool
+from cosface_kernels.ops.memory import UNASKED_SHARE
 
 CPU = torch.device("cpu")
 ROWS = page_pool.LARGE // (4 * 256) + 64
@@ -57,7 +58,7 @@ def test_the_smallest_that_fits_is_taken():
 
 
 def test_what_is_spare_has_a_limit(monkeypatch):
-    monkeypatch.setattr(page_pool, "total_memory", lambda device: page_pool.SPARE_SHARE * 3 * ROWS * 1024)
+    monkeypatch.setattr(page_pool, "total_memory", lambda device: UNASKED_SHARE * 3 * ROWS * 1024)
     tensors = [large() for _ in range(5)]
     del tensors
     assert len(page_pool._spare) == 3
@@ -68,7 +69,7 @@ def test_the_limit_holds_for_blocks_that_threads_give_back_at_once(monkeypatch):
 
     def total_memory(device):
         others.clear()  # as another thread may, between the sum and what is done with it
-        return page_pool.SPARE_SHARE * ROWS * 1024
+        return UNASKED_SHARE * ROWS * 1024
 
     monkeypatch.setattr(page_pool, "total_memory", total_memory)
     del first

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+# Of a device's memory, at most one part in so many is taken for exponentials unasked, and kept for the next step.
+UNASKED_SHARE = 8
+
 
 @functools.cache
 def total_memory(device):

@@ -11,11 +11,9 @@ import weakref
 
 import torch
 
-from .memory import total_memory
+from .memory import UNASKED_SHARE, total_memory
 
 LARGE = 2**25  # bytes: glibc never takes a threshold above this for what goes back to the system
-# Of the machine's memory, at most one part in so many is kept for later: what memory_budget "auto" may take of it.
-SPARE_SHARE = 8
 
 _spare = []
 
@@ -44,14 +42,14 @@ class _Block:
 
     def give_back(self):
         _spare.append(self)  # before the sum, which another thread may take at the same time
-        if sum(block.bytes.nbytes for block in _spare) > total_memory(self.bytes.device) // SPARE_SHARE:
+        if sum(block.bytes.nbytes for block in _spare) > total_memory(self.bytes.device) // UNASKED_SHARE:
             with contextlib.suppress(ValueError):  # another thread has taken it
                 _spare.remove(self)
 
 
 def _take(nbytes):
-    """The smallest spare block that is large enough and at most a quarter larger, so that exponentials do not take dW's; else a new
-    one, and all spare ones are freed.
+    """The smallest spare block that is large enough and at most a quarter larger, so that exponentials do not take dW's; else a
+    new one, and all spare ones are freed.
     """
     for block in sorted(_spare, key=lambda block: block.bytes.nbytes):
         if nbytes <= block.bytes.nbytes <= 5 * nbytes // 4:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from .memory import total_memory
+from .memory import UNASKED_SHARE, total_memory
 
 # E_nj = 2^{k cos - h} with a constant h needs no running maximum while every E, and a sum of C of them, is a normal number with
 # room to spare for the products of backward: k |cos| + log2(C) / 2 within this many powers of two.
@@ -150,7 +150,7 @@ def automatic_budget(gradient, memory):
     """The bytes that memory_budget "auto" stands for: those of the weight's gradient, at least KEPT_ANYWAY, at most an eighth of
     the device's memory.
     """
-    return min(max(gradient, KEPT_ANYWAY), memory // 8)
+    return min(max(gradient, KEPT_ANYWAY), memory // UNASKED_SHARE)
 
 
 def automatic_fused_budget(table, memory):
