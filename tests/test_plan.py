@@ -228,10 +228,11 @@ def test_recommendations(identities, memory, devices, expected):
         assert found[training] <= 0.9 * memory
 
 
-def test_sampling_comes_after_exactness_and_before_devices():
+def test_a_sample_comes_after_exactness_and_exactness_before_devices():
     whole = Training(10**6, 64, 8, devices=8)
     assert whole.rank < whole._replace(sample_rate=0.1, devices=1).rank
-    assert whole._replace(sample_rate=0.1).rank < whole._replace(state_format="bfloat16").rank
+    assert whole._replace(table_format="float8", state_format="int8").rank < whole._replace(sample_rate=0.1, devices=1).rank
+    assert whole.rank < whole._replace(state_format="bfloat16", devices=1).rank
     assert whole._replace(state_format="int8").rank < whole._replace(table_format="bfloat16").rank
     assert whole.rank < whole._replace(optimizer="torch-sgd").rank
 

@@ -74,9 +74,11 @@ class Training(NamedTuple):
 
     @property
     def rank(self):
-        """The smaller, the better: exactness of the table, then of the state, then no sampling, then few devices."""
+        """The smaller, the better: all classes, as a sample of them is another loss; then exactness of the table, then of the
+        state, then few devices.
+        """
         exactness = TABLES.index(self.table_format), STATES.index(self.state_format)
-        return *exactness, -self.sample_rate, self.devices, list(OPTIMIZERS).index(self.optimizer)
+        return -self.sample_rate, *exactness, self.devices, list(OPTIMIZERS).index(self.optimizer)
 
     def __str__(self):
         """The plan in words, without the number of devices."""
@@ -261,7 +263,7 @@ def _recommendation(totals, device):
         if needed is None:
             return [f"Nothing fits on any number of devices: each needs {_gigabytes(totals[smallest])} GB or close to it."]
         return [f"Nothing fits with {1 - USABLE:.0%} to spare. {smallest} would, on {needed} devices."]
-    why = f"It is the most exact that fits with {1 - USABLE:.0%} to spare, then without sampling, then on the fewest devices."
+    why = f"Of what fits with {1 - USABLE:.0%} to spare it samples least, then is the most exact, then on the fewest devices."
     if training != best:
         why += f" Before it comes {best} on {_devices(best.devices)}, which needs {_gigabytes(totals[best])} GB."
     sizes = f"{_gigabytes(totals[training])} GB of {_gigabytes(device.memory)} on each"
