@@ -84,8 +84,8 @@ def cosine_lse(
             negatives. On a GPU the host waits for its number; a tensor on the CPU saves that.
         ignore_index: rows with this label give (0, 0) and no gradient, whatever their features hold.
         memory_budget: bytes for exponentials kept from forward for backward: 0 recomputes them all. "auto": at most what the
-            weight's gradient takes, or 8 MiB, and at most an eighth of the device's memory. Results do not depend on it beyond
-            rounding.
+            weight's gradient takes, or 8 MiB, and at most an eighth of the device's memory. All of them are 2 N C bytes where
+            products read bfloat16, 4 N C in float32. Results do not depend on it beyond rounding.
         backend: "auto", "torch" (any device), "cpu" (native CPU kernels) or "triton" (GPU).
         return_largest: whether to return each row's largest cosine with another class, and that class, from the same pass.
 
