@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import check_accuracy, draws, evaluate, make
 from selection import pairs, slow_when
 
@@ -176,6 +177,15 @@ ACCURACY_PAIRS = pairs(SHAPES, [False, True], [64.0, 1000.0], [0, "auto"])
 def test_accuracy(instruction_set, shape, autocast, scale, budget):
     inputs = draws("hard", shape, torch.float32, torch.float32)
     check_accuracy("cpu", inputs, autocast=autocast, scale=scale, memory_budget=budget)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_unit_rows_of_any_number_of_columns(instruction_set, dtype):
+    kernels = cpu_kernels.kernels(torch.float32)
+    for size in range(1, 81):
+        rows, unit = torch.randn(9, size).to(dtype), torch.empty(9, size)
+        kernels.normalize(rows, 9, size, True, unit, None)
+        torch.testing.assert_close(unit, F.normalize(rows.double(), eps=0).float(), rtol=5e-7, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

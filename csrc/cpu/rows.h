@@ -50,13 +50,19 @@ inline double square_sum(const float *row, int64_t size) { return square_sum_in_
 // has no direction.
 inline double square_sum(const bfloat16 *row, int64_t size) {
     Doubles sums[2] = {};
+    const auto add = [&](const Vector &squares) {
+        Pieces halves[2];
+        memcpy(halves, &squares, sizeof squares);
+        for (int half = 0; half < 2; half++) sums[half] += widen(halves[half]);
+    };
     int64_t d = 0;
     for (; d + 2 * LANES <= size; d += 2 * LANES) {
         const Pairs x = load_pairs(row + d, 2 * LANES);
-        const Vector pairs = x.of[0] * x.of[0] + x.of[1] * x.of[1];
-        Pieces halves[2];
-        memcpy(halves, &pairs, sizeof pairs);
-        for (int half = 0; half < 2; half++) sums[half] += widen(halves[half]);
+        add(x.of[0] * x.of[0] + x.of[1] * x.of[1]);
+    }
+    for (; d + LANES <= size; d += LANES) {
+        const Vector x = load_lanes(row + d, LANES);
+        add(x * x);
     }
     double sum = 0;
     for (; d < size; d++) sum += (double)widened(row[d]) * widened(row[d]);
