@@ -258,15 +258,16 @@ inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat
         if (FORM != WITHOUT_MOMENTUM) store_pairs(m + d, rounded_by(x.first, of_first), count);
         if (FORM == ADAM) store_pairs(v + d, rounded_by(x.second, of_second), count);
     };
-    // A rest goes as the last whole vectors of the row, where these begin with a pair, as an even number of columns has it: columns
-    // before the rest come out twice, from what was read before any was stored.
-    const int64_t rest = h.size % WIDTH, last = h.size - WIDTH;
-    const bool is_twice = rest > 0 && last >= 0 && last % 2 == 0;
+    // Of a row of one whole vector or more a rest goes as the last whole vector of pairs: columns before the rest come out twice, from
+    // what was read before any was stored. Behind them an odd column goes alone.
+    const int64_t pairs = h.size / 2 * 2, columns = h.size < WIDTH ? h.size : pairs, rest = h.size < WIDTH ? 0 : pairs % WIDTH;
+    const int64_t last = columns - WIDTH;
     Columns of_last;
-    if (is_twice) of_last = read(last, WIDTH);
+    if (rest > 0) of_last = read(last, WIDTH);
     FirstStream stream(key);
-    by_lanes<WIDTH>(is_twice ? h.size - rest : h.size, [&](int64_t d, int64_t count) { step(read(d, count), stream.next(), d, count); });
-    if (is_twice) step(of_last, FirstStream(key, last / 2).next(), last, WIDTH);
+    by_lanes<WIDTH>(columns - rest, [&](int64_t d, int64_t count) { step(read(d, count), stream.next(), d, count); });
+    if (rest > 0) step(of_last, FirstStream(key, last / 2).next(), last, WIDTH);
+    if (columns < h.size) step(read(columns, 1), FirstStream(key, columns / 2).next(), columns, 1);
 }
 
 // See update_rows. IN_BFLOAT16: the table and its state, the commonest formats of a large one.

@@ -219,12 +219,14 @@ struct Pairs {
 
 // `count` numbers of up to 2 LANES, then zeros.
 inline Pairs load_pairs(const bfloat16 *from, int64_t count) {
+    if (count == 1) return {Vector{widened(*from)}};
     Words both = {};
     if (count >= 2 * LANES) both = load<Words>(from);
     else memcpy(&both, from, sizeof(bfloat16) * count);
     return {(Vector)(both << 16), (Vector)(both & 0xffff0000u)};
 }
 inline Pairs load_pairs(const float *from, int64_t count) {
+    if (count == 1) return {Vector{*from}};
     float room[2 * LANES] = {};
     if (count < 2 * LANES) from = (const float *)memcpy(room, from, sizeof(float) * count);
 #if defined(__AVX2__) && !defined(__AVX512F__)
