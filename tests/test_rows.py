@@ -43,9 +43,9 @@ def test_enter_and_x_gradient(device, kernels, dtype):
     assert_close(ours, plain)
     unit, none = plain.unit, plain.unit.new_empty(0)
     assert not unit[labels == IGNORED].any() and unit[5].isnan().all()
-    gradients = Vectors(plain.inverse_norm.cos(), plain.product.cos(), none, none, none)
+    gradients = Vectors(plain.inverse_norm.cos(), plain.product.cos(), None, None, None)
     saved = Saved(unit, plain.target_unit, plain.inverse_norm, unit.roll(1, 0), none, none, none, none)
-    arguments = gradients, saved, 64.0, x.shape, dtype
+    arguments = gradients, saved, OPTIONS, x.shape, dtype
     assert_close([kernels.x_gradient(*arguments)], [batch_rows.x_gradient(*arguments)])
 
 

@@ -76,13 +76,13 @@ def needs_target(labels, ignore_index, foreign_index):
     return needed if foreign_index is None else needed & (labels != foreign_index)
 
 
-def x_gradient(grads, saved, scale, shape, dtype):
+def x_gradient(grads, saved, options, shape, dtype):
     """dx (N, D), its shape, in dtype from the gradients of operands.Vectors."""
     unit, inverse_norm = saved.unit, saved.inverse_norm
-    grad = (scale * grads.lse)[:, None] * saved.pull + (grads.product[:, :, None] * saved.target_unit).sum(1)
-    if len(grads.product_sum):
+    grad = (options.scale * grads.lse)[:, None] * saved.pull + (grads.product[:, :, None] * saved.target_unit).sum(1)
+    if options.sums_products and grads.product_sum is not None:
         grad = grad + grads.product_sum[:, None] * saved.row_sum
-    if len(grads.feature_length):
+    if not options.normalize_features and grads.feature_length is not None:
         grad = grad + grads.feature_length[:, None] * direction(unit)
     grad = grad[:, : shape[1]]
     unit = unit[:, : shape[1]]
@@ -95,7 +95,7 @@ def slab_factors(factors, table, options):
     unit, total = factors.unit, factors.total
     targets = _targets(factors.labels, table, options.ignore_index)
     power, common = _power_of_two(factors.lse_grad), None
-    if options.sums_products:
+    if options.sums_products and factors.sum_grad is not None:
         power = _power_of_two(torch.cat([factors.lse_grad, factors.sum_grad]))
         common = ((factors.sum_grad * (power / options.scale))[:, None] * unit).sum(0)
     # An ignored row's 0 over a total that a class of NaN made NaN would reach every row of the table.
@@ -103,7 +103,7 @@ def slab_factors(factors, table, options):
     row_scale = torch.where(left_out, 0.0, factors.lse_grad * power / total)
     rows = torch.where(_of_rows(targets) < 0, -1, _rows_of(targets, table.centers)).flatten()
     unit_grad = factors.product_grad[:, :, None] * unit[:, None]
-    if not table.normalize:
+    if not table.normalize and factors.length_grad is not None:
         target_rows = table.gathered(rows.clamp(min=0), unit.dtype).view(unit_grad.shape)
         unit_grad = unit_grad + factors.length_grad[:, :, None] * direction(target_rows)
     rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)

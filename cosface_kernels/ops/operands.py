@@ -60,9 +60,9 @@ class Vectors(NamedTuple):
 
     lse: Tensor  # A_n (N,)
     product: Tensor  # x̃_n·w̃_{y_n} (N, K)
-    target_length: Tensor  # ‖w̃_{y_n}‖ (N, K); (0, K) where they are 1
-    product_sum: Tensor  # Σ_j x̃_n·w̃_j (N,), over all classes; (0,) where it is not wanted
-    feature_length: Tensor  # ‖x̃‖ (N,); (0,) where they are 1
+    target_length: Tensor | None  # ‖w̃_{y_n}‖ (N, K); None where they are 1
+    product_sum: Tensor | None  # Σ_j x̃_n·w̃_j (N,), over all classes; None where it is not wanted
+    feature_length: Tensor | None  # ‖x̃‖ (N,); None where they are 1
 
     @property
     def of_table(self):
@@ -87,15 +87,15 @@ class Saved(NamedTuple):
     pull: Tensor  # Σ_j p_nj w̃_j (N, D), or (0, D) where no gradient of x is needed
     shift: Tensor  # (N,)
     total: Tensor  # (N,)
-    row_sum: Tensor  # Σ_j w̃_j (D,); (0,) where it is not wanted
+    row_sum: Tensor | None  # Σ_j w̃_j (D,); None where it is not wanted
     kept: Tensor  # (any number,) exponentials, see slabs.Plan.kept_view
 
 
 class Largest(NamedTuple):
-    """The largest x̃_n·w̃_j of each row's negatives, and where it is, the lowest of equal ones; (0,) where they are not needed."""
+    """The largest x̃_n·w̃_j of each row's negatives, and where it is, the lowest of equal ones; None where they are not needed."""
 
-    value: Tensor  # (N,); -inf where a row has no negative
-    place: Tensor  # (N,) int64, the class, in backends the position of its row; -1 where there is none
+    value: Tensor | None  # (N,); -inf where a row has no negative
+    place: Tensor | None  # (N,) int64, the class, in backends the position of its row; -1 where there is none
 
     @classmethod
     def of_parts(cls, values, places):
@@ -106,14 +106,14 @@ class Largest(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of x (N, D), weight (C K, D) and bias (C K,), each in its tensor's dtype; (0,) for one that is not needed.
+    """Gradients of x (N, D), weight (C K, D) and bias (C K,), each in its tensor's dtype; None for one that is not needed.
 
     With an index, those of weight (M, D) and bias (M,) have its rows.
     """
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class RowLogits(NamedTuple):
@@ -149,10 +149,10 @@ class TableFactors(NamedTuple):
     total: Tensor  # (N,)
     lse_grad: Tensor  # (N,)
     product_grad: Tensor  # (N, K)
-    length_grad: Tensor  # (N, K), or (0, K) where the table is normalised
-    sum_grad: Tensor  # (N,), of product_sum; (0,) where that is not wanted
+    length_grad: Tensor | None  # (N, K); None where the table is normalised, or for zeros
+    sum_grad: Tensor | None  # (N,), of product_sum; None where that is not wanted, or for zeros
     kept: Tensor  # exponentials kept by forward; empty if backward computes them again
-    hard: Tensor  # (N, 4), or (0, 4): see Problem
+    hard: Tensor | None  # (N, 4): see Problem
 
     @classmethod
     def of(cls, labels, saved, grads, hard):
@@ -167,7 +167,7 @@ class TableFactors(NamedTuple):
             length_grad=grads.target_length,
             sum_grad=grads.product_sum,
             kept=saved.kept,
-            hard=saved.total.new_empty(0, 4) if hard is None else hard,
+            hard=hard,
         )
 
 
@@ -184,9 +184,11 @@ _SCHEMA_TYPES = {
 
 
 def schema(takes, gives):
-    """The text of an operator's schema: its arguments and results are the fields of these classes, one after another."""
+    """The text of an operator's schema: its arguments and results are the fields of these classes, one after another. PyTorch's
+    operators give no None.
+    """
     arguments = [f"{_SCHEMA_TYPES[kind]} {name}" for fields in takes for name, kind in fields.__annotations__.items()]
-    results = [_SCHEMA_TYPES[kind] for fields in gives for kind in fields.__annotations__.values()]
+    results = ["Tensor"] * sum(len(fields._fields) for fields in gives)
     return f"({', '.join(arguments)}) -> ({', '.join(results)})"
 
 

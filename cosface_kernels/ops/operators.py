@@ -50,10 +50,10 @@ def _negative_lse(problem, options, needs):
     with _no_autocast(), _device_of(x):
         entered, sums = _entered_and_summed(problem, table, options, needs)
         product = entered.product
-        row_sum = product.new_empty(0) if sums.row_sum is None else sums.row_sum.to(product.dtype)
-        product_sum = (entered.unit * row_sum).sum(1) if options.sums_products else product.new_empty(0)
-        target_length = product.new_empty(0, product.shape[1]) if options.normalize_weight else entered.target_unit.norm(dim=2)
-        feature_length = product.new_empty(0) if options.normalize_features else entered.unit.norm(dim=1)
+        row_sum = None if sums.row_sum is None else sums.row_sum.to(product.dtype)
+        product_sum = None if row_sum is None else (entered.unit * row_sum).sum(1)
+        target_length = None if options.normalize_weight else entered.target_unit.norm(dim=2)
+        feature_length = None if options.normalize_features else entered.unit.norm(dim=1)
     saved = Saved(
         unit=entered.unit,
         target_unit=entered.target_unit,
@@ -64,7 +64,7 @@ def _negative_lse(problem, options, needs):
         row_sum=row_sum,
         kept=sums.kept,
     )
-    largest = sums.largest or Largest(product.new_empty(0), problem.labels.new_empty(0))
+    largest = sums.largest or Largest(None, None)
     if needs.need_largest:
         largest = largest._replace(place=table.classes(largest.place))
     return Vectors(sums.lse, product, target_length, product_sum, feature_length), saved, largest
@@ -137,9 +137,9 @@ def _(problem, options, needs):
     vectors = Vectors(
         lse=x.new_empty(num_rows, dtype=wide),
         product=x.new_empty(num_rows, targets, dtype=wide),
-        target_length=x.new_empty(0 if options.normalize_weight else num_rows, targets, dtype=wide),
-        product_sum=x.new_empty(num_rows if options.sums_products else 0, dtype=wide),
-        feature_length=x.new_empty(0 if options.normalize_features else num_rows, dtype=wide),
+        target_length=None if options.normalize_weight else x.new_empty(num_rows, targets, dtype=wide),
+        product_sum=x.new_empty(num_rows, dtype=wide) if options.sums_products else None,
+        feature_length=None if options.normalize_features else x.new_empty(num_rows, dtype=wide),
     )
     saved = Saved(
         unit=x.new_empty(num_rows, size, dtype=wide),
@@ -148,11 +148,11 @@ def _(problem, options, needs):
         pull=x.new_empty(num_rows if needs.need_x_grad else 0, size, dtype=wide),
         shift=x.new_empty(num_rows, dtype=wide),
         total=x.new_empty(num_rows, dtype=wide),
-        row_sum=x.new_empty(size if options.sums_products else 0, dtype=wide),
+        row_sum=x.new_empty(size, dtype=wide) if options.sums_products else None,
         kept=x.new_empty(elements, dtype=options.dtype),
     )
-    asked = num_rows if needs.need_largest else 0
-    return vectors, saved, Largest(x.new_empty(asked, dtype=wide), problem.labels.new_empty(asked))
+    largest = x.new_empty(num_rows, dtype=wide), problem.labels.new_empty(num_rows)
+    return vectors, saved, Largest(*largest) if needs.need_largest else Largest(None, None)
 
 
 def _target_products(problem, options, ranked):
@@ -185,16 +185,14 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
     with _no_autocast(), _device_of(x):
         if needs.need_x_grad:
             rows, _ = _row_functions(backend, table, options, problem.labels)
-            x_grad = rows.x_gradient(grads, saved, options.scale, x.shape, x.dtype)
+            x_grad = rows.x_gradient(grads, saved, options, x.shape, x.dtype)
             if not options.normalize_features:  # else 1 / ‖x‖ is 0; a table's NaN is in every pull
                 x_grad = torch.where(batch_rows.ignored(problem.labels, options.ignore_index)[:, None], 0.0, x_grad)
         if needs.need_table_grad:
             gradient = TableGradient.of(table)
             _write_slabs(backend, gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
             weight_grad, bias_grad = gradient.weight, gradient.bias
-    x_grad = x.new_empty(0) if x_grad is None else x_grad
-    weight_grad = problem.weight.new_empty(0) if weight_grad is None else weight_grad
-    return (Gradients(x_grad, weight_grad, problem.weight.new_empty(0) if bias_grad is None else bias_grad),)
+    return (Gradients(x_grad, weight_grad, bias_grad),)
 
 
 def write_table_gradient(sink, table, factors, options):
@@ -204,7 +202,7 @@ def write_table_gradient(sink, table, factors, options):
 
 
 def _write_slabs(backend, sink, table, factors, options):
-    unit, hard = factors.unit, factors.hard if factors.hard.shape[0] else None
+    unit, hard = factors.unit, factors.hard
     plan = make_plan(unit, table, options, keep=True)
     rows, one_call = _row_functions(backend, table, options, factors.labels)
     whole = one_call and hard is None and one_call.takes(unit, table, plan)
@@ -221,14 +219,14 @@ negative_lse_backward = Operator(
 
 @negative_lse_backward.register_fake
 def _(grads, problem, saved, options, needs):
-    x_grad = problem.x.new_empty(problem.x.shape if needs.need_x_grad else 0)
+    x_grad = problem.x.new_empty(problem.x.shape) if needs.need_x_grad else None
     weight, bias = problem.weight, problem.bias
     if not needs.need_table_grad:
-        return (Gradients(x_grad, weight.new_empty(0), weight.new_empty(0)),)
+        return (Gradients(x_grad, None, None),)
     rows = _table(problem, options).num_rows
     # Not TableGradient.of, which takes memory from page_pool.py: fake tensors have none.
     weight_grad = weight.new_empty(rows, weight.shape[1])
-    return (Gradients(x_grad, weight_grad, weight.new_empty(0) if bias is None else bias.new_empty(rows)),)
+    return (Gradients(x_grad, weight_grad, None if bias is None else bias.new_empty(rows)),)
 
 
 class _NegativeLse(torch.autograd.Function):
@@ -241,7 +239,7 @@ class _NegativeLse(torch.autograd.Function):
         vectors, saved, largest = compute(problem, options, needs)
         ctx.set_materialize_grads(False)  # autograd's own zeros are no fake tensors where the others are
         ctx.save_for_backward(*problem, *saved)
-        ctx.options, ctx.shapes = options, [vector.shape for vector in vectors]
+        ctx.options = options
         return *vectors, saved, largest
 
     @staticmethod
@@ -250,8 +248,12 @@ class _NegativeLse(torch.autograd.Function):
         problem, saved = split(ctx.saved_tensors, (Problem, Saved))
         wanted = _wanted(ctx)
         needs = Needs(wanted.x, wanted.weight or wanted.bias)
-        shaped = zip(came_back[:-2], ctx.shapes, strict=True)
-        grads = Vectors._make(_zeros(saved.total, shape) if grad is None else grad for grad, shape in shaped)
+        lse_grad, product_grad, *others = came_back[:-2]
+        if lse_grad is None:
+            lse_grad = torch.zeros_like(saved.total)
+        if product_grad is None:
+            product_grad = saved.total.new_zeros(saved.target_unit.shape[:2])
+        grads = Vectors(lse_grad, product_grad, *others)
         (grads,) = negative_lse_backward(grads, problem, saved, ctx.options, needs)
         if problem.index is not None:
             grads = grads._replace(
@@ -259,11 +261,6 @@ class _NegativeLse(torch.autograd.Function):
             )
         grads = [grad if needed else None for grad, needed in zip(grads, wanted, strict=True)]
         return None, None, *grads, *[None] * (len(problem) - len(grads))
-
-
-def _zeros(like, shape):
-    """Zeros; without the operator that fills them where there are none, as in most calls."""
-    return like.new_empty(shape) if 0 in shape else like.new_zeros(shape)
 
 
 def _wanted(ctx):
@@ -276,7 +273,7 @@ negative_lse.differentiable(_NegativeLse)
 
 def in_rows(index, grad, of):
     """The gradient of `of` as a sparse tensor with the rows of grad at index."""
-    if of is None or grad.shape[0] == 0:  # not needed
+    if of is None or grad is None or grad.shape[0] == 0:  # not needed
         return grad
     # A copy: the index may be the caller's tensor, which the next step's classes are written to.
     return torch.sparse_coo_tensor(index[None].clone(), grad, of.shape, is_coalesced=True, check_invariants=False)

@@ -73,10 +73,15 @@ def _write(table, records, sink):
     table = table._replace(index=first.index, correction=first.correction)
     columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
     # No copy for a single record: `kept` may be large.
-    factors = TableFactors(*(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in columns))
+    factors = TableFactors(*map(_joined, columns))
     if not len(factors.kept):
         options = options._replace(memory_budget=0)
     write_table_gradient(sink, table, factors, options)
+
+
+def _joined(parts):
+    parts = [part for part in parts if part is not None]
+    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
 
 
 def _of_one_width(batches, ignore_index):
@@ -88,7 +93,10 @@ def _of_one_width(batches, ignore_index):
     def widened(factors):
         labels = factors.labels if factors.labels.dim() == 2 else factors.labels[:, None]
         missing = (0, width - labels.shape[1])
-        gradients = {name: F.pad(getattr(factors, name), missing) for name in ("product_grad", "length_grad")}
-        return factors._replace(labels=F.pad(labels, missing, value=ignore_index), **gradients)
+        length_grad = None if factors.length_grad is None else F.pad(factors.length_grad, missing)
+        product_grad = F.pad(factors.product_grad, missing)
+        return factors._replace(
+            labels=F.pad(labels, missing, value=ignore_index), product_grad=product_grad, length_grad=length_grad
+        )
 
     return [widened(factors) for factors in batches]

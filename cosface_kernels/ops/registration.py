@@ -55,7 +55,13 @@ class Operator:
         LIBRARY.impl(self.operator, self._flat(self._above_autograd), "Autograd")
 
     def _flat(self, function):
-        return lambda *flat: _joined(function(*split(flat, self.takes)))
+        """The function of flat arguments, of which the first is a tensor; an empty one stands for each None that it gives."""
+
+        def flat_function(*flat):
+            results = _joined(function(*split(flat, self.takes)))
+            return tuple(flat[0].new_empty(0) if each is None else each for each in results)
+
+        return flat_function
 
     def _dispatched(self, *objects):
         return split(self.operator(*_joined(objects)), self.gives)

@@ -240,7 +240,8 @@ class Fused(torch.optim.Optimizer):
         flags = [torch.as_tensor(found, device=device) == 0] if found is not None else []
         for f in factors:  # the gradient of x̃·w̃_y is multiplied by x̃
             product = f.product_grad * f.unit.abs().amax(1, keepdim=True)
-            flags += [tensor.isfinite().all() for tensor in (product, f.total, f.lse_grad, f.length_grad, f.sum_grad)]
+            tensors = product, f.total, f.lse_grad, f.length_grad, f.sum_grad
+            flags += [tensor.isfinite().all() for tensor in tensors if tensor is not None]
         finite = torch.stack(flags).all() if flags else torch.tensor(True, dtype=torch.bool, device="cpu")
         for ranks, device in self._ranks().items():
             finite = ranks.all(finite, device)
@@ -251,8 +252,8 @@ class Fused(torch.optim.Optimizer):
         if not hasattr(self, "grad_scale"):
             return record
         factors = record.factors
-        names = "lse_grad", "product_grad", "length_grad", "sum_grad"
-        scaled = {name: getattr(factors, name) / self.grad_scale for name in names}
+        gradients = {name: getattr(factors, name) for name in ("lse_grad", "product_grad", "length_grad", "sum_grad")}
+        scaled = {name: grad / self.grad_scale for name, grad in gradients.items() if grad is not None}
         return record._replace(factors=factors._replace(**scaled))
 
     def _step_table(self, weight, bias, records, finite):

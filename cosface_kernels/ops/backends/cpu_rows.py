@@ -62,7 +62,7 @@ def losses(lse, logit, counted, scale, reduction):
     return losses, slopes
 
 
-def x_gradient(grads, saved, scale, shape, dtype):
+def x_gradient(grads, saved, options, shape, dtype):
     """See batch_rows.x_gradient."""
     num_rows, size = shape
     grad = saved.unit.new_empty(num_rows, size, dtype=dtype if dtype in TABLE_DTYPES else torch.float32)
@@ -79,7 +79,7 @@ def x_gradient(grads, saved, scale, shape, dtype):
         grad=grad.data_ptr(),
         num_rows=num_rows,
         size=size,
-        scale=scale,
+        scale=options.scale,
         grad_is_bfloat16=dtype == torch.bfloat16,
     )
     return grad if grad.dtype == dtype else grad.to(dtype)

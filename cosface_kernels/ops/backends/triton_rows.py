@@ -60,16 +60,15 @@ def losses(lse, logit, counted, scale, reduction):
     return loss, slope
 
 
-def x_gradient(grads, saved, scale, shape, dtype):
+def x_gradient(grads, saved, options, shape, dtype):
     """See batch_rows.x_gradient."""
-    assert not len(grads.feature_length) or not len(saved.unit)
     x_grad = torch.empty(shape, dtype=dtype, device=saved.unit.device)
     vectors = grads.lse.contiguous(), grads.product.contiguous()
     _launch(
         x_gradient_rows,
         *saved.unit.shape,
         (*vectors, saved.unit, saved.target_unit, saved.inverse_norm, saved.pull, x_grad),
-        (scale,),
+        (options.scale,),
     )
     return x_grad
 
