@@ -193,15 +193,17 @@ def test_the_statistic_of_curricular_face(device):
     assert head.t.item() == 0
 
 
-def test_a_fused_step(device):
-    """Of two batches, whose records are concatenated: as torch.optim.SGD with the same gradient."""
+@pytest.mark.parametrize("first, second", [(Own(0.5), Own(0.5)), (InterclassFiltering(0.1), None)], ids=str)
+def test_a_fused_step(first, second, device):
+    """Of two batches, whose records are concatenated if both have hard negatives: as torch.optim.SGD with the same gradient."""
     features, weight, labels = (tensor.to(device) for tensor in make("hard", 67, 258, 70))
     tables = []
     for kind in (FusedSGD, torch.optim.SGD):
-        head = head_of(Own(0.5), weight)
+        head = head_of(first, weight)
         optimizer = kind(head.parameters(), lr=10.0)
-        for rows in (slice(None, 30), slice(30, None)):
-            head(features[rows], labels[rows]).backward()
+        head(features[:30], labels[:30]).backward()
+        head.negatives = second
+        head(features[30:], labels[30:]).backward()
         optimizer.step()
         tables.append(head.weight.detach())
     torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-6)

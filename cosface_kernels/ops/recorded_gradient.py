@@ -31,12 +31,13 @@ def write_gradient(table, records, sink):
 def _write_groups(table, records, sink):
     alike = {}
     for record in records:
-        alike.setdefault((record.options, id(record.index), id(record.correction)), []).append(record)
+        key = record.options, id(record.index), id(record.correction), record.factors.hard is None
+        alike.setdefault(key, []).append(record)
     if len(alike) == 1:
         _write(table, records, sink)
         return
-    # Batches with other classes or another scale have other exponentials, so only their gradients can be added: here these exist,
-    # for the rows that any of the batches has.
+    # Batches with other classes, another scale or hard negatives have other exponentials, so only their gradients can be added:
+    # here these exist, for the rows that any of the batches has.
     total = _Sum(table, sink.room(0, 1).dtype)
     for group in alike.values():
         total.into(group[0].index)
