@@ -60,6 +60,15 @@ def test_info_names_versions_and_backends(capsys):
 
 
 @pytest.mark.slow
+def test_nobody_reads_what_is_printed():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "cosface_kernels", "info"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_info_says_what_is_usable():
     """Without the interpreter, as a user has it, and as `python -m cosface_kernels`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

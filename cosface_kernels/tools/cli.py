@@ -29,7 +29,12 @@ TABLES, STATES = ("float32", "bfloat16", "float8"), ("float32", "bfloat16", "int
 def command():
     """The process of `cosface`. It ends a rank that has done its work without taking the interpreter down: DTensor's caches keep
     the process group, and a thread of Gloo's that lets go of its last tensor after that aborts (pytorch/pytorch#179291)."""
-    status = main()
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has what it wanted, and the rest must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     if status == 0 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -66,6 +66,8 @@ def done(work, errors=(OSError, ValueError, RuntimeError, ArithmeticError), extr
             print(text)
     except ModuleNotFoundError as error:
         return without_extras(error, extras)
+    except BrokenPipeError:  # nobody reads what is printed
+        raise
     except errors as error:
         return fail(error)
     return 0
