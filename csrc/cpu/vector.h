@@ -165,18 +165,53 @@ template <> inline Vector as_operand<bfloat16>(Vector x) {
     return (Vector)(bits + (x == x ? added : Words{}) & 0xffff0000u);
 }
 
-// `count` numbers as floats, then zeros.
-inline Vector load_lanes(const float *from, int64_t count) {
-    if (count >= LANES) return load<Vector>(from);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// Some of a vector's lanes, the first ones: memcpy of a number that is not known would be a call, and zeros that it writes into could
+// not be read again before they are all there.
+inline Vector load_some(const float *from, int64_t count) {
+    const Integers lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+    return (Vector)_mm256_maskload_ps(from, (__m256i)(lanes < (int32_t)count));
+}
+// Words, and once more the last number, which may have none.
+inline Halves load_some(const uint16_t *from, int64_t count) {
+    typedef int32_t Four __attribute__((vector_size(2 * LANES)));
+    const Four words = {0, 1, 2, 3};
+    const Halves lanes = {0, 1, 2, 3, 4, 5, 6, 7}, last = (Halves)(lanes == (uint16_t)(count - 1)) & from[count - 1];
+    return (Halves)_mm_maskload_epi32((const int *)from, (__m128i)(words < (int32_t)(count / 2))) | last;
+}
+inline void store_some(float *to, Vector x, int64_t count) {
+    __m128 part = _mm256_castps256_ps128((__m256)x);
+    if (count & 4) memcpy(to, &part, 16), part = _mm256_extractf128_ps((__m256)x, 1), to += 4;
+    if (count & 2) memcpy(to, &part, 8), part = _mm_movehl_ps(part, part), to += 2;
+    if (count & 1) memcpy(to, &part, 4);
+}
+inline void store_some(uint16_t *to, Halves x, int64_t count) {
+    __m128i part = (__m128i)x;
+    if (count & 4) memcpy(to, &part, 8), part = _mm_srli_si128(part, 8), to += 4;
+    if (count & 2) memcpy(to, &part, 4), part = _mm_srli_si128(part, 4), to += 2;
+    if (count & 1) memcpy(to, &part, 2);
+}
+#else
+inline Vector load_some(const float *from, int64_t count) {
     Vector x = {};
     memcpy(&x, from, sizeof(float) * count);
     return x;
 }
-inline Halves load_lanes(const uint16_t *from, int64_t count) {
-    if (count >= LANES) return load<Halves>(from);
+inline Halves load_some(const uint16_t *from, int64_t count) {
     Halves x = {};
     memcpy(&x, from, sizeof(uint16_t) * count);
     return x;
+}
+inline void store_some(float *to, Vector x, int64_t count) { memcpy(to, &x, sizeof(float) * count); }
+inline void store_some(uint16_t *to, Halves x, int64_t count) { memcpy(to, &x, sizeof(uint16_t) * count); }
+#endif
+
+// `count` numbers as floats, then zeros.
+inline Vector load_lanes(const float *from, int64_t count) {
+    return count >= LANES ? load<Vector>(from) : load_some(from, count);
+}
+inline Halves load_lanes(const uint16_t *from, int64_t count) {
+    return count >= LANES ? load<Halves>(from) : load_some(from, count);
 }
 inline Vector load_lanes(const bfloat16 *from, int64_t count) { return widened(load_lanes(&from->bits, count)); }
 
@@ -190,7 +225,8 @@ template <int WIDTH = LANES, class Body> inline void by_lanes(int64_t size, Body
 // The first `count` lanes of x, as floats or rounded to bfloat16.
 template <class Lanes, class Number> inline void store_lanes(Number *to, Lanes lanes, int64_t count) {
     if (count >= LANES) memcpy(to, &lanes, sizeof lanes);
-    else memcpy(to, &lanes, count * sizeof(Number));
+    else if constexpr (sizeof(Number) == sizeof(float)) store_some((float *)to, (Vector)lanes, count);
+    else store_some((uint16_t *)to, (Halves)lanes, count);
 }
 
 inline void store(float *to, Vector x, int64_t count) { store_lanes(to, x, count); }
