@@ -256,7 +256,7 @@ def test_margins_theory():
 @pytest.mark.parametrize(
     "name, document",
     [
-        *((f"cpu_epyc_{name}", "performance.md") for name in ("zen5", "zen5_training")),
+        *((f"cpu_epyc_{name}", "performance.md") for name in ("zen5", "zen5_training", "zen3")),
         *((f"cpu_epyc_zen3_{name}", "performance.md") for name in ("break_even", "processor_time", "fused_formats")),
         ("formats", "training.md"),
     ],
