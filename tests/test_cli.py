@@ -59,7 +59,6 @@ def test_info_names_versions_and_backends(capsys):
     assert any(line.startswith("  torch on cpu ") and line.endswith("usable") for line in lines)
 
 
-@pytest.mark.slow
 def test_nobody_reads_what_is_printed():
     read, write = os.pipe()
     os.close(read)
@@ -69,6 +68,7 @@ def test_nobody_reads_what_is_printed():
     assert (done.returncode, done.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_info_says_what_is_usable():
     """Without the interpreter, as a user has it, and as `python -m cosface_kernels`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
