@@ -260,8 +260,8 @@ inline void step_bfloat16(const Step &h, float factor, const float *grad, bfloat
     };
     // Of a row of one whole vector or more a rest goes as the last whole vector of pairs: columns before the rest come out twice, from
     // what was read before any was stored. Behind them an odd column goes alone.
-    const int64_t pairs = h.size / 2 * 2, columns = h.size < WIDTH ? h.size : pairs, rest = h.size < WIDTH ? 0 : pairs % WIDTH;
-    const int64_t last = columns - WIDTH;
+    const bool is_long = h.size >= WIDTH;
+    const int64_t columns = is_long ? h.size / 2 * 2 : h.size, rest = is_long ? columns % WIDTH : 0, last = columns - WIDTH;
     Columns of_last;
     if (rest > 0) of_last = read(last, WIDTH);
     FirstStream stream(key);
