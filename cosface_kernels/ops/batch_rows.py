@@ -95,7 +95,7 @@ def slab_factors(factors, table, options):
     unit, total = factors.unit, factors.total
     targets = _targets(factors.labels, table, options.ignore_index)
     power, common = _power_of_two(factors.lse_grad), None
-    if options.sums_products and factors.sum_grad is not None:
+    if factors.sum_grad is not None:
         power = _power_of_two(torch.cat([factors.lse_grad, factors.sum_grad]))
         common = ((factors.sum_grad * (power / options.scale))[:, None] * unit).sum(0)
     # An ignored row's 0 over a total that a class of NaN made NaN would reach every row of the table.
@@ -103,7 +103,7 @@ def slab_factors(factors, table, options):
     row_scale = torch.where(left_out, 0.0, factors.lse_grad * power / total)
     rows = torch.where(_of_rows(targets) < 0, -1, _rows_of(targets, table.centers)).flatten()
     unit_grad = factors.product_grad[:, :, None] * unit[:, None]
-    if not table.normalize and factors.length_grad is not None:
+    if factors.length_grad is not None:
         target_rows = table.gathered(rows.clamp(min=0), unit.dtype).view(unit_grad.shape)
         unit_grad = unit_grad + factors.length_grad[:, :, None] * direction(target_rows)
     rows, sums = _sum_by_row(rows, unit_grad.flatten(0, 1), table.num_rows)

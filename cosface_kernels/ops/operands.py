@@ -155,8 +155,10 @@ class TableFactors(NamedTuple):
     hard: Tensor | None  # (N, 4): see Problem
 
     @classmethod
-    def of(cls, labels, saved, grads, hard):
-        """The factors of labels, the tensors that forward saved, gradients of Vectors, and Problem.hard."""
+    def of(cls, labels, saved, grads, hard, options):
+        """The factors of labels, the tensors that forward saved, gradients of Vectors, Problem.hard and Options. A gradient of a
+        vector that is not wanted may be an empty tensor, where PyTorch's operator gave one for the vector.
+        """
         return cls(
             unit=saved.unit,
             labels=labels,
@@ -164,8 +166,8 @@ class TableFactors(NamedTuple):
             total=saved.total,
             lse_grad=grads.lse,
             product_grad=grads.product,
-            length_grad=grads.target_length,
-            sum_grad=grads.product_sum,
+            length_grad=None if options.normalize_weight else grads.target_length,
+            sum_grad=grads.product_sum if options.sums_products else None,
             kept=saved.kept,
             hard=hard,
         )

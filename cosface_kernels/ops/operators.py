@@ -190,7 +190,7 @@ def _negative_lse_backward(grads, problem, saved, options, needs):
                 x_grad = torch.where(batch_rows.ignored(problem.labels, options.ignore_index)[:, None], 0.0, x_grad)
         if needs.need_table_grad:
             gradient = TableGradient.of(table)
-            _write_slabs(backend, gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard), options)
+            _write_slabs(backend, gradient, table, TableFactors.of(problem.labels, saved, grads, problem.hard, options), options)
             weight_grad, bias_grad = gradient.weight, gradient.bias
     return (Gradients(x_grad, weight_grad, bias_grad),)
 

@@ -73,16 +73,15 @@ def _write(table, records, sink):
     table = table._replace(normalize=options.normalize_weight, centers=options.centers)
     table = table._replace(index=first.index, correction=first.correction)
     columns = zip(*_of_one_width([record.factors for record in records], options.ignore_index), strict=True)
-    # No copy for a single record: `kept` may be large.
-    factors = TableFactors(*map(_joined, columns))
+    factors = TableFactors(*map(_concatenated, columns))
     if not len(factors.kept):
         options = options._replace(memory_budget=0)
     write_table_gradient(sink, table, factors, options)
 
 
-def _joined(parts):
-    parts = [part for part in parts if part is not None]
-    return torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None
+def _concatenated(parts):
+    """None where all are, as of equal options; of a single one no copy: `kept` may be large."""
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def _of_one_width(batches, ignore_index):

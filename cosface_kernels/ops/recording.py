@@ -148,9 +148,9 @@ def _recorded(parameters, vectors, saved, problem, options):
         _check_hooks(parameters, _leaf_hooks)
         found.knows_leaves = True
     options = operators.with_scale(problem, options)
-    detached = Vectors(*(vector if vector is None else vector.detach() for vector in vectors))
+    detached = Vectors(*(None if vector is None else vector.detach() for vector in vectors))
     parts = _Record.apply(*parameters, detached, saved, problem, options)
-    of_table = (vector if vector is None else vector + part for vector, part in zip(vectors.of_table, parts, strict=True))
+    of_table = (None if vector is None else vector + part for vector, part in zip(vectors.of_table, parts, strict=True))
     return Vectors(*of_table, vectors.feature_length)
 
 
@@ -163,7 +163,7 @@ class _Record(torch.autograd.Function):
         problem = problem._replace(x=None, weight=None, bias=None, own_scale=None, row_scale=None)
         ctx.save_for_backward(*problem, *saved._replace(target_unit=None, inverse_norm=None, pull=None, row_sum=None))
         ctx.options = options
-        return tuple(vector if vector is None else torch.zeros_like(vector) for vector in vectors.of_table)
+        return tuple(None if vector is None else torch.zeros_like(vector) for vector in vectors.of_table)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -173,7 +173,7 @@ class _Record(torch.autograd.Function):
             raise RuntimeError(f"the class table was {change} between forward and backward")
         grads = Vectors(*grads, feature_length=None)
         # The caller may write the next batch's labels into this tensor before step; no caller has the other tensors.
-        factors = TableFactors.of(problem.labels.clone(), saved, grads, problem.hard)
+        factors = TableFactors.of(problem.labels.clone(), saved, grads, problem.hard, ctx.options)
         seen = [*ctx.seen, *Seen.all(problem.index)]
         record = Record(ctx.options, problem.index, problem.correction, factors, seen, ctx.needs_input_grad[:2])
         returned = [node is not None and _is_returned(node) for node, _ in ctx.next_functions]  # of tensors: not of no bias
